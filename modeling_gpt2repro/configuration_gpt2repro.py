@@ -1,0 +1,60 @@
+"""Configuration of the GPT-2 reproduction: the shape of the network, under GPT-2's field names."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class GPT2ReproConfig(PreTrainedConfig):
+    """Shape and initialization of a GPT-2; the defaults are the 124M model (Radford et al. 2019, table 2).
+
+    There is no dropout: a model of this size that sees each token once does not overfit, and the lecture has none.
+
+    Args:
+        vocab_size: Number of token ids V; the tokenizer's, without padding. GPT-2's BPE has 50,257.
+        n_positions: Longest context in tokens.
+        n_embd: Width C of the residual stream; a multiple of `n_head`.
+        n_layer: Number of blocks.
+        n_head: Attention heads H of size C / H.
+        layer_norm_epsilon: Added to the variance in every LayerNorm.
+        initializer_range: Standard deviation of all weights at initialization (residual projections are scaled down).
+        position_initializer_range: The same for the position embedding: 0.01 in GPT-2's code, 0.02 in build-nanogpt.
+
+    Raises:
+        huggingface_hub.errors.StrictDataclassError: On a field of the wrong type or a shape that does not fit, with the
+            value and the limit.
+    """
+
+    model_type = "gpt2repro"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    position_initializer_range: float = 0.01
+    use_cache: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+
+    def validate_architecture(self):
+        """Called by `@strict` after init and by `save_pretrained`."""
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1.")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}).")
+
+
+__all__ = ["GPT2ReproConfig"]

@@ -1,0 +1,1 @@
+"""Documents to tokens, shards and batches, and the order they come in."""

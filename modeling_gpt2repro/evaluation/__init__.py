@@ -1,0 +1,1 @@
+"""HellaSwag, validation loss, samples."""

@@ -1,0 +1,1 @@
+"""What goes to the Hub: folders that load anywhere."""

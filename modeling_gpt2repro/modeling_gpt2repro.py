@@ -1,0 +1,298 @@
+"""GPT-2 from scratch, as a transformers model (Radford et al. 2019, "Language Models are Unsupervised Multitask
+Learners").
+
+Shapes: B batch, T sequence, C channels (`n_embd`), H heads (`n_head`), D = C / H head size, V vocabulary,
+S keys (T plus what the cache holds).
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_gpt2repro import GPT2ReproConfig
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """softmax(q k' / sqrt(D) + mask) v, written out. The other implementations are transformers' own.
+
+    Args:
+        query: (B, H, T, D); key and value: (B, H, S, D).
+        attention_mask: Additive, (B, 1, T, S), or None where every query sees every key.
+
+    Returns:
+        The mixed values (B, T, H, D) and the weights (B, H, T, S).
+    """
+    weights = query @ key.transpose(-2, -1) * scaling  # (B, H, T, S)
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    # In fp32 also under bf16: a sum over a thousand weights needs more than 8 bits.
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights  # (B, T, H, D)
+
+
+class GPT2ReproAttention(nn.Module):
+    """Causal self-attention with H heads."""
+
+    def __init__(self, config: GPT2ReproConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.n_embd // config.n_head
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+        """hidden_states (B, T, C) -> mixed (B, T, C), weights (B, H, T, S) or None where they are not computed."""
+        B, T, C = hidden_states.shape
+        heads = self.c_attn(hidden_states).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        query, key, value = heads.unbind(0)  # (B, H, T, D) each
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        mixed, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
+        return self.c_proj(mixed.reshape(B, T, C)), weights
+
+
+class GPT2ReproMLP(nn.Module):
+    """Two layers, four times as wide in between, with GPT-2's tanh form of GELU."""
+
+    def __init__(self, config: GPT2ReproConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.act = nn.GELU(approximate="tanh")
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, hidden_states):
+        return self.c_proj(self.act(self.c_fc(hidden_states)))
+
+
+class GPT2ReproBlock(GradientCheckpointingLayer):
+    """Attention, then MLP; each reads a normalized copy of the residual stream and adds to it (pre-norm)."""
+
+    def __init__(self, config: GPT2ReproConfig, layer_idx: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = GPT2ReproAttention(config, layer_idx)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = GPT2ReproMLP(config)
+
+    def forward(self, hidden_states, **kwargs):
+        """(B, T, C) -> (B, T, C). `hidden_states` is positional because gradient checkpointing needs it so."""
+        mixed, _ = self.attn(self.ln_1(hidden_states), **kwargs)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.ln_2(hidden_states))
+
+
+class GPT2ReproPreTrainedModel(PreTrainedModel):
+    """What all models of this family share: loading, saving, initialization, attention implementations."""
+
+    config: GPT2ReproConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GPT2ReproBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": GPT2ReproBlock, "attentions": GPT2ReproAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Initialize as GPT-2 was; std is `initializer_range`, 0.02 unless the config says otherwise.
+
+        | tensor                         | distribution                                                |
+        |--------------------------------|-------------------------------------------------------------|
+        | wte.weight (tied to lm_head)   | normal(0, std)                                              |
+        | wpe.weight                     | normal(0, `position_initializer_range`), 0.01               |
+        | c_attn.weight, c_fc.weight     | normal(0, std)                                              |
+        | c_proj.weight (attn and mlp)   | normal(0, std / sqrt(2 n_layer)): 2 n_layer terms add up    |
+        |                                | in the residual stream (Radford et al. 2019, section 2.3)   |
+        | every bias                     | 0                                                           |
+        | ln_*.weight                    | 1                                                           |
+        """
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        # Children come before their parents, so these two overwrite what the branches above have set.
+        if isinstance(module, (GPT2ReproAttention, GPT2ReproMLP)):
+            init.normal_(module.c_proj.weight, mean=0.0, std=std / math.sqrt(2 * self.config.n_layer))
+        elif isinstance(module, GPT2ReproModel):
+            init.normal_(module.wpe.weight, mean=0.0, std=self.config.position_initializer_range)
+
+
+class GPT2ReproModel(GPT2ReproPreTrainedModel):
+    """The network without a head: ids in, final hidden states out."""
+
+    def __init__(self, config: GPT2ReproConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(GPT2ReproBlock(config, layer_idx) for layer_idx in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.wte = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Run the blocks.
+
+        Args:
+            input_ids: (B, T); or `inputs_embeds`: (B, T, C).
+            attention_mask: (B, S), 1 for tokens and 0 for padding on either side; None where there is no padding.
+            position_ids: (B, T). Where not given they are counted along the attention mask, so that a padded row gives
+                what it gives without padding. Where they restart inside a row, its parts do not see each other.
+            past_key_values: Keys and values of the tokens before.
+
+        Returns:
+            `last_hidden_state` (B, T, C), after the final norm, and `past_key_values` if `use_cache`.
+
+        Raises:
+            ValueError: On neither or both inputs, or a context longer than `n_positions`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)  # (B, T, C)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        T = inputs_embeds.shape[1]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        # A static cache counts in a tensor; reading it here would make the device wait.
+        if isinstance(past, int) and position_ids is None and past + T > self.config.n_positions:
+            raise ValueError(
+                f"the context of {past + T} tokens is longer than n_positions ({self.config.n_positions}): "
+                "shorten the prompt, or ask for fewer new tokens."
+            )
+        # Masks are built from given positions only: under torch.compile any positions cost a mask tensor, and plain
+        # causal attention without one is up to 1.4 times as fast.
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if position_ids is None:
+            if attention_mask is not None and attention_mask.ndim == 2:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T)
+            else:
+                position_ids = (torch.arange(T, device=inputs_embeds.device) + past).unsqueeze(0)  # (1, T)
+        hidden_states = inputs_embeds + self.wpe(position_ids)  # (B, T, C)
+        for block in self.h:
+            hidden_states = block(
+                hidden_states,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
+    """GPT-2 with its language-modeling head, whose matrix is the token embedding."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+
+    def __init__(self, config: GPT2ReproConfig):
+        super().__init__(config)
+        self.transformer = GPT2ReproModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_logits: bool = True,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Predict the next token at every position.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds: See `GPT2ReproModel.forward`.
+            labels: (B, T), the inputs themselves: they are shifted inside, so the last position predicts nothing.
+            shift_labels: (B, T), the token after each position, already shifted: all T positions are trained. In both,
+                -100 is left out of the loss.
+            logits_to_keep: Compute logits of the last so many positions only (0: all), or of the positions in a tensor.
+            return_logits: False leaves the logits out of the output, where only the loss is wanted: a wrapper that
+                copies outputs to fp32, as accelerate's does, would otherwise copy B T V numbers for nothing.
+
+        Returns:
+            `loss` (a scalar in nats per token) where labels were given, `logits` (B, T, V), `past_key_values`.
+        """
+        outputs = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (B, T, V)
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, shift_labels=shift_labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits if return_logits else None,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["GPT2ReproConfig", "GPT2ReproForCausalLM", "GPT2ReproModel", "GPT2ReproPreTrainedModel"]

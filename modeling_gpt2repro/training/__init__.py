@@ -1,0 +1,1 @@
+"""Arguments, presets, schedule, optimizer, one step, checkpoints, tracking."""

@@ -1,0 +1,119 @@
+"""Command lines: one dataclass a script; every problem of a command line told at once, in words, with exit code 2."""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import NoReturn, TypeVar
+
+from transformers import HfArgumentParser
+
+Arguments = TypeVar("Arguments")
+
+
+class ProblemCollector(HfArgumentParser):
+    """An `HfArgumentParser` that notes a bad value and goes on with the default, so that the next one is seen too.
+
+    Whole numbers may be written as people write them: `10e9` for an `int` field is 10,000,000,000.
+    """
+
+    def __init__(self, arguments_class: type, description: str | None):
+        self.problems: list[str] = []
+        super().__init__(arguments_class, description=description, allow_abbrev=False)
+        for action in self._actions:
+            if action.option_strings and action.type is not None:
+                action.type = self._forgiving(action, action.type)
+                action.choices, action.allowed = None, action.choices
+                if action.allowed and action.metavar is None:
+                    action.metavar = "{" + ",".join(map(str, action.allowed)) + "}"
+
+    def _forgiving(self, action: argparse.Action, convert: Callable) -> Callable:
+        def converted(text: str):
+            try:
+                value = whole_number(text) if convert is int else convert(text)
+            except (ValueError, TypeError, argparse.ArgumentTypeError):
+                kind = {int: "a whole number", float: "a number"}.get(convert, "true or false")
+                self.problems.append(f"--{action.dest} takes {kind}, not {text!r}.")
+                return action.default
+            if action.allowed and value not in action.allowed:
+                allowed = ", ".join(map(str, action.allowed))
+                self.problems.append(f"--{action.dest} takes one of {allowed}, not {text!r}.")
+                return action.default
+            return value
+
+        return converted
+
+    def error(self, message: str) -> NoReturn:
+        exit_with_problems([*self.problems, message])
+
+
+def whole_number(text: str) -> int:
+    """'524288', '524_288' or '10e9' -> int; ValueError where it is not whole."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():
+            raise
+        return int(number)
+
+
+def parse_command_line(
+    arguments_class: type[Arguments],
+    argv: list[str] | None = None,
+    presets: Mapping[str, Mapping] | None = None,
+    description: str | None = None,
+) -> Arguments:
+    """Build the arguments of a script: field default < preset < command line.
+
+    Args:
+        arguments_class: A dataclass whose `__post_init__` raises a ValueError with one problem a line.
+        argv: The words after the script's name; those of this process if None.
+        presets: Name -> overrides of defaults, chosen by the field `preset`.
+        description: Shown by `--help`.
+
+    Raises:
+        SystemExit: With code 2 and every problem in words, each with the value, the limit and what to do.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = ProblemCollector(arguments_class, description)
+    if presets:
+        chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        chooser.add_argument("--preset", default=parser.get_default("preset"))
+        parser.set_defaults(**presets.get(chooser.parse_known_args(argv)[0].preset, {}))
+    namespace, unknown = parser.parse_known_args(argv)
+    problems = parser.problems
+    problems += [f"there is no flag {word}; --help lists all." for word in unknown if word.startswith("-")]
+    if unknown and not any(word.startswith("-") for word in unknown):
+        problems.append(f"{' '.join(unknown)!r} stands alone: put the flag it belongs to before it.")
+    arguments = None
+    try:
+        arguments = arguments_class(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(arguments_class)})
+    except ValueError as error:
+        problems += str(error).splitlines()
+    if problems:
+        exit_with_problems(problems)
+    return arguments
+
+
+def exit_with_problems(problems: list[str]) -> NoReturn:
+    """Print the problems, once however many processes there are, and exit with code 2."""
+    if os.environ.get("RANK", "0") == "0":
+        script = os.path.basename(sys.argv[0])
+        if len(problems) == 1:
+            print(f"{script}: {problems[0]}", file=sys.stderr)
+        else:
+            print(f"{script}: {len(problems)} problems; nothing was started:", file=sys.stderr)
+            print("\n".join(f"  - {problem}" for problem in problems), file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def bad_input_exits():
+    """Around the opening of what a person named: its ValueError or OSError becomes one sentence and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        exit_with_problems([str(error)])
