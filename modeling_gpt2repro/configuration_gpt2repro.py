@@ -26,6 +26,7 @@ class GPT2ReproConfig(PreTrainedConfig):
     """
 
     model_type = "gpt2repro"
+    _auto_class = "AutoConfig"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {
         "hidden_size": "n_embd",
@@ -47,6 +48,15 @@ class GPT2ReproConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 50256
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        # Written into config.json whole: saving one class records only that class, and the others could not be loaded.
+        kwargs["auto_map"] = {
+            "AutoConfig": "configuration_gpt2repro.GPT2ReproConfig",
+            "AutoModel": "modeling_gpt2repro.GPT2ReproModel",
+            "AutoModelForCausalLM": "modeling_gpt2repro.GPT2ReproForCausalLM",
+        }
+        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Called by `@strict` after init and by `save_pretrained`."""

@@ -145,6 +145,8 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
 class GPT2ReproModel(GPT2ReproPreTrainedModel):
     """The network without a head: ids in, final hidden states out."""
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: GPT2ReproConfig):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -233,6 +235,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
 class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     """GPT-2 with its language-modeling head, whose matrix is the token embedding."""
 
+    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
     def __init__(self, config: GPT2ReproConfig):

@@ -1,0 +1,80 @@
+"""The English prose every Python carries: the language reference's help topics and the standard library's docstrings.
+
+About two million characters without a download, enough for a quickstart. The text differs between Python versions, so
+losses on it compare only on one version: report its hash, never expect a number.
+"""
+
+import ast
+import os
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+# Fragments such as "Internal support module." teach a model where documents end, and little else.
+MIN_DOCUMENT_CHARACTERS = 200
+
+# Installed packages are not the standard library, and the docstrings of tests are not prose.
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+
+
+def python_prose_documents() -> Iterator[tuple[str, str]]:
+    """Yield (id, text) in an order that is fixed for one Python version: the help topics, then one document a module.
+
+    Ids are "topic:NAME" and "module:package.name". A docstring that appears twice is kept where it appears first.
+
+    Raises:
+        ValueError: If this Python carries neither topics nor sources.
+    """
+    found = False
+    for document_id, text in (*_topics(), *_module_docstrings()):
+        if len(text) >= MIN_DOCUMENT_CHARACTERS:
+            found = True
+            yield document_id, text
+    if not found:
+        raise ValueError(
+            f"this Python has no pydoc_data.topics and no sources in {sysconfig.get_paths()['stdlib']}: "
+            "use a Python that ships its standard library's sources, such as the one from python.org."
+        )
+
+
+def _topics() -> Iterator[tuple[str, str]]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions strip it
+        return
+    for name in sorted(topics):
+        yield f"topic:{name}", topics[name].strip()
+
+
+def _module_docstrings() -> Iterator[tuple[str, str]]:
+    standard_library = Path(sysconfig.get_paths()["stdlib"])
+    seen = set()
+    for path in _source_files(standard_library):
+        docstrings = [text for text in dict.fromkeys(_docstrings(path)) if text not in seen]
+        seen.update(docstrings)
+        parts = path.relative_to(standard_library).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        yield f"module:{name}", "\n\n".join(docstrings)
+
+
+def _source_files(root: Path) -> list[Path]:
+    paths = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]  # os.walk does not enter the rest
+        paths += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted(paths, key=lambda path: path.relative_to(root).parts)
+
+
+def _docstrings(path: Path) -> list[str]:
+    """The cleaned docstrings of a source file in the order of its lines; none if it does not parse."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes: SyntaxWarning, before Python 3.12 DeprecationWarning
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # templates, other encodings, null bytes
+            return []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # a module has no line
+    return [text for node in nodes if (text := ast.get_docstring(node))]

@@ -1,0 +1,121 @@
+"""Rows of prepared shards and the order they come in, a pure function of (seed, step).
+
+B rows a micro-batch, T tokens a row. Row i of a split is `ids[i * T : i * T + T + 1]`: T inputs and their T next
+tokens, so every token is predicted once. An epoch is a seeded permutation of all rows; step s takes rows
+[s * R, (s + 1) * R) of the epochs laid end to end, R = tokens_per_step / T. Process p of P takes every P-th of them,
+from the p-th on. So the order depends neither on the number of processes nor on the micro-batch, and resuming needs
+nothing but the step.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+class TokenRows:
+    """Rows of T + 1 ids over several shards read as one; a row may begin in one shard and end in another.
+
+    Raises:
+        ValueError: If there is not even one row.
+    """
+
+    def __init__(self, shards: list[np.ndarray], block_size: int, name: str = "training"):
+        self.shards, self.block_size = shards, block_size
+        self.starts = np.cumsum([0, *map(len, shards)])
+        tokens = int(self.starts[-1])
+        if tokens < block_size + 1:
+            raise ValueError(
+                f"the {name} split holds {tokens} tokens, but one row takes {block_size + 1}: give more text, or a "
+                "smaller --block_size."
+            )
+
+    def __len__(self) -> int:
+        return (int(self.starts[-1]) - 1) // self.block_size
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Row numbers (n,) -> ids (n, T + 1) int64."""
+        ids = np.empty((len(rows), self.block_size + 1), dtype=np.int64)
+        for out, row in zip(ids, rows, strict=True):
+            place, filled = int(row) * self.block_size, 0
+            shard = int(np.searchsorted(self.starts, place, side="right")) - 1
+            while filled < len(out):
+                part = self.shards[shard][place - self.starts[shard] :][: len(out) - filled]
+                out[filled : filled + len(part)] = part
+                filled, place, shard = filled + len(part), place + len(part), shard + 1
+        return ids
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How rows become batches.
+
+    Args:
+        block_size: T, tokens a row.
+        rows_per_step: R, rows of an optimizer step over all processes and micro-batches; a multiple of the other two.
+        micro_batch_rows: B, rows of one forward on one process.
+        seed: Decides the order.
+        process_index, num_processes: p and P.
+    """
+
+    block_size: int
+    rows_per_step: int
+    micro_batch_rows: int
+    seed: int
+    process_index: int = 0
+    num_processes: int = 1
+
+
+class ShuffledBatches:
+    """The training batches of one process, any step at any time."""
+
+    def __init__(self, rows: TokenRows, shape: BatchShape):
+        self.rows, self.shape = rows, shape
+        self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def row_numbers(self, step: int) -> np.ndarray:
+        """The rows (R / P,) that this process takes in a step."""
+        first = step * self.shape.rows_per_step
+        places = np.arange(first + self.shape.process_index, first + self.shape.rows_per_step, self.shape.num_processes)
+        epochs, within = np.divmod(places, len(self.rows))
+        numbers = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            numbers[epochs == epoch] = self._epoch_order(int(epoch))[within[epochs == epoch]]
+        return numbers
+
+    def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the step's `input_ids` and `shift_labels`, (B, T) int64 on the CPU, micro-batch by micro-batch."""
+        numbers = self.row_numbers(step)
+        for first in range(0, len(numbers), self.shape.micro_batch_rows):
+            yield as_batch(self.rows.read(numbers[first : first + self.shape.micro_batch_rows]))
+
+    def state_dict(self) -> dict:
+        """Nothing: the step says it all."""
+        return {}
+
+    def load_state_dict(self, state: dict):
+        """Nothing to restore."""
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if self._permutation[0] != epoch:
+            # Sorting raw 64-bit draws, because numpy promises to keep these streams and not those of `permutation`.
+            draws = np.random.PCG64(np.random.SeedSequence([self.shape.seed, epoch])).random_raw(len(self.rows))
+            self._permutation = (epoch, np.argsort(draws, kind="stable"))
+        return self._permutation[1]
+
+
+def as_batch(ids: np.ndarray) -> dict[str, torch.Tensor]:
+    """ids (B, T + 1) -> inputs and the token after each of them, (B, T) both."""
+    ids = torch.from_numpy(ids)
+    return {"input_ids": ids[:, :-1].contiguous(), "shift_labels": ids[:, 1:].contiguous()}
+
+
+def validation_batches(
+    rows: TokenRows, tokens: int, micro_batch_rows: int, process_index: int = 0, num_processes: int = 1
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The first `tokens` // T rows of the validation split (all of them if it has fewer), each on one process."""
+    count = min(len(rows), max(1, tokens // rows.block_size))
+    numbers = np.arange(process_index, count, num_processes)
+    for first in range(0, len(numbers), micro_batch_rows):
+        yield as_batch(rows.read(numbers[first : first + micro_batch_rows]))

@@ -1,0 +1,90 @@
+"""What a person names as data, resolved to units and a description for the manifest."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from glob import glob
+
+from .documents import Document, Unit, list_units, read_unit
+from .python_prose import python_prose_documents
+
+# The corpus that every Python carries: nothing to download.
+PYTHON_PROSE = "python-prose"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Units to read and where they come from; `description` goes into the manifest and the run's record."""
+
+    units: list[Unit]
+    description: dict
+
+    def read(self, unit: Unit) -> Iterator[Document]:
+        """The unit's documents, in their order."""
+        if unit.path == PYTHON_PROSE:
+            return (Document(name, text) for name, text in python_prose_documents())
+        return read_unit(unit)
+
+
+def python_prose_source() -> Source:
+    """The English prose in this Python's own documentation, as one unit."""
+    return Source([Unit(PYTHON_PROSE, 0, 1)], {"dataset": PYTHON_PROSE})
+
+
+def local_source(patterns: list[str], text_column: str = "text") -> Source:
+    """Files on disk (.txt, .jsonl, .parquet; patterns such as `*.parquet` are expanded, in sorted order).
+
+    Raises:
+        ValueError: With every problem, one a line.
+    """
+    paths = [path for pattern in patterns for path in (sorted(glob(pattern)) or [pattern])]
+    return Source(list_units(paths, text_column), {"files": [os.path.basename(path) for path in paths]})
+
+
+def hub_source(
+    dataset: str,
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    text_column: str = "text",
+) -> Source:
+    """The parquet files of a Hub dataset's split, at one commit.
+
+    Raises:
+        ValueError: If dataset, config or split is not there or not stored as parquet, or the Hub cannot be reached.
+    """
+    name = dataset + (f" ({config})" if config else "")
+    try:
+        paths = _data_files(dataset, config, split, revision)
+    except ConnectionError as error:  # what `datasets` raises offline, too
+        raise ValueError(_unreachable(name, error)) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the Hub's dataset {name} does not open: {' '.join(str(error).split())}") from error
+    if not all(path.endswith(".parquet") for path in paths):
+        raise ValueError(
+            f"the files of {name} are not parquet: give --dataset_revision refs/convert/parquet, the Hub's conversion."
+        )
+    commit = paths[0].split("@", 1)[1].split("/", 1)[0] if "@" in paths[0] else revision
+    try:
+        units = list_units(paths, text_column)
+    except OSError as error:
+        raise ValueError(_unreachable(name, error)) from error
+    description = {"dataset": dataset, "config": config, "split": split, "revision": commit, "files": len(paths)}
+    return Source(units, description)
+
+
+def _data_files(dataset: str, config: str | None, split: str, revision: str | None) -> list[str]:
+    import datasets
+
+    builder = datasets.load_dataset_builder(dataset, config, revision=revision)
+    files = builder.config.data_files or {}
+    if split not in files:
+        raise ValueError(f"it has no split {split!r}, but {', '.join(map(str, files)) or 'none'}.")
+    return list(files[split])
+
+
+def _unreachable(name: str, error: Exception) -> str:
+    return (
+        f"the Hub cannot be reached for {name} ({type(error).__name__}): without a network, train with --preset "
+        "quickstart, or prepare data where there is one and give --shards DIR."
+    )

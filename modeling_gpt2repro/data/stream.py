@@ -1,0 +1,161 @@
+"""Training straight from a source, without shards on disk: lanes of units, the same rows for any number of processes.
+
+Units are permuted by (seed, epoch) and dealt to L fixed lanes: lane l takes units l, l + L, l + 2L, ... of the epochs
+laid end to end. A lane is one endless run of tokens, cut into rows of T + 1 that overlap by one. Row g of the training
+is the next row of lane g mod L, and process p of P takes every P-th row from the p-th on; so it reads only the lanes
+that are p modulo P. The state is two numbers a lane: which unit, and which token of it.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from .documents import Unit
+from .prepare import TokenizedUnit, tokenize_documents
+from .rows import BatchShape, TokenRows, as_batch
+from .sources import Source
+from .tokenizer import text_encoder
+
+MOST_LANES = 64
+# A unit that cannot be read is tried again after 1, 2, 4, ... seconds: a busy Hub answers 429 for about a minute.
+RETRIES = 7
+
+
+class StreamedBatches:
+    """The training batches of one process, from step `next_step` on, and the validation rows beside them.
+
+    Args:
+        source: Where the units come from; at least two.
+        tokenizer: Its ids are the rows' ids.
+        shape: Its seed decides the order of units, and of documents within them.
+        validation_share: Part of the units, chosen by hash, that is never trained on; at least one.
+        threads: Units read ahead at the same time.
+
+    Raises:
+        ValueError: If the source has too few units for a validation split or for this number of processes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: PreTrainedTokenizerFast,
+        shape: BatchShape,
+        validation_share: float = 0.001,
+        threads: int = 4,
+    ):
+        self.source, self.shape = source, shape
+        self.encode, self.end_of_text = text_encoder(tokenizer), tokenizer.eos_token_id
+        if len(source.units) < 2:
+            raise ValueError(
+                "streaming needs two units or more, one for validation: use prepare_data.py and give --shards."
+            )
+        by_hash = sorted(source.units, key=lambda unit: hashlib.sha256(unit.name.encode()).digest())
+        held_out = max(1, round(validation_share * len(by_hash)))
+        self.validation_units = by_hash[:held_out]
+        self.units = [unit for unit in source.units if unit not in set(self.validation_units)]
+        # A power of two, so that 1, 2, 4, 8, ... processes can share the lanes.
+        self.lanes = 1 << min(MOST_LANES.bit_length() - 1, len(self.units).bit_length() - 1)
+        if self.lanes % shape.num_processes:
+            raise ValueError(
+                f"{shape.num_processes} processes cannot share {self.lanes} lanes evenly: use a power of two up to "
+                f"{self.lanes}, or prepare the data and give --shards."
+            )
+        self.next_step = 0
+        self.positions = {lane: [0, 0] for lane in range(shape.process_index, self.lanes, shape.num_processes)}
+        self._open: dict[int, tuple[int, np.ndarray]] = {}
+        self._ahead: dict[tuple[int, int], Future] = {}
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="stream")
+
+    def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the step's `input_ids` and `shift_labels`, (B, T) int64 on the CPU, micro-batch by micro-batch."""
+        assert step == self.next_step, "a stream is read in order; load_state_dict sets the place"
+        first = step * self.shape.rows_per_step
+        mine = [row % self.lanes for row in range(first, first + self.shape.rows_per_step)]
+        mine = mine[self.shape.process_index :: self.shape.num_processes]
+        for lane, (unit, _) in self.positions.items():
+            if self._open.get(lane, (-1, None))[0] != unit and (lane, unit) not in self._ahead:
+                self._ahead[lane, unit] = self._pool.submit(self._read, lane, unit)
+        for begin in range(0, len(mine), self.shape.micro_batch_rows):
+            yield as_batch(
+                np.stack([self._next_row(lane) for lane in mine[begin : begin + self.shape.micro_batch_rows]])
+            )
+        self.next_step += 1
+
+    def validation_rows(self, tokens: int) -> tuple[TokenRows, float]:
+        """Rows over the held-out units (as many as `tokens` tokens take), and bytes of text per token in them."""
+        parts, held, text_bytes = [], 0, 0
+        for unit in self.validation_units:
+            tokenized = self._tokenize(unit)
+            parts.append(tokenized.ids["train"])
+            held += len(parts[-1])
+            text_bytes += tokenized.text_bytes["train"]
+            if held > tokens:
+                break
+        return TokenRows(parts, self.shape.block_size, name="validation"), text_bytes / max(1, held)
+
+    def state_dict(self) -> dict:
+        """The places of this process's lanes; the union over processes is the state of the run."""
+        return {"next_step": self.next_step, "lanes": {str(lane): place for lane, place in self.positions.items()}}
+
+    def load_state_dict(self, state: dict):
+        """Go on from a state that holds all lanes, saved by any number of processes."""
+        self.next_step = state["next_step"]
+        self.positions = {lane: list(state["lanes"][str(lane)]) for lane in self.positions}
+        self._open.clear()
+
+    def close(self):
+        """Stop reading ahead."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _next_row(self, lane: int) -> np.ndarray:
+        """The lane's next T + 1 ids; its place moves on by T."""
+        unit, place = self.positions[lane]
+        row, filled = np.empty(self.shape.block_size + 1, dtype=np.int64), 0
+        while True:
+            ids = self._unit_ids(lane, unit)
+            part = ids[place : place + len(row) - filled]
+            row[filled : filled + len(part)] = part
+            filled, place = filled + len(part), place + len(part)
+            if filled == len(row):
+                break
+            unit, place = unit + 1, 0
+        # The last id is the first input of the next row; it may be the only one taken from its unit.
+        self.positions[lane] = [unit, place - 1]
+        return row
+
+    def _unit_ids(self, lane: int, number: int) -> np.ndarray:
+        """Ids of the lane's unit number `number`; the one after it is being read meanwhile."""
+        if self._open.get(lane, (-1, None))[0] != number:
+            future = self._ahead.pop((lane, number), None) or self._pool.submit(self._read, lane, number)
+            self._open[lane] = (number, future.result())
+            self._ahead[lane, number + 1] = self._pool.submit(self._read, lane, number + 1)
+        return self._open[lane][1]
+
+    def _read(self, lane: int, number: int) -> np.ndarray:
+        epoch, within = divmod(number * self.lanes + lane, len(self.units))
+        draws = np.random.PCG64(np.random.SeedSequence([self.shape.seed, epoch])).random_raw(len(self.units))
+        unit = self.units[int(np.argsort(draws, kind="stable")[within])]
+        return self._tokenize(unit, shuffle=(self.shape.seed, epoch, within)).ids["train"]
+
+    def _tokenize(self, unit: Unit, shuffle: tuple[int, ...] | None = None) -> TokenizedUnit:
+        documents = retrying(lambda: list(self.source.read(unit)))
+        # Pieces of one text stay in their order; documents of their own are shuffled.
+        if shuffle and not any(document.continues for document in documents):
+            draws = np.random.PCG64(np.random.SeedSequence(shuffle)).random_raw(len(documents))
+            documents = [documents[i] for i in np.argsort(draws, kind="stable")]
+        return tokenize_documents(documents, self.encode, self.end_of_text, validation_share=0.0)
+
+
+def retrying(work: Callable, retries: int = RETRIES, wait_seconds: float = 1.0):
+    """Call `work`; on a network or file error wait, twice as long each time, and try again; then let the error out."""
+    for attempt in range(retries):
+        try:
+            return work()
+        except OSError:
+            time.sleep(wait_seconds * 2**attempt)
+    return work()

@@ -1,0 +1,104 @@
+"""What a training run reads, however it was named: batches, validation rows, tokenizer, and who they are."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from .prepare import prepare_shards
+from .rows import BatchShape, ShuffledBatches, TokenRows, validation_batches
+from .shards import MANIFEST, PreparedShards, open_shards
+from .sources import PYTHON_PROSE, Source, python_prose_source
+from .stream import StreamedBatches
+from .tokenizer import tokenizer_sha256, train_tokenizer
+
+
+@dataclass
+class TrainingData:
+    """The data of a run.
+
+    Args:
+        batches: `micro_batches(step)`, `state_dict()`, `load_state_dict(state)`.
+        validation: Rows that are never trained on.
+        bytes_per_token: Of the validation text; None where nobody counted.
+        identity: Equal for two runs that read the same rows in the same order.
+        summary: One line for a person.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    batches: ShuffledBatches | StreamedBatches
+    validation: TokenRows
+    bytes_per_token: float | None
+    identity: dict
+    summary: str
+
+    def validation_batches(self, tokens: int, micro_batch_rows: int) -> Iterator[dict[str, torch.Tensor]]:
+        """This process's part of the first `tokens` tokens of validation."""
+        shape = self.batches.shape
+        return validation_batches(self.validation, tokens, micro_batch_rows, shape.process_index, shape.num_processes)
+
+
+def data_from_shards(shards: PreparedShards, shape: BatchShape) -> TrainingData:
+    """Seeded permutations of prepared rows.
+
+    Raises:
+        ValueError: If a split holds less than one row; both are told.
+    """
+    rows, problems = {}, []
+    for split, name in (("train", "training"), ("validation", "validation")):
+        try:
+            rows[split] = TokenRows(shards.shards(split), shape.block_size, name)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    train, validation = (shards.manifest["splits"][split]["tokens"] for split in ("train", "validation"))
+    return TrainingData(
+        shards.tokenizer,
+        ShuffledBatches(rows["train"], shape),
+        rows["validation"],
+        shards.bytes_per_token("validation"),
+        {"data": shards.fingerprint, **order_identity(shape)},
+        f"{train:,} training tokens in {shards.folder}, {validation:,} for validation",
+    )
+
+
+def data_from_stream(
+    source: Source,
+    tokenizer: PreTrainedTokenizerFast,
+    shape: BatchShape,
+    validation_share: float,
+    validation_tokens: int,
+) -> TrainingData:
+    """Rows straight from a source; the validation rows are read at once.
+
+    Raises:
+        ValueError: See `StreamedBatches` and `TokenRows`.
+    """
+    batches = StreamedBatches(source, tokenizer, shape, validation_share)
+    validation, bytes_per_token = batches.validation_rows(validation_tokens)
+    identity = {"data": source.description, "tokenizer": tokenizer_sha256(tokenizer), **order_identity(shape)}
+    name = source.description.get("dataset", "files")
+    summary = f"{name}, streamed: {len(batches.units):,} units in {batches.lanes} lanes"
+    return TrainingData(tokenizer, batches, validation, bytes_per_token, identity, summary)
+
+
+def order_identity(shape: BatchShape) -> dict:
+    """What decides the order of rows, whatever the processes and micro-batches."""
+    return {name: asdict(shape)[name] for name in ("block_size", "rows_per_step", "seed")}
+
+
+def python_prose_shards(folder: Path, vocab_size: int, validation_share: float) -> PreparedShards:
+    """The text that Python carries, prepared in `folder` with a tokenizer trained on it; opened if it is there already.
+
+    Raises:
+        ValueError: If there is too little of it, or `folder` holds something else.
+    """
+    if not (folder / MANIFEST).exists():
+        source = python_prose_source()
+        texts = (document.text for unit in source.units for document in source.read(unit))
+        tokenizer = train_tokenizer(texts, vocab_size)
+        prepare_shards(source, tokenizer, f"trained on {PYTHON_PROSE}", folder, validation_share)
+    return open_shards(folder)

@@ -1,0 +1,153 @@
+"""The arguments of a training run. Names are those of transformers' `TrainingArguments` where the meaning is the same;
+horizons are in tokens, steps are derived."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers.hf_argparser import HfArg
+
+from .presets import PRESETS
+
+RUN_RECORD = "run.json"
+
+
+@dataclass
+class TrainArguments:
+    """Defaults are GPT-2 124M on 10 B tokens of FineWeb-Edu, as in the lecture; numbers without a source are its own.
+
+    Raises:
+        ValueError: On values that do not fit, every problem on a line of its own.
+    """
+
+    preset: str = HfArg(default="gpt2-124m", help=f"Defaults to start from: {', '.join(PRESETS)}.")
+    output_dir: str = HfArg(default="runs/gpt2-124m", help="Where checkpoints, logs, plot and the final model go.")
+    resume_from_checkpoint: str | None = HfArg(
+        default=None, help="'latest' (a fresh start where there is none yet) or a step-... folder."
+    )
+
+    shards: str | None = HfArg(default=None, help="Folder written by prepare_data.py; without it, data is streamed.")
+    dataset_name: str = HfArg(
+        default="HuggingFaceFW/fineweb-edu",
+        help="Hub dataset to stream, or python-prose: the text that Python carries.",
+    )
+    dataset_config_name: str | None = HfArg(default="sample-10BT", help="Config of that dataset.")
+    dataset_revision: str | None = HfArg(default=None, help="Branch, tag or commit of that dataset.")
+    text_column: str = HfArg(default="text", help="Column that holds the text.")
+    tokenizer: str = HfArg(default="gpt2", help="'gpt2', a folder, a Hub id, or 'train' (for python-prose).")
+    tokenizer_vocab_size: int = HfArg(default=4096, help="Vocabulary of a tokenizer that is trained.")
+    validation_share: float = HfArg(default=0.001, help="Part of the data held out where no shards are given.")
+
+    n_layer: int = HfArg(default=12, help="Blocks.")
+    n_head: int = HfArg(default=12, help="Attention heads.")
+    n_embd: int = HfArg(default=768, help="Width.")
+    block_size: int = HfArg(default=1024, help="Context: tokens a row.")
+    attn_implementation: str = HfArg(default="sdpa", help="eager, sdpa, flash_attention_2, ...")
+
+    train_tokens: int = HfArg(default=10_000_000_000, help="Tokens to train on; 10e9 is understood.")
+    tokens_per_step: int = HfArg(default=2**19, help="Tokens an optimizer step, over all processes.")
+    per_device_train_batch_size: int = HfArg(default=32, help="Rows of one forward on one device: what fits.")
+    learning_rate: float = HfArg(default=6e-4, help="Peak, reached after warm-up.")
+    final_learning_rate_ratio: float = HfArg(default=0.1, help="Share of the peak at the end of the cosine.")
+    warmup_tokens: int = HfArg(default=375_000_000, help="Linear warm-up (GPT-3, appendix B).")
+    weight_decay: float = HfArg(default=0.1, help="On matrices and embeddings.")
+    adam_beta1: float = HfArg(default=0.9, help="AdamW, GPT-3 appendix B.")
+    adam_beta2: float = HfArg(default=0.95, help="AdamW, GPT-3 appendix B.")
+    adam_epsilon: float = HfArg(default=1e-8, help="AdamW, GPT-3 appendix B.")
+    max_grad_norm: float = HfArg(default=1.0, help="Gradients are scaled down to this norm.")
+    seed: int = HfArg(default=1337, help="Of the weights, the order of the data and the samples.")
+    torch_compile: bool | None = HfArg(default=None, help="Compile the training step; by default on CUDA only.")
+
+    logging_steps: int = HfArg(default=1, help="Steps between rows of metrics.jsonl.")
+    eval_steps: int = HfArg(default=250, help="Steps between evaluations; 0: at the start and the end only.")
+    eval_tokens: int = HfArg(default=10_485_760, help="Validation tokens, the same on any number of processes.")
+    per_device_eval_batch_size: int | None = HfArg(default=None, help="Rows of one validation forward; as in training.")
+    hellaswag: str = HfArg(default="Rowan/hellaswag", help="A local jsonl, a Hub dataset, or 'none'.")
+    sample_prompt: str = HfArg(default="Hello, I'm a language model,", help="What the samples go on from.")
+    num_samples: int = HfArg(default=4, help="Samples an evaluation; 0 for none.")
+    sample_tokens: int = HfArg(default=32, help="New tokens a sample.")
+    save_steps: int = HfArg(default=1000, help="Steps between checkpoints; 0: at the end only.")
+    save_total_limit: int | None = HfArg(default=3, help="Checkpoints kept; 0 keeps all.")
+    report_to: str = HfArg(default="none", help="A tracker beside metrics.jsonl: tensorboard, wandb, trackio, ...")
+
+    def __post_init__(self):
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def total_steps(self) -> int:
+        """Whole optimizer steps in `train_tokens`: 19,073 by default."""
+        return self.train_tokens // self.tokens_per_step
+
+    @property
+    def warmup_steps(self) -> int:
+        """Whole optimizer steps in `warmup_tokens`: 715 by default."""
+        return self.warmup_tokens // self.tokens_per_step
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step over all processes."""
+        return self.tokens_per_step // self.block_size
+
+    @property
+    def num_processes(self) -> int:
+        """What the launcher said; 1 where nothing was launched."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches of an optimizer step on each process."""
+        return self.rows_per_step // (self.per_device_train_batch_size * self.num_processes)
+
+    def _problems(self):
+        if self.preset not in PRESETS:
+            yield f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}."
+        positive = ("n_layer", "n_head", "n_embd", "block_size", "train_tokens", "tokens_per_step", "eval_tokens")
+        positive += ("per_device_train_batch_size", "learning_rate", "max_grad_norm", "logging_steps")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                yield f"{name} ({getattr(self, name)}) must be greater than 0."
+        not_negative = (
+            "warmup_tokens",
+            "weight_decay",
+            "eval_steps",
+            "num_samples",
+            "sample_tokens",
+            "save_steps",
+            "seed",
+        )
+        for name in not_negative:
+            if getattr(self, name) < 0:
+                yield f"{name} ({getattr(self, name)}) must not be negative."
+        for name in ("adam_beta1", "adam_beta2", "final_learning_rate_ratio", "validation_share"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"{name} ({getattr(self, name)}) must be at least 0 and less than 1."
+        if self.n_head > 0 and self.n_embd % self.n_head:
+            yield f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})."
+        if min(self.per_device_train_batch_size, self.block_size, self.tokens_per_step) > 0:
+            together = self.per_device_train_batch_size * self.block_size * self.num_processes
+            if self.tokens_per_step % together:
+                nearest = max(1, round(self.tokens_per_step / together)) * together
+                yield (
+                    f"tokens_per_step ({self.tokens_per_step}) must be a multiple of per_device_train_batch_size * "
+                    f"block_size * processes ({together}): try {nearest}, or another per_device_train_batch_size."
+                )
+            if 0 < self.train_tokens < self.tokens_per_step:
+                yield f"train_tokens ({self.train_tokens}) must be at least one step ({self.tokens_per_step})."
+        if self.shards is not None and not Path(self.shards).is_dir():
+            yield f"there is no folder {self.shards}: prepare it with prepare_data.py --output_dir {self.shards}."
+        if self.hellaswag.endswith(".jsonl") and not Path(self.hellaswag).is_file():
+            yield f"there is no file {self.hellaswag} for --hellaswag: give a jsonl, a Hub dataset, or 'none'."
+        if self.tokenizer == "train" and self.shards is None and self.dataset_name != "python-prose":
+            yield "a tokenizer can be trained for --dataset_name python-prose only; prepare_data.py trains others."
+        output_dir = Path(self.output_dir)
+        if output_dir.exists() and not output_dir.is_dir():
+            yield f"output_dir ({output_dir}) is a file: give a folder."
+        elif self.resume_from_checkpoint is None and (output_dir / RUN_RECORD).exists():
+            yield (
+                f"output_dir ({output_dir}) holds another run: go on with it by --resume_from_checkpoint latest, "
+                "or give another --output_dir."
+            )
+        if self.resume_from_checkpoint not in (None, "latest") and not Path(self.resume_from_checkpoint).is_dir():
+            yield f"there is no checkpoint folder {self.resume_from_checkpoint}."

@@ -1,0 +1,46 @@
+"""What a run costs: floating-point operations a token, the device's name, and an honest estimate for slow machines."""
+
+import platform
+import time
+
+import torch
+
+
+def flops_per_token(parameters: int, n_layer: int, n_embd: int, block_size: int) -> int:
+    """Forward and backward operations a token: 6 N + 12 L C T (PaLM, appendix B).
+
+    Args:
+        parameters: N, without the position embedding.
+    """
+    return 6 * parameters + 12 * n_layer * n_embd * block_size
+
+
+def device_name(device: torch.device) -> str:
+    """A name that a person recognizes: the GPU's, or the processor's with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple {platform.machine()} (MPS)"
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def estimate_cpu_seconds(flops: float, dtype: torch.dtype) -> float:
+    """Seconds that `flops` would take on this CPU at the rate of one measured matrix product: a lower bound."""
+    side = 1024
+    a, b = torch.randn(side, side, dtype=dtype), torch.randn(side, side, dtype=dtype)
+    a @ b
+    started = time.perf_counter()
+    for _ in range(3):
+        a @ b
+    return flops * (time.perf_counter() - started) / (3 * 2 * side**3)
+
+
+def readable_duration(seconds: float) -> str:
+    """95 -> '1 min 35 s'; 10_000_000 -> '116 days'."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    if seconds < 2 * 86400:
+        return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
+    return f"{seconds / 86400:,.0f} days"

@@ -1,0 +1,41 @@
+"""metrics.jsonl: every number of a run, one JSON object a row, `step` in each. Plots and cards read it."""
+
+import json
+from pathlib import Path
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends rows; a restart goes on in the same file after a row that says from which step."""
+
+    def __init__(self, output_dir: Path, resumed_step: int | None, enabled: bool):
+        self.path, self.enabled = output_dir / METRICS_FILE, enabled
+        if resumed_step is not None:
+            self.append({"step": resumed_step, "event": "resume"})
+
+    def append(self, row: dict):
+        """Write one row and flush it, so that a killed run has lost none."""
+        assert "step" in row, "every row has its step"
+        if self.enabled:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(output_dir: Path) -> list[dict]:
+    """The rows of the run as if it had never been stopped: what a resume went back behind is left out.
+
+    A last line that a crash cut off is left out too.
+    """
+    path = output_dir / METRICS_FILE
+    rows: list[dict] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row.get("event") == "resume":
+            rows = [r for r in rows if r["step"] <= row["step"]]
+        else:
+            rows.append(row)
+    return rows

@@ -1,0 +1,37 @@
+"""The loss curve as a picture, drawn from metrics.jsonl."""
+
+from pathlib import Path
+
+from .metrics import read_metrics
+
+
+def plot_loss(output_dir: Path, yardsticks: dict[str, float]) -> Path:
+    """Draw training and validation loss over tokens into `output_dir/loss.png`.
+
+    Args:
+        yardsticks: Label -> loss in nats per token, drawn as dashed lines: what guessing gives.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(output_dir)
+    train = [(row["tokens"], row["loss"]) for row in rows if "loss" in row]
+    validation = [(row["tokens"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if train:
+        axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=0.6, alpha=0.5, label="training")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
+        axes.annotate(f"{validation[-1][1]:.3f}", validation[-1], textcoords="offset points", xytext=(0, 8), ha="right")
+    for label, loss in yardsticks.items():
+        axes.axhline(loss, color="gray", linestyle="--", linewidth=0.8)
+        axes.annotate(f"{label}: {loss:.2f}", (1.0, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.2)
+    axes.legend(loc="center right")
+    path = output_dir / "loss.png"
+    figure.savefig(path)
+    return path

@@ -1,0 +1,54 @@
+"""Presets: overrides of the arguments' defaults, by name. The defaults themselves are GPT-2 124M on 10 B tokens.
+
+Shapes: Radford et al. 2019, table 2 (heads of 64). Learning rates: GPT-3, table 2.1, the size nearest by.
+"""
+
+PRESETS: dict[str, dict] = {
+    "gpt2-124m": {},
+    "gpt2-350m": {
+        "output_dir": "runs/gpt2-350m",
+        "n_layer": 24,
+        "n_head": 16,
+        "n_embd": 1024,
+        "learning_rate": 3e-4,
+        "per_device_train_batch_size": 16,
+    },
+    "gpt2-774m": {
+        "output_dir": "runs/gpt2-774m",
+        "n_layer": 36,
+        "n_head": 20,
+        "n_embd": 1280,
+        "learning_rate": 2.5e-4,
+        "per_device_train_batch_size": 8,
+    },
+    "gpt2-1558m": {
+        "output_dir": "runs/gpt2-1558m",
+        "n_layer": 48,
+        "n_head": 25,
+        "n_embd": 1600,
+        "learning_rate": 2e-4,
+        "per_device_train_batch_size": 4,
+    },
+    # Minutes on two CPU cores, with nothing to download. Chosen by trying; README, "The quickstart".
+    "quickstart": {
+        "output_dir": "runs/quickstart",
+        "dataset_name": "python-prose",
+        "tokenizer": "train",
+        "tokenizer_vocab_size": 4096,
+        "hellaswag": "none",
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 256,
+        "block_size": 256,
+        "train_tokens": 3_000_000,
+        "tokens_per_step": 4096,
+        "warmup_tokens": 100_000,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 2e-3,
+        "validation_share": 0.05,
+        "eval_tokens": 65_536,
+        "eval_steps": 200,
+        "save_steps": 400,
+        "torch_compile": False,
+    },
+}

@@ -1,0 +1,48 @@
+"""run.json: the arguments, versions and commit of a run, written before its first step."""
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from .arguments import RUN_RECORD, TrainArguments
+
+PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers", "tiktoken", "safetensors")
+
+
+def write_run_record(args: TrainArguments, hardware: dict):
+    """Write the run's record into its folder, or leave the one that is there (a resumed run keeps its own).
+
+    Args:
+        hardware: What the arguments do not say: device, processes, precision.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / RUN_RECORD).exists():
+        return
+    record = {
+        "arguments": asdict(args),
+        "hardware": hardware,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "commit": current_commit(),
+    }
+    temporary = folder / (RUN_RECORD + ".partial")
+    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    os.replace(temporary, folder / RUN_RECORD)
+
+
+def current_commit() -> str | None:
+    """The commit of the checkout that this file lies in; None outside of one."""
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None

@@ -1,0 +1,75 @@
+"""Fixtures that several test files share."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class LoopbackHub:
+    """A Hub on 127.0.0.1 (`loopback_hub.py`) that serves the folders below `root / "models"` and `root / "datasets"`.
+
+    The clients read HF_ENDPOINT when they are imported: what talks to it runs in a subprocess with `environment`.
+    """
+
+    endpoint: str
+    cdn: str
+    root: Path
+
+    def new_repository(self, path: str) -> Path:
+        """`datasets/ns/name` or `models/ns/name`, to write files to; what another test put there is gone."""
+        folder = self.root / path
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def log(self) -> list[dict]:
+        """Every request of the whole run: origin (hub, cdn), method, path, status (null: dropped), range, auth."""
+        log = self.root / "log.jsonl"
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    @contextlib.contextmanager
+    def faults(self, *rules: dict) -> Iterator[None]:
+        """Requests fail by these rules (see `loopback_hub.py`) inside the `with` block."""
+        file = self.root / "faults.json"
+        written = file.with_suffix(".new")
+        written.write_text(json.dumps(rules))
+        written.replace(file)
+        try:
+            yield
+        finally:
+            file.unlink()
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """For a subprocess that sees this Hub, no proxy, no token, and no cache but `home`."""
+        foreign = ("HF_", "HUGGING", "TRANSFORMERS_")
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(foreign) and not name.lower().endswith("_proxy")
+        }
+        return kept | {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",  # the server does not speak Xet
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # else datasets asks S3, up to 3 seconds where there is no network
+        }
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory) -> Iterator[LoopbackHub]:
+    """One loopback Hub for the whole run."""
+    root = tmp_path_factory.mktemp("hub")
+    command = [sys.executable, str(Path(__file__).with_name("loopback_hub.py")), "--root", str(root)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        yield LoopbackHub(**json.loads(server.stdout.readline()), root=root)
+        server.stdin.close()  # which ends it
