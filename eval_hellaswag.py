@@ -179,7 +179,7 @@ def progress_on(bar: tqdm, protocols: tuple[str, ...]):
 
 def print_table(report: dict) -> None:
     """The measured numbers with their 95 % intervals, then the published ones they compare with."""
-    print(f"\n{report['model']} on {report['data']}: {report['seconds']:.0f} s, 95 % intervals in brackets")
+    print(f"\n{report['model']} on {report['data']}: {report['seconds']:.0f} s, with 95 % intervals (Wilson)")
     print(f"{'protocol':12}{'acc':>8}{'':18}{'acc_norm':>8}{'':18}{'rows':>8}")
     for protocol, result in report["results"].items():
         cells = ""

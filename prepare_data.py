@@ -18,7 +18,8 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from modeling_gpt2repro.data.prepare import prepare_shards
-from modeling_gpt2repro.data.shards import PreparedShards, clear_unfinished
+from modeling_gpt2repro.data.shard_writer import find_remains
+from modeling_gpt2repro.data.shards import PreparedShards
 from modeling_gpt2repro.data.sources import Source, hub_source, local_source
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, train_tokenizer
 from modeling_gpt2repro.training.command_line import bad_input_exits, parse_command_line
@@ -69,7 +70,7 @@ class PrepareArguments:
             if not any(character in pattern for character in "*?[") and not Path(pattern).is_file():
                 yield f"there is no file {pattern} for --train_files."
         try:
-            clear_unfinished(Path(self.output_dir), dry_run=True)
+            find_remains(Path(self.output_dir))
         except ValueError as error:
             yield str(error)
 

@@ -41,6 +41,13 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     return (weights @ value).transpose(1, 2), weights  # (B, T, H, D)
 
 
+def residual_projection(in_features: int, config: GPT2ReproConfig) -> nn.Linear:
+    """The layer that writes into the residual stream: smaller at initialization, because 2 n_layer of them add up."""
+    linear = nn.Linear(in_features, config.n_embd)
+    linear.initializer_std = config.initializer_range / math.sqrt(2 * config.n_layer)
+    return linear
+
+
 class GPT2ReproAttention(nn.Module):
     """Causal self-attention with H heads."""
 
@@ -52,7 +59,7 @@ class GPT2ReproAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_proj = residual_projection(config.n_embd, config)
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
         """hidden_states (B, T, C) -> mixed (B, T, C), weights (B, H, T, S) or None where they are not computed."""
@@ -73,7 +80,7 @@ class GPT2ReproMLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.act = nn.GELU(approximate="tanh")
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_proj = residual_projection(4 * config.n_embd, config)
 
     def forward(self, hidden_states):
         return self.c_proj(self.act(self.c_fc(hidden_states)))
@@ -120,26 +127,19 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
         | wte.weight (tied to lm_head)   | normal(0, std)                                              |
         | wpe.weight                     | normal(0, `position_initializer_range`), 0.01               |
         | c_attn.weight, c_fc.weight     | normal(0, std)                                              |
-        | c_proj.weight (attn and mlp)   | normal(0, std / sqrt(2 n_layer)): 2 n_layer terms add up    |
-        |                                | in the residual stream (Radford et al. 2019, section 2.3)   |
+        | c_proj.weight (attn and mlp)   | normal(0, std / sqrt(2 n_layer)) (Radford et al. 2019, 2.3) |
         | every bias                     | 0                                                           |
         | ln_*.weight                    | 1                                                           |
         """
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear):
-            init.normal_(module.weight, mean=0.0, std=std)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
+        # Layer by layer: transformers does not call this for modules without parameters of their own where the class
+        # ships its code, so a block cannot set the weights of its layers here.
+        if isinstance(module, nn.Linear | nn.Embedding):
+            std = getattr(module, "initializer_std", self.config.initializer_range)
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
+        if getattr(module, "bias", None) is not None:
             init.zeros_(module.bias)
-        # Children come before their parents, so these two overwrite what the branches above have set.
-        if isinstance(module, (GPT2ReproAttention, GPT2ReproMLP)):
-            init.normal_(module.c_proj.weight, mean=0.0, std=std / math.sqrt(2 * self.config.n_layer))
-        elif isinstance(module, GPT2ReproModel):
-            init.normal_(module.wpe.weight, mean=0.0, std=self.config.position_initializer_range)
 
 
 class GPT2ReproModel(GPT2ReproPreTrainedModel):
@@ -151,6 +151,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.wpe.initializer_std = config.position_initializer_range
         self.h = nn.ModuleList(GPT2ReproBlock(config, layer_idx) for layer_idx in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
@@ -285,6 +286,8 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (B, T, V)
         loss = None
+        if shift_labels is not None:
+            shift_labels = shift_labels.contiguous()  # a slice of rows is not, and the loss views it
         if labels is not None or shift_labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, shift_labels=shift_labels, vocab_size=self.config.vocab_size, **kwargs

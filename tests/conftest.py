@@ -73,3 +73,24 @@ def hub(tmp_path_factory) -> Iterator[LoopbackHub]:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         yield LoopbackHub(**json.loads(server.stdout.readline()), root=root)
         server.stdin.close()  # which ends it
+
+
+@pytest.fixture
+def tiny_config():
+    """A GPT-2 that a test can afford: 3 layers, 4 heads, 64 wide, 64 tokens of context, 97 ids."""
+    from modeling_gpt2repro import GPT2ReproConfig
+
+    return GPT2ReproConfig(
+        n_layer=3, n_head=4, n_embd=64, n_positions=64, vocab_size=97, bos_token_id=0, eos_token_id=0
+    )
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    """The tiny GPT-2 with fresh weights, the same each time."""
+    import torch
+
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+
+    torch.manual_seed(0)
+    return GPT2ReproForCausalLM(tiny_config).eval()

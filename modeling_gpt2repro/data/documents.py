@@ -1,18 +1,21 @@
 """Where text comes from: files on disk or on the Hub, cut into units that are read independently of each other.
 
-A unit is a row group of a parquet file, or 64 MiB of a .txt or .jsonl file. Reading one twice gives the same documents.
+A unit is a row group of a parquet file, or 16 MiB of a .txt or .jsonl file. Reading one twice gives the same documents.
 """
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-RANGE_BYTES = 64 * 2**20
-# A text file is handed on in pieces of about this many characters, so that a part of it can serve for validation.
-PIECE_CHARACTERS = 2_000
+from .hub_files import is_on_hub, retrying
+from .parquet import count_row_groups, read_row_group
+from .text_files import read_lines, read_pieces
+
+RANGE_BYTES = 16 * 2**20
 FILE_KINDS = (".txt", ".jsonl", ".parquet")
+LISTING_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Document:
 
     Args:
         id: The same whatever the machine, the folder and the number of workers; decides who validates.
-        text: Never empty.
+        text: Never empty, and not whitespace alone unless it goes on from the piece before.
         continues: The text goes on from the piece before: no end-of-text in between.
     """
 
@@ -32,7 +35,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one worker reads at a time: `start` to `stop` are bytes of a .txt or .jsonl, row groups of a .parquet."""
+    """What one worker reads at a time: `start` to `stop` are bytes of a .txt or .jsonl, one row group of a .parquet."""
 
     path: str
     start: int
@@ -42,144 +45,87 @@ class Unit:
     @property
     def name(self) -> str:
         """File name and place in it, the same on every machine."""
-        return f"{PurePosixPath(Path(self.path).as_posix()).name}:{self.start}"
+        return f"{Path(self.path).name}:{self.start}"
 
 
 def list_units(paths: list[str], text_column: str = "text") -> list[Unit]:
-    """Cut files (local paths or `hf://` addresses) into units, in their order.
+    """Cut files (local paths or `hf://` addresses of parquet files) into units, in their order.
 
     Raises:
         ValueError: With every problem, one a line: not there, of an unknown kind, empty, without the text column.
     """
-    units, problems = [], []
-    for path in paths:
+
+    def units_or_problem(path: str) -> list[Unit] | str:
         try:
-            units += _units_of(path, text_column)
+            return _units_of(path, text_column)
         except ValueError as error:
-            problems.append(str(error))
+            return str(error)
+
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        found = list(pool.map(units_or_problem, paths))
+    problems = [problem for problem in found if isinstance(problem, str)]
     if problems:
         raise ValueError("\n".join(problems))
-    return units
+    return [unit for units in found for unit in units]
 
 
 def _units_of(path: str, text_column: str) -> list[Unit]:
     if Path(path).suffix not in FILE_KINDS:
         raise ValueError(f"{path} is not of a kind that can be read: {', '.join(FILE_KINDS)}.")
-    if not path.startswith("hf://"):
+    if not is_on_hub(path):
         if not Path(path).is_file():
             raise ValueError(f"there is no file {path}.")
         if Path(path).stat().st_size == 0:
             raise ValueError(f"{path} is empty.")
     if path.endswith(".parquet"):
-        schema, row_groups = _parquet_layout(path)
-        if text_column not in schema:
-            raise ValueError(
-                f"{path} has no column {text_column!r}; it has {', '.join(schema)}: name one by --text_column."
-            )
-        return [Unit(path, group, group + 1, text_column) for group in range(row_groups)]
-    with _open(path) as file:
-        size = file.seek(0, 2)
+        return [Unit(path, group, group + 1, text_column) for group in range(count_row_groups(path, text_column))]
+    size = Path(path).stat().st_size
     return [Unit(path, start, min(start + RANGE_BYTES, size), text_column) for start in range(0, size, RANGE_BYTES)]
 
 
 def read_unit(unit: Unit) -> Iterator[Document]:
-    """Yield the unit's documents, without empty ones.
+    """Yield the unit's documents, without those that hold nothing but whitespace.
 
     Raises:
-        ValueError: On text that is not UTF-8 or a line that is not a JSON object with the text column, with its place.
-        OSError: Where the file cannot be read.
+        ValueError: On text that is not UTF-8, a line that is not a JSON object with the text column, or a damaged
+            parquet file, with the place.
+        ConnectionError: Where the Hub does not answer.
     """
-    if unit.path.endswith(".parquet"):
-        documents = _read_row_group(unit)
-    elif unit.path.endswith(".jsonl"):
-        documents = _read_json_lines(unit)
-    else:
-        documents = _read_text(unit)
-    return (document for document in documents if document.text)
+    read = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".txt": _read_text}[Path(unit.path).suffix]
+    # A row group from the Hub is tried again as a whole, so it is complete before its first document is handed on.
+    documents = retrying(lambda: list(read(unit))) if is_on_hub(unit.path) else read(unit)
+    for document in documents:
+        if document.continues or (document.text and not document.text.isspace()):
+            yield document
 
 
-def _read_row_group(unit: Unit) -> Iterator[Document]:
-    import pyarrow.parquet as pq
-
-    with _open(unit.path) as file:
-        parquet = pq.ParquetFile(file, metadata=_parquet_metadata(unit.path))
-        columns = [unit.text_column] + (["id"] if "id" in parquet.schema_arrow.names else [])
-        row = 0
-        for batch in parquet.iter_batches(columns=columns, row_groups=range(unit.start, unit.stop)):
-            texts = batch.column(unit.text_column).to_pylist()
-            ids = batch.column("id").to_pylist() if "id" in columns else [None] * len(texts)
-            for text, name in zip(texts, ids, strict=True):
-                yield Document(str(name) if name is not None else f"{unit.name}:{row}", text or "")
-                row += 1
+def _read_parquet(unit: Unit) -> Iterator[Document]:
+    for row, (name, text) in enumerate(read_row_group(unit.path, unit.start, unit.text_column)):
+        yield Document(f"{unit.name}:{row}" if name is None else str(name), text or "")
 
 
 def _read_json_lines(unit: Unit) -> Iterator[Document]:
-    for place, line in _lines(unit):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text = row[unit.text_column]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{unit.path}: the line at byte {place} must be a JSON object with a {unit.text_column!r} field."
-            ) from error
-        if not isinstance(text, str):
-            raise ValueError(f"{unit.path}: {unit.text_column!r} in the line at byte {place} is not text.")
-        yield Document(str(row.get("id", f"{Path(unit.path).name}:{place}")), text)
+    for place, line in read_lines(unit.path, unit.start, unit.stop):
+        if not line.isspace():
+            yield _json_document(line, unit, place)
+
+
+def _json_document(line: str, unit: Unit, place: int) -> Document:
+    try:
+        row = json.loads(line)
+        text, name = row[unit.text_column], row.get("id")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{unit.path}: the line at byte {place} must be a JSON object with a {unit.text_column!r} field."
+        ) from error
+    if not isinstance(text, str | None):
+        raise ValueError(f"{unit.path}: {unit.text_column!r} in the line at byte {place} is not text.")
+    if text and "\\u" in line:  # JSON can spell halves of characters, which UTF-8 cannot: U+FFFD in their place
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return Document(f"{Path(unit.path).name}:{place}" if name is None else str(name), text or "")
 
 
 def _read_text(unit: Unit) -> Iterator[Document]:
-    """A .txt file is one document. Its pieces end where whitespace with a line break begins: GPT-2's BPE never merges
-    across such a place, so the pieces' ids are those of the whole."""
-    name, text, piece = Path(unit.path).name, "", 0
-    for _, line in _lines(unit):
-        text += line
-        whole = text.rstrip()
-        if len(whole) >= PIECE_CHARACTERS and "\n" in text[len(whole) :]:
-            yield Document(f"{name}:{unit.start}:{piece}", whole, continues=unit.start + piece > 0)
-            text, piece = text[len(whole) :], piece + 1
-    yield Document(f"{name}:{unit.start}:{piece}", text, continues=unit.start + piece > 0)
-
-
-def _lines(unit: Unit) -> Iterator[tuple[int, str]]:
-    """Lines that begin inside the unit's bytes, with their places."""
-    with _open(unit.path) as file:
-        place = unit.start
-        if place:
-            file.seek(place - 1)
-            place += len(file.readline()) - 1
-        while place < unit.stop and (line := file.readline()):
-            try:
-                yield place, line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{unit.path} is not UTF-8 (byte {place + error.start} is 0x{line[error.start]:02x}): convert it."
-                ) from error
-            place += len(line)
-
-
-def _open(path: str):
-    if path.startswith("hf://"):
-        from huggingface_hub import HfFileSystem
-
-        # Parquet readers ask for the ranges they need; a cache that reads ahead would double the download.
-        return HfFileSystem().open(path, "rb", **({"cache_type": "none"} if path.endswith(".parquet") else {}))
-    return open(path, "rb")
-
-
-@lru_cache(maxsize=256)
-def _parquet_metadata(path: str):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with _open(path) as file:
-        try:
-            return pq.ParquetFile(file).metadata
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path} is not a complete parquet file ({error}).") from error
-
-
-def _parquet_layout(path: str) -> tuple[list[str], int]:
-    metadata = _parquet_metadata(path)
-    return metadata.schema.to_arrow_schema().names, metadata.num_row_groups
+    """The unit is one document in pieces."""
+    for number, text in enumerate(read_pieces(unit.path, unit.start, unit.stop)):
+        yield Document(f"{unit.name}:{number}", text, continues=number > 0)

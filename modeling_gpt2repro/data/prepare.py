@@ -5,6 +5,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from .documents import Document, Unit
-from .shards import PreparedShards, ShardWriter, clear_unfinished, open_shards, write_manifest
+from .shard_writer import ShardWriter, begin_preparation, write_manifest
+from .shards import PreparedShards, open_shards
 from .sources import Source
 from .tokenizer import save_tokenizer, text_encoder
 
@@ -22,13 +24,13 @@ class TokenizedUnit:
     """What became of one unit: per split its ids (n,) uint16, documents, and UTF-8 bytes of text."""
 
     ids: dict[str, np.ndarray]
-    documents: dict[str, int]
     text_bytes: dict[str, int]
 
 
 def validates(document_id: str, share: float) -> bool:
     """Whether a document belongs to validation: by its id's hash, whatever stands around it and whoever asks."""
-    return int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8], "big") < share * 2**64
+    digest = hashlib.sha256(document_id.encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def tokenize_documents(
@@ -36,18 +38,17 @@ def tokenize_documents(
 ) -> TokenizedUnit:
     """Encode documents, each after an end-of-text token; pieces that go on from the one before have none."""
     parts: dict[str, list[np.ndarray]] = {"train": [], "validation": []}
-    counts, text_bytes = {"train": 0, "validation": 0}, {"train": 0, "validation": 0}
+    text_bytes = {"train": 0, "validation": 0}
     mark, previous = np.array([end_of_text], dtype=np.uint16), None
     for document in documents:
         split = "validation" if validates(document.id, validation_share) else "train"
         if not (document.continues and split == previous):
             parts[split].append(mark)
-            counts[split] += 1
         parts[split].append(encode(document.text))
         text_bytes[split] += len(document.text.encode())
         previous = split
     ids = {split: np.concatenate(arrays) if arrays else np.empty(0, np.uint16) for split, arrays in parts.items()}
-    return TokenizedUnit(ids, counts, text_bytes)
+    return TokenizedUnit(ids, text_bytes)
 
 
 def prepare_shards(
@@ -71,36 +72,40 @@ def prepare_shards(
         on_progress: Called after each unit with units done, units in all, and training tokens so far.
 
     Raises:
-        ValueError: If `output_dir` is in use, or the text is unusable.
+        ValueError: If `output_dir` is in use, or the text is unusable, or none of it falls to a split.
     """
     output_dir = Path(output_dir)
-    clear_unfinished(output_dir)
+    begin_preparation(output_dir)
     sha256 = save_tokenizer(tokenizer, output_dir / "tokenizer")
     encode = text_encoder(tokenizer)
-    writers = {split: ShardWriter(output_dir, split, shard_tokens) for split in ("train", "validation")}
+    end_of_text = tokenizer.eos_token_id
+    train = ShardWriter(output_dir, "train", shard_tokens, end_of_text, max_tokens)
+    writers = {"train": train, "validation": ShardWriter(output_dir, "validation", shard_tokens, end_of_text)}
 
     def tokenized(unit: Unit) -> TokenizedUnit:
-        return tokenize_documents(source.read(unit), encode, tokenizer.eos_token_id, validation_share)
+        return tokenize_documents(source.read(unit), encode, end_of_text, validation_share)
 
-    for done, unit in enumerate(in_order(tokenized, source.units, workers), start=1):
-        for split, writer in writers.items():
-            ids = unit.ids[split]
-            if split == "train" and max_tokens is not None:
-                ids = ids[: max_tokens - writer.tokens]
-            writer.append(ids)
-            writer.documents += unit.documents[split]
-            writer.text_bytes += unit.text_bytes[split]
-        on_progress(done, len(source.units), writers["train"].tokens)
-        if max_tokens is not None and writers["train"].tokens >= max_tokens:
-            break
-    if writers["train"].tokens == 0:
+    with closing(in_order(tokenized, source.units, workers)) as units:
+        for done, unit in enumerate(units, start=1):
+            for split, writer in writers.items():
+                writer.append(unit.ids[split], unit.text_bytes[split])
+            on_progress(done, len(source.units), train.tokens)
+            if train.is_full:
+                break
+    if not any(writer.tokens for writer in writers.values()):
         raise ValueError("there is no text in the source: every document is empty.")
+    for split, wanted in (("train", 1 - validation_share), ("validation", validation_share)):
+        if wanted and not writers[split].tokens:
+            raise ValueError(
+                f"none of the text fell to the {split} split (validation_share {validation_share}): give more text, or "
+                "another --validation_share."
+            )
     write_manifest(
         output_dir,
         {
             "source": source.description,
             "tokenizer": {"name": tokenizer_name, "vocab_size": len(tokenizer), "sha256": sha256},
-            "end_of_text_id": tokenizer.eos_token_id,
+            "end_of_text_id": end_of_text,
             "validation_share": validation_share,
             "splits": {split: writer.finish() for split, writer in writers.items()},
         },

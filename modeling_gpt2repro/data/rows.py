@@ -22,7 +22,8 @@ class TokenRows:
     """
 
     def __init__(self, shards: list[np.ndarray], block_size: int, name: str = "training"):
-        self.shards, self.block_size = shards, block_size
+        # Plain views: slicing a memory map makes another memory map, which takes longer than the copy.
+        self.shards, self.block_size = [np.asarray(shard) for shard in shards], block_size
         self.starts = np.cumsum([0, *map(len, shards)])
         tokens = int(self.starts[-1])
         if tokens < block_size + 1:

@@ -5,7 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from glob import glob
 
+from huggingface_hub.errors import HTTPError
+
 from .documents import Document, Unit, list_units, read_unit
+from .hub_files import is_on_hub, retrying
 from .python_prose import python_prose_documents
 
 # The corpus that every Python carries: nothing to download.
@@ -37,8 +40,10 @@ def local_source(patterns: list[str], text_column: str = "text") -> Source:
     Raises:
         ValueError: With every problem, one a line.
     """
-    paths = [path for pattern in patterns for path in (sorted(glob(pattern)) or [pattern])]
-    return Source(list_units(paths, text_column), {"files": [os.path.basename(path) for path in paths]})
+    found = [path for pattern in patterns for path in (sorted(glob(pattern, recursive=True)) or [pattern])]
+    paths = list(dict.fromkeys(found))  # two patterns may match the same file
+    description = {"files": [os.path.basename(path) for path in paths], "text_column": text_column}
+    return Source(list_units(paths, text_column), description)
 
 
 def hub_source(
@@ -55,22 +60,29 @@ def hub_source(
     """
     name = dataset + (f" ({config})" if config else "")
     try:
-        paths = _data_files(dataset, config, split, revision)
-    except ConnectionError as error:  # what `datasets` raises offline, too
-        raise ValueError(_unreachable(name, error)) from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the Hub's dataset {name} does not open: {' '.join(str(error).split())}") from error
-    if not all(path.endswith(".parquet") for path in paths):
-        raise ValueError(
-            f"the files of {name} are not parquet: give --dataset_revision refs/convert/parquet, the Hub's conversion."
-        )
-    commit = paths[0].split("@", 1)[1].split("/", 1)[0] if "@" in paths[0] else revision
-    try:
+        paths = retrying(lambda: _data_files(dataset, config, split, revision))
+        if not all(path.endswith(".parquet") for path in paths):
+            raise ValueError("its files are not parquet: give --dataset_revision refs/convert/parquet, a conversion.")
         units = list_units(paths, text_column)
-    except OSError as error:
-        raise ValueError(_unreachable(name, error)) from error
-    description = {"dataset": dataset, "config": config, "split": split, "revision": commit, "files": len(paths)}
-    return Source(units, description)
+    except ConnectionError as error:  # what `datasets` raises offline, too
+        raise ValueError(
+            f"the Hub cannot be reached for {name} ({' '.join(str(error).split())}): without a network, train with "
+            "--preset quickstart, or prepare data where there is one and give --shards DIR."
+        ) from error
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:  # RuntimeError: it is a script
+        raise ValueError(f"the Hub's dataset {name} does not open: {' '.join(str(error).split())}") from error
+    commit = paths[0].split("@", 1)[1].split("/", 1)[0] if is_on_hub(paths[0]) else revision
+    return Source(
+        units,
+        {
+            "dataset": dataset,
+            "config": config,
+            "split": split,
+            "revision": commit,
+            "files": len(paths),
+            "text_column": text_column,
+        },
+    )
 
 
 def _data_files(dataset: str, config: str | None, split: str, revision: str | None) -> list[str]:
@@ -81,10 +93,3 @@ def _data_files(dataset: str, config: str | None, split: str, revision: str | No
     if split not in files:
         raise ValueError(f"it has no split {split!r}, but {', '.join(map(str, files)) or 'none'}.")
     return list(files[split])
-
-
-def _unreachable(name: str, error: Exception) -> str:
-    return (
-        f"the Hub cannot be reached for {name} ({type(error).__name__}): without a network, train with --preset "
-        "quickstart, or prepare data where there is one and give --shards DIR."
-    )

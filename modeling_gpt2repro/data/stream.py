@@ -7,8 +7,7 @@ that are p modulo P. The state is two numbers a lane: which unit, and which toke
 """
 
 import hashlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -22,8 +21,6 @@ from .sources import Source
 from .tokenizer import text_encoder
 
 MOST_LANES = 64
-# A unit that cannot be read is tried again after 1, 2, 4, ... seconds: a busy Hub answers 429 for about a minute.
-RETRIES = 7
 
 
 class StreamedBatches:
@@ -37,7 +34,8 @@ class StreamedBatches:
         threads: Units read ahead at the same time.
 
     Raises:
-        ValueError: If the source has too few units for a validation split or for this number of processes.
+        ValueError: If the source has too few units for a validation split or for this number of processes; later, if
+            there is no text in it.
     """
 
     def __init__(
@@ -57,7 +55,8 @@ class StreamedBatches:
         by_hash = sorted(source.units, key=lambda unit: hashlib.sha256(unit.name.encode()).digest())
         held_out = max(1, round(validation_share * len(by_hash)))
         self.validation_units = by_hash[:held_out]
-        self.units = [unit for unit in source.units if unit not in set(self.validation_units)]
+        validation = set(self.validation_units)
+        self.units = [unit for unit in source.units if unit not in validation]
         # A power of two, so that 1, 2, 4, 8, ... processes can share the lanes.
         self.lanes = 1 << min(MOST_LANES.bit_length() - 1, len(self.units).bit_length() - 1)
         if self.lanes % shape.num_processes:
@@ -107,6 +106,7 @@ class StreamedBatches:
         self.next_step = state["next_step"]
         self.positions = {lane: list(state["lanes"][str(lane)]) for lane in self.positions}
         self._open.clear()
+        self._ahead.clear()
 
     def close(self):
         """Stop reading ahead."""
@@ -114,7 +114,7 @@ class StreamedBatches:
 
     def _next_row(self, lane: int) -> np.ndarray:
         """The lane's next T + 1 ids; its place moves on by T."""
-        unit, place = self.positions[lane]
+        (unit, place), opened = self.positions[lane], 0
         row, filled = np.empty(self.shape.block_size + 1, dtype=np.int64), 0
         while True:
             ids = self._unit_ids(lane, unit)
@@ -123,7 +123,9 @@ class StreamedBatches:
             filled, place = filled + len(part), place + len(part)
             if filled == len(row):
                 break
-            unit, place = unit + 1, 0
+            unit, place, opened = unit + 1, 0, opened + 1
+            if not filled and opened > len(self.units):
+                raise ValueError("there is no text in the source: every document is empty.")
         # The last id is the first input of the next row; it may be the only one taken from its unit.
         self.positions[lane] = [unit, place - 1]
         return row
@@ -143,19 +145,9 @@ class StreamedBatches:
         return self._tokenize(unit, shuffle=(self.shape.seed, epoch, within)).ids["train"]
 
     def _tokenize(self, unit: Unit, shuffle: tuple[int, ...] | None = None) -> TokenizedUnit:
-        documents = retrying(lambda: list(self.source.read(unit)))
+        documents = list(self.source.read(unit))
         # Pieces of one text stay in their order; documents of their own are shuffled.
         if shuffle and not any(document.continues for document in documents):
             draws = np.random.PCG64(np.random.SeedSequence(shuffle)).random_raw(len(documents))
             documents = [documents[i] for i in np.argsort(draws, kind="stable")]
         return tokenize_documents(documents, self.encode, self.end_of_text, validation_share=0.0)
-
-
-def retrying(work: Callable, retries: int = RETRIES, wait_seconds: float = 1.0):
-    """Call `work`; on a network or file error wait, twice as long each time, and try again; then let the error out."""
-    for attempt in range(retries):
-        try:
-            return work()
-        except OSError:
-            time.sleep(wait_seconds * 2**attempt)
-    return work()

@@ -79,7 +79,12 @@ def data_from_stream(
     """
     batches = StreamedBatches(source, tokenizer, shape, validation_share)
     validation, bytes_per_token = batches.validation_rows(validation_tokens)
-    identity = {"data": source.description, "tokenizer": tokenizer_sha256(tokenizer), **order_identity(shape)}
+    identity = {
+        "data": source.description,
+        "validation_share": validation_share,
+        "tokenizer": tokenizer_sha256(tokenizer),
+        **order_identity(shape),
+    }
     name = source.description.get("dataset", "files")
     summary = f"{name}, streamed: {len(batches.units):,} units in {batches.lanes} lanes"
     return TrainingData(tokenizer, batches, validation, bytes_per_token, identity, summary)

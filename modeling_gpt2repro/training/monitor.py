@@ -70,7 +70,8 @@ class Monitor:
             left = self.progress.train_seconds / step * (self.total_steps - step)
             self.say(
                 f"step {step:>6}/{self.total_steps} | loss {loss:7.4f} | norm {grad_norm:6.3f} | "
-                f"lr {learning_rate:.2e} | {1000 * seconds:5.0f} ms | {tokens_per_second:9,.0f} tokens/s | {readable_duration(left)} left"
+                f"lr {learning_rate:.2e} | {1000 * seconds:5.0f} ms | {tokens_per_second:9,.0f} tokens/s | "
+                f"{readable_duration(left)} left"
             )
 
     def evaluated(self, numbers: dict):

@@ -1,0 +1,244 @@
+"""train_accelerate.py, run as people run it, against a plain loop around stock GPT-2 and against itself."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "seed": 11}
+STEPS, ROWS = 30, 8
+RECIPE = {
+    **SHAPE,
+    "train_tokens": STEPS * ROWS * 32,
+    "tokens_per_step": ROWS * 32,
+    "warmup_tokens": 5 * ROWS * 32,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "eval_tokens": 640,
+    "eval_steps": 10,
+    "save_steps": 10,
+    "sample_tokens": 5,
+    "num_samples": 2,
+    "hellaswag": "none",
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """A few thousand tokens of made-up prose, prepared with a tokenizer of 300 ids, in several shards."""
+    from modeling_gpt2repro.data.prepare import prepare_shards
+    from modeling_gpt2repro.data.sources import local_source
+    from modeling_gpt2repro.data.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("shards")
+    words = ["the", "a", "cat", "dog", "tree", "house", "sees", "runs", "under", "over", "big", "small", "and", "then"]
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(words, k=60)) + "." for _ in range(80)]
+    (folder / "prose.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    tokenizer = train_tokenizer(texts, 300)
+    source = local_source([str(folder / "prose.jsonl")])
+    prepare_shards(source, tokenizer, "toy", folder / "tokens", validation_share=0.1, shard_tokens=1500)
+    return folder / "tokens"
+
+
+def as_flags(recipe: dict) -> list[str]:
+    return [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
+
+
+def train(output_dir: Path, shards: Path, processes: int = 1, check: bool = True, **overrides):
+    """Run the script in processes of its own, in fp32 on the CPU with one thread."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    flags = as_flags({"shards": shards, "output_dir": output_dir, **RECIPE, **overrides})
+    return subprocess.run(
+        [*launcher, str(ROOT / "train_accelerate.py"), *flags],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=120,
+    )
+
+
+def rows_of(output_dir: Path, name: str = "loss") -> list[float]:
+    from modeling_gpt2repro.training.metrics import read_metrics
+
+    return [row[name] for row in read_metrics(output_dir) if name in row]
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory) -> tuple[Path, str]:
+    """One whole run on one process, and what it printed."""
+    output_dir = tmp_path_factory.mktemp("runs") / "one"
+    return output_dir, train(output_dir, shards).stdout
+
+
+def plain_losses(shards: Path) -> list[float]:
+    """The same training with stock GPT-2 in a plain loop: none of our training code, none of our data code."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+
+    torch.manual_seed(SHAPE["seed"])  # the weights that the script starts from
+    shape = {"vocab_size": 300, "n_positions": 32, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    start = GPT2ReproForCausalLM(GPT2ReproConfig(**shape, bos_token_id=0, eos_token_id=0)).state_dict()
+    conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    start = {name: weight.t() if name.endswith(conv1d) else weight for name, weight in start.items()}
+    model = GPT2LMHeadModel(GPT2Config(**shape, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    model.load_state_dict(start)
+
+    ids = np.concatenate([np.load(path) for path in sorted(shards.glob("train_*.npy"))]).astype(np.int64)
+    rows = np.stack([ids[i : i + 33] for i in range(0, len(ids) - 32, 32)])
+    order = []
+    for epoch in range(10):
+        draws = np.random.PCG64(np.random.SeedSequence([SHAPE["seed"], epoch])).random_raw(len(rows))
+        order += np.argsort(draws, kind="stable").tolist()
+
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.95), eps=1e-8
+    )
+    losses = []
+    for step in range(STEPS):
+        rate = 1e-2 * (step + 1) / 5
+        if step >= 5:
+            rate = 1e-3 + 0.5 * (1e-2 - 1e-3) * (1 + math.cos(math.pi * (step - 5) / (STEPS - 5)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = torch.from_numpy(rows[order[step * ROWS : (step + 1) * ROWS]])
+        logits = model(batch[:, :-1]).logits
+        loss = nn.functional.cross_entropy(logits.reshape(-1, 300), batch[:, 1:].reshape(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_the_losses_equal_those_of_a_plain_loop_around_stock_gpt2(finished, shards):
+    losses, expected = rows_of(finished[0]), plain_losses(shards)
+    assert len(losses) == STEPS
+    assert expected[0] == pytest.approx(math.log(300), abs=0.1)
+    assert expected[-1] < expected[0] - 1
+    assert losses == pytest.approx(expected, abs=1e-5)
+
+
+def test_two_processes_equal_one(finished, shards, tmp_path):
+    train(tmp_path / "two", shards, processes=2, per_device_train_batch_size=2)
+    for name in ("loss", "grad_norm", "validation_loss"):
+        assert rows_of(tmp_path / "two", name) == pytest.approx(rows_of(finished[0], name), abs=1e-5), name
+
+
+def test_stop_and_resume_equal_never_stopped(finished, shards, tmp_path):
+    train(tmp_path / "run", shards)
+    # As if it had been killed after step 20: the later checkpoint and the export are gone, the log goes on to 30.
+    for path in [*(tmp_path / "run/step-000030").rglob("*"), *(tmp_path / "run/model").rglob("*")]:
+        if path.is_file():
+            path.unlink()
+    again = train(tmp_path / "run", shards, resume_from_checkpoint="latest")
+    assert "going on from step 20" in again.stdout
+    assert rows_of(tmp_path / "run") == rows_of(finished[0])
+    expected = (finished[0] / "model/model.safetensors").read_bytes()
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == expected
+
+
+def test_a_run_leaves_what_it_says(finished):
+    output_dir, printed = finished
+    names = {path.name for path in output_dir.iterdir()}
+    assert names == {
+        "run.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "loss.png",
+        "model",
+        "step-000010",
+        "step-000020",
+        "step-000030",
+    }
+    assert (output_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "guessing evenly, ln(vocabulary) 5.70" in printed
+    assert f'model="{(output_dir / "model").as_posix()}", trust_remote_code=True' in printed
+    validation = rows_of(output_dir, "validation_loss")
+    assert len(validation) == 4  # steps 0, 10, 20 and, on the saved weights, 30
+    assert validation[-1] < validation[0] - 1
+    assert set(rows_of(output_dir, "validation_tokens")) == {640}
+
+
+@pytest.mark.parametrize("folder", ["model", "step-000020"])
+def test_the_folder_talks_in_a_clean_process_without_our_package(finished, folder):
+    program = """
+import sys
+folder = sys.argv[1]
+sys.path = [path for path in sys.path if not path.startswith(sys.argv[2])]
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
+try:
+    import modeling_gpt2repro
+    raise SystemExit("our package is there: this would prove nothing")
+except ModuleNotFoundError:
+    pass
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+talk = pipeline("text-generation", model=folder, trust_remote_code=True)
+print(repr(talk("the cat", max_new_tokens=8, do_sample=False)[0]["generated_text"]))
+print(type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__)
+again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+assert again.lm_head.weight is again.transformer.wte.weight
+again.save_pretrained(sys.argv[3])
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[3], trust_remote_code=True)).__name__)
+"""
+    path = finished[0] / folder
+    assert {p.name for p in path.glob("*.py")} == {"configuration_gpt2repro.py", "modeling_gpt2repro.py"}
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", program, str(path), str(ROOT), str(finished[0].parent / f"again-{folder}")],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(finished[0].parent / "home")},
+        cwd=finished[0].parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    text, base, causal = result.stdout.splitlines()
+    assert text.startswith("'the cat")
+    assert len(text) > len("'the cat'")
+    assert (base, causal) == ("GPT2ReproModel", "GPT2ReproForCausalLM")
+
+
+def test_an_output_dir_that_holds_another_run_is_left_alone(finished, shards):
+    before = (finished[0] / "metrics.jsonl").read_bytes()
+    result = train(finished[0], shards, check=False)
+    assert result.returncode == 2
+    assert "holds another run: go on with it by --resume_from_checkpoint latest" in result.stderr
+    assert (finished[0] / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_order_of_the_data_cannot_be_resumed(finished, shards):
+    result = train(finished[0], shards, check=False, resume_from_checkpoint="latest", seed=12)
+    assert result.returncode == 2
+    assert "was made with seed 11, not 12" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_processes_that_do_not_see_each_other_are_stopped(shards, tmp_path):
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0", "ACCELERATE_MIXED_PRECISION": "no"}
+    environment.pop("ACCELERATE_USE_CPU", None)
+    flags = as_flags({"shards": shards, "output_dir": tmp_path / "run", **RECIPE, "per_device_train_batch_size": 2})
+    program = (
+        "import torch; torch.cuda.is_available = lambda: False\nimport sys, train_accelerate as t; t.main(sys.argv[1:])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2, result.stderr
+    assert "started 2 processes, but each sees 1" in result.stderr
+    assert not (tmp_path / "run").exists()
