@@ -1,7 +1,7 @@
 """Score a causal language model on HellaSwag: a folder of ours, a model on the Hub, or stock GPT-2.
 
     python eval_hellaswag.py                                             # GPT-2 124M, 10,042 rows, both protocols
-    python eval_hellaswag.py --model runs/gpt2-124m/final --output runs/gpt2-124m/hellaswag.json
+    python eval_hellaswag.py --model runs/gpt2-124m/model --output runs/gpt2-124m/hellaswag.json
     python eval_hellaswag.py --data hellaswag_val.jsonl --dtype bfloat16   # a local file: nothing is downloaded
 
 Two protocols share the name HellaSwag and give different numbers; modeling_gpt2repro/evaluation/hellaswag.py says how.
@@ -28,6 +28,7 @@ from modeling_gpt2repro.evaluation.hellaswag_rows import (
     OFFICIAL_ROWS,
     OFFICIAL_SHA256,
     PROTOCOLS,
+    HellaSwagRow,
     check_hellaswag_source,
     load_hellaswag,
 )
@@ -105,7 +106,7 @@ class EvalHellaSwagArguments:
 def main(argv: list[str] | None = None) -> None:
     args = parse_command_line(EvalHellaSwagArguments, argv, description=__doc__.splitlines()[0])
     with bad_input_exits():
-        rows = load_hellaswag(args.data, args.limit)
+        rows = load_rows(args)
         model, tokenizer = load_model(args)
     start = time.perf_counter()
     with tqdm(total=len(rows), unit="row") as bar, bad_input_exits():
@@ -126,6 +127,14 @@ def main(argv: list[str] | None = None) -> None:
     print_table(report)
     if args.output:
         write_json(report, args.output)
+
+
+def load_rows(args: EvalHellaSwagArguments) -> list[HellaSwagRow]:
+    """The rows to score; ValueError that names the flag where they cannot be had."""
+    try:
+        return load_hellaswag(args.data, args.limit)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--data: {error}") from error
 
 
 def load_model(args: EvalHellaSwagArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -107,14 +107,14 @@ def _records_of_hub(name: str) -> Iterator[tuple[str, object]]:
         dataset = datasets.load_dataset(name, split="validation")
     except ConnectionError as error:
         raise ConnectionError(
-            f"the dataset {name} could not be reached on the Hub: check the connection, or give a local "
-            "hellaswag_val.jsonl with --data."
+            f"the dataset {name} could not be reached on the Hub: check the connection, or name a local "
+            "hellaswag_val.jsonl in its place."
         ) from error
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"the validation split of the dataset {name} could not be loaded ({reason}): check the name, or give a "
-            "local hellaswag_val.jsonl with --data."
+            f"the validation split of the dataset {name} could not be loaded ({reason}): check it, or name a local "
+            "hellaswag_val.jsonl in its place."
         ) from error
     for number, record in enumerate(dataset, start=1):
         yield f"{name}, row {number}", record

@@ -4,6 +4,21 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+def check_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, n_positions: int) -> int:
+    """The prompt's length in tokens.
+
+    Raises:
+        ValueError: If it is empty or leaves no room in the context.
+    """
+    length = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    if not 0 < length < n_positions:
+        raise ValueError(
+            f"the prompt has {length} tokens; it needs at least 1 and, in a context of {n_positions}, at most "
+            f"{n_positions - 1}: give another."
+        )
+    return length
+
+
 @torch.no_grad()
 def sample_texts(
     model: PreTrainedModel,
@@ -25,14 +40,8 @@ def sample_texts(
     Raises:
         ValueError: If the prompt leaves no room in the context.
     """
+    room = model.config.n_positions - check_prompt(prompt, tokenizer, model.config.n_positions)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
-    length = ids["input_ids"].shape[1]
-    room = model.config.n_positions - length
-    if room < 1 or length == 0:
-        raise ValueError(
-            f"the prompt has {length} tokens; the context holds {model.config.n_positions}, and the prompt needs "
-            "at least one token and room for one more."
-        )
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
