@@ -34,7 +34,7 @@ from modeling_gpt2repro.data.training_data import (
 )
 from modeling_gpt2repro.evaluation.hellaswag import count_correct, score_hellaswag, summarize_counts
 from modeling_gpt2repro.evaluation.hellaswag_rows import HellaSwagRow, load_hellaswag
-from modeling_gpt2repro.evaluation.samples import sample_texts
+from modeling_gpt2repro.evaluation.samples import check_prompt, sample_texts
 from modeling_gpt2repro.evaluation.validation import summed_loss, unigram_entropy, validation_numbers
 from modeling_gpt2repro.hub.folder import save_hub_folder
 from modeling_gpt2repro.training import checkpoints
@@ -51,7 +51,7 @@ from modeling_gpt2repro.training.optimizer import build_optimizer
 from modeling_gpt2repro.training.plot import plot_loss
 from modeling_gpt2repro.training.presets import PRESETS
 from modeling_gpt2repro.training.progress import TrainProgress, is_due
-from modeling_gpt2repro.training.record import write_run_record
+from modeling_gpt2repro.training.record import make_writable, write_run_record
 from modeling_gpt2repro.training.schedule import learning_rate_at, set_learning_rate
 from modeling_gpt2repro.training.step import train_step
 
@@ -137,12 +137,10 @@ def start_accelerator(args: TrainArguments) -> Accelerator:
 def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
     """Open everything that the arguments name, and go on where the checkpoint stood, if there is one."""
     output_dir = Path(args.output_dir)
+    make_writable(output_dir)
     checkpoint = checkpoints.find_resume_checkpoint(args.resume_from_checkpoint, output_dir)
-    if accelerator.is_main_process:
-        hardware = {"device": device_name(accelerator.device), "processes": accelerator.num_processes}
-        write_run_record(args, {**hardware, "precision": accelerator.mixed_precision})
-    accelerator.wait_for_everyone()
     data = open_data(args, accelerator)
+    check_prompt(args.sample_prompt, data.tokenizer, args.block_size)
     progress = TrainProgress()
     if checkpoint:
         state = checkpoints.read_state(checkpoint, data.identity)
@@ -159,6 +157,9 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
     monitor = Monitor(
         accelerator, output_dir, args.total_steps, args.logging_steps, progress, progress.step if checkpoint else None
     )
+    if accelerator.is_main_process:
+        hardware = {"device": device_name(accelerator.device), "processes": accelerator.num_processes}
+        write_run_record(args, {**hardware, "precision": accelerator.mixed_precision})
     if args.report_to != "none":
         accelerator.init_trackers("gpt2repro", config={k: v for k, v in vars(args).items() if v is not None})
     return Run(args, accelerator, data, hellaswag, model, optimizer, progress, monitor)

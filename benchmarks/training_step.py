@@ -3,11 +3,11 @@
     python -m benchmarks.training_step                                      # tiny, eager, fp32
     python -m benchmarks.training_step --shape 124m --dtype bf16 --compile  # 124M as it is trained
 
-Ours is what `train_accelerate.py` runs: Accelerator, `prepare`, `build_optimizer`, `train_step`. The other is a loop as
-one writes it by hand: `GPT2LMHeadModel` without dropout, `torch.autocast`, fused AdamW with the same two groups,
-`clip_grad_norm_`. Both start with the same weights and see the same rows, so their losses must agree. They take turns in
-one process, round by round, and which goes first alternates; the figure is the median of the rounds' ratios, for which
-a machine that is now fast and now slow does little harm. Memory is measured in a process each.
+Ours is what `train_accelerate.py` runs: Accelerator, `prepare`, `build_optimizer`, `train_step`. The other is a loop
+written by hand: `GPT2LMHeadModel` without dropout, `torch.autocast`, fused AdamW with the same two groups,
+`clip_grad_norm_`. Both start with the same weights and see the same rows, so their losses must agree. They take turns
+in one process, and which goes first alternates; the figure is the median of the rounds' ratios, so that a machine that
+is now fast and now slow does little harm. Memory is measured in a process each.
 """
 
 import json
@@ -19,6 +19,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -110,7 +111,9 @@ def main(argv: list[str] | None = None):
         add_to_file(Path(args.output), result)
 
 
-def build_step(side: str, args: BenchmarkArguments, weights: dict[str, torch.Tensor] | None = None):
+def build_step(
+    side: str, args: BenchmarkArguments, weights: dict[str, torch.Tensor] | None = None
+) -> tuple[nn.Module, Step]:
     """One side's model in training mode and its step, on the device; fresh weights where none are given."""
     torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32, on both sides
     set_seed(SEED)
@@ -200,21 +203,17 @@ def take_turns(args: BenchmarkArguments) -> tuple[dict, dict, dict]:
         rows = [args.draw_step(first_step + offset) for offset in range(args.steps)]
         for side in ("ours", "stock") if number % 2 == 0 else ("stock", "ours"):
             started, cpu_started = time.perf_counter(), time.process_time()
-            losses[side] += [steps[side](micro_batches) for micro_batches in rows]  # a loss's `.item()` waits for the GPU
-            synchronize(args.device)
+            losses[side] += [steps[side](micro_batches) for micro_batches in rows]
+            if args.device == "cuda":
+                torch.cuda.synchronize()  # the last update
             seconds[side].append(time.perf_counter() - started)
             cpu_seconds[side].append(time.process_time() - cpu_started)
     return seconds, cpu_seconds, losses
 
 
-def synchronize(device: str):
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def in_fresh_process(function: Callable, *arguments):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+def in_fresh_process(function: Callable[..., int], *arguments) -> int:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def peak_memory(side: str, args: BenchmarkArguments) -> int:

@@ -198,12 +198,6 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         T = inputs_embeds.shape[1]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        # A static cache counts in a tensor; reading it here would make the device wait.
-        if isinstance(past, int) and position_ids is None and past + T > self.config.n_positions:
-            raise ValueError(
-                f"the context of {past + T} tokens is longer than n_positions ({self.config.n_positions}): "
-                "shorten the prompt, or ask for fewer new tokens."
-            )
         # Masks are built from given positions only: under torch.compile any positions cost a mask tensor, and plain
         # causal attention without one is up to 1.4 times as fast.
         causal_mask = create_causal_mask(
@@ -218,6 +212,17 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T)
             else:
                 position_ids = (torch.arange(T, device=inputs_embeds.device) + past).unsqueeze(0)  # (1, T)
+        # Padding and packing may make a row longer than its positions, so the largest one decides; it is read, which
+        # makes the device wait, in doubtful cases only. A static cache counts in a tensor, which is left alone.
+        if (
+            isinstance(past, int)
+            and past + T > self.config.n_positions
+            and position_ids.max() >= self.config.n_positions
+        ):
+            raise ValueError(
+                f"the context of {past + T} tokens is longer than n_positions ({self.config.n_positions}): "
+                "shorten the prompt, or ask for fewer new tokens."
+            )
         hidden_states = inputs_embeds + self.wpe(position_ids)  # (B, T, C)
         for block in self.h:
             hidden_states = block(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -94,3 +95,49 @@ def tiny_model(tiny_config):
 
     torch.manual_seed(0)
     return GPT2ReproForCausalLM(tiny_config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_texts() -> list[str]:
+    """200 documents of some 300 characters: a text is one to five lines of words."""
+    random = Random(0)
+    words = [
+        "the",
+        "a",
+        "sea",
+        "ship",
+        "captain",
+        "water",
+        "land",
+        "wind",
+        "of",
+        "to",
+        "in",
+        "and",
+        "over",
+        "was",
+        "cold",
+    ]
+    lines = [" ".join(random.choices(words, k=random.randint(5, 40))).capitalize() + "." for _ in range(600)]
+    return ["\n".join(random.choices(lines, k=random.randint(1, 5))) for _ in range(200)]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_texts):
+    """A byte-level BPE of 300 ids, trained on `tiny_texts`."""
+    from modeling_gpt2repro.data.tokenizer import train_tokenizer
+
+    return train_tokenizer(tiny_texts, vocab_size=300)
+
+
+@pytest.fixture(scope="session")
+def token_shards(tiny_texts, tiny_tokenizer, tmp_path_factory):
+    """`tiny_texts` prepared: some 20,000 training tokens in shards of 5,000, a tenth as many for validation."""
+    from modeling_gpt2repro.data.prepare import prepare_shards
+    from modeling_gpt2repro.data.sources import local_source
+
+    folder = tmp_path_factory.mktemp("token_shards")
+    file = folder / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_texts))
+    source = local_source([str(file)])
+    return prepare_shards(source, tiny_tokenizer, "tiny", folder / "shards", 0.1, shard_tokens=5_000)

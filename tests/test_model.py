@@ -195,8 +195,22 @@ def test_gradient_checkpointing_changes_no_gradient(carried):
 
 def test_a_context_that_is_too_long_is_refused_in_words(tiny_model):
     length = tiny_model.config.n_positions + 1
-    with pytest.raises(ValueError, match=rf"context of {length} tokens is longer than n_positions \({length - 1}\)"):
-        tiny_model(torch.zeros(1, length, dtype=torch.long))
+    ids = torch.zeros(1, length, dtype=torch.long)
+    told = rf"context of {length} tokens is longer than n_positions \({length - 1}\)"
+    with pytest.raises(ValueError, match=told):
+        tiny_model(ids)
+    with pytest.raises(ValueError, match=told):
+        tiny_model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    with pytest.raises(ValueError, match=told):
+        tiny_model.generate(ids[:, :5], max_new_tokens=length, min_new_tokens=length, pad_token_id=0)
+
+
+def test_padding_beyond_the_context_is_no_part_of_it(tiny_model):
+    ids = torch.zeros(1, tiny_model.config.n_positions + 8, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[:, :8] = 0
+    padded = tiny_model(ids, attention_mask=mask).logits[:, 8:]
+    torch.testing.assert_close(padded, tiny_model(ids[:, 8:]).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

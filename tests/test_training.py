@@ -210,9 +210,10 @@ def test_an_unknown_preset_is_named_with_those_there_are(capsys):
 
 
 def test_the_run_record_can_be_read_back(tmp_path):
-    from modeling_gpt2repro.training.record import write_run_record
+    from modeling_gpt2repro.training.record import make_writable, write_run_record
 
     args = TrainArguments(output_dir=str(tmp_path / "run"))
+    make_writable(tmp_path / "run")
     write_run_record(args, {"processes": 1})
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["arguments"]["train_tokens"] == 10_000_000_000

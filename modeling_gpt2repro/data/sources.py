@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from glob import glob
 
-from huggingface_hub.errors import HTTPError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from .documents import Document, Unit, list_units, read_unit
-from .hub_files import is_on_hub, retrying
+from .hub_files import retrying
 from .python_prose import python_prose_documents
 
 # The corpus that every Python carries: nothing to download.
@@ -60,7 +61,8 @@ def hub_source(
     """
     name = dataset + (f" ({config})" if config else "")
     try:
-        paths = retrying(lambda: _data_files(dataset, config, split, revision))
+        commit = retrying(lambda: _commit(dataset, revision))
+        paths = retrying(lambda: _data_files(dataset, config, split, commit))
         if not all(path.endswith(".parquet") for path in paths):
             raise ValueError("its files are not parquet: give --dataset_revision refs/convert/parquet, a conversion.")
         units = list_units(paths, text_column)
@@ -71,7 +73,6 @@ def hub_source(
         ) from error
     except (OSError, ValueError, RuntimeError, HTTPError) as error:  # RuntimeError: it is a script
         raise ValueError(f"the Hub's dataset {name} does not open: {' '.join(str(error).split())}") from error
-    commit = paths[0].split("@", 1)[1].split("/", 1)[0] if is_on_hub(paths[0]) else revision
     return Source(
         units,
         {
@@ -85,10 +86,24 @@ def hub_source(
     )
 
 
-def _data_files(dataset: str, config: str | None, split: str, revision: str | None) -> list[str]:
+def _commit(dataset: str, revision: str | None) -> str:
+    """What the revision names now; asked first and once, so that where there is no network it is known at once."""
+    try:
+        return HfApi().dataset_info(dataset, revision=revision).sha
+    except RevisionNotFoundError as error:
+        raise ValueError(f"it has no revision {revision!r}.") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError("there is none of this name, or it is private: then log in with hf auth login.") from error
+    except HfHubHTTPError:
+        raise  # an answer, which may be another one the next time
+    except HTTPError as error:
+        raise ConnectionError(type(error).__name__) from error
+
+
+def _data_files(dataset: str, config: str | None, split: str, commit: str) -> list[str]:
     import datasets
 
-    builder = datasets.load_dataset_builder(dataset, config, revision=revision)
+    builder = datasets.load_dataset_builder(dataset, config, revision=commit)
     files = builder.config.data_files or {}
     if split not in files:
         raise ValueError(f"it has no split {split!r}, but {', '.join(map(str, files)) or 'none'}.")

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate.tracking import get_available_trackers
 from transformers.hf_argparser import HfArg
 
 from .presets import PRESETS
@@ -148,6 +149,12 @@ class TrainArguments:
             yield (
                 f"output_dir ({output_dir}) holds another run: go on with it by --resume_from_checkpoint latest, "
                 "or give another --output_dir."
+            )
+        trackers = [str(tracker) for tracker in get_available_trackers()]
+        if self.report_to not in ("none", *trackers):
+            yield (
+                f"report_to ({self.report_to}) must be 'none' or a tracker that is installed "
+                f"({', '.join(trackers) or 'there is none'}): pip install it."
             )
         if self.resume_from_checkpoint not in (None, "latest") and not Path(self.resume_from_checkpoint).is_dir():
             yield f"there is no checkpoint folder {self.resume_from_checkpoint}."

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -13,17 +14,27 @@ from .arguments import RUN_RECORD, TrainArguments
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers", "tiktoken", "safetensors")
 
 
+def make_writable(folder: Path):
+    """Make the run's folder, and find out before the first step whether it can be written.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir ({folder}) cannot be written ({error.strerror}): give another.") from error
+
+
 def write_run_record(args: TrainArguments, hardware: dict):
     """Write the run's record into its folder, or leave the one that is there (a resumed run keeps its own).
 
     Args:
         hardware: What the arguments do not say: device, processes, precision.
-
-    Raises:
-        OSError: If the folder cannot be written.
     """
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     if (folder / RUN_RECORD).exists():
         return
     record = {

@@ -1,0 +1,106 @@
+"""The house's rules: imports point one way, what ships to the Hub stands alone, the README's tree is true."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "modeling_gpt2repro"
+ROOMS = ("data", "training", "evaluation", "hub")
+SHIPPED = ("configuration_gpt2repro.py", "modeling_gpt2repro.py")
+
+
+def imported_by(path: Path) -> set[str]:
+    """Full names of the modules that a file of the package imports, relative ones resolved."""
+    names = set()
+    package = ["modeling_gpt2repro", *path.relative_to(PACKAGE).parent.parts] if PACKAGE in path.parents else []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            names.add(".".join([*base, *([node.module] if node.module else [])]))
+    return names
+
+
+def own(names: set[str]) -> set[str]:
+    return {name for name in names if name.split(".")[0] == "modeling_gpt2repro"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_itself_and_only_hub_the_model(room):
+    allowed = {f"modeling_gpt2repro.{room}"}
+    if room == "hub":
+        allowed |= {"modeling_gpt2repro.configuration_gpt2repro", "modeling_gpt2repro.modeling_gpt2repro"}
+    for path in (PACKAGE / room).glob("*.py"):
+        foreign = {
+            name for name in own(imported_by(path)) if not any((name + ".").startswith(a + ".") for a in allowed)
+        }
+        assert not foreign, f"{path.name} imports {foreign}"
+
+
+def test_the_root_of_the_package_holds_what_ships_and_nothing_else():
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", *SHIPPED}
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(ROOMS)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_files_import_each_other_by_from_at_the_margin(name):
+    text = (PACKAGE / name).read_text(encoding="utf-8")
+    allowed = {"math", "torch", "transformers", "huggingface_hub"}
+    for imported in imported_by(PACKAGE / name) - own(imported_by(PACKAGE / name)):
+        assert imported.split(".")[0] in allowed, imported
+    relative = re.findall(r"^.*from\s+\.\S*\s+import.*$", text, re.MULTILINE)
+    assert relative == (["from .configuration_gpt2repro import GPT2ReproConfig"] if name == SHIPPED[1] else [])
+    assert "modeling_gpt2repro." not in re.sub(r'"modeling_gpt2repro\.\w+"', "", text), (
+        "an absolute import of ourselves"
+    )
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_inner_init_files_are_one_docstring(room):
+    body = ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8")).body
+    assert len(body) == 1
+    assert isinstance(body[0], ast.Expr)
+
+
+def test_scripts_do_nothing_when_imported():
+    for path in ROOT.glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            guard = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+            plain = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            assert guard or docstring or isinstance(node, plain), f"{path.name}:{node.lineno}"
+
+
+def test_no_file_is_named_after_nothing():
+    vague = {"utils.py", "common.py", "helpers.py", "misc.py"}
+    assert not [path for path in PACKAGE.rglob("*.py") if path.name in vague]
+
+
+def tracked_files() -> list[str]:
+    result = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip("not a git checkout: there is no list of files to compare the README's tree with")
+    return result.stdout.splitlines()
+
+
+def test_the_readmes_tree_names_every_file_and_no_other():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = re.search(r"```\n(\.\n.*?)```", readme, re.DOTALL).group(1)
+    named = set(re.findall(r"^[│├└─ ]*([\w.-]+\.(?:py|yaml|toml|txt|md|json))\b", tree, re.MULTILINE))
+    kinds = (".py", ".yaml", ".toml", ".txt", ".md", ".json")
+    actual = {Path(f).name for f in tracked_files() if f.endswith(kinds) and not f.startswith("tests/data")}
+    assert named == actual - {"__init__.py"} | {"__init__.py"}
+
+
+def test_every_flag_in_the_readme_exists():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    scripts = "".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *PACKAGE.rglob("*.py")])
+    benchmarks = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
+    others = {"config_file", "mixed_precision", "num_processes", "multi_gpu", "main_process_port"}  # accelerate's own
+    for flag in set(re.findall(r"--([a-z][a-z_]+)\b", readme)) - others:
+        assert re.search(rf"^    {flag}: ", scripts + benchmarks, re.MULTILINE), f"--{flag} is in the README only"

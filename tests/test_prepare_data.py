@@ -1,0 +1,279 @@
+"""prepare_data.py as a person runs it: on local files in this process, on the loopback Hub in a process of its own."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import prepare_data
+from modeling_gpt2repro.data.shards import open_shards
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+def problems_of(capsys, *argv):
+    """What is told on a command line that does not work out: exit code 2, and no traceback."""
+    with pytest.raises(SystemExit) as end:
+        prepare_data.main([str(word) for word in argv])
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    return told
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path / "tiny")
+    return str(tmp_path / "tiny")
+
+
+def test_local_text_becomes_shards_and_is_told(tmp_path, capsys, tiny_texts):
+    (tmp_path / "a.txt").write_text("\n".join(tiny_texts[:100]))
+    write_jsonl(tmp_path / "b.jsonl", tiny_texts[100:])
+    out = tmp_path / "deep/down/out"
+    files = ["--train_files", str(tmp_path / "*.txt"), str(tmp_path / "b.jsonl")]
+    options = ["--tokenizer", "train", "--vocab_size", "300", "--validation_share", "0.2", "--workers", "2"]
+    prepare_data.main(["--output_dir", str(out), *files, *options])
+    shards = open_shards(out)
+    assert len(shards.tokenizer) == 300
+    assert shards.manifest["tokenizer"]["name"] == "train"
+    assert shards.manifest["source"] == {"files": ["a.txt", "b.jsonl"], "text_column": "text"}
+    assert shards.manifest["validation_share"] == 0.2
+    totals = shards.manifest["splits"]
+    text_bytes = len("\n".join(tiny_texts[:100]).encode()) + sum(len(text.encode()) for text in tiny_texts[100:])
+    assert totals["train"]["text_bytes"] + totals["validation"]["text_bytes"] == text_bytes
+    told = capsys.readouterr().out
+    assert f"{totals['train']['tokens']:,} tokens" in told
+    assert f"train_accelerate.py --shards {out}" in told
+
+
+def test_options_reach_the_shards(tmp_path, tokenizer_folder, tiny_texts):
+    table = pa.table({"body": tiny_texts, "id": [str(i) for i in range(200)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=20)
+    out = tmp_path / "out"
+    files = ["--train_files", str(tmp_path / "a.parquet"), "--text_column", "body", "--tokenizer", tokenizer_folder]
+    prepare_data.main(["--output_dir", str(out), *files, "--max_tokens", "3e3", "--shard_tokens", "1_000"])
+    shards = open_shards(out)
+    assert [entry["tokens"] for entry in shards.manifest["splits"]["train"]["shards"]] == [1_000] * 3
+    assert shards.manifest["validation_share"] == 0.05
+
+
+def test_all_problems_of_a_command_line_are_told_together(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    told = problems_of(
+        capsys, "--output_dir", tmp_path / "file", "--train_files", tmp_path / "no.txt", tmp_path / "nor.txt",
+        "--validation_share", 1.5, "--workers", 0, "--max_tokens", -1, "--shard_tokens", "many", "--colour", "red",
+    )  # fmt: skip
+    for part in ("file is a file", "no.txt", "nor.txt", "validation_share (1.5)", "workers (0)", "max_tokens (-1)"):
+        assert told.count(part) == 1
+    assert "--shard_tokens takes a whole number, not 'many'" in told
+    assert "there is no flag --colour" in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_bad_input_is_a_sentence_and_exit_code_2(tmp_path, capsys, tokenizer_folder):
+    def told(*options):
+        return problems_of(capsys, "--output_dir", tmp_path / "out", *options)
+
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "blank.txt").write_text("\n\n")
+    (tmp_path / "little.txt").write_text("the sea")
+    (tmp_path / "a.csv").write_text("a,b")
+    pq.write_table(pa.table({"words": ["a"]}), tmp_path / "a.parquet")
+    tiny = ["--tokenizer", tokenizer_folder]
+    assert "latin.txt is not UTF-8 (byte 3 is 0xe9)" in told("--train_files", tmp_path / "latin.txt", *tiny)
+    assert "there is no text in the source" in told("--train_files", tmp_path / "blank.txt", *tiny)
+    assert "none of the text fell to the validation" in told("--train_files", tmp_path / "little.txt", *tiny)
+    assert "--text_column" in told("--train_files", tmp_path / "a.parquet", *tiny)
+    assert "a.csv is not of a kind that can be read" in told("--train_files", tmp_path / "a.csv", *tiny)
+    assert "there is no file" in told("--train_files", tmp_path / "*.jsonl", *tiny)
+    assert "ask for fewer ids" in told("--train_files", tmp_path / "little.txt", "--tokenizer", "train")
+    assert "--tokenizer train works on --train_files only" in told("--tokenizer", "train")
+    assert "nor a folder or Hub id" in told("--train_files", tmp_path / "little.txt", "--tokenizer", tmp_path)
+
+
+def test_a_finished_folder_is_left_alone(tmp_path, capsys, token_shards, tokenizer_folder):
+    before = (token_shards.folder / "manifest.json").read_bytes()
+    told = problems_of(capsys, "--output_dir", token_shards.folder, "--tokenizer", tokenizer_folder)
+    assert "holds prepared shards already" in told
+    assert (token_shards.folder / "manifest.json").read_bytes() == before
+
+
+# On the Hub
+
+FILES = ["sample/10BT/000_00000.parquet", "sample/10BT/001_00000.parquet"]
+
+# What would be retried inside the Hub's client for 23 seconds comes back to us at once.
+IMPATIENT = """
+import functools
+import huggingface_hub.hf_file_system as hub
+hub.http_backoff = functools.partial(hub.http_backoff, max_retries=0)
+"""
+
+PREPARE = """
+import sys
+import prepare_data
+prepare_data.main(sys.argv[1:])
+"""
+
+# Streams in one process and in two, and prints the rows.
+STREAM = """
+import json
+import sys
+from modeling_gpt2repro.data.rows import BatchShape
+from modeling_gpt2repro.data.sources import hub_source
+from modeling_gpt2repro.data.tokenizer import load_tokenizer
+from modeling_gpt2repro.data.training_data import data_from_stream
+
+source, tokenizer = hub_source("ns/fineweb", "sample-10BT"), load_tokenizer(sys.argv[1])
+rows, validation = {}, {}
+for processes in (1, 2):
+    parts, validation[processes] = [], 0
+    for process in range(processes):
+        data = data_from_stream(source, tokenizer, BatchShape(32, 8, 2, 1, process, processes), 0.1, 1000)
+        batches = [batch["input_ids"] for step in range(3) for batch in data.batches.micro_batches(step)]
+        parts.append([row for batch in batches for row in batch.tolist()])
+        validation[processes] += sum(len(batch["input_ids"]) for batch in data.validation_batches(1000, 4))
+        data.batches.close()
+    rows[processes] = [row for together in zip(*parts, strict=True) for row in together]
+print(json.dumps({"rows": rows, "summary": data.summary, "identity": data.identity, "validation": validation}))
+"""
+
+
+@pytest.fixture
+def fineweb(hub, tiny_texts):
+    """A dataset like FineWeb-Edu: two parquet files of four row groups, most of it in columns that nobody asks for."""
+    folder, random = hub.new_repository("datasets/ns/fineweb"), Random(1)
+    (folder / "sample/10BT").mkdir(parents=True)
+    for number, name in enumerate(FILES):
+        texts = tiny_texts[100 * number :][:100] * 4
+        columns = {
+            "text": [f"{text} {random.random()}" for text in texts],
+            "id": [f"<urn:uuid:{number}-{row}>" for row in range(400)],
+            "dump": ["CC-MAIN-2024-10"] * 400,
+            "url": ["https://example.org/" + random.randbytes(2000).hex() for _ in texts],
+            "token_count": [len(text) // 4 for text in texts],
+        }
+        pq.write_table(pa.table(columns), folder / name, row_group_size=100, compression="zstd")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n"
+        "---\n# FineWeb\n"
+    )
+    return folder
+
+
+def run(hub, home, code, *argv):
+    command = [sys.executable, "-c", code, *map(str, argv)]
+    environment = hub.environment(home)
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def hub_arguments(out, tokenizer_folder, *more):
+    dataset = ["--dataset_name", "ns/fineweb", "--dataset_config_name", "sample-10BT", "--validation_share", "0.1"]
+    return ["--output_dir", out, *dataset, "--tokenizer", tokenizer_folder, "--workers", "3", *more]
+
+
+def local_shards(out, fineweb, tokenizer_folder):
+    files = ["--train_files", str(fineweb / "sample/10BT/*.parquet")]
+    options = ["--tokenizer", tokenizer_folder, "--validation_share", "0.1"]
+    prepare_data.main(["--output_dir", str(out), *files, *options])
+    return open_shards(out)
+
+
+def test_a_hub_dataset_becomes_the_shards_of_its_files_and_only_two_columns_travel(
+    tmp_path, hub, fineweb, tokenizer_folder
+):
+    seen = len(hub.log())
+    done = run(hub, tmp_path / "home", PREPARE, *hub_arguments(tmp_path / "out", tokenizer_folder))
+    assert done.returncode == 0, done.stderr
+    shards = open_shards(tmp_path / "out")
+    assert shards.fingerprint == local_shards(tmp_path / "local", fineweb, tokenizer_folder).fingerprint
+    source = shards.manifest["source"]
+    assert len(source.pop("revision")) == 40
+    assert source == {
+        "dataset": "ns/fineweb", "config": "sample-10BT", "split": "train", "files": 2, "text_column": "text"
+    }  # fmt: skip
+
+    for name in FILES:
+        asked = [line for line in hub.log()[seen:] if line["origin"] == "cdn" and line["path"].endswith(name)]
+        assert len(asked) == 5  # the footer, and one range for text and id of each row group
+        spans = [tuple(map(int, line["range"].removeprefix("bytes=").split("-"))) for line in asked]
+        downloaded = sum(last - first + 1 for first, last in spans)
+        metadata, size = pq.read_metadata(fineweb / name), (fineweb / name).stat().st_size
+        columns = sum(metadata.row_group(g).column(c).total_compressed_size for g in range(4) for c in (0, 1))
+        assert columns < downloaded < columns + 2**16 + 1_000  # the reader's guess at a footer is 64 KiB
+        assert downloaded < size / 5
+
+
+def test_a_busy_hub_is_survived(tmp_path, hub, fineweb, tokenizer_folder):
+    """Errors where the client gives up at once, and where it would try again: refused, too many, cut off, dropped."""
+    busy = {"match": "GET /datasets/.*parquet", "status": 429, "headers": {"Retry-After": "0"}, "times": 1}
+    cut = {"match": "GET /lfs/.*000_00000.parquet", "drop": 700, "times": 1}
+    dropped = {"match": "GET /lfs/.*001_00000.parquet", "drop": 0, "times": 2}
+    with hub.faults({"match": "GET /api/datasets/ns/fineweb", "status": 503, "times": 1}, busy, cut, dropped):
+        done = run(hub, tmp_path / "home", IMPATIENT + PREPARE, *hub_arguments(tmp_path / "out", tokenizer_folder))
+    assert done.returncode == 0, done.stderr
+    local = local_shards(tmp_path / "local", fineweb, tokenizer_folder)
+    assert open_shards(tmp_path / "out").fingerprint == local.fingerprint
+
+
+def test_a_stream_from_the_hub_gives_the_same_rows_to_one_process_and_to_two(tmp_path, hub, fineweb, tokenizer_folder):
+    done = run(hub, tmp_path / "home", STREAM, tokenizer_folder)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["rows"]["1"] == answer["rows"]["2"]
+    assert len(answer["rows"]["1"]) == 24
+    assert answer["summary"] == "ns/fineweb, streamed: 7 units in 4 lanes"
+    assert answer["validation"] == {"1": 1000 // 32, "2": 1000 // 32}
+    assert len(answer["identity"]["data"]["revision"]) == 40
+
+
+def test_what_the_hub_does_not_have_is_a_sentence(tmp_path, hub, fineweb, tokenizer_folder):
+    (hub.new_repository("datasets/ns/csv") / "train.csv").write_text("text\nthe sea\n")
+    code = """
+import sys
+from modeling_gpt2repro.data.sources import hub_source
+for names in (("ns/nothing", None), ("ns/fineweb", "sample-1T"), ("ns/fineweb", "sample-10BT", "test"),
+              ("ns/fineweb", "sample-10BT", "train", "v9"), ("ns/csv",)):
+    try:
+        hub_source(*names)
+    except ValueError as error:
+        print(error)
+"""
+    told = run(hub, tmp_path / "home", code).stdout.splitlines()
+    assert [line.split(" does not open: ")[0] for line in told] == [
+        "the Hub's dataset ns/nothing",
+        "the Hub's dataset ns/fineweb (sample-1T)",
+        *["the Hub's dataset ns/fineweb (sample-10BT)"] * 2,
+        "the Hub's dataset ns/csv",
+    ]
+    assert told[0].endswith("there is none of this name, or it is private: then log in with hf auth login.")
+    assert "sample-10BT" in told[1]
+    assert told[2].endswith("it has no split 'test', but train.")
+    assert told[3].endswith("it has no revision 'v9'.")
+    assert "refs/convert/parquet" in told[4]
+
+
+def test_no_network_is_a_sentence_and_soon(tmp_path, hub, tokenizer_folder):
+    class NoHub:
+        @staticmethod
+        def environment(home):
+            return hub.environment(home) | {"HF_ENDPOINT": "http://127.0.0.1:9"}  # the port for discarding
+
+    started = time.monotonic()
+    done = run(NoHub, tmp_path / "home", PREPARE, *hub_arguments(tmp_path / "out", tokenizer_folder))
+    assert (done.returncode, time.monotonic() - started < 20) == (2, True)  # nearly all of it is for imports
+    assert "the Hub cannot be reached for ns/fineweb (sample-10BT)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
