@@ -23,12 +23,11 @@ RECIPE = {
     "warmup_tokens": 5 * ROWS * 32,
     "per_device_train_batch_size": 4,
     "learning_rate": 1e-2,
-    "eval_tokens": 640,
+    "eval_tokens": 320,
     "eval_steps": 10,
     "save_steps": 10,
     "sample_tokens": 5,
     "num_samples": 2,
-    "hellaswag": "none",
 }
 
 
@@ -46,7 +45,20 @@ def shards(tmp_path_factory) -> Path:
     (folder / "prose.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     tokenizer = train_tokenizer(texts, 300)
     source = local_source([str(folder / "prose.jsonl")])
-    prepare_shards(source, tokenizer, "toy", folder / "tokens", validation_share=0.1, shard_tokens=1500)
+    prepare_shards(source, tokenizer, "toy", folder / "tokens", validation_share=0.3, shard_tokens=1500)
+    rows = [
+        {
+            "ind": i,
+            "activity_label": "Seeing",
+            "ctx_a": "the cat sees.",
+            "ctx_b": "the dog",
+            "ctx": "the cat sees. the dog",
+            "endings": [" ".join(draw.choices(words, k=3 + choice)) + "." for choice in range(4)],
+            "label": i % 4,
+        }
+        for i in range(7)
+    ]
+    (folder / "hellaswag.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder / "tokens"
 
 
@@ -59,7 +71,15 @@ def train(output_dir: Path, shards: Path, processes: int = 1, check: bool = True
     launcher = [sys.executable]
     if processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    flags = as_flags({"shards": shards, "output_dir": output_dir, **RECIPE, **overrides})
+    flags = as_flags(
+        {
+            "shards": shards,
+            "output_dir": output_dir,
+            "hellaswag": shards.parent / "hellaswag.jsonl",
+            **RECIPE,
+            **overrides,
+        }
+    )
     return subprocess.run(
         [*launcher, str(ROOT / "train_accelerate.py"), *flags],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"},
@@ -137,7 +157,8 @@ def test_the_losses_equal_those_of_a_plain_loop_around_stock_gpt2(finished, shar
 
 def test_two_processes_equal_one(finished, shards, tmp_path):
     train(tmp_path / "two", shards, processes=2, per_device_train_batch_size=2)
-    for name in ("loss", "grad_norm", "validation_loss"):
+    hellaswag = ("hellaswag_completion_acc_norm", "hellaswag_lm_eval_acc")
+    for name in ("loss", "grad_norm", "validation_loss", *hellaswag):
         assert rows_of(tmp_path / "two", name) == pytest.approx(rows_of(finished[0], name), abs=1e-5), name
 
 
@@ -173,7 +194,8 @@ def test_a_run_leaves_what_it_says(finished):
     validation = rows_of(output_dir, "validation_loss")
     assert len(validation) == 4  # steps 0, 10, 20 and, on the saved weights, 30
     assert validation[-1] < validation[0] - 1
-    assert set(rows_of(output_dir, "validation_tokens")) == {640}
+    assert set(rows_of(output_dir, "validation_tokens")) == {320}
+    assert all(round(7 * acc, 6).is_integer() for acc in rows_of(output_dir, "hellaswag_completion_acc"))
 
 
 @pytest.mark.parametrize("folder", ["model", "step-000020"])
@@ -232,7 +254,8 @@ def test_another_order_of_the_data_cannot_be_resumed(finished, shards):
 def test_processes_that_do_not_see_each_other_are_stopped(shards, tmp_path):
     environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0", "ACCELERATE_MIXED_PRECISION": "no"}
     environment.pop("ACCELERATE_USE_CPU", None)
-    flags = as_flags({"shards": shards, "output_dir": tmp_path / "run", **RECIPE, "per_device_train_batch_size": 2})
+    recipe = {**RECIPE, "per_device_train_batch_size": 2, "hellaswag": "none"}
+    flags = as_flags({"shards": shards, "output_dir": tmp_path / "run", **recipe})
     program = (
         "import torch; torch.cuda.is_available = lambda: False\nimport sys, train_accelerate as t; t.main(sys.argv[1:])"
     )

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from glob import glob
 
 from huggingface_hub import HfApi
@@ -26,13 +27,19 @@ class Source:
     def read(self, unit: Unit) -> Iterator[Document]:
         """The unit's documents, in their order."""
         if unit.path == PYTHON_PROSE:
-            return (Document(name, text) for name, text in python_prose_documents())
+            return iter(_python_prose())
         return read_unit(unit)
 
 
 def python_prose_source() -> Source:
     """The English prose in this Python's own documentation, as one unit."""
     return Source([Unit(PYTHON_PROSE, 0, 1)], {"dataset": PYTHON_PROSE})
+
+
+@lru_cache(maxsize=1)
+def _python_prose() -> list[Document]:
+    """Kept, because parsing the standard library takes seconds and a tokenizer is trained on it first."""
+    return [Document(name, text) for name, text in python_prose_documents()]
 
 
 def local_source(patterns: list[str], text_column: str = "text") -> Source:

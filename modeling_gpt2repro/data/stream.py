@@ -105,8 +105,7 @@ class StreamedBatches:
         """Go on from a state that holds all lanes, saved by any number of processes."""
         self.next_step = state["next_step"]
         self.positions = {lane: list(state["lanes"][str(lane)]) for lane in self.positions}
-        self._open.clear()
-        self._ahead.clear()
+        self._ahead.clear()  # read for another place
 
     def close(self):
         """Stop reading ahead."""
