@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None):
     evaluate(run)  # on the weights that are saved
     save(run)
     say_goodbye(run, export(run))
-    run.monitor.close()
+    close(run)
 
 
 @dataclass
@@ -324,6 +324,12 @@ def export(run: Run) -> Path:
         os.replace(aside, folder)
     run.accelerator.wait_for_everyone()
     return folder
+
+
+def close(run: Run):
+    """End the reading ahead, the bar, the trackers and the process group."""
+    run.data.batches.close()
+    run.monitor.close()
 
 
 def say_goodbye(run: Run, folder: Path):

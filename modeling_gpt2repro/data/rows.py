@@ -98,6 +98,9 @@ class ShuffledBatches:
     def load_state_dict(self, state: dict):
         """Nothing to restore."""
 
+    def close(self):
+        """Nothing is read ahead."""
+
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._permutation[0] != epoch:
             # Sorting raw 64-bit draws, because numpy promises to keep these streams and not those of `permutation`.

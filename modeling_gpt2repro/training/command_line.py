@@ -112,8 +112,8 @@ def exit_with_problems(problems: list[str]) -> NoReturn:
 
 @contextlib.contextmanager
 def bad_input_exits():
-    """Around the opening of what a person named: its ValueError or OSError becomes one sentence and exit code 2."""
+    """Around the opening of what a person named: each line of its ValueError or OSError is a problem; exit code 2."""
     try:
         yield
     except (ValueError, OSError) as error:
-        exit_with_problems([str(error)])
+        exit_with_problems(str(error).splitlines())

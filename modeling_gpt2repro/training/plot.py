@@ -1,5 +1,6 @@
 """The loss curve as a picture, drawn from metrics.jsonl."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .metrics import read_metrics
@@ -13,6 +14,7 @@ def plot_loss(output_dir: Path, yardsticks: dict[str, float]) -> Path:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     rows = read_metrics(output_dir)
     train = [(row["tokens"], row["loss"]) for row in rows if "loss" in row]
@@ -21,7 +23,9 @@ def plot_loss(output_dir: Path, yardsticks: dict[str, float]) -> Path:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if train:
-        axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=0.6, alpha=0.5, label="training")
+        tokens, losses = zip(*train, strict=True)
+        axes.plot(tokens, losses, color="tab:blue", linewidth=0.6, alpha=0.3)
+        axes.plot(tokens, running_mean(losses), color="tab:blue", linewidth=1.2, label="training, running mean")
     if validation:
         axes.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
         axes.annotate(f"{validation[-1][1]:.3f}", validation[-1], textcoords="offset points", xytext=(0, 8), ha="right")
@@ -29,9 +33,17 @@ def plot_loss(output_dir: Path, yardsticks: dict[str, float]) -> Path:
         axes.axhline(loss, color="gray", linestyle="--", linewidth=0.8)
         axes.annotate(f"{label}: {loss:.2f}", (1.0, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     axes.set_xlabel("training tokens")
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.2)
     axes.legend(loc="center right")
     path = output_dir / "loss.png"
     figure.savefig(path)
     return path
+
+
+def running_mean(values: Sequence[float], share: float = 0.02) -> list[float]:
+    """The mean of each value and those shortly before it: as many as `share` of all there are."""
+    width = max(1, round(share * len(values)))
+    parts = [values[max(0, i + 1 - width) : i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
