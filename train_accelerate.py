@@ -45,6 +45,7 @@ from modeling_gpt2repro.training.hardware import (
     estimate_cpu_seconds,
     flops_per_token,
     readable_duration,
+    usable_cores,
 )
 from modeling_gpt2repro.training.monitor import Monitor
 from modeling_gpt2repro.training.optimizer import build_optimizer
@@ -113,6 +114,7 @@ class Run:
 def start_accelerator(args: TrainArguments) -> Accelerator:
     """The accelerator, with the accumulation that `tokens_per_step` asks for, compiled where that is wanted."""
     torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     disable_progress_bar()  # transformers' bars for each save, not ours
     compiled = args.torch_compile if args.torch_compile is not None else torch.cuda.is_available()
     accelerator = Accelerator(

@@ -1,5 +1,6 @@
 """What a run costs: floating-point operations a token, the device's name, and an honest estimate for slow machines."""
 
+import os
 import platform
 import time
 
@@ -13,6 +14,14 @@ def flops_per_token(parameters: int, n_layer: int, n_embd: int, block_size: int)
         parameters: N, without the position embedding.
     """
     return 6 * parameters + 12 * n_layer * n_embd * block_size
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: fewer than there are under taskset, Slurm or a container's cpuset. More
+    threads than that make a small model several times slower."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def device_name(device: torch.device) -> str:
