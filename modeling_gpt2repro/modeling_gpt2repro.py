@@ -64,8 +64,10 @@ class GPT2ReproAttention(nn.Module):
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
         """hidden_states (B, T, C) -> mixed (B, T, C), weights (B, H, T, S) or None where they are not computed."""
         B, T, C = hidden_states.shape
-        heads = self.c_attn(hidden_states).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        query, key, value = heads.unbind(0)  # (B, H, T, D) each
+        query, key, value = (
+            part.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+            for part in self.c_attn(hidden_states).split(C, dim=-1)  # (B, T, C) each
+        )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)

@@ -9,8 +9,13 @@ from collections.abc import Callable, Mapping
 from typing import NoReturn, TypeVar
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 Arguments = TypeVar("Arguments")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind each flag, and the description as it is written."""
 
 
 class ProblemCollector(HfArgumentParser):
@@ -21,8 +26,10 @@ class ProblemCollector(HfArgumentParser):
 
     def __init__(self, arguments_class: type, description: str | None):
         self.problems: list[str] = []
-        super().__init__(arguments_class, description=description, allow_abbrev=False)
+        super().__init__(arguments_class, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
         for action in self._actions:
+            if action.type is string_to_bool and action.nargs is None:
+                action.nargs, action.const = "?", True  # the flag alone, where the default is None, too
             if action.option_strings and action.type is not None:
                 action.type = self._forgiving(action, action.type)
                 action.choices, action.allowed = None, action.choices

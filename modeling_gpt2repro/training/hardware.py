@@ -24,6 +24,25 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def cpu_lacks_bf16() -> bool:
+    """Whether bf16 matrix products are emulated on this CPU: they then take several times as long as fp32 ones.
+
+    Measured, because the instructions have many names; both kinds of processor are far from the factor of two.
+    """
+    return matmul_seconds(torch.bfloat16, side=512) > 2 * matmul_seconds(torch.float32, side=512)
+
+
+def matmul_seconds(dtype: torch.dtype, side: int) -> float:
+    """Seconds of a (side, side) matrix product on this CPU, the best of five."""
+    a, b = torch.randn(side, side, dtype=dtype), torch.randn(side, side, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
 def device_name(device: torch.device) -> str:
     """A name that a person recognizes: the GPU's, or the processor's with its threads."""
     if device.type == "cuda":
@@ -36,12 +55,7 @@ def device_name(device: torch.device) -> str:
 def estimate_cpu_seconds(flops: float, dtype: torch.dtype) -> float:
     """Seconds that `flops` would take on this CPU at the rate of one measured matrix product: a lower bound."""
     side = 1024
-    a, b = torch.randn(side, side, dtype=dtype), torch.randn(side, side, dtype=dtype)
-    a @ b
-    started = time.perf_counter()
-    for _ in range(3):
-        a @ b
-    return flops * (time.perf_counter() - started) / (3 * 2 * side**3)
+    return flops * matmul_seconds(dtype, side) / (2 * side**3)
 
 
 def readable_duration(seconds: float) -> str:
