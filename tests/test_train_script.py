@@ -236,6 +236,25 @@ print(type(AutoModelForCausalLM.from_pretrained(sys.argv[3], trust_remote_code=T
     assert (base, causal) == ("GPT2ReproModel", "GPT2ReproForCausalLM")
 
 
+def test_the_quickstart_needs_nothing_but_python(tmp_path):
+    short = {"train_tokens": 60 * 1024, "warmup_tokens": 10 * 1024, "eval_steps": 0, "sample_tokens": 5}
+    flags = as_flags({"preset": "quickstart", "output_dir": tmp_path / "run", **short})
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train_accelerate.py"), *flags],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {"run", "home"}
+    losses = rows_of(tmp_path / "run")
+    assert losses[0] == pytest.approx(math.log(2048), abs=0.1)
+    assert losses[-1] < losses[0] - 1
+    assert len(rows_of(tmp_path / "run", "validation_bits_per_byte")) == 2
+
+
 def test_an_output_dir_that_holds_another_run_is_left_alone(finished, shards):
     before = (finished[0] / "metrics.jsonl").read_bytes()
     result = train(finished[0], shards, check=False)
