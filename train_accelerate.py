@@ -8,21 +8,18 @@ FineWeb-Edu. Both end with a folder that `from_pretrained` and `pipeline` load.
 """
 
 import math
-import os
-import shutil
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, parse_flag_from_env
 from torch import nn
 from torch.optim import Optimizer
-from transformers.utils.logging import disable_progress_bar
 
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from modeling_gpt2repro.data.rows import BatchShape
+from modeling_gpt2repro.data.rows import BatchShape, validation_batches
 from modeling_gpt2repro.data.shards import open_shards
 from modeling_gpt2repro.data.sources import PYTHON_PROSE, hub_source
 from modeling_gpt2repro.data.tokenizer import load_tokenizer
@@ -32,22 +29,21 @@ from modeling_gpt2repro.data.training_data import (
     data_from_stream,
     python_prose_shards,
 )
-from modeling_gpt2repro.evaluation.hellaswag import count_correct, score_hellaswag, summarize_counts
+from modeling_gpt2repro.evaluation.distributed import hellaswag_accuracies, validation_loss
 from modeling_gpt2repro.evaluation.hellaswag_rows import HellaSwagRow, load_hellaswag
 from modeling_gpt2repro.evaluation.samples import check_prompt, sample_texts
-from modeling_gpt2repro.evaluation.validation import summed_loss, unigram_entropy, validation_numbers
+from modeling_gpt2repro.evaluation.validation import unigram_entropy, validation_numbers
 from modeling_gpt2repro.hub.folder import save_hub_folder
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
-from modeling_gpt2repro.training.command_line import bad_input_exits, parse_command_line
+from modeling_gpt2repro.training.command_line import Problems, bad_input_exits, parse_command_line
 from modeling_gpt2repro.training.hardware import (
-    cpu_lacks_bf16,
     device_name,
     estimate_cpu_seconds,
     flops_per_token,
     readable_duration,
-    usable_cores,
 )
+from modeling_gpt2repro.training.launch import start_accelerator
 from modeling_gpt2repro.training.monitor import Monitor
 from modeling_gpt2repro.training.optimizer import build_optimizer
 from modeling_gpt2repro.training.plot import plot_loss
@@ -59,33 +55,34 @@ from modeling_gpt2repro.training.step import train_step
 
 
 def main(argv: list[str] | None = None):
+    """One training run, from the command line to the folder that talks."""
     args = parse_command_line(TrainArguments, argv, PRESETS, __doc__)  # field default < preset < command line
-    accelerator = start_accelerator(args)
     with bad_input_exits():
+        accelerator = start_accelerator(args)
         run = open_run(args, accelerator)
-    progress, model, optimizer, batches = run.progress, run.model, run.optimizer, run.data.batches
-    introduce(run)
-
-    while progress.step < args.total_steps:
-        if is_due(progress.step, args.eval_steps):
-            evaluate(run)
-        learning_rate = learning_rate_at(
-            progress.step, args.total_steps, args.warmup_steps, args.learning_rate, args.final_learning_rate_ratio
-        )
-        set_learning_rate(optimizer, learning_rate)
-        started = time.perf_counter()
-        micro_batches = batches.micro_batches(progress.step)
-        loss, grad_norm = train_step(accelerator, model, optimizer, micro_batches, args.max_grad_norm)
-        loss, grad_norm = loss.item(), grad_norm.item()  # waits for the device, so that the time is the step's own
-        progress.advance(tokens=args.tokens_per_step, seconds=time.perf_counter() - started)
-        run.monitor.trained(loss, grad_norm, learning_rate)
-        if is_due(progress.step, args.save_steps) and progress.step < args.total_steps:
-            save(run)
-
-    evaluate(run)  # on the weights that are saved
-    save(run)
-    say_goodbye(run, export(run))
-    close(run)
+    progress, batches = run.progress, run.data.batches
+    with closing(batches), closing(run.monitor):
+        introduce(run)
+        while progress.step < args.total_steps:
+            if is_due(progress.step, args.eval_steps):
+                evaluate(run)
+            learning_rate = learning_rate_at(
+                progress.step, args.total_steps, args.warmup_steps, args.learning_rate, args.final_learning_rate_ratio
+            )
+            set_learning_rate(run.optimizer, learning_rate)
+            started = time.perf_counter()
+            micro_batches = batches.micro_batches(progress.step)
+            loss, grad_norm = train_step(accelerator, run.model, run.optimizer, micro_batches, args.max_grad_norm)
+            loss, grad_norm = loss.item(), grad_norm.item()  # waits for the device: the time is the step's own
+            progress.advance(tokens=args.tokens_per_step, seconds=time.perf_counter() - started)
+            run.monitor.trained(loss, grad_norm, learning_rate)
+            stop_if_diverged(run, loss, grad_norm)
+            if is_due(progress.step, args.save_steps) and progress.step < args.total_steps:
+                save(run)
+        evaluate(run)  # on the weights that are saved
+        save(run)
+        say_goodbye(run, export(run))
+    accelerator.end_training()
 
 
 @dataclass
@@ -104,52 +101,34 @@ class Run:
 
     @property
     def output_dir(self) -> Path:
+        """The run's folder."""
         return Path(self.args.output_dir)
 
     @property
-    def module(self) -> GPT2ReproForCausalLM:
+    def bare_model(self) -> GPT2ReproForCausalLM:
         """The model without compile and DDP, autocast kept: ragged evaluation batches recompile nothing."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
 
-def start_accelerator(args: TrainArguments) -> Accelerator:
-    """The accelerator, with the accumulation that `tokens_per_step` asks for, compiled where that is wanted."""
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
-    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
-    disable_progress_bar()  # transformers' bars for each save, not ours
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    on_cuda = torch.cuda.is_available() and not on_cpu
-    compiled = args.torch_compile if args.torch_compile is not None else on_cuda
-    wants_bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
-    accelerator = Accelerator(
-        mixed_precision="no" if on_cpu and wants_bf16 and cpu_lacks_bf16() else None,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        dynamo_backend="inductor" if compiled else None,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=args.output_dir,
-    )
-    if wants_bf16 and accelerator.mixed_precision == "no":
-        accelerator.print("This processor has no bf16 instructions: fp32 is taken, which is several times faster here.")
-    with bad_input_exits():
-        if accelerator.num_processes != args.num_processes:
-            raise ValueError(
-                f"the launcher started {args.num_processes} processes, but each sees {accelerator.num_processes}: they "
-                "would train separately. On CPUs launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
-                f"--num_processes {args.num_processes}; on GPUs check that each process has one."
-            )
-    return accelerator
-
-
 def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
-    """Open everything that the arguments name, and go on where the checkpoint stood, if there is one."""
+    """Open everything that the arguments name, and go on where the checkpoint stood, if there is one.
+
+    Raises:
+        ValueError: With every problem of the inputs, one a line.
+    """
     output_dir = Path(args.output_dir)
     make_writable(output_dir)
-    checkpoint = checkpoints.find_resume_checkpoint(args.resume_from_checkpoint, output_dir)
-    data = open_data(args, accelerator)
-    check_prompt(args.sample_prompt, data.tokenizer, args.block_size)
+    warn_of_slow_cpu(args, accelerator)
+    data, hellaswag, problems = None, [], Problems()
+    with problems.collected():
+        checkpoint = checkpoints.find_resume_checkpoint(args.resume_from_checkpoint, output_dir)
+    with problems.collected():
+        hellaswag = open_hellaswag(args, accelerator)
+    with problems.collected():
+        data = open_data(args, accelerator)
+        check_prompt(args.sample_prompt, data.tokenizer, args.block_size)
+    problems.raise_if_any()
+
     progress = TrainProgress()
     if checkpoint:
         state = checkpoints.read_state(checkpoint, data.identity)
@@ -158,20 +137,33 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
     model = build_model(args, data, checkpoint)
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
-    hellaswag = open_hellaswag(args, accelerator)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     if checkpoint:
         checkpoints.load_optimizer(checkpoint, optimizer, accelerator.device)
-    monitor = Monitor(
-        accelerator, output_dir, args.total_steps, args.logging_steps, progress, progress.step if checkpoint else None
-    )
     if accelerator.is_main_process:
+        checkpoints.clear_remains(output_dir)
         hardware = {"device": device_name(accelerator.device), "processes": accelerator.num_processes}
         write_run_record(args, {**hardware, "precision": accelerator.mixed_precision})
+    resumed_step = progress.step if args.resume_from_checkpoint else None
+    monitor = Monitor(accelerator, output_dir, args.total_steps, args.logging_steps, progress, resumed_step)
     if args.report_to != "none":
         accelerator.init_trackers("gpt2repro", config={k: v for k, v in vars(args).items() if v is not None})
     return Run(args, accelerator, data, hellaswag, model, optimizer, progress, monitor)
+
+
+def warn_of_slow_cpu(args: TrainArguments, accelerator: Accelerator):
+    """Say at once what a large run would take on a CPU, before anything is read or downloaded."""
+    if accelerator.device.type != "cpu":
+        return
+    parameters = args.n_layer * 12 * args.n_embd**2 + 50257 * args.n_embd  # GPT-2's vocabulary; biases left out
+    flops = args.train_tokens * flops_per_token(parameters, args.n_layer, args.n_embd, args.block_size)
+    seconds = estimate_cpu_seconds(flops, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32)
+    if seconds > 3600:
+        accelerator.print(
+            f"On this CPU that takes at least {readable_duration(seconds)}. --preset quickstart trains a small GPT-2 "
+            "in minutes; for this one use a GPU.\n"
+        )
 
 
 def open_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
@@ -189,10 +181,10 @@ def open_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
     if args.dataset_name == PYTHON_PROSE:
         folder = Path(args.output_dir) / "data"
         with accelerator.main_process_first():
-            shards = python_prose_shards(folder, args.tokenizer_vocab_size, args.validation_share)
+            shards = python_prose_shards(folder, args.tokenizer_vocab_size, args.block_size, args.validation_share)
         return data_from_shards(shards, shape)
     source = hub_source(args.dataset_name, args.dataset_config_name, "train", args.dataset_revision, args.text_column)
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer or "gpt2")
     return data_from_stream(source, tokenizer, shape, args.validation_share, args.eval_tokens)
 
 
@@ -200,86 +192,92 @@ def open_hellaswag(args: TrainArguments, accelerator: Accelerator) -> list[Hella
     """HellaSwag's validation rows; none where it is switched off or cannot be reached, which is said."""
     if args.hellaswag == "none":
         return []
-    try:
-        with accelerator.main_process_first():
-            return load_hellaswag(args.hellaswag)
-    except ConnectionError as error:
-        accelerator.print(f"HellaSwag is left out: {error}")
-        return []
+    rows = []
+    with accelerator.main_process_first():
+        try:
+            rows = load_hellaswag(args.hellaswag)
+        except ConnectionError as error:  # caught inside: the processes leave this block together
+            accelerator.print(f"HellaSwag is left out: {error}")
+    found = accelerator.reduce(torch.tensor(len(rows), device=accelerator.device), reduction="sum")
+    return rows if int(found) == len(rows) * accelerator.num_processes else []
 
 
 def build_model(args: TrainArguments, data: TrainingData, checkpoint: Path | None) -> GPT2ReproForCausalLM:
-    """A model with fresh weights, the same on every process, or with the checkpoint's."""
+    """A model with fresh weights, the same on every process, or with the checkpoint's.
+
+    Raises:
+        ValueError: If the checkpoint is damaged or of another shape, or the attention implementation is not there.
+    """
     if checkpoint:
-        model = GPT2ReproForCausalLM.from_pretrained(checkpoint, attn_implementation=args.attn_implementation)
-        shape = (model.config.n_layer, model.config.n_head, model.config.n_embd, model.config.n_positions)
-        wanted = (args.n_layer, args.n_head, args.n_embd, args.block_size)
-        if shape != wanted:
-            raise ValueError(
-                f"{checkpoint} has n_layer, n_head, n_embd, block_size {shape}, not {wanted}: give the same."
-            )
-        return model
-    torch.manual_seed(args.seed)
-    config = GPT2ReproConfig(
-        vocab_size=len(data.tokenizer),
-        n_positions=args.block_size,
-        n_embd=args.n_embd,
-        n_layer=args.n_layer,
-        n_head=args.n_head,
-        bos_token_id=data.tokenizer.bos_token_id,
-        eos_token_id=data.tokenizer.eos_token_id,
-        attn_implementation=args.attn_implementation,
-    )
-    return GPT2ReproForCausalLM(config)
+        with checkpoints.damage_is_told(checkpoint):
+            model = GPT2ReproForCausalLM.from_pretrained(checkpoint)
+    else:
+        torch.manual_seed(args.seed)
+        config = GPT2ReproConfig(
+            vocab_size=len(data.tokenizer),
+            n_positions=args.block_size,
+            n_embd=args.n_embd,
+            n_layer=args.n_layer,
+            n_head=args.n_head,
+            bos_token_id=data.tokenizer.bos_token_id,
+            eos_token_id=data.tokenizer.eos_token_id,
+        )
+        model = GPT2ReproForCausalLM(config)
+    shape = (model.config.n_layer, model.config.n_head, model.config.n_embd, model.config.n_positions)
+    wanted = (args.n_layer, args.n_head, args.n_embd, args.block_size)
+    if shape != wanted:
+        raise ValueError(f"{checkpoint} has n_layer, n_head, n_embd, block_size {shape}, not {wanted}: give the same.")
+    try:
+        model.set_attn_implementation(args.attn_implementation)
+    except ImportError as error:
+        raise ValueError(f"attn_implementation ({args.attn_implementation}) is not installed: {error}") from error
+    return model
 
 
 def introduce(run: Run):
     """Say what will happen, and what the losses are to be measured by."""
-    args, accelerator, config, say = run.args, run.accelerator, run.module.config, run.monitor.say
-    parameters = run.module.num_parameters()
+    args, accelerator, config = run.args, run.accelerator, run.bare_model.config
     run.yardsticks = {
         "guessing evenly, ln(vocabulary)": math.log(config.vocab_size),
         "guessing by frequency, unigram entropy": unigram_entropy(
-            run.data.validation_batches(args.eval_tokens, 64), config.vocab_size
+            validation_batches(run.data.validation, args.eval_tokens, micro_batch_rows=64), config.vocab_size
         ),
     }
-    compiled = accelerator.state.dynamo_plugin.backend.value.lower()
-    say(
-        f"""device       {accelerator.num_processes} x {device_name(accelerator.device)}
-precision    {accelerator.mixed_precision}, compile: {compiled}, attention: {config._attn_implementation}
-model        {parameters:,} parameters: {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}
-data         {run.data.summary}
-tokenizer    {config.vocab_size:,} ids
-training     {args.total_steps:,} steps of {args.tokens_per_step:,} tokens: {accelerator.num_processes} processes x \
-{args.gradient_accumulation_steps} micro-batches x {args.per_device_train_batch_size} rows x {args.block_size} tokens
-yardsticks   {"; ".join(f"{name} {loss:.2f}" for name, loss in run.yardsticks.items())} (nats per token)
-writing to   {run.output_dir}{f", going on from step {run.progress.step}" if run.progress.step else ""}
-"""
+    batch = (
+        f"{accelerator.num_processes} processes x {args.gradient_accumulation_steps} micro-batches x "
+        f"{args.per_device_train_batch_size} rows x {args.block_size} tokens"
     )
-    if accelerator.device.type == "cpu":
-        counted = parameters - config.n_positions * config.n_embd
-        flops = flops_per_token(counted, config.n_layer, config.n_embd, config.n_positions)
-        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-        seconds = estimate_cpu_seconds(flops * args.train_tokens, dtype) / accelerator.num_processes
-        if seconds > 3600:
-            say(
-                f"On this CPU that takes at least {readable_duration(seconds)}. --preset quickstart trains a small "
-                "GPT-2 in minutes; for this one use a GPU.\n"
-            )
+    lines = {
+        "device": f"{accelerator.num_processes} x {device_name(accelerator.device)}",
+        "precision": f"{accelerator.mixed_precision}, "
+        f"compile: {accelerator.state.dynamo_plugin.backend.value.lower()}, "
+        f"attention: {config._attn_implementation}",
+        "model": f"{run.bare_model.num_parameters():,} parameters: {config.n_layer} layers, {config.n_head} heads, "
+        f"width {config.n_embd}",
+        "data": run.data.summary,
+        "tokenizer": f"{config.vocab_size:,} ids",
+        "training": f"{args.total_steps:,} steps of {args.tokens_per_step:,} tokens: {batch}",
+        "yardsticks": "; ".join(f"{name} {loss:.2f}" for name, loss in run.yardsticks.items()) + " (nats per token)",
+        "writing to": f"{run.output_dir}" + (f", going on from step {run.progress.step}" if run.progress.step else ""),
+    }
+    run.monitor.say("".join(f"{name:<12} {text}\n" for name, text in lines.items()))
+    if args.warmup_steps >= args.total_steps:
+        run.monitor.say(
+            f"The warm-up ({args.warmup_tokens:,} tokens) is as long as the training: give a shorter --warmup_tokens, "
+            "or the learning rate never reaches its peak.\n"
+        )
 
 
 def evaluate(run: Run):
     """Validation loss, HellaSwag and samples of the model as it is, logged and shown."""
-    args, accelerator, module = run.args, run.accelerator, run.module
+    args, accelerator, module = run.args, run.accelerator, run.bare_model
     started = time.perf_counter()
     micro_batch_rows = args.per_device_eval_batch_size or args.per_device_train_batch_size
     batches = run.data.validation_batches(args.eval_tokens, micro_batch_rows)
-    total, tokens = summed_loss(module, batches, accelerator.device)
-    total, tokens = accelerator.reduce(torch.stack([total, torch.full_like(total, tokens)]), reduction="sum").tolist()
-    numbers = validation_numbers(total / tokens, run.data.bytes_per_token)
-    numbers["validation_tokens"] = int(tokens)
+    loss, tokens = validation_loss(accelerator, module, batches)
+    numbers = {**validation_numbers(loss, run.data.bytes_per_token), "validation_tokens": tokens}
     if run.hellaswag:
-        numbers |= hellaswag_numbers(run)
+        numbers |= hellaswag_accuracies(accelerator, module, run.data.tokenizer, run.hellaswag)
     numbers["evaluation_seconds"] = time.perf_counter() - started
     run.monitor.evaluated(numbers)
     if args.num_samples and accelerator.is_main_process:
@@ -292,21 +290,15 @@ def evaluate(run: Run):
     accelerator.wait_for_everyone()
 
 
-def hellaswag_numbers(run: Run) -> dict[str, float]:
-    """Accuracies in both protocols; each process scores its part of the rows, and the counts are added up."""
-    accelerator, tokenizer = run.accelerator, run.data.tokenizer
-    place = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
-    counts = count_correct(score_hellaswag(run.module, tokenizer, run.hellaswag, **place))
-    for protocol in counts:
-        for name, count in counts[protocol].items():
-            count = torch.tensor(count, device=accelerator.device)
-            counts[protocol][name] = int(accelerator.reduce(count, reduction="sum"))
-    summary = summarize_counts(counts)
-    return {
-        f"hellaswag_{protocol.replace('-', '_')}_{name}": numbers[name]
-        for protocol, numbers in summary.items()
-        for name in ("acc", "acc_norm")
-    }
+def stop_if_diverged(run: Run, loss: float, grad_norm: float):
+    """End before weights that are no numbers can be saved over good ones."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        told = (
+            f"the loss is {loss} and the gradient's norm {grad_norm} at step {run.progress.step}; the last checkpoint "
+            f"in {run.output_dir} is from before. Go on from there with --resume_from_checkpoint latest and a lower "
+            f"--learning_rate than {run.args.learning_rate}."
+        )
+        raise SystemExit(told if run.accelerator.is_main_process else 1)
 
 
 def save(run: Run):
@@ -314,7 +306,7 @@ def save(run: Run):
     checkpoints.save_checkpoint(
         run.accelerator,
         run.output_dir,
-        lambda folder: save_hub_folder(run.module, run.data.tokenizer, folder),
+        lambda folder: save_hub_folder(run.bare_model, run.data.tokenizer, folder),
         run.optimizer,
         run.progress,
         run.data.batches.state_dict(),
@@ -327,18 +319,10 @@ def export(run: Run) -> Path:
     """The final model: the last checkpoint's Hub folder without the training state."""
     folder, aside = run.output_dir / "model", run.output_dir / ".model.partial"
     if run.accelerator.is_main_process:
-        for old in (aside, folder):
-            shutil.rmtree(old, ignore_errors=True)
-        save_hub_folder(run.module, run.data.tokenizer, aside)
-        os.replace(aside, folder)
+        save_hub_folder(run.bare_model, run.data.tokenizer, aside)
+        checkpoints.put_in_place(aside, folder)
     run.accelerator.wait_for_everyone()
     return folder
-
-
-def close(run: Run):
-    """End the reading ahead, the bar, the trackers and the process group."""
-    run.data.batches.close()
-    run.monitor.close()
 
 
 def say_goodbye(run: Run, folder: Path):

@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import shlex
 import sys
 import time
@@ -227,6 +226,12 @@ def peak_memory(side: str, args: BenchmarkArguments) -> int:
 
 def resident_peak() -> int:
     """Most bytes that this process has had in memory."""
+    if sys.platform == "win32":
+        import psutil  # accelerate needs it, so it is there
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): Linux counts in kilobytes, macOS in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -141,3 +141,87 @@ def token_shards(tiny_texts, tiny_tokenizer, tmp_path_factory):
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_texts))
     source = local_source([str(file)])
     return prepare_shards(source, tiny_tokenizer, "tiny", folder / "shards", 0.1, shard_tokens=5_000)
+
+
+@pytest.fixture
+def all_ids():
+    """The ids of a split of prepared shards, in one array."""
+    import numpy as np
+
+    def joined(shards, split="train"):
+        return np.concatenate([np.empty(0, np.uint16), *shards.shards(split)])
+
+    return joined
+
+
+@pytest.fixture
+def one_sentence():
+    """The message of an error, which must be one for a person: a single line that ends in a full stop."""
+
+    def checked(error) -> str:
+        message = str(error.value)
+        assert "\n" not in message
+        assert message.endswith(".")
+        return message
+
+    return checked
+
+
+@pytest.fixture(scope="session")
+def hellaswag_rows():
+    """Seven rows: a plain one, and the troubles that a scorer may meet."""
+    from modeling_gpt2repro.evaluation.hellaswag_rows import HellaSwagRow
+
+    def row_of(ctx_a, ctx_b, *endings, activity="Roof work", label=1):
+        ctx = f"{ctx_a} {ctx_b}".strip()
+        return HellaSwagRow(24, activity, ctx_a, ctx_b, ctx, endings, label)
+
+    return [
+        row_of("A man is sitting on a roof.", "he", "wraps skis.", "rips tiles off.", "holds a cube.", "pulls it up."),
+        row_of("The roof is old.", "the men",
+               "sit.", ", he pulls tiles off the roof.", "is a cube", "on — café.", label=3),
+        # WikiHow: an ending that begins with a tag, and one that is nothing else.
+        row_of("[header] How to roof [title] Sit. [step] Pull a  tile.", "",
+               "[title] Sit down.", "Up. [substeps] Off.", "[step]", "Sit."),
+        # What is left of this context ends in a space.
+        row_of("Pull the tile off [title]", "", "A man sits.", "is it", "the roof", "old men", label=0),
+        row_of("Tiles <|endoftext|> are", "not", "ends.", "<|endoftext|> it", "a", "b", label=2),
+        # Longer than the model's context, by its context; and by one of its endings alone.
+        row_of("A man is sitting on a roof with a cube. " * 9, "he",
+               "holds it.", "sits.", "is old.", "pulls.", label=2),
+        row_of("A man", "sits", "on the old roof, " * 20, "x", "pulls.", "wraps."),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def hellaswag_tokenizer(hellaswag_rows):
+    """GPT-2's kind of BPE, with few merges; its end-of-text is a special token."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    end_of_text = "<|endoftext|>"
+    trained = ByteLevelBPETokenizer()
+    texts = [text for row in hellaswag_rows for text in (row.ctx, *row.endings)]
+    trained.train_from_iterator(
+        texts, vocab_size=320, min_frequency=2, special_tokens=[end_of_text], show_progress=False
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token=end_of_text)
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """A small GPT-2 of `kind` "ours" or "stock", with fresh weights, the same each time."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+
+    def made(kind, vocab_size, n_positions=64):
+        torch.manual_seed(0)
+        shape = {"vocab_size": vocab_size, "n_positions": n_positions, "n_embd": 32, "n_layer": 2, "n_head": 4}
+        options = {"bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.3}  # wide, so that tokens differ much
+        if kind == "ours":
+            return GPT2ReproForCausalLM(GPT2ReproConfig(**shape, **options)).eval()
+        return GPT2LMHeadModel(GPT2Config(**shape, **options)).eval()
+
+    return made

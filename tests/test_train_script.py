@@ -270,6 +270,43 @@ def test_another_order_of_the_data_cannot_be_resumed(finished, shards):
     assert "Traceback" not in result.stderr
 
 
+def test_a_run_that_diverges_ends_in_words_before_it_saves(shards, tmp_path):
+    result = train(tmp_path / "run", shards, check=False, learning_rate=1e20, eval_steps=0)
+    assert result.returncode == 1
+    assert "--resume_from_checkpoint latest and a lower --learning_rate than 1e+20" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list((tmp_path / "run").glob("step-*"))
+
+
+def test_several_inputs_that_do_not_fit_are_told_together(shards, tmp_path):
+    rows = (shards.parent / "hellaswag.jsonl").read_text().replace('"endings": [', '"endings": ["a fifth", ')
+    (tmp_path / "five.jsonl").write_text(rows)
+    overrides = {"hellaswag": tmp_path / "five.jsonl", "sample_prompt": "the cat sees " * 20}
+    result = train(tmp_path / "run", shards, check=False, **overrides)
+    assert result.returncode == 2
+    assert "2 problems" in result.stderr
+    assert "endings" in result.stderr
+    assert "the prompt has" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_folder_that_is_not_of_a_run_is_left_alone(shards, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.txt").write_text("precious")
+    result = train(tmp_path, shards, check=False)
+    assert result.returncode == 2
+    assert "is not of a run" in result.stderr
+    assert (tmp_path / "model" / "mine.txt").read_text() == "precious"
+
+
+@pytest.mark.slow
+def test_processes_agree_to_leave_out_a_hellaswag_that_cannot_be_reached(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = train(tmp_path / "two", shards, processes=2, per_device_train_batch_size=2, hellaswag="Rowan/hellaswag")
+    assert "HellaSwag is left out" in result.stdout
+    assert (tmp_path / "two" / "model").is_dir()
+
+
 def test_processes_that_do_not_see_each_other_are_stopped(shards, tmp_path):
     environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0", "ACCELERATE_MIXED_PRECISION": "no"}
     environment.pop("ACCELERATE_USE_CPU", None)

@@ -143,6 +143,38 @@ def test_a_half_written_folder_is_no_checkpoint(tiny_model, tmp_path):
         checkpoints.find_resume_checkpoint(str(tmp_path / "step-000007"), tmp_path)
 
 
+def test_going_back_behind_later_checkpoints_is_refused(tiny_model, tmp_path):
+    optimizer = build_optimizer(tiny_model, 1e-3)
+    for step in (5, 6):
+        save_at(step, tmp_path, optimizer)
+    assert checkpoints.find_resume_checkpoint(str(tmp_path / "step-000006"), tmp_path).name == "step-000006"
+    with pytest.raises(ValueError, match=r"later checkpoints than step-000005 \(step-000006\)"):
+        checkpoints.find_resume_checkpoint(str(tmp_path / "step-000005"), tmp_path)
+
+
+def test_checkpoints_are_ordered_by_number(tiny_model, tmp_path):
+    for step in (1_000_000, 999_999):
+        save_at(step, tmp_path, build_optimizer(tiny_model, 1e-3))
+    assert checkpoints.find_resume_checkpoint("latest", tmp_path).name == "step-1000000"
+
+
+@pytest.mark.parametrize("name", ["state.json", "optimizer.pt"])
+def test_a_damaged_checkpoint_is_named(tiny_model, tmp_path, name):
+    optimizer = build_optimizer(tiny_model, 1e-3)
+    folder = save_at(5, tmp_path, optimizer)
+    (folder / "training_state" / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="step-000005 is damaged"):  # noqa: PT012 - either may find it
+        checkpoints.read_state(folder, {"seed": 1})
+        checkpoints.load_optimizer(folder, optimizer, torch.device("cpu"))
+
+
+def test_a_resumed_optimizer_has_the_decay_that_was_asked_for(tiny_model, tmp_path):
+    folder = save_at(5, tmp_path, build_optimizer(tiny_model, 1e-3, weight_decay=0.1))
+    optimizer = build_optimizer(tiny_model, 1e-3, weight_decay=0.5)
+    checkpoints.load_optimizer(folder, optimizer, torch.device("cpu"))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+
+
 def test_latest_starts_afresh_where_there_is_none_yet(tmp_path):
     assert checkpoints.find_resume_checkpoint("latest", tmp_path) is None
 
@@ -163,6 +195,21 @@ def test_metrics_read_as_if_the_run_had_never_stopped(tmp_path):
     with open(log.path, "a") as file:
         file.write('{"step": 4, "lo')
     assert [row["loss"] for row in read_metrics(tmp_path)] == [1.0, 2.0, 33.0]
+
+
+def test_an_evaluation_at_the_resumed_step_counts_once_and_a_cut_line_costs_only_itself(tmp_path):
+    log = MetricsLog(tmp_path, resumed_step=None, enabled=True)
+    log.append({"step": 0, "validation_loss": 9.0})
+    log.append({"step": 1, "loss": 8.0})
+    log.append({"step": 1, "validation_loss": 7.0})
+    with open(log.path, "a") as file:
+        file.write('{"step": 2, "lo')
+    log = MetricsLog(tmp_path, resumed_step=1, enabled=True)
+    log.append({"step": 1, "validation_loss": 7.0})
+    log.append({"step": 2, "loss": 6.0})
+    rows = read_metrics(tmp_path)
+    assert [row["validation_loss"] for row in rows if "validation_loss" in row] == [9.0, 7.0]
+    assert [row["loss"] for row in rows if "loss" in row] == [8.0, 6.0]
 
 
 def test_the_defaults_are_the_lectures_run():
@@ -187,13 +234,25 @@ def test_the_command_line_wins_over_the_preset_and_the_preset_over_the_default(t
 def test_all_problems_of_a_command_line_are_told_together(capsys, tmp_path):
     (tmp_path / "run.json").write_text("{}")
     words = ["--n_layer", "three", "--n_embd", "100", "--tokens_per_step", "500000", "--shards", "nowhere"]
-    words += ["--frobnicate", "1", "--output_dir", str(tmp_path), "--hellaswag", "no.jsonl", "--seed", "-1"]
+    words += [
+        "--save_total_limit",
+        "-1",
+        "--frobnicate",
+        "1",
+        "--output_dir",
+        str(tmp_path),
+        "--hellaswag",
+        "no.jsonl",
+        "--seed",
+        "-1",
+    ]
     with pytest.raises(SystemExit) as exit_:
         parse_command_line(TrainArguments, words, PRESETS)
     assert exit_.value.code == 2
     told = capsys.readouterr().err
     for expected in (
-        "8 problems",
+        "9 problems",
+        "save_total_limit (-1) must not be negative",
         "--n_layer takes a whole number, not 'three'",
         "no flag --frobnicate",
         "n_embd (100) must be a multiple of n_head (12)",

@@ -95,7 +95,7 @@ def order_identity(shape: BatchShape) -> dict:
     return {name: asdict(shape)[name] for name in ("block_size", "rows_per_step", "seed")}
 
 
-def python_prose_shards(folder: Path, vocab_size: int, validation_share: float) -> PreparedShards:
+def python_prose_shards(folder: Path, vocab_size: int, block_size: int, validation_share: float) -> PreparedShards:
     """The text that Python carries, prepared in `folder` with a tokenizer trained on it; opened if it is there already.
 
     Raises:
@@ -104,6 +104,6 @@ def python_prose_shards(folder: Path, vocab_size: int, validation_share: float) 
     if not (folder / MANIFEST).exists():
         source = python_prose_source()
         texts = (document.text for unit in source.units for document in source.read(unit))
-        tokenizer = train_tokenizer(texts, vocab_size)
+        tokenizer = train_tokenizer(texts, vocab_size, max_length=block_size)
         prepare_shards(source, tokenizer, f"trained on {PYTHON_PROSE}", folder, validation_share)
     return open_shards(folder)

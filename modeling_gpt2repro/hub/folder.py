@@ -22,7 +22,8 @@ A GPT-2 of {parameters:,} parameters ({config.n_layer} layers, {config.n_head} h
 ```python
 from transformers import pipeline
 
-generator = pipeline("text-generation", model="{name}", trust_remote_code=True)
+folder = "."  # where this folder lies, or its name on the Hub
+generator = pipeline("text-generation", model=folder, trust_remote_code=True)
 print(generator("Hello, I'm a language model,", max_new_tokens=30)[0]["generated_text"])
 ```
 """

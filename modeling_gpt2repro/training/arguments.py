@@ -32,10 +32,12 @@ class TrainArguments:
         default="HuggingFaceFW/fineweb-edu",
         help="Hub dataset to stream, or python-prose: the text that Python carries.",
     )
-    dataset_config_name: str | None = HfArg(default="sample-10BT", help="Config of that dataset.")
+    dataset_config_name: str | None = HfArg(default=None, help="Its config; sample-10BT for FineWeb-Edu.")
     dataset_revision: str | None = HfArg(default=None, help="Branch, tag or commit of that dataset.")
     text_column: str = HfArg(default="text", help="Column that holds the text.")
-    tokenizer: str = HfArg(default="gpt2", help="'gpt2', a folder, a Hub id, or 'train' (for python-prose).")
+    tokenizer: str | None = HfArg(
+        default=None, help="'gpt2' (the default), a folder or a Hub id; shards and python-prose bring their own."
+    )
     tokenizer_vocab_size: int = HfArg(default=4096, help="Vocabulary of a tokenizer that is trained.")
     validation_share: float = HfArg(default=0.001, help="Part of the data held out where no shards are given.")
 
@@ -72,6 +74,8 @@ class TrainArguments:
     report_to: str = HfArg(default="none", help="A tracker beside metrics.jsonl: tensorboard, wandb, trackio, ...")
 
     def __post_init__(self):
+        if self.dataset_config_name is None and self.dataset_name == "HuggingFaceFW/fineweb-edu":
+            self.dataset_config_name = "sample-10BT"
         problems = list(self._problems())
         if problems:
             raise ValueError("\n".join(problems))
@@ -106,8 +110,9 @@ class TrainArguments:
             yield f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}."
         positive = ("n_layer", "n_head", "n_embd", "block_size", "train_tokens", "tokens_per_step", "eval_tokens")
         positive += ("per_device_train_batch_size", "learning_rate", "max_grad_norm", "logging_steps")
+        positive += ("per_device_eval_batch_size", "tokenizer_vocab_size")
         for name in positive:
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 yield f"{name} ({getattr(self, name)}) must be greater than 0."
         not_negative = (
             "warmup_tokens",
@@ -118,8 +123,9 @@ class TrainArguments:
             "save_steps",
             "seed",
         )
+        not_negative += ("save_total_limit", "adam_epsilon")
         for name in not_negative:
-            if getattr(self, name) < 0:
+            if getattr(self, name) is not None and getattr(self, name) < 0:
                 yield f"{name} ({getattr(self, name)}) must not be negative."
         for name in ("adam_beta1", "adam_beta2", "final_learning_rate_ratio", "validation_share"):
             if not 0 <= getattr(self, name) < 1:
@@ -140,16 +146,9 @@ class TrainArguments:
             yield f"there is no folder {self.shards}: prepare it with prepare_data.py --output_dir {self.shards}."
         if self.hellaswag.endswith(".jsonl") and not Path(self.hellaswag).is_file():
             yield f"there is no file {self.hellaswag} for --hellaswag: give a jsonl, a Hub dataset, or 'none'."
-        if self.tokenizer == "train" and self.shards is None and self.dataset_name != "python-prose":
-            yield "a tokenizer can be trained for --dataset_name python-prose only; prepare_data.py trains others."
-        output_dir = Path(self.output_dir)
-        if output_dir.exists() and not output_dir.is_dir():
-            yield f"output_dir ({output_dir}) is a file: give a folder."
-        elif self.resume_from_checkpoint is None and (output_dir / RUN_RECORD).exists():
-            yield (
-                f"output_dir ({output_dir}) holds another run: go on with it by --resume_from_checkpoint latest, "
-                "or give another --output_dir."
-            )
+        if self.tokenizer is not None and (self.shards is not None or self.dataset_name == "python-prose"):
+            yield f"tokenizer ({self.tokenizer}) must be left out: shards and python-prose bring their own."
+        yield from self._output_dir_problems()
         trackers = [str(tracker) for tracker in get_available_trackers()]
         if self.report_to not in ("none", *trackers):
             yield (
@@ -158,3 +157,16 @@ class TrainArguments:
             )
         if self.resume_from_checkpoint not in (None, "latest") and not Path(self.resume_from_checkpoint).is_dir():
             yield f"there is no checkpoint folder {self.resume_from_checkpoint}."
+
+    def _output_dir_problems(self):
+        output_dir, resume = Path(self.output_dir), self.resume_from_checkpoint
+        resumes_here = resume == "latest" or (resume and Path(resume).resolve().parent == output_dir.resolve())
+        if output_dir.exists() and not output_dir.is_dir():
+            yield f"output_dir ({output_dir}) is a file: give a folder."
+        elif (output_dir / RUN_RECORD).exists() and not resumes_here:
+            yield (
+                f"output_dir ({output_dir}) holds another run: go on with it by --resume_from_checkpoint latest, "
+                "or give another --output_dir."
+            )
+        elif not (output_dir / RUN_RECORD).exists() and (strange := sorted(output_dir.glob("model"))):
+            yield f"{strange[0]} is not of a run, and the result would take its place: give another --output_dir."

@@ -2,13 +2,16 @@
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch.optim import Optimizer
 
 from .progress import TrainProgress
@@ -23,7 +26,14 @@ def checkpoint_name(step: int) -> str:
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
     """All finished checkpoints, the oldest first. A folder gets its name only when everything is in it."""
-    return sorted(p for p in output_dir.glob("step-*") if (p / STATE_FOLDER / "state.json").is_file())
+    named = [path for path in output_dir.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    finished = [path for path in named if (path / STATE_FOLDER / "state.json").is_file()]
+    return sorted(finished, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """'step-000500' -> 500."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def find_resume_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
@@ -34,13 +44,21 @@ def find_resume_checkpoint(resume_from: str | None, output_dir: Path) -> Path | 
     """
     if resume_from is None:
         return None
+    found = find_checkpoints(output_dir)
     if resume_from == "latest":
-        return (find_checkpoints(output_dir) or [None])[-1]
+        return found[-1] if found else None
     if not (Path(resume_from) / STATE_FOLDER / "state.json").is_file():
         raise ValueError(
             f"{resume_from} is no checkpoint (it has no {STATE_FOLDER}/state.json): give a step-... folder or 'latest'."
         )
-    return Path(resume_from)
+    checkpoint = Path(resume_from)
+    later = [path.name for path in found if checkpoint.parent.resolve() == output_dir.resolve() and path > checkpoint]
+    if later:
+        raise ValueError(
+            f"{output_dir} holds later checkpoints than {checkpoint.name} ({', '.join(later)}): move them away first, "
+            "so that there is one history."
+        )
+    return checkpoint
 
 
 def save_checkpoint(
@@ -75,13 +93,42 @@ def save_checkpoint(
             if path.is_file():
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(aside, folder)
+        put_in_place(aside, folder)
         for old in find_checkpoints(output_dir)[:-save_total_limit] if save_total_limit else []:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return folder
+
+
+def put_in_place(aside: Path, folder: Path):
+    """Rename a finished folder to its name; one that had it stays until then."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_remains(output_dir: Path):
+    """Remove what a killed save left half-written."""
+    for pattern in (".step-*.partial", ".step-*.old", ".model.partial", ".model.old"):
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path)
+
+
+@contextmanager
+def damage_is_told(checkpoint: Path):
+    """Around reading a checkpoint: what a damaged file raises becomes a ValueError that names the folder."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise  # a RuntimeError, but not the file's fault
+    except (RuntimeError, SafetensorError, pickle.UnpicklingError, json.JSONDecodeError, KeyError, EOFError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{checkpoint} is damaged ({reason}): resume from another step-... folder, or move this one away."
+        ) from error
 
 
 def read_state(checkpoint: Path, identity: dict) -> dict:
@@ -90,7 +137,8 @@ def read_state(checkpoint: Path, identity: dict) -> dict:
     Raises:
         ValueError: If it belongs to another run: every difference, one a line.
     """
-    state = json.loads((checkpoint / STATE_FOLDER / "state.json").read_text(encoding="utf-8"))
+    with damage_is_told(checkpoint):
+        state = json.loads((checkpoint / STATE_FOLDER / "state.json").read_text(encoding="utf-8"))
     differences = [
         f"{checkpoint} was made with {name} {state['identity'].get(name)}, not {value}: give the same, or start a new "
         "run in another --output_dir."
@@ -103,9 +151,15 @@ def read_state(checkpoint: Path, identity: dict) -> dict:
 
 
 def load_optimizer(checkpoint: Path, optimizer: Optimizer, device: torch.device):
-    """Restore the optimizer's moments; nothing in the file can run code."""
+    """Restore the optimizer's moments; its rates stay those of the arguments. Nothing in the file can run code."""
     path = checkpoint / STATE_FOLDER / "optimizer.pt"
-    optimizer.load_state_dict(torch.load(path, map_location=device, weights_only=True, mmap=True))
+    rates = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    # Mapped, so that no second copy is held; on the CPU the moments would stay in the file, which may be deleted.
+    with damage_is_told(checkpoint):
+        state = torch.load(path, map_location=device, weights_only=True, mmap=device.type != "cpu")
+    optimizer.load_state_dict(state)
+    for group, wanted in zip(optimizer.param_groups, rates, strict=True):
+        group.update(wanted)
 
 
 def _join(states: list[dict]) -> dict:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import NoReturn, TypeVar
 
@@ -12,6 +13,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 Arguments = TypeVar("Arguments")
+SECONDS_FOR_THE_FIRST_PROCESS = 20
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -88,7 +90,7 @@ def parse_command_line(
     parser = ProblemCollector(arguments_class, description)
     if presets:
         chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        chooser.add_argument("--preset", default=parser.get_default("preset"))
+        chooser.add_argument("--preset", nargs="?", default=parser.get_default("preset"))
         parser.set_defaults(**presets.get(chooser.parse_known_args(argv)[0].preset, {}))
     namespace, unknown = parser.parse_known_args(argv)
     problems = parser.problems
@@ -106,15 +108,41 @@ def parse_command_line(
 
 
 def exit_with_problems(problems: list[str]) -> NoReturn:
-    """Print the problems, once however many processes there are, and exit with code 2."""
-    if os.environ.get("RANK", "0") == "0":
-        script = os.path.basename(sys.argv[0])
-        if len(problems) == 1:
-            print(f"{script}: {problems[0]}", file=sys.stderr)
-        else:
-            print(f"{script}: {len(problems)} problems; nothing was started:", file=sys.stderr)
-            print("\n".join(f"  - {problem}" for problem in problems), file=sys.stderr)
+    """Print the problems and exit with code 2.
+
+    Of several processes the first one speaks: the others wait, and the launcher ends them meanwhile. Only a problem
+    that the first has not is told by another.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(SECONDS_FOR_THE_FIRST_PROCESS)
+    script = os.path.basename(sys.argv[0]) + (f", process {rank}" if rank != "0" else "")
+    if len(problems) == 1:
+        print(f"{script}: {problems[0]}", file=sys.stderr)
+    else:
+        print(f"{script}: {len(problems)} problems; nothing was started:", file=sys.stderr)
+        print("\n".join(f"  - {problem}" for problem in problems), file=sys.stderr)
     raise SystemExit(2)
+
+
+class Problems:
+    """Collects what is wrong with several inputs, so that all of it is told at once."""
+
+    def __init__(self):
+        self.found: list[str] = []
+
+    @contextlib.contextmanager
+    def collected(self):
+        """Note the ValueError or OSError of the block instead of raising it."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.found += str(error).splitlines()
+
+    def raise_if_any(self):
+        """Raise one ValueError with a problem a line, if there are any."""
+        if self.found:
+            raise ValueError("\n".join(self.found))
 
 
 @contextlib.contextmanager

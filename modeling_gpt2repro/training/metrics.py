@@ -11,6 +11,9 @@ class MetricsLog:
 
     def __init__(self, output_dir: Path, resumed_step: int | None, enabled: bool):
         self.path, self.enabled = output_dir / METRICS_FILE, enabled
+        if enabled and self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("\n")  # behind a line that a crash cut off
         if resumed_step is not None:
             self.append({"step": resumed_step, "event": "resume"})
 
@@ -35,7 +38,8 @@ def read_metrics(output_dir: Path) -> list[dict]:
         except ValueError:
             continue
         if row.get("event") == "resume":
-            rows = [r for r in rows if r["step"] <= row["step"]]
+            # The evaluation at that step is repeated; the training step that led to it is not.
+            rows = [r for r in rows if r["step"] < row["step"] or (r["step"] == row["step"] and "loss" in r)]
         else:
             rows.append(row)
     return rows

@@ -42,6 +42,9 @@ class Monitor:
             total=total_steps, initial=progress.step, unit="step", disable=not self.as_bar, dynamic_ncols=True
         )
         self._last_line = 0.0
+        self._mean_seconds: float | None = None
+        if hasattr(sys.stdout, "reconfigure"):  # samples hold halves of characters, which not every encoding can write
+            sys.stdout.reconfigure(errors="replace")
 
     def say(self, text: str):
         """Print above the bar, on the main process."""
@@ -53,6 +56,12 @@ class Monitor:
         """Log and show the training step that was just done; loss in nats per token."""
         step, seconds = self.progress.step, self.progress.step_seconds
         tokens_per_second = self.progress.step_tokens / seconds
+        # A process's first step compiles and warms up: it says nothing about the others.
+        known = self._mean_seconds is not None
+        if known:
+            self._mean_seconds = 0.98 * self._mean_seconds + 0.02 * seconds if self._mean_seconds else seconds
+        else:
+            self._mean_seconds = 0.0
         if step % self.logging_steps == 0 or step == self.total_steps:
             self.record(
                 {
@@ -67,11 +76,10 @@ class Monitor:
         self.bar.update()
         if not self.as_bar and (time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES or step == self.total_steps):
             self._last_line = time.monotonic()
-            left = self.progress.train_seconds / step * (self.total_steps - step)
+            left = f"{readable_duration(self._mean_seconds * (self.total_steps - step))} left" if known else "starting"
             self.say(
                 f"step {step:>6}/{self.total_steps} | loss {loss:7.4f} | norm {grad_norm:6.3f} | "
-                f"lr {learning_rate:.2e} | {1000 * seconds:5.0f} ms | {tokens_per_second:9,.0f} tokens/s | "
-                f"{readable_duration(left)} left"
+                f"lr {learning_rate:.2e} | {1000 * seconds:5.0f} ms | {tokens_per_second:9,.0f} tokens/s | {left}"
             )
 
     def evaluated(self, numbers: dict):
@@ -97,6 +105,5 @@ class Monitor:
         self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=self.progress.step)
 
     def close(self):
-        """End the bar and the trackers."""
+        """End the bar."""
         self.bar.close()
-        self.accelerator.end_training()

@@ -1,6 +1,8 @@
 """The loss curve as a picture, drawn from metrics.jsonl."""
 
+import os
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from .metrics import read_metrics
@@ -38,12 +40,13 @@ def plot_loss(output_dir: Path, yardsticks: dict[str, float]) -> Path:
     axes.grid(alpha=0.2)
     axes.legend(loc="center right")
     path = output_dir / "loss.png"
-    figure.savefig(path)
+    figure.savefig(path.with_suffix(".partial"), format="png")
+    os.replace(path.with_suffix(".partial"), path)
     return path
 
 
 def running_mean(values: Sequence[float], share: float = 0.02) -> list[float]:
     """The mean of each value and those shortly before it: as many as `share` of all there are."""
     width = max(1, round(share * len(values)))
-    parts = [values[max(0, i + 1 - width) : i + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in parts]
+    sums = list(accumulate(values, initial=0.0))
+    return [(sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width) for i in range(len(values))]

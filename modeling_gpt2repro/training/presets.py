@@ -33,7 +33,6 @@ PRESETS: dict[str, dict] = {
     "quickstart": {
         "output_dir": "runs/quickstart",
         "dataset_name": "python-prose",
-        "tokenizer": "train",
         "tokenizer_vocab_size": 2048,
         "hellaswag": "none",
         "n_layer": 2,

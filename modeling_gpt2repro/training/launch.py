@@ -1,0 +1,52 @@
+"""Starting the accelerator: accumulation, compile and precision as the arguments and the machine ask for them."""
+
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, parse_flag_from_env
+from torch.utils._triton import has_triton
+from transformers.utils.logging import disable_progress_bar
+
+from .arguments import TrainArguments
+from .hardware import cpu_lacks_bf16, usable_cores
+
+
+def start_accelerator(args: TrainArguments) -> Accelerator:
+    """Start the accelerator of this process.
+
+    Compiles on CUDA, where Triton is, unless told otherwise; takes fp32 on a CPU that would only emulate bf16.
+
+    Raises:
+        ValueError: If the launcher started several processes that do not see each other, or asked for fp16.
+    """
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+    disable_progress_bar()  # transformers' bars for each save, not ours
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    on_cuda = torch.cuda.is_available() and not on_cpu
+    compiled = args.torch_compile if args.torch_compile is not None else on_cuda and has_triton()
+    emulated = on_cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and cpu_lacks_bf16()
+    accelerator = Accelerator(
+        mixed_precision="no" if emulated else None,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        dynamo_backend="inductor" if compiled else None,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir,
+    )
+    if emulated:
+        accelerator.print("bf16 is much slower than fp32 on this processor, so fp32 is taken.")
+    if args.torch_compile is None and on_cuda and not compiled:
+        accelerator.print("Nothing is compiled: Triton is missing here.")
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError("mixed precision fp16 needs a loss scale that checkpoints do not hold: use bf16, or no.")
+    if accelerator.num_processes != args.num_processes:
+        raise ValueError(
+            f"the launcher started {args.num_processes} processes, but each sees {accelerator.num_processes}: they "
+            "would train separately. On CPUs launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
+            f"--num_processes {args.num_processes}; on GPUs check that each process has one."
+        )
+    return accelerator

@@ -1,0 +1,199 @@
+"""Documents: how files become units, units become documents, and what is wrong with a file."""
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from modeling_gpt2repro.data import documents, parquet, text_files
+from modeling_gpt2repro.data.documents import Document, Unit, list_units, read_unit
+from modeling_gpt2repro.data.prepare import prepare_shards
+from modeling_gpt2repro.data.sources import local_source
+from modeling_gpt2repro.data.text_files import read_pieces
+from modeling_gpt2repro.data.tokenizer import text_encoder, train_tokenizer
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def write_parquet(path, columns, row_group_size=10):
+    pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
+    return str(path)
+
+
+def read_all(paths):
+    return [document for unit in list_units(paths) for document in read_unit(unit)]
+
+
+TEXTS = {
+    "lines": "".join(f"Line {i} of the sea,  and\tso on.\n" + "\n" * (i % 3) for i in range(300)),
+    "crlf": "".join(f"Line {i} of the sea.\r\n\r\n" for i in range(300)),
+    "no newline": "the long cold sea, and " * 400,
+    "no whitespace": "sea海" * 3000,
+    "odd whitespace": "one\x1c\ntwo!\x1f \u2028\u00a0 three\u3000\n 中文字\n\n\x0b\x0c\r \U0001f600 's\n" * 100,
+    "blank ends": "\n\n  \n" + "the sea\n" * 300 + "\n \n",
+}
+
+
+@pytest.fixture(scope="module")
+def whitespace_tokenizer():
+    """One that merges runs of whitespace, so that it shows where words were cut."""
+    return train_tokenizer(TEXTS.values(), 330)
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_pieces_of_a_text_have_the_ids_of_the_whole(tmp_path, monkeypatch, whitespace_tokenizer, kind, all_ids):
+    monkeypatch.setattr(text_files, "PIECE_CHARACTERS", 50)
+    (tmp_path / "a.txt").write_bytes(TEXTS[kind].encode())
+    pieces = read_all([str(tmp_path / "a.txt")])
+    assert "".join(piece.text for piece in pieces) == TEXTS[kind]
+    assert [piece.continues for piece in pieces] == [False] + [True] * (len(pieces) - 1)
+    assert len({piece.id for piece in pieces}) == len(pieces)
+    assert len(pieces) > 20 or kind == "no whitespace"
+
+    source = local_source([str(tmp_path / "a.txt")])
+    shards = prepare_shards(source, whitespace_tokenizer, "tiny", tmp_path / "out", 0.0)
+    whole = text_encoder(whitespace_tokenizer)(TEXTS[kind]).tolist()
+    assert all_ids(shards).tolist() == [whitespace_tokenizer.eos_token_id, *whole]
+    assert shards.manifest["splits"]["train"]["text_bytes"] == len(TEXTS[kind].encode())
+    assert shards.manifest["splits"]["train"]["documents"] == 1
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize("range_bytes", [7, 64, 1000])
+def test_a_text_larger_than_a_unit_loses_and_doubles_nothing(tmp_path, monkeypatch, kind, range_bytes):
+    monkeypatch.setattr(documents, "RANGE_BYTES", range_bytes)
+    (tmp_path / "a.txt").write_bytes(TEXTS[kind].encode())
+    units = list_units([str(tmp_path / "a.txt")])
+    assert len(units) > 2
+    assert "".join(piece for unit in units for piece in read_pieces(unit.path, unit.start, unit.stop)) == TEXTS[kind]
+    texts = "".join(document.text for document in read_all([str(tmp_path / "a.txt")]))
+    assert texts.split() == TEXTS[kind].split()  # a unit of nothing but whitespace is no document
+
+
+@pytest.mark.parametrize("range_bytes", [1, 40, 333, 10**6])
+def test_json_lines_larger_than_a_unit_lose_and_double_nothing(tmp_path, monkeypatch, range_bytes):
+    monkeypatch.setattr(documents, "RANGE_BYTES", range_bytes)
+    rows = [{"text": "the sea 中 " * (i % 7 + 1), "id": f"row {i}"} for i in range(40)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert [(document.id, document.text) for document in read_all([path])] == [(row["id"], row["text"]) for row in rows]
+    Path(path).write_bytes(Path(path).read_bytes().rstrip())  # no line break at the end
+    assert len(read_all([path])) == 40
+
+
+def test_json_lines_without_ids_are_known_by_their_place_and_nothing_is_skipped_but_blanks(tmp_path):
+    lines = ['{"text": "one"}', "", '{"text": null, "id": 1}', '{"text": " \\n"}', '{"text": "two", "id": null}', "  "]
+    lines += ['{"text": "three", "id": 7}', r'{"text": "half \ud83d, whole \ud83d\ude00"}']
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join(lines).encode())
+    found = [(document.id, document.text) for document in read_all([str(tmp_path / "a.jsonl")])]
+    place = "\r\n".join(lines).index('{"text": "two"')
+    assert found[:3] == [("a.jsonl:0", "one"), (f"a.jsonl:{place}", "two"), ("7", "three")]
+    assert found[3][1] == "half \ufffd, whole \U0001f600"
+    assert len(found) == 4
+
+
+def test_the_mark_that_windows_editors_put_first_is_not_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfthe sea")
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "the sea"}\n')
+    assert [document.text for document in read_all([str(tmp_path / "a.txt"), str(tmp_path / "a.jsonl")])] == [
+        "the sea"
+    ] * 2
+
+
+@pytest.mark.parametrize("text_type", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_parquet_is_read_by_row_group_with_its_ids_and_without_empty_rows(tmp_path, monkeypatch, text_type):
+    monkeypatch.setattr(parquet, "BATCH_ROWS", 4)
+    texts = [None if i % 5 == 0 else " " if i % 5 == 1 else f"text {i}" for i in range(25)]
+    ids = [None if i == 7 else f"id {i}" for i in range(25)]
+    path = write_parquet(
+        tmp_path / "a.parquet", {"url": ["x"] * 25, "text": pa.array(texts).cast(text_type), "id": ids}
+    )
+    units = list_units([path])
+    assert [(unit.start, unit.name) for unit in units] == [(i, f"a.parquet:{i}") for i in range(3)]
+    wanted = [Document(f"id {i}" if i != 7 else "a.parquet:0:7", f"text {i}") for i in range(25) if i % 5 > 1]
+    assert read_all([path]) == wanted
+    assert list(read_unit(units[2])) == [document for document in wanted if int(document.text[5:]) >= 20]
+
+    unnamed = write_parquet(tmp_path / "b.parquet", {"text": texts})
+    assert [document.id for document in read_all([unnamed])][-1] == "b.parquet:2:4"
+
+
+def test_a_file_that_changed_is_read_anew(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", {"text": ["one"] * 5})
+    assert len(read_all([path])) == 5
+    write_parquet(tmp_path / "a.parquet", {"text": ["two"] * 25})
+    os.utime(path, ns=(1, 1))
+    assert [document.text for document in read_all([path])] == ["two"] * 25
+
+
+def test_patterns_are_expanded_in_order_and_a_file_is_taken_once(tmp_path):
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.txt").write_text(f"text {name}")
+    source = local_source([str(tmp_path / "c.txt"), str(tmp_path / "*.txt")])
+    assert source.description["files"] == ["c.txt", "a.txt", "b.txt"]
+    assert [document.text for unit in source.units for document in source.read(unit)] == ["text c", "text a", "text b"]
+
+
+def bad_parquet(path):
+    write_parquet(path, {"text": ["the sea " * 100] * 50})
+    content = bytearray(path.read_bytes())
+    content[4:200] = bytes(196)  # the first page; the footer stays whole
+    path.write_bytes(content)
+
+
+BAD_FILES = {
+    "no.txt": (lambda path: None, r"there is no file .*no\.txt\."),
+    "empty.txt": (lambda path: path.touch(), r"empty\.txt is empty\."),
+    "a.csv": (lambda path: path.write_text("a,b"), r"a\.csv is not of a kind that can be read: \.txt, \.jsonl"),
+    "latin.txt": (lambda path: path.write_bytes(b"caf\xe9"), r"is not UTF-8 \(byte 3 is 0xe9\): convert it\."),
+    "marked.txt": (lambda path: path.write_bytes(b"\xef\xbb\xbf\xe9"), r"is not UTF-8 \(byte 3 is 0xe9\)"),
+    "latin.jsonl": (lambda path: path.write_bytes(b'{"text": "a"}\n{"text": "\xe9"}'), r"is not UTF-8 \(byte 24 is"),
+    "bad.jsonl": (lambda path: path.write_text('{"text": "a"}\n{bad\n'), r"the line at byte 14 must be a JSON object"),
+    "list.jsonl": (lambda path: path.write_text('["text"]\n'), r"the line at byte 0 must be a JSON object"),
+    "field.jsonl": (lambda path: path.write_text('{"txt": "a"}\n'), r"must be a JSON object with a 'text' field\."),
+    "number.jsonl": (lambda path: path.write_text('{"text": 7}\n'), r"'text' in the line at byte 0 is not text\."),
+    "column.parquet": (
+        lambda path: write_parquet(path, {"txt": ["a"], "id": ["b"]}),
+        r"has no column 'text'; it has txt, id: name one by --text_column\.",
+    ),
+    "numbers.parquet": (lambda path: write_parquet(path, {"text": [1, 2]}), r"'text' of .* holds int64, not text"),
+    "bad.parquet": (bad_parquet, r"bad\.parquet is not a whole parquet file \("),
+    "cut.parquet": (lambda path: path.write_bytes(b"PAR1 and no more"), r"is not a whole parquet file \("),
+    "binary.parquet": (
+        lambda path: write_parquet(path, {"text": pa.array([b"\xff\xe9"]).cast(pa.string(), safe=False)}),
+        r"binary\.parquet is not a whole parquet file \(",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_a_sentence(tmp_path, name, one_sentence):
+    write, pattern = BAD_FILES[name]
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=pattern) as error:
+        read_all([str(tmp_path / name)])
+    assert name in one_sentence(error)
+
+
+def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch, one_sentence):
+    monkeypatch.setattr(text_files, "LONGEST_LINE_BYTES", 100)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "a" * 100}])
+    with pytest.raises(ValueError, match=r"has a line of more than 100 bytes") as error:
+        read_all([path])
+    one_sentence(error)
+
+
+def test_the_problems_of_all_files_are_told_together(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match=r"no\.txt\.\n.*empty\.txt is empty\.$"):
+        list_units([str(tmp_path / "no.txt"), str(tmp_path / "empty.txt")])
+
+
+def test_units_are_named_the_same_on_every_machine():
+    for path in ("a/b/x.parquet", "/somewhere/x.parquet", "hf://datasets/ns/n@0123/sample/x.parquet"):
+        assert Unit(path, 3, 4).name == "x.parquet:3"

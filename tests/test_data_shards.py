@@ -1,0 +1,260 @@
+"""Prepared shards: how they are made and split, their manifest, and folders that cannot be used."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from modeling_gpt2repro.data.prepare import prepare_shards, validates
+from modeling_gpt2repro.data.shard_writer import begin_preparation, find_remains
+from modeling_gpt2repro.data.shards import open_shards
+from modeling_gpt2repro.data.sources import Source, local_source
+from modeling_gpt2repro.data.tokenizer import train_tokenizer
+
+END = "<|endoftext|>"
+
+
+def shard_bytes(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.npy"))}
+
+
+@pytest.fixture
+def texts_parquet(tmp_path, tiny_texts):
+    """`tiny_texts` in 20 row groups, with ids."""
+    path = tmp_path / "texts.parquet"
+    table = pa.table({"text": tiny_texts, "id": [f"urn:{i}" for i in range(len(tiny_texts))]})
+    pq.write_table(table, path, row_group_size=10)
+    return str(path)
+
+
+def test_the_split_is_by_document_and_nothing_depends_on_the_workers(tmp_path, texts_parquet, tiny_tokenizer, all_ids):
+    source = local_source([texts_parquet])
+    made = {
+        workers: prepare_shards(
+            source, tiny_tokenizer, "tiny", tmp_path / str(workers), 0.2, shard_tokens=3_000, workers=workers
+        )
+        for workers in (1, 4)
+    }
+    assert shard_bytes(tmp_path / "1") == shard_bytes(tmp_path / "4")
+    assert made[1].fingerprint == made[4].fingerprint
+
+    found = {}
+    for split in ("train", "validation"):
+        found[split] = tiny_tokenizer.decode(all_ids(made[1], split)).split(END)[1:]
+        totals = made[1].manifest["splits"][split]
+        assert totals["documents"] == len(found[split])
+        assert totals["tokens"] == len(all_ids(made[1], split))
+        assert totals["text_bytes"] == sum(len(text.encode()) for text in found[split])
+        assert made[1].bytes_per_token(split) == totals["text_bytes"] / totals["tokens"]
+    everything = [document for unit in source.units for document in source.read(unit)]
+    for split, wanted in (("train", False), ("validation", True)):
+        assert found[split] == [document.text for document in everything if validates(document.id, 0.2) is wanted]
+    assert 20 < len(found["validation"]) < 60
+
+
+def test_a_share_is_a_share_and_a_larger_one_holds_the_smaller():
+    small, large = ({i for i in range(5_000) if validates(f"id {i}", share)} for share in (0.05, 0.2))
+    assert 150 < len(small) < 350
+    assert 850 < len(large) < 1150
+    assert small < large
+
+
+def test_who_validates_is_fixed_for_good():
+    # As it was first released: shards made on another machine or by a newer version hold out the same documents.
+    assert [i for i in range(100) if validates(f"id {i}", 0.05)] == [27, 29, 56, 72, 87]
+
+
+def test_pieces_of_one_text_serve_both_splits(tmp_path, tiny_texts, tiny_tokenizer, all_ids):
+    (tmp_path / "a.txt").write_text("\n".join(tiny_texts))
+    source = local_source([str(tmp_path / "a.txt")])
+    shards = prepare_shards(source, tiny_tokenizer, "tiny", tmp_path / "out", 0.3)
+    pieces = [piece for unit in source.units for piece in source.read(unit)]
+    chosen = [validates(piece.id, 0.3) for piece in pieces]
+    for split, wanted in (("train", False), ("validation", True)):
+        text = "".join(
+            (END if i == 0 or chosen[i - 1] is not wanted else "") + piece.text
+            for i, piece in enumerate(pieces)
+            if chosen[i] is wanted
+        )
+        assert tiny_tokenizer.decode(all_ids(shards, split)) == text
+
+
+def test_max_tokens_is_exact_and_cuts_the_same_tokens(tmp_path, texts_parquet, tiny_tokenizer, all_ids):
+    source = local_source([texts_parquet])
+    whole = prepare_shards(source, tiny_tokenizer, "tiny", tmp_path / "whole", 0.1)
+    for workers, limit in ((1, 4_321), (3, 5_000)):
+        out = tmp_path / f"cut{workers}"
+        cut = prepare_shards(source, tiny_tokenizer, "tiny", out, 0.1, limit, shard_tokens=1_000, workers=workers)
+        assert np.array_equal(all_ids(cut), all_ids(whole)[:limit])
+        totals = cut.manifest["splits"]["train"]
+        assert totals["tokens"] == limit
+        assert totals["documents"] == np.count_nonzero(all_ids(cut) == tiny_tokenizer.eos_token_id)
+        kept = tiny_tokenizer.decode(all_ids(cut)).replace(END, "")
+        assert abs(totals["text_bytes"] - len(kept.encode())) < 100
+
+
+def test_a_shard_is_as_long_as_asked_and_its_hash_is_its_own(token_shards):
+    for split in ("train", "validation"):
+        entries = token_shards.manifest["splits"][split]["shards"]
+        assert [entry["tokens"] for entry in entries[:-1]] == [5_000] * (len(entries) - 1)
+        for entry, ids in zip(entries, token_shards.shards(split), strict=True):
+            assert hashlib.sha256(ids.tobytes()).hexdigest() == entry["sha256"]
+            assert np.array_equal(np.load(token_shards.folder / entry["file"]), ids)
+    assert len(token_shards.manifest["splits"]["train"]["shards"]) > 2
+    assert sorted(path.name for path in token_shards.folder.iterdir() if path.suffix != ".npy") == [
+        "manifest.json",
+        "tokenizer",
+    ]
+
+
+def test_progress_is_told_after_each_unit(tmp_path, texts_parquet, tiny_tokenizer):
+    told = []
+    shards = prepare_shards(
+        local_source([texts_parquet]),
+        tiny_tokenizer,
+        "tiny",
+        tmp_path / "out",
+        0.1,
+        on_progress=lambda *numbers: told.append(numbers),
+    )
+    assert [(units, total) for units, total, _ in told] == [(i, 20) for i in range(1, 21)]
+    assert told[-1][2] == shards.manifest["splits"]["train"]["tokens"]
+
+
+@dataclass(frozen=True)
+class DyingSource(Source):
+    """Reading its fifth unit ends the program."""
+
+    def read(self, unit):
+        if unit == self.units[4]:
+            raise KeyboardInterrupt
+        return super().read(unit)
+
+
+def test_a_preparation_killed_in_the_middle_can_be_started_again(tmp_path, texts_parquet, tiny_tokenizer, one_sentence):
+    source, out = local_source([texts_parquet]), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        prepare_shards(
+            DyingSource(source.units, source.description), tiny_tokenizer, "tiny", out, 0.1, shard_tokens=1_000
+        )
+    assert list(out.glob("train_*.npy"))
+    (out / "train_000099.partial").touch()  # cut off while it was written
+    with pytest.raises(ValueError, match=r"has no manifest\.json: its preparation was not finished") as error:
+        open_shards(out)
+    one_sentence(error)
+    again = prepare_shards(source, tiny_tokenizer, "tiny", out, 0.1, shard_tokens=1_000)
+    fresh = prepare_shards(source, tiny_tokenizer, "tiny", tmp_path / "fresh", 0.1, shard_tokens=1_000)
+    assert shard_bytes(out) == shard_bytes(tmp_path / "fresh")
+    assert again.fingerprint == fresh.fingerprint
+    assert not list(out.glob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "train_000000.npy", "training_set.npy", "tokenizer"])
+def test_a_folder_with_other_files_is_left_alone(tmp_path, name, one_sentence):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"holds other files \({name}\): give an empty --output_dir\.") as error:
+        begin_preparation(tmp_path)
+    one_sentence(error)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_other_files_beside_an_unfinished_preparation_are_left_alone(tmp_path):
+    begin_preparation(tmp_path / "out")
+    (tmp_path / "out/train_000000.npy").touch()
+    (tmp_path / "out/train_set.npy").touch()
+    with pytest.raises(ValueError, match=r"holds other files \(train_set\.npy\)"):
+        begin_preparation(tmp_path / "out")
+    assert (tmp_path / "out/train_000000.npy").exists()
+
+
+def test_a_folder_that_cannot_be_used_is_a_sentence(tmp_path, monkeypatch, token_shards, one_sentence):
+    with pytest.raises(ValueError, match=r"holds prepared shards already: use them, or give another") as error:
+        begin_preparation(token_shards.folder)
+    one_sentence(error)
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/inside"):
+        with pytest.raises(ValueError, match=r"file is a file: give a folder as --output_dir\.") as error:
+            find_remains(folder)
+        one_sentence(error)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(ValueError, match=r"cannot be written to: give another --output_dir\.") as error:
+        find_remains(tmp_path / "new")
+    one_sentence(error)
+
+
+def test_text_that_is_too_little_to_split_is_refused(tmp_path, tiny_tokenizer, one_sentence):
+    (tmp_path / "blank.txt").write_text(" \n\t\n" * 100)
+    with pytest.raises(ValueError, match=r"there is no text in the source") as error:
+        prepare_shards(local_source([str(tmp_path / "blank.txt")]), tiny_tokenizer, "tiny", tmp_path / "blank", 0.1)
+    one_sentence(error)
+    (tmp_path / "a.txt").write_text("the sea")
+    for share, split in ((0.001, "validation"), (0.999, "train")):
+        with pytest.raises(ValueError, match=rf"none of the text fell to the {split} split") as error:
+            prepare_shards(local_source([str(tmp_path / "a.txt")]), tiny_tokenizer, "tiny", tmp_path / split, share)
+        one_sentence(error)
+
+
+def edit_manifest(folder, change):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def other_tokenizer(folder):
+    train_tokenizer(["entirely other words " * 20, "and more of them, too"], 270).save_pretrained(folder / "tokenizer")
+
+
+DAMAGE = {
+    "folder": (shutil.rmtree, r"there is no folder .*: prepare it with prepare_data\.py --output_dir"),
+    "manifest": (lambda folder: (folder / "manifest.json").unlink(), r"has no manifest\.json: its preparation"),
+    "cut manifest": (
+        lambda folder: (folder / "manifest.json").write_text('{"format": 1,'),
+        r"manifest\.json is damaged",
+    ),
+    "list": (lambda folder: (folder / "manifest.json").write_text("[1]"), r"manifest\.json is damaged"),
+    "format": (lambda folder: edit_manifest(folder, lambda m: m.update(format=2)), r"it is of format 2, and this"),
+    "no splits": (lambda folder: edit_manifest(folder, lambda m: m.pop("splits")), r"is damaged \('splits'\)"),
+    "no hash": (
+        lambda folder: edit_manifest(folder, lambda m: m["tokenizer"].update(sha256="")),
+        r"no hash of the tok",
+    ),
+    "entries": (
+        lambda folder: edit_manifest(folder, lambda m: m["splits"]["train"]["shards"].pop()),
+        r"the shards of train do not add up",
+    ),
+    "shard": (lambda folder: (folder / "train_000001.npy").unlink(), r"shard .*train_000001\.npy is missing"),
+    "cut shard": (lambda folder: os.truncate(folder / "train_000001.npy", 500), r"is truncated or damaged"),
+    "empty shard": (lambda folder: os.truncate(folder / "train_000001.npy", 0), r"is truncated or damaged"),
+    "other shard": (
+        lambda folder: np.save(folder / "train_000001.npy", np.zeros(5_000, np.int64)),
+        r"holds 5000 ids of int64, not 5000 of uint16\.",
+    ),
+    "shorter shard": (
+        lambda folder: np.save(folder / "train_000001.npy", np.zeros(4_999, np.uint16)),
+        r"holds 4999 ids of uint16, not 5000 of uint16\.",
+    ),
+    "tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), r"tokenizer does not load"),
+    "cut tokenizer": (
+        lambda folder: (folder / "tokenizer/tokenizer.json").write_text("{}"),
+        r"tokenizer does not load",
+    ),
+    "other tokenizer": (other_tokenizer, r"is not the tokenizer that these shards were made with"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_folder_is_a_sentence(tmp_path, token_shards, kind, one_sentence):
+    folder = tmp_path / "shards"
+    shutil.copytree(token_shards.folder, folder)
+    assert open_shards(folder).fingerprint == token_shards.fingerprint
+    damage, pattern = DAMAGE[kind]
+    damage(folder)
+    with pytest.raises(ValueError, match=pattern) as error:
+        open_shards(folder)
+    one_sentence(error)

@@ -1,0 +1,111 @@
+"""Tokenizers: GPT-2's own and trained ones, their encoders, their hashes, and those that are refused."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from modeling_gpt2repro.data import tokenizer
+from modeling_gpt2repro.data.tokenizer import (
+    GPT2_SHA256,
+    load_tokenizer,
+    save_tokenizer,
+    text_encoder,
+    tokenizer_sha256,
+    train_tokenizer,
+)
+
+SHARED = Path(__file__).parents[1] / "../shared/data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="GPT-2's vocabulary is not in ../shared/data")
+
+END = "<|endoftext|>"
+
+
+@pytest.fixture
+def gpt2_files(tmp_path, monkeypatch):
+    """GPT-2's vocabulary where tiktoken looks for it; a copy, because tiktoken deletes what it finds damaged."""
+    shutil.copytree(SHARED / "tiktoken_cache", tmp_path / "tiktoken")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
+
+
+@needs_shared
+def test_gpt2_from_tiktokens_files_is_the_published_tokenizer(gpt2_files):
+    ours, published = load_tokenizer("gpt2"), AutoTokenizer.from_pretrained(SHARED / "gpt2_tokenizer")
+    text = (SHARED / "text/wikitext2_valid.txt").read_text(encoding="utf-8")[:50_000]
+    assert tokenizer_sha256(ours) == tokenizer_sha256(published) == GPT2_SHA256
+    assert ours(text)["input_ids"] == published(text)["input_ids"]
+    assert ours.decode(ours(text)["input_ids"]) == text
+    assert ours("Hello, I'm a language model,")["input_ids"] == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert (len(ours), ours.eos_token_id, ours.bos_token_id) == (50257, 50256, 50256)
+
+
+@needs_shared
+def test_the_encoder_gives_tiktokens_ids_and_marks_no_documents(gpt2_files):
+    import tiktoken
+
+    encode, reference = text_encoder(load_tokenizer("gpt2")), tiktoken.get_encoding("gpt2")
+    real = (SHARED / "text/tinyshakespeare.txt").read_text(encoding="utf-8")
+    for text in (real, f"before{END} {END}after", "\x1c\n 中文 \u2028 \U0001f600's  \t\r\n", real[:999] + END + real):
+        assert encode(text).tolist() == reference.encode_ordinary(text)
+    assert encode(real).dtype == np.uint16
+
+
+@needs_shared
+def test_the_encoder_survives_what_overflows_tiktoken(gpt2_files):
+    gpt2, blanks = load_tokenizer("gpt2"), " " * 1_100_000 + "x"
+    assert gpt2.decode(text_encoder(gpt2)(blanks)) == blanks
+
+
+def test_the_encoder_gives_the_tokenizers_ids_and_spells_a_literal_end_of_text(tiny_tokenizer, tiny_texts):
+    encode = text_encoder(tiny_tokenizer)
+    assert encode(tiny_texts[0]).tolist() == tiny_tokenizer(tiny_texts[0])["input_ids"]
+    ids = encode(f"the sea{END}the sea").tolist()
+    assert tiny_tokenizer.eos_token_id not in ids
+    assert tiny_tokenizer.decode(ids) == f"the sea{END}the sea"
+
+
+def test_the_encoder_does_not_truncate_or_pad(tmp_path, tiny_tokenizer, tiny_texts):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    cutting = AutoTokenizer.from_pretrained(tmp_path)
+    cutting.backend_tokenizer.enable_truncation(5)
+    cutting.backend_tokenizer.enable_padding(length=100_000)
+    assert np.array_equal(text_encoder(cutting)(tiny_texts[0]), text_encoder(tiny_tokenizer)(tiny_texts[0]))
+
+
+def test_a_trained_tokenizer_survives_the_disk_and_another_one_has_another_hash(tmp_path, tiny_tokenizer, tiny_texts):
+    saved = save_tokenizer(tiny_tokenizer, tmp_path / "tokenizer")
+    loaded = load_tokenizer(str(tmp_path / "tokenizer"))
+    assert saved == tokenizer_sha256(loaded) == tokenizer_sha256(tiny_tokenizer)
+    assert loaded(tiny_texts[0])["input_ids"] == tiny_tokenizer(tiny_texts[0])["input_ids"]
+    assert tokenizer_sha256(train_tokenizer(tiny_texts, 301)) != saved
+    assert tokenizer_sha256(train_tokenizer(["other words entirely " * 20, *tiny_texts[:100]], 300)) != saved
+
+
+def test_unusable_tokenizers_are_refused(tmp_path, monkeypatch, tiny_tokenizer, tiny_texts, one_sentence):
+    with pytest.raises(ValueError, match=r"holds 257 to 65536 ids, not 256\.") as error:
+        train_tokenizer(tiny_texts, 256)
+    one_sentence(error)
+    with pytest.raises(ValueError, match=r"enough for a vocabulary of 2\d\d, not 5000: ask for fewer ids\.") as error:
+        train_tokenizer(["the sea"], 5000)
+    one_sentence(error)
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="is neither 'gpt2' nor a folder or Hub id that loads") as error:
+        load_tokenizer(str(tmp_path / "empty"))
+    one_sentence(error)
+
+    save_tokenizer(tiny_tokenizer, tmp_path / "endless")
+    settings = tmp_path / "endless/tokenizer_config.json"
+    settings.write_text(re.sub(r'.*"eos_token".*\n', "", settings.read_text()))
+    with pytest.raises(ValueError, match=r"must be a fast tokenizer with an end-of-text \(eos\) token") as error:
+        load_tokenizer(str(tmp_path / "endless"))
+    one_sentence(error)
+
+    save_tokenizer(tiny_tokenizer, tmp_path / "large")
+    monkeypatch.setattr(tokenizer, "LARGEST_VOCABULARY", 299)
+    with pytest.raises(ValueError, match=r"has ids up to 299; shards hold 16-bit ids, less than 299\.") as error:
+        load_tokenizer(str(tmp_path / "large"))
+    one_sentence(error)
