@@ -76,6 +76,7 @@ class PrepareArguments:
 
 
 def main(argv: list[str] | None = None):
+    """Prepare one folder, with a progress bar and a report."""
     args = parse_command_line(PrepareArguments, argv, description=__doc__)
     with bad_input_exits():
         source = open_source(args)

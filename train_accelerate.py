@@ -49,7 +49,7 @@ from modeling_gpt2repro.training.optimizer import build_optimizer
 from modeling_gpt2repro.training.plot import plot_loss
 from modeling_gpt2repro.training.presets import PRESETS
 from modeling_gpt2repro.training.progress import TrainProgress, is_due
-from modeling_gpt2repro.training.record import make_writable, write_run_record
+from modeling_gpt2repro.training.record import changed_arguments, make_writable, write_run_record
 from modeling_gpt2repro.training.schedule import learning_rate_at, set_learning_rate
 from modeling_gpt2repro.training.step import train_step
 
@@ -141,12 +141,15 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
     model.train()
     if checkpoint:
         checkpoints.load_optimizer(checkpoint, optimizer, accelerator.device)
+    changed = changed_arguments(args)
+    for name, (then, now) in changed.items():
+        accelerator.print(f"This run began with {name} {then} and goes on with {now}.")
     if accelerator.is_main_process:
         checkpoints.clear_remains(output_dir)
         hardware = {"device": device_name(accelerator.device), "processes": accelerator.num_processes}
         write_run_record(args, {**hardware, "precision": accelerator.mixed_precision})
     resumed_step = progress.step if args.resume_from_checkpoint else None
-    monitor = Monitor(accelerator, output_dir, args.total_steps, args.logging_steps, progress, resumed_step)
+    monitor = Monitor(accelerator, output_dir, args.total_steps, args.logging_steps, progress, resumed_step, changed)
     if args.report_to != "none":
         accelerator.init_trackers("gpt2repro", config={k: v for k, v in vars(args).items() if v is not None})
     return Run(args, accelerator, data, hellaswag, model, optimizer, progress, monitor)

@@ -85,6 +85,7 @@ class GPT2ReproMLP(nn.Module):
         self.c_proj = residual_projection(4 * config.n_embd, config)
 
     def forward(self, hidden_states):
+        """(B, T, C) -> (B, T, C)."""
         return self.c_proj(self.act(self.c_fc(hidden_states)))
 
 

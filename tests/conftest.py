@@ -225,3 +225,20 @@ def make_model():
         return GPT2LMHeadModel(GPT2Config(**shape, **options)).eval()
 
     return made
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """A few thousand tokens of made-up prose, and HellaSwag rows beside them: what the toy runs train on."""
+    from toy_runs import make_shards
+
+    return make_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="session")
+def finished(shards, tmp_path_factory) -> tuple[Path, str]:
+    """One whole toy run on one process, and what it printed; tests read it and leave it as it is."""
+    from toy_runs import train
+
+    output_dir = tmp_path_factory.mktemp("runs") / "one"
+    return output_dir, train(output_dir, shards).stdout

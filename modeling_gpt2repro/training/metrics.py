@@ -9,13 +9,13 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsLog:
     """Appends rows; a restart goes on in the same file after a row that says from which step."""
 
-    def __init__(self, output_dir: Path, resumed_step: int | None, enabled: bool):
+    def __init__(self, output_dir: Path, resumed_step: int | None, enabled: bool, changed: dict | None = None):
         self.path, self.enabled = output_dir / METRICS_FILE, enabled
         if enabled and self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("\n")  # behind a line that a crash cut off
         if resumed_step is not None:
-            self.append({"step": resumed_step, "event": "resume"})
+            self.append({"step": resumed_step, "event": "resume", "changed": changed or {}})
 
     def append(self, row: dict):
         """Write one row and flush it, so that a killed run has lost none."""

@@ -23,6 +23,7 @@ class Monitor:
         total_steps: For the bar and the time left.
         logging_steps: Steps between rows of metrics.jsonl.
         resumed_step: The step a run goes on from; None for a new one.
+        changed: Arguments that are not those the run began with, for the log.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class Monitor:
         logging_steps: int,
         progress: TrainProgress,
         resumed_step: int | None,
+        changed: dict | None = None,
     ):
         self.accelerator, self.total_steps, self.logging_steps = accelerator, total_steps, logging_steps
-        self.log = MetricsLog(output_dir, resumed_step, accelerator.is_main_process)
+        self.log = MetricsLog(output_dir, resumed_step, accelerator.is_main_process, changed)
         self.progress = progress
         self.as_bar = accelerator.is_main_process and sys.stderr.isatty()
         self.bar = tqdm(

@@ -48,6 +48,22 @@ def write_run_record(args: TrainArguments, hardware: dict):
     os.replace(temporary, folder / RUN_RECORD)
 
 
+def changed_arguments(args: TrainArguments) -> dict[str, tuple]:
+    """Which arguments differ from those in the run's record: name -> (then, now); none where there is no record.
+
+    Where things are and what is shown may change freely and is left out.
+    """
+    record = Path(args.output_dir) / RUN_RECORD
+    if not record.exists():
+        return {}
+    then = json.loads(record.read_text(encoding="utf-8"))["arguments"]
+    return {
+        name: (then[name], now)
+        for name, now in asdict(args).items()
+        if name in then and then[name] != now and name not in ("resume_from_checkpoint", "report_to", "shards")
+    }
+
+
 def current_commit() -> str | None:
     """The commit of the checkout that this file lies in; None outside of one."""
     try:

@@ -1,0 +1,79 @@
+"""What train_accelerate.py says where it cannot go on, and what it leaves alone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+from toy_runs import RECIPE, ROOT, as_flags, train
+
+
+def test_changed_arguments_are_told_when_a_run_goes_on(finished, shards, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "step-000030")
+    result = train(tmp_path / "run", shards, resume_from_checkpoint="latest", learning_rate=0.005, eval_steps=0)
+    assert "This run began with learning_rate 0.01 and goes on with 0.005." in result.stdout
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    changed = next(row["changed"] for row in events if row.get("event") == "resume")
+    assert changed["learning_rate"] == [0.01, 0.005]
+
+
+def test_an_output_dir_that_holds_another_run_is_left_alone(finished, shards):
+    before = (finished[0] / "metrics.jsonl").read_bytes()
+    result = train(finished[0], shards, check=False)
+    assert result.returncode == 2
+    assert "holds another run: go on with it by --resume_from_checkpoint latest" in result.stderr
+    assert (finished[0] / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_order_of_the_data_cannot_be_resumed(finished, shards):
+    result = train(finished[0], shards, check=False, resume_from_checkpoint="latest", seed=12)
+    assert result.returncode == 2
+    assert "was made with seed 11, not 12" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_run_that_diverges_ends_in_words_before_it_saves(shards, tmp_path):
+    result = train(tmp_path / "run", shards, check=False, learning_rate=1e20, eval_steps=0)
+    assert result.returncode == 1
+    assert "--resume_from_checkpoint latest and a lower --learning_rate than 1e+20" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list((tmp_path / "run").glob("step-*"))
+
+
+def test_several_inputs_that_do_not_fit_are_told_together(shards, tmp_path):
+    rows = (shards.parent / "hellaswag.jsonl").read_text().replace('"endings": [', '"endings": ["a fifth", ')
+    (tmp_path / "five.jsonl").write_text(rows)
+    overrides = {"hellaswag": tmp_path / "five.jsonl", "sample_prompt": "the cat sees " * 20}
+    result = train(tmp_path / "run", shards, check=False, **overrides)
+    assert result.returncode == 2
+    assert "2 problems" in result.stderr
+    assert "endings" in result.stderr
+    assert "the prompt has" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_folder_that_is_not_of_a_run_is_left_alone(shards, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.txt").write_text("precious")
+    result = train(tmp_path, shards, check=False)
+    assert result.returncode == 2
+    assert "is not of a run" in result.stderr
+    assert (tmp_path / "model" / "mine.txt").read_text() == "precious"
+
+
+def test_processes_that_do_not_see_each_other_are_stopped(shards, tmp_path):
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0", "ACCELERATE_MIXED_PRECISION": "no"}
+    environment.pop("ACCELERATE_USE_CPU", None)
+    recipe = {**RECIPE, "per_device_train_batch_size": 2, "hellaswag": "none"}
+    flags = as_flags({"shards": shards, "output_dir": tmp_path / "run", **recipe})
+    program = (
+        "import torch; torch.cuda.is_available = lambda: False\nimport sys, train_accelerate as t; t.main(sys.argv[1:])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2, result.stderr
+    assert "started 2 processes, but each sees 1" in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,87 @@
+"""Toy runs of train_accelerate.py in processes of their own: what several test files compare."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "seed": 11}
+STEPS, ROWS = 30, 8
+RECIPE = {
+    **SHAPE,
+    "train_tokens": STEPS * ROWS * 32,
+    "tokens_per_step": ROWS * 32,
+    "warmup_tokens": 5 * ROWS * 32,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "eval_tokens": 320,
+    "eval_steps": 10,
+    "save_steps": 10,
+    "sample_tokens": 5,
+    "num_samples": 2,
+}
+
+
+def make_shards(folder: Path) -> Path:
+    """A few thousand tokens of made-up prose, prepared with a tokenizer of 300 ids, in several shards."""
+    from modeling_gpt2repro.data.prepare import prepare_shards
+    from modeling_gpt2repro.data.sources import local_source
+    from modeling_gpt2repro.data.tokenizer import train_tokenizer
+
+    words = ["the", "a", "cat", "dog", "tree", "house", "sees", "runs", "under", "over", "big", "small", "and", "then"]
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(words, k=60)) + "." for _ in range(80)]
+    (folder / "prose.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    tokenizer = train_tokenizer(texts, 300)
+    source = local_source([str(folder / "prose.jsonl")])
+    prepare_shards(source, tokenizer, "toy", folder / "tokens", validation_share=0.3, shard_tokens=1500)
+    rows = [
+        {
+            "ind": i,
+            "activity_label": "Seeing",
+            "ctx_a": "the cat sees.",
+            "ctx_b": "the dog",
+            "ctx": "the cat sees. the dog",
+            "endings": [" ".join(draw.choices(words, k=3 + choice)) + "." for choice in range(4)],
+            "label": i % 4,
+        }
+        for i in range(7)
+    ]
+    (folder / "hellaswag.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "tokens"
+
+
+def as_flags(recipe: dict) -> list[str]:
+    return [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
+
+
+def train(output_dir: Path, shards: Path | None, processes: int = 1, check: bool = True, **overrides):
+    """Run the script in processes of its own, in fp32 on the CPU with one thread."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    flags = as_flags(
+        {
+            **({"shards": shards, "hellaswag": shards.parent / "hellaswag.jsonl"} if shards else {"hellaswag": "none"}),
+            "output_dir": output_dir,
+            **RECIPE,
+            **overrides,
+        }
+    )
+    return subprocess.run(
+        [*launcher, str(ROOT / "train_accelerate.py"), *flags],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=120,
+    )
+
+
+def rows_of(output_dir: Path, name: str = "loss") -> list[float]:
+    from modeling_gpt2repro.training.metrics import read_metrics
+
+    return [row[name] for row in read_metrics(output_dir) if name in row]
