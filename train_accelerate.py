@@ -37,12 +37,7 @@ from modeling_gpt2repro.hub.folder import save_hub_folder
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.command_line import Problems, bad_input_exits, parse_command_line
-from modeling_gpt2repro.training.hardware import (
-    device_name,
-    estimate_cpu_seconds,
-    flops_per_token,
-    readable_duration,
-)
+from modeling_gpt2repro.training.hardware import device_name
 from modeling_gpt2repro.training.launch import start_accelerator
 from modeling_gpt2repro.training.monitor import Monitor
 from modeling_gpt2repro.training.optimizer import build_optimizer
@@ -52,6 +47,7 @@ from modeling_gpt2repro.training.progress import TrainProgress, is_due
 from modeling_gpt2repro.training.record import changed_arguments, make_writable, write_run_record
 from modeling_gpt2repro.training.schedule import learning_rate_at, set_learning_rate
 from modeling_gpt2repro.training.step import train_step
+from modeling_gpt2repro.training.words import end_block, start_block, stop_if_diverged, warn_of_slow_cpu
 
 
 def main(argv: list[str] | None = None):
@@ -76,12 +72,12 @@ def main(argv: list[str] | None = None):
             loss, grad_norm = loss.item(), grad_norm.item()  # waits for the device: the time is the step's own
             progress.advance(tokens=args.tokens_per_step, seconds=time.perf_counter() - started)
             run.monitor.trained(loss, grad_norm, learning_rate)
-            stop_if_diverged(run, loss, grad_norm)
+            stop_if_diverged(args, accelerator, progress, loss, grad_norm)
             if is_due(progress.step, args.save_steps) and progress.step < args.total_steps:
                 save(run)
         evaluate(run)  # on the weights that are saved
         save(run)
-        say_goodbye(run, export(run))
+        run.monitor.say(end_block(args, progress, export(run)))
     accelerator.end_training()
 
 
@@ -155,20 +151,6 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
     return Run(args, accelerator, data, hellaswag, model, optimizer, progress, monitor)
 
 
-def warn_of_slow_cpu(args: TrainArguments, accelerator: Accelerator):
-    """Say at once what a large run would take on a CPU, before anything is read or downloaded."""
-    if accelerator.device.type != "cpu":
-        return
-    parameters = args.n_layer * 12 * args.n_embd**2 + 50257 * args.n_embd  # GPT-2's vocabulary; biases left out
-    flops = args.train_tokens * flops_per_token(parameters, args.n_layer, args.n_embd, args.block_size)
-    seconds = estimate_cpu_seconds(flops, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32)
-    if seconds > 3600:
-        accelerator.print(
-            f"On this CPU that takes at least {readable_duration(seconds)}. --preset quickstart trains a small GPT-2 "
-            "in minutes; for this one use a GPU.\n"
-        )
-
-
 def open_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
     """Prepared shards, the text that Python carries, or a Hub dataset streamed."""
     shape = BatchShape(
@@ -239,36 +221,14 @@ def build_model(args: TrainArguments, data: TrainingData, checkpoint: Path | Non
 
 def introduce(run: Run):
     """Say what will happen, and what the losses are to be measured by."""
-    args, accelerator, config = run.args, run.accelerator, run.bare_model.config
+    args, accelerator, vocab_size = run.args, run.accelerator, run.bare_model.config.vocab_size
     run.yardsticks = {
-        "guessing evenly, ln(vocabulary)": math.log(config.vocab_size),
+        "guessing evenly, ln(vocabulary)": math.log(vocab_size),
         "guessing by frequency, unigram entropy": unigram_entropy(
-            validation_batches(run.data.validation, args.eval_tokens, micro_batch_rows=64), config.vocab_size
+            validation_batches(run.data.validation, args.eval_tokens, micro_batch_rows=64), vocab_size
         ),
     }
-    batch = (
-        f"{accelerator.num_processes} processes x {args.gradient_accumulation_steps} micro-batches x "
-        f"{args.per_device_train_batch_size} rows x {args.block_size} tokens"
-    )
-    lines = {
-        "device": f"{accelerator.num_processes} x {device_name(accelerator.device)}",
-        "precision": f"{accelerator.mixed_precision}, "
-        f"compile: {accelerator.state.dynamo_plugin.backend.value.lower()}, "
-        f"attention: {config._attn_implementation}",
-        "model": f"{run.bare_model.num_parameters():,} parameters: {config.n_layer} layers, {config.n_head} heads, "
-        f"width {config.n_embd}",
-        "data": run.data.summary,
-        "tokenizer": f"{config.vocab_size:,} ids",
-        "training": f"{args.total_steps:,} steps of {args.tokens_per_step:,} tokens: {batch}",
-        "yardsticks": "; ".join(f"{name} {loss:.2f}" for name, loss in run.yardsticks.items()) + " (nats per token)",
-        "writing to": f"{run.output_dir}" + (f", going on from step {run.progress.step}" if run.progress.step else ""),
-    }
-    run.monitor.say("".join(f"{name:<12} {text}\n" for name, text in lines.items()))
-    if args.warmup_steps >= args.total_steps:
-        run.monitor.say(
-            f"The warm-up ({args.warmup_tokens:,} tokens) is as long as the training: give a shorter --warmup_tokens, "
-            "or the learning rate never reaches its peak.\n"
-        )
+    run.monitor.say(start_block(args, accelerator, run.bare_model, run.data.summary, run.yardsticks, run.progress.step))
 
 
 def evaluate(run: Run):
@@ -293,17 +253,6 @@ def evaluate(run: Run):
     accelerator.wait_for_everyone()
 
 
-def stop_if_diverged(run: Run, loss: float, grad_norm: float):
-    """End before weights that are no numbers can be saved over good ones."""
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        told = (
-            f"the loss is {loss} and the gradient's norm {grad_norm} at step {run.progress.step}; the last checkpoint "
-            f"in {run.output_dir} is from before. Go on from there with --resume_from_checkpoint latest and a lower "
-            f"--learning_rate than {run.args.learning_rate}."
-        )
-        raise SystemExit(told if run.accelerator.is_main_process else 1)
-
-
 def save(run: Run):
     """A checkpoint: a Hub folder that the run can go on from."""
     checkpoints.save_checkpoint(
@@ -326,25 +275,6 @@ def export(run: Run) -> Path:
         checkpoints.put_in_place(aside, folder)
     run.accelerator.wait_for_everyone()
     return folder
-
-
-def say_goodbye(run: Run, folder: Path):
-    """What came out, where it is, and how to make it talk."""
-    progress = run.progress
-    run.monitor.say(
-        f"""
-trained      {progress.step:,} steps, {progress.tokens:,} tokens in {readable_duration(progress.train_seconds)}
-model        {folder}
-loss plot    {run.output_dir / "loss.png"}
-numbers      {run.monitor.log.path}
-
-Make it talk:
-
-    from transformers import pipeline
-    talk = pipeline("text-generation", model="{folder.as_posix()}", trust_remote_code=True)
-    print(talk({run.args.sample_prompt!r}, max_new_tokens=40, do_sample=True, top_k=50)[0]["generated_text"])
-"""
-    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a person watches: one block at the start, a progress bar or plain lines, and one row of numbers a step."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -39,7 +40,9 @@ class Monitor:
         self.accelerator, self.total_steps, self.logging_steps = accelerator, total_steps, logging_steps
         self.log = MetricsLog(output_dir, resumed_step, accelerator.is_main_process, changed)
         self.progress = progress
-        self.as_bar = accelerator.is_main_process and sys.stderr.isatty()
+        # Some pseudo-terminals have no lines; tqdm shows nothing there.
+        self.as_bar = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 1
+        self.as_bar = self.as_bar and accelerator.is_main_process
         self.bar = tqdm(
             total=total_steps, initial=progress.step, unit="step", disable=not self.as_bar, dynamic_ncols=True
         )
