@@ -246,7 +246,7 @@ def test_a_stream_from_the_hub_gives_the_same_rows_to_one_process_and_to_two(tmp
 
 
 def test_what_the_hub_does_not_have_is_a_sentence(tmp_path, hub, fineweb, tokenizer_folder):
-    (hub.new_repository("datasets/ns/csv") / "train.csv").write_text("text\nthe sea\n")
+    (hub.new_repository("datasets/ns/csv") / "train.csv").write_text("body\nthe sea\n")
     code = """
 import sys
 from modeling_gpt2repro.data.sources import hub_source
@@ -268,7 +268,23 @@ for names in (("ns/nothing", None), ("ns/fineweb", "sample-1T"), ("ns/fineweb", 
     assert "sample-10BT" in told[1]
     assert told[2].endswith("it has no split 'test', but train.")
     assert told[3].endswith("it has no revision 'v9'.")
-    assert "refs/convert/parquet" in told[4]
+    assert told[4].endswith("it has no text column 'text'; it has body: name one by --text_column.")
+
+
+def test_a_hub_dataset_that_is_not_parquet_gives_the_same_ids_as_its_files(tmp_path, hub, tiny_texts, tokenizer_folder):
+    folder = hub.new_repository("datasets/ns/lines")
+    for number in range(3):
+        rows = [{"id": f"{number}-{row}", "text": text, "more": row} for row, text in enumerate(tiny_texts[:60])]
+        rows[7]["text"] = "" if number else "  "
+        (folder / f"train-{number}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ["--tokenizer", tokenizer_folder, "--validation_share", "0.2"]
+    hub_options = ["--dataset_name", "ns/lines", "--workers", "2", "--output_dir", tmp_path / "hub"]
+    done = run(hub, tmp_path / "home", PREPARE, *hub_options, *options)
+    assert done.returncode == 0, done.stderr
+    prepare_data.main(["--output_dir", str(tmp_path / "local"), "--train_files", f"{folder}/*.jsonl", *options])
+    from_hub, local = open_shards(tmp_path / "hub"), open_shards(tmp_path / "local")
+    assert from_hub.fingerprint == local.fingerprint
+    assert local.manifest["splits"]["validation"]["documents"] > 10
 
 
 def test_no_network_is_a_sentence_and_soon(tmp_path, hub, tokenizer_folder):

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFound
 
 from .documents import Document, Unit, list_units, read_unit
 from .hub_files import retrying
+from .hub_rows import is_of_rows, list_row_units, read_row_unit
 from .python_prose import python_prose_documents
 
 # The corpus that every Python carries: nothing to download.
@@ -28,6 +29,8 @@ class Source:
         """The unit's documents, in their order."""
         if unit.path == PYTHON_PROSE:
             return iter(_python_prose())
+        if is_of_rows(unit.path):
+            return read_row_unit(unit)
         return read_unit(unit)
 
 
@@ -61,18 +64,19 @@ def hub_source(
     revision: str | None = None,
     text_column: str = "text",
 ) -> Source:
-    """The parquet files of a Hub dataset's split, at one commit.
+    """A Hub dataset's split, at one commit: the row groups of its parquet files, or else what `datasets` streams.
 
     Raises:
-        ValueError: If dataset, config or split is not there or not stored as parquet, or the Hub cannot be reached.
+        ValueError: If dataset, config, split or text column is not there, or the Hub cannot be reached.
     """
     name = dataset + (f" ({config})" if config else "")
     try:
         commit = retrying(lambda: _commit(dataset, revision))
         paths = retrying(lambda: _data_files(dataset, config, split, commit))
-        if not all(path.endswith(".parquet") for path in paths):
-            raise ValueError("its files are not parquet: give --dataset_revision refs/convert/parquet, a conversion.")
-        units = list_units(paths, text_column)
+        if all(path.endswith(".parquet") for path in paths):
+            units = list_units(paths, text_column)
+        else:
+            units = list_row_units(dataset, config, split, commit, text_column)
     except ConnectionError as error:  # what `datasets` raises offline, too
         raise ValueError(
             f"the Hub cannot be reached for {name} ({' '.join(str(error).split())}): without a network, train with "

@@ -1,0 +1,51 @@
+"""Hub datasets that are not stored as parquet (jsonl, csv, text, archives): their rows, as `datasets` streams them.
+
+A unit is one of the shards that `datasets` sees, most often a file.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+from .documents import Document, Unit
+
+SCHEME = "hub-rows://"
+
+
+def list_row_units(dataset: str, config: str | None, split: str, commit: str, text_column: str) -> list[Unit]:
+    """One unit a shard.
+
+    Raises:
+        ValueError: If the rows have no such column, or it holds no text.
+    """
+    stream = _stream(dataset, config, split, commit)
+    first = next(iter(stream), None)
+    if first is None:
+        raise ValueError("it is empty.")
+    if not isinstance(first.get(text_column), str | None) or text_column not in first:
+        raise ValueError(
+            f"it has no text column {text_column!r}; it has {', '.join(first)}: name one by --text_column."
+        )
+    path = SCHEME + "|".join([dataset, config or "", split, commit])
+    return [Unit(path, shard, shard + 1, text_column) for shard in range(stream.num_shards)]
+
+
+def is_of_rows(path: str) -> bool:
+    """Whether a unit's path was made here."""
+    return path.startswith(SCHEME)
+
+
+def read_row_unit(unit: Unit) -> Iterator[Document]:
+    """Yield the documents of the unit's shard; their ids are the id column's, or else tell the place."""
+    dataset, config, split, commit = unit.path.removeprefix(SCHEME).split("|")
+    stream = _stream(dataset, config or None, split, commit)
+    for number, row in enumerate(stream.shard(num_shards=stream.num_shards, index=unit.start)):
+        text, name = row[unit.text_column] or "", row.get("id")
+        if text and not text.isspace():
+            yield Document(f"{split}:{unit.start}:{number}" if name is None else str(name), text)
+
+
+@lru_cache(maxsize=4)
+def _stream(dataset: str, config: str | None, split: str, commit: str):
+    import datasets
+
+    return datasets.load_dataset(dataset, config, split=split, revision=commit, streaming=True)
