@@ -14,10 +14,10 @@ tags:
 - gpt2
 - gpt2repro
 ---
-# {name}
+# GPT-2, {parameters:,} parameters
 
-A GPT-2 of {parameters:,} parameters ({config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context
-{config.n_positions}, vocabulary {config.vocab_size}), trained from scratch.
+A GPT-2 trained from scratch ({config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context
+{config.n_positions}, vocabulary {config.vocab_size}).
 
 ```python
 from transformers import pipeline
@@ -46,7 +46,5 @@ def save_hub_folder(model: GPT2ReproForCausalLM, tokenizer: PreTrainedTokenizerB
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    card = CARD.format(
-        name=folder.name.strip(".").removesuffix(".partial"), parameters=model.num_parameters(), config=model.config
-    )
+    card = CARD.format(parameters=model.num_parameters(), config=model.config)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -42,7 +42,12 @@ def start_block(
         step: Where the run goes on from; 0 for a new one.
     """
     config, processes = model.config, accelerator.num_processes
-    micro_batches = f"{args.gradient_accumulation_steps} micro-batches x {args.per_device_train_batch_size} rows"
+    batch = [
+        (processes, "process", "processes"),
+        (args.gradient_accumulation_steps, "micro-batch", "micro-batches"),
+        (args.per_device_train_batch_size, "row", "rows"),
+        (args.block_size, "token", "tokens"),
+    ]
     lines = {
         "device": f"{processes} x {device_name(accelerator.device)}",
         "precision": f"{accelerator.mixed_precision}, attention: {config._attn_implementation}, compile: "
@@ -51,8 +56,8 @@ def start_block(
         f"width {config.n_embd}",
         "data": data_summary,
         "tokenizer": f"{config.vocab_size:,} ids",
-        "training": f"{args.total_steps:,} steps of {args.tokens_per_step:,} tokens: {processes} processes x "
-        f"{micro_batches} x {args.block_size} tokens",
+        "training": f"{args.total_steps:,} steps of {args.tokens_per_step:,} tokens: "
+        + " x ".join(f"{count} {one if count == 1 else many}" for count, one, many in batch),
         "yardsticks": "; ".join(f"{name} {loss:.2f}" for name, loss in yardsticks.items()) + " (nats per token)",
         "writing to": args.output_dir + (f", going on from step {step}" if step else ""),
     }
