@@ -58,8 +58,18 @@ def as_flags(recipe: dict) -> list[str]:
     return [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
 
 
-def train(output_dir: Path, shards: Path | None, processes: int = 1, check: bool = True, **overrides):
-    """Run the script in processes of its own, in fp32 on the CPU with one thread."""
+CPU_FP32 = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
+
+
+def train(
+    output_dir: Path,
+    shards: Path | None,
+    processes: int = 1,
+    check: bool = True,
+    environment: dict[str, str] = CPU_FP32,
+    **overrides,
+) -> subprocess.CompletedProcess:
+    """Run the script in processes of its own; by `environment` in fp32 on the CPU with one thread."""
     launcher = [sys.executable]
     if processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -73,11 +83,11 @@ def train(output_dir: Path, shards: Path | None, processes: int = 1, check: bool
     )
     return subprocess.run(
         [*launcher, str(ROOT / "train_accelerate.py"), *flags],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=check,
-        timeout=120,
+        timeout=240,
     )
 
 
