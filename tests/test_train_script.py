@@ -75,11 +75,8 @@ def test_two_processes_equal_one(finished, shards, tmp_path):
 
 
 def test_stop_and_resume_equal_never_stopped(finished, shards, tmp_path):
-    train(tmp_path / "run", shards)
-    # As if it had been killed after step 20: the later checkpoint and the export are gone, the log goes on to 30.
-    for path in [*(tmp_path / "run/step-000030").rglob("*"), *(tmp_path / "run/model").rglob("*")]:
-        if path.is_file():
-            path.unlink()
+    # As if it had been killed after step 20: the later checkpoint is gone, the log goes on to 30.
+    shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("step-000030", "model"))
     again = train(tmp_path / "run", shards, resume_from_checkpoint="latest")
     assert "going on from step 20" in again.stdout
     assert rows_of(tmp_path / "run") == rows_of(finished[0])
@@ -110,11 +107,9 @@ def test_a_run_leaves_what_it_says(finished):
     assert all(round(7 * acc, 6).is_integer() for acc in rows_of(output_dir, "hellaswag_completion_acc"))
 
 
-@pytest.mark.parametrize("folder", ["model", "step-000020"])
-def test_the_folder_talks_in_a_clean_process_without_our_package(finished, folder):
+def test_folders_talk_in_a_clean_process_without_our_package(finished, tmp_path):
     program = """
 import sys
-folder = sys.argv[1]
 sys.path = [path for path in sys.path if path.rstrip("/\\\\") != sys.argv[2]]  # a .venv may lie below it
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
 try:
@@ -123,29 +118,32 @@ try:
 except ModuleNotFoundError:
     pass
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
-talk = pipeline("text-generation", model=folder, trust_remote_code=True)
-print(repr(talk("the cat", max_new_tokens=8, do_sample=False)[0]["generated_text"]))
-print(type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__)
-again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-assert again.lm_head.weight is again.transformer.wte.weight
-again.save_pretrained(sys.argv[3])
-print(type(AutoModelForCausalLM.from_pretrained(sys.argv[3], trust_remote_code=True)).__name__)
+for number, folder in enumerate(sys.argv[3:]):
+    talk = pipeline("text-generation", model=folder, trust_remote_code=True)
+    print(repr(talk("the cat", max_new_tokens=8, do_sample=False)[0]["generated_text"]))
+    print(type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__)
+    again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert again.lm_head.weight is again.transformer.wte.weight
+    again.save_pretrained(f"{sys.argv[1]}/{number}")
+    print(type(AutoModelForCausalLM.from_pretrained(f"{sys.argv[1]}/{number}", trust_remote_code=True)).__name__)
 """
-    path = finished[0] / folder
-    assert {p.name for p in path.glob("*.py")} == {"configuration_gpt2repro.py", "modeling_gpt2repro.py"}
+    folders = [finished[0] / "model", finished[0] / "step-000020"]
+    for folder in folders:
+        assert {path.name for path in folder.glob("*.py")} == {"configuration_gpt2repro.py", "modeling_gpt2repro.py"}
     result = subprocess.run(
-        [sys.executable, "-I", "-c", program, str(path), str(ROOT), str(finished[0].parent / f"again-{folder}")],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(finished[0].parent / "home")},
-        cwd=finished[0].parent,
+        [sys.executable, "-I", "-c", program, str(tmp_path), str(ROOT), *map(str, folders)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    text, base, causal = result.stdout.splitlines()
-    assert text.startswith("'the cat")
-    assert len(text) > len("'the cat'")
-    assert (base, causal) == ("GPT2ReproModel", "GPT2ReproForCausalLM")
+    lines = result.stdout.splitlines()
+    assert lines[1:3] == lines[4:6] == ["GPT2ReproModel", "GPT2ReproForCausalLM"]
+    for text in (lines[0], lines[3]):
+        assert text.startswith("'the cat")
+        assert len(text) > len("'the cat'")
 
 
 def test_the_quickstart_needs_nothing_but_python(tmp_path):
@@ -167,7 +165,7 @@ def test_the_quickstart_needs_nothing_but_python(tmp_path):
     assert len(rows_of(tmp_path / "run", "validation_bits_per_byte")) == 2
 
 
-def test_a_stream_from_the_hub_trains_alike_on_two_processes_and_after_a_resume(shards, hub, tmp_path, monkeypatch):
+def test_a_stream_from_the_hub_goes_on_with_the_very_next_row(shards, hub, tmp_path, monkeypatch):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -183,8 +181,6 @@ def test_a_stream_from_the_hub_trains_alike_on_two_processes_and_after_a_resume(
     stream = {"dataset_name": "toy/prose", "tokenizer": shards / "tokenizer", "train_tokens": 12 * ROWS * 32}
     stream |= {"save_steps": 5, "eval_steps": 0, "num_samples": 0}
     train(tmp_path / "one", None, **stream)
-    train(tmp_path / "two", None, processes=2, per_device_train_batch_size=2, **stream)
-    assert rows_of(tmp_path / "two") == pytest.approx(rows_of(tmp_path / "one"), abs=1e-5)
     never_stopped = rows_of(tmp_path / "one")
     shutil.rmtree(tmp_path / "one" / "step-000012")
     shutil.rmtree(tmp_path / "one" / "step-000010")

@@ -6,7 +6,10 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 from toy_runs import RECIPE, ROOT, as_flags, train
+
+import train_accelerate
 
 
 def test_changed_arguments_are_told_when_a_run_goes_on(finished, shards, tmp_path):
@@ -19,11 +22,18 @@ def test_changed_arguments_are_told_when_a_run_goes_on(finished, shards, tmp_pat
     assert changed["learning_rate"] == [0.01, 0.005]
 
 
-def test_an_output_dir_that_holds_another_run_is_left_alone(finished, shards):
+def refused(capsys, output_dir, shards) -> str:
+    """What the script says, in this process, before it starts anything."""
+    with pytest.raises(SystemExit) as exit_:
+        train_accelerate.main(as_flags({"shards": shards, "output_dir": output_dir, **RECIPE, "hellaswag": "none"}))
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_an_output_dir_that_holds_another_run_is_left_alone(finished, shards, capsys):
     before = (finished[0] / "metrics.jsonl").read_bytes()
-    result = train(finished[0], shards, check=False)
-    assert result.returncode == 2
-    assert "holds another run: go on with it by --resume_from_checkpoint latest" in result.stderr
+    told = refused(capsys, finished[0], shards)
+    assert "holds another run: go on with it by --resume_from_checkpoint latest" in told
     assert (finished[0] / "metrics.jsonl").read_bytes() == before
 
 
@@ -54,12 +64,10 @@ def test_several_inputs_that_do_not_fit_are_told_together(shards, tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_a_folder_that_is_not_of_a_run_is_left_alone(shards, tmp_path):
+def test_a_folder_that_is_not_of_a_run_is_left_alone(shards, tmp_path, capsys):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.txt").write_text("precious")
-    result = train(tmp_path, shards, check=False)
-    assert result.returncode == 2
-    assert "is not of a run" in result.stderr
+    assert "is not of a run" in refused(capsys, tmp_path, shards)
     assert (tmp_path / "model" / "mine.txt").read_text() == "precious"
 
 

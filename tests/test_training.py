@@ -13,10 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
-from modeling_gpt2repro.training import checkpoints
+from modeling_gpt2repro.training import checkpoints, hardware
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.command_line import parse_command_line
-from modeling_gpt2repro.training.hardware import cpu_lacks_bf16
 from modeling_gpt2repro.training.metrics import MetricsLog, read_metrics
 from modeling_gpt2repro.training.optimizer import build_optimizer
 from modeling_gpt2repro.training.presets import PRESETS
@@ -274,9 +273,9 @@ def test_an_unknown_preset_is_named_with_those_there_are(capsys):
 
 
 def test_emulated_bf16_is_noticed():
-    if platform.machine() not in ("x86_64", "AMD64") or cpu_lacks_bf16():
+    if platform.machine() not in ("x86_64", "AMD64") or hardware.cpu_lacks_bf16():
         pytest.skip("needs an x86 processor with bf16 instructions, which can be told to do without them")
-    program = "from modeling_gpt2repro.training.hardware import cpu_lacks_bf16; print(cpu_lacks_bf16())"
+    program = f"import runpy; print(runpy.run_path({hardware.__file__!r})['cpu_lacks_bf16']())"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert result.stdout == "True\n", result.stderr

@@ -60,7 +60,9 @@ def changed_arguments(args: TrainArguments) -> dict[str, tuple]:
     return {
         name: (then[name], now)
         for name, now in asdict(args).items()
-        if name in then and then[name] != now and name not in ("resume_from_checkpoint", "report_to", "shards")
+        if name in then
+        and then[name] != now
+        and name not in ("output_dir", "resume_from_checkpoint", "report_to", "shards")
     }
 
 
