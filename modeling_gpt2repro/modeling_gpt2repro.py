@@ -41,6 +41,14 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     return (weights @ value).transpose(1, 2), weights  # (B, T, H, D)
 
 
+def gelu(x):
+    """GPT-2's tanh form of GELU: 0.5 x (1 + tanh u) with u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    if not torch.compiler.is_compiling():
+        return nn.functional.gelu(x, approximate="tanh")
+    # The same by 1 + tanh u = 2 sigmoid(2u): in a fused kernel on a CPU, exp takes half the time of tanh.
+    return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
+
+
 def residual_projection(in_features: int, config: GPT2ReproConfig) -> nn.Linear:
     """The layer that writes into the residual stream: smaller at initialization, because 2 n_layer of them add up."""
     linear = nn.Linear(in_features, config.n_embd)
@@ -81,12 +89,11 @@ class GPT2ReproMLP(nn.Module):
     def __init__(self, config: GPT2ReproConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.act = nn.GELU(approximate="tanh")
         self.c_proj = residual_projection(4 * config.n_embd, config)
 
     def forward(self, hidden_states):
         """(B, T, C) -> (B, T, C)."""
-        return self.c_proj(self.act(self.c_fc(hidden_states)))
+        return self.c_proj(gelu(self.c_fc(hidden_states)))
 
 
 class GPT2ReproBlock(GradientCheckpointingLayer):
