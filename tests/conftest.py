@@ -18,17 +18,21 @@ import pytest
 class LoopbackHub:
     """A Hub on 127.0.0.1 (`loopback_hub.py`) that serves the folders below `root / "models"` and `root / "datasets"`.
 
-    The clients read HF_ENDPOINT when they are imported: what talks to it runs in a subprocess with `environment`.
+    The clients read HF_ENDPOINT when they are imported: what talks to it runs in a subprocess with `environment`, and
+    to push to "user/<any name>" also with HF_TOKEN set to `token`. What was pushed lies below `root` in its turn.
     """
 
     endpoint: str
     cdn: str
+    token: str
+    read_only_token: str
     root: Path
 
     def new_repository(self, path: str) -> Path:
         """`datasets/ns/name` or `models/ns/name`, to write files to; what another test put there is gone."""
         folder = self.root / path
-        shutil.rmtree(folder, ignore_errors=True)
+        for old in (folder, self.root / "branches" / path, self.root / "lfs" / path):
+            shutil.rmtree(old, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder
 
@@ -70,7 +74,7 @@ class LoopbackHub:
 def hub(tmp_path_factory) -> Iterator[LoopbackHub]:
     """One loopback Hub for the whole run."""
     root = tmp_path_factory.mktemp("hub")
-    command = [sys.executable, str(Path(__file__).with_name("loopback_hub.py")), "--root", str(root)]
+    command = [sys.executable, str(Path(__file__).with_name("loopback_hub_writes.py")), "--root", str(root)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         yield LoopbackHub(**json.loads(server.stdout.readline()), root=root)
         server.stdin.close()  # which ends it
@@ -95,6 +99,41 @@ def tiny_model(tiny_config):
 
     torch.manual_seed(0)
     return GPT2ReproForCausalLM(tiny_config).eval()
+
+
+@pytest.fixture
+def stock(tiny_config):
+    """A random stock GPT-2 of the tiny shape, with weights large enough that mistakes show."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    shape = {name: getattr(tiny_config, name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
+    model = GPT2LMHeadModel(GPT2Config(**shape, initializer_range=0.2, bos_token_id=0, eos_token_id=0)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def carried(stock, tiny_config):
+    """Ours with the stock model's weights: its Conv1D matrices are transposed Linears."""
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+
+    model = GPT2ReproForCausalLM(tiny_config).eval()
+    conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    model.load_state_dict({name: w.t() if name.endswith(conv1d) else w for name, w in stock.state_dict().items()})
+    return model
+
+
+@pytest.fixture
+def random_ids():
+    """random_ids(*shape) -> ids of the tiny vocabulary without its end-of-text, the same each time."""
+    import torch
+
+    return lambda *shape: torch.randint(1, 97, shape, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A Hub on 127.0.0.1, to read from: `python tests/loopback_hub.py --root DIR` prints its two origins as a line of JSON.
+"""A Hub on 127.0.0.1, to read from: `python tests/loopback_hub.py --root DIR` prints its origins and tokens as JSON.
 
     DIR/models/<namespace>/<name>/...     a model repository: a plain folder, looked at anew for every request
     DIR/datasets/<namespace>/<name>/...   a dataset repository
@@ -9,9 +9,9 @@ A rule is {"match": regular expression on "METHOD path?query"} with "times" (def
 "headers"), sent instead of the answer, or "drop": the connection closes before the answer (0) or after so many bytes of
 its body. Replace the file as a whole, not in place; a new file counts from zero.
 
-A repository has one revision, main, whose commit is a hash of its content. Files that the Hub keeps in LFS come from a
-second origin, as they do in reality: it refuses a client that brings its token along. The server ends when its standard
-input does, so it cannot outlive the test run.
+A repository has no history: the commit of main, or of another branch, is a hash of what it holds now. Files that the
+Hub keeps in LFS come from a second origin, as they do in reality: it refuses a client that brings its token along. The
+server ends when its standard input does, so it cannot outlive the test run. `loopback_hub_writes.py` takes pushes too.
 """
 
 import argparse
@@ -27,7 +27,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-LFS_SUFFIXES = {".parquet", ".arrow", ".safetensors", ".bin", ".pt"}  # from the .gitattributes of a new repository
+WRITE_TOKEN, READ_TOKEN = "hf_writer", "hf_reader"
+ROLES = {WRITE_TOKEN: "write", READ_TOKEN: "read"}  # any other token is refused, as in reality
+# From the .gitattributes of a new repository.
+LFS_SUFFIXES = {".parquet", ".arrow", ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".npy"}
 LFS_BYTES = 10 * 1024**2  # the Hub takes nothing larger as a regular file
 DATE = "2024-06-01T00:00:00.000Z"  # of the one commit
 
@@ -54,8 +57,12 @@ class Reply(Exception):
 
 
 def refusal(status: int, message: str, code: str = "", headers: dict[str, str] | None = None) -> Reply:
-    named = {"X-Error-Code": code, "X-Error-Message": message} if code else {}
+    named = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
     return Reply(status, {"error": message}, named | (headers or {}))
+
+
+def is_lfs(path: str, size: int) -> bool:
+    return size > LFS_BYTES or (size > 0 and Path(path).suffix in LFS_SUFFIXES)
 
 
 @functools.cache
@@ -63,7 +70,7 @@ def file_entry(path: Path, name: str, modified_ns: int, size: int) -> dict:
     """A file as tree and paths-info show it, hashed again only when it has changed."""
     content = path.read_bytes()
     entry = {"type": "file", "path": name, "size": size}
-    if path.suffix in LFS_SUFFIXES or size > LFS_BYTES:
+    if is_lfs(name, size):
         sha256 = hashlib.sha256(content).hexdigest()
         content = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
         entry["lfs"] = {"oid": sha256, "size": size, "pointerSize": len(content)}
@@ -95,7 +102,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if "status" in fault:
                 raise Reply(fault["status"], {"error": "injected fault"}, fault.get("headers", {}))
-            self.answer()
+            with self.server.state.lock:  # one at a time: no request sees half of what another does
+                self.answer()
         except Reply as reply:
             self.send(reply, drop=fault.get("drop"))
         except Exception:
@@ -138,33 +146,50 @@ class CdnHandler(Handler):
     def answer(self) -> None:
         if "Authorization" in self.headers:
             raise refusal(400, "The address is signed: Authorization must not be sent here")
-        if self.path not in self.server.state.handed_out:
+        path = self.server.state.handed_out.get(f"{self.command} {self.path}")
+        if path is None:
             raise refusal(403, "The Hub has not handed out this address")
-        self.send_file(self.server.state.handed_out[self.path], {})
+        self.serve(path)
+
+    def serve(self, path: Path) -> None:
+        self.send_file(path, {})
 
 
 class HubHandler(Handler):
     origin = "hub"
+    routes = ROUTES
 
     def answer(self) -> None:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token and token not in ROLES:
+            raise refusal(401, "Invalid credentials in Authorization header")
+        self.role = ROLES.get(token)
         address = urlsplit(self.path)
         self.query = parse_qs(address.query)
-        for pattern, action in ROUTES.items():
+        for pattern, action in self.routes.items():
             if found := re.fullmatch(pattern, f"{self.command} {address.path}"):
-                parts = {name: unquote(value) for name, value in found.groupdict().items() if value}
-                self.name, self.path_in_repository = parts["name"], parts.get("path", "").rstrip("/")
-                self.repository = self.find_repository(parts.get("kind", "models"), parts.get("revision", "main"))
+                self.parts = {name: unquote(value) for name, value in found.groupdict().items() if value}
+                self.path_in_repository = self.parts.get("path", "").rstrip("/")
+                if "name" in self.parts:
+                    self.kind, self.name = self.parts.get("kind", "models"), self.parts["name"]
+                    self.repository = self.find_repository(self.parts.get("revision", "main"))
                 getattr(self, action)()
         raise refusal(404, "Sorry, we can't find the page you are looking for.")
 
-    def find_repository(self, kind: str, revision: str) -> Repository:
-        folder = self.server.state.root / kind / self.name
-        if not folder.is_dir():
-            raise refusal(404 if "Authorization" in self.headers else 401, "Repository not found", "RepoNotFound")
-        repository = Repository(folder)
-        if revision not in ("main", repository.commit):
-            raise refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return repository
+    def branches(self) -> dict[str, Path]:
+        root = self.server.state.root
+        others = sorted((root / "branches" / self.kind / self.name).glob("*"))
+        return {"main": root / self.kind / self.name} | {unquote(folder.name): folder for folder in others}
+
+    def find_repository(self, revision: str) -> Repository:
+        branches = self.branches()
+        if not branches["main"].is_dir():
+            raise refusal(404 if self.role else 401, "Repository not found", "RepoNotFound")
+        for branch, folder in branches.items():
+            repository = Repository(folder)
+            if revision in (branch, repository.commit):
+                return repository
+        raise refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def entry_not_found(self) -> Reply:
         headers = {"X-Repo-Commit": self.repository.commit}  # the clients remember what is missing at a commit
@@ -202,8 +227,11 @@ class HubHandler(Handler):
         raise Reply(200, [entry | last if options.get("expand") == ["true"] else entry for entry in entries])
 
     def refs(self) -> None:
-        main = {"name": "main", "ref": "refs/heads/main", "targetCommit": self.repository.commit}
-        raise Reply(200, {"branches": [main], "tags": [], "converts": [], "pullRequests": []})
+        branches = [
+            {"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": Repository(folder).commit}
+            for branch, folder in self.branches().items()
+        ]
+        raise Reply(200, {"branches": branches, "tags": [], "converts": [], "pullRequests": []})
 
     def commits(self) -> None:
         commit = {"id": self.repository.commit, "title": "Upload", "message": "", "date": DATE, "authors": []}
@@ -217,7 +245,7 @@ class HubHandler(Handler):
         if "lfs" not in entry:
             self.send_file(path, headers | {"ETag": f'"{entry["oid"]}"'})
         address = f"/lfs/{entry['lfs']['oid']}/{quote(entry['path'])}"
-        self.server.state.handed_out[address] = path
+        self.server.state.handed_out[f"GET {address}"] = path
         headers |= {"X-Linked-Etag": f'"{entry["lfs"]["oid"]}"', "X-Linked-Size": str(entry["size"])}
         raise Reply(302, b"", headers | {"Location": self.server.state.cdn + address})
 
@@ -226,8 +254,8 @@ class State:
     """What the two origins share."""
 
     def __init__(self, root: Path):
-        self.root, self.cdn = root, ""
-        self.handed_out: dict[str, Path] = {}  # in place of a signature: the addresses that the CDN answers
+        self.root, self.endpoint, self.cdn = root, "", ""
+        self.handed_out: dict[str, Path] = {}  # in place of a signature: "METHOD address", and what file it is about
         self.faults, self.faults_version = [], (0, 0)
         self.lock = threading.Lock()
 
@@ -258,12 +286,16 @@ def start_server(handler: type[Handler], state: State) -> str:
     return f"http://127.0.0.1:{server.server_port}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(hub: type[HubHandler] = HubHandler, cdn: type[CdnHandler] = CdnHandler) -> None:
+    parser = argparse.ArgumentParser(description="A Hub on 127.0.0.1.")
     parser.add_argument("--root", type=Path, required=True)
     state = State(parser.parse_args().root)
-    state.cdn = start_server(CdnHandler, state)
-    print(json.dumps({"endpoint": start_server(HubHandler, state), "cdn": state.cdn}), flush=True)
+    # The CDN has a host name of its own, as in reality: huggingface_hub 1.33 takes a redirect to another port of the
+    # same host for one that stays on the Hub, and brings its token along.
+    state.cdn = start_server(cdn, state).replace("127.0.0.1", "localhost")
+    state.endpoint = start_server(hub, state)
+    tokens = {"token": WRITE_TOKEN, "read_only_token": READ_TOKEN}
+    print(json.dumps({"endpoint": state.endpoint, "cdn": state.cdn} | tokens), flush=True)
     sys.stdin.read()
 
 

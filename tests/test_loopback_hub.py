@@ -1,4 +1,7 @@
-"""The real clients read from the loopback Hub as from the real one. They run once, in one subprocess: `CLIENTS`."""
+"""The real clients read from the loopback Hub and push to it as to the real one.
+
+They run once, the reading ones in one subprocess, `CLIENTS`, and the pushing one in another, `PUSHES`.
+"""
 
 import http.client
 import json
@@ -79,6 +82,67 @@ answers["missing"] = {
 print(json.dumps(answers))
 """
 
+PUSHES = r"""
+import json
+import sys
+from pathlib import Path
+
+import huggingface_hub
+
+folder, downloads, read_only_token = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+api = huggingface_hub.HfApi()
+answers = {}
+
+
+def failure(call):
+    try:
+        call()
+    except Exception as error:
+        response = getattr(error, "response", None)
+        return [type(error).__name__, response is not None and response.status_code]
+
+
+def push(name="user/pushed", **options):
+    return api.upload_folder(repo_id=name, folder_path=folder, **options).oid
+
+
+answers["user"] = api.whoami()["name"], api.whoami()["auth"]["accessToken"]["role"]
+answers["created"] = api.create_repo("pushed").repo_id, api.create_repo("user/pushed", exist_ok=True).repo_id
+answers["again"] = failure(lambda: api.create_repo("pushed"))
+answers["empty"] = api.list_repo_files("user/pushed")
+
+answers["commits"] = [push(), push()]
+api.snapshot_download("user/pushed", local_dir=downloads / "first")
+api.create_branch("user/pushed", branch="runs/1")
+(folder / "README.md").write_text("# Second\n")
+answers["commits"] += [push(), push(revision="runs/1", delete_patterns="sub/*", ignore_patterns="sub/*")]
+api.snapshot_download("user/pushed", local_dir=downloads / "second")
+api.snapshot_download("user/pushed", revision="runs/1", local_dir=downloads / "branch")
+answers["branches"] = {branch.name: branch.target_commit for branch in api.list_repo_refs("user/pushed").branches}
+
+(folder / "config.json").write_text("never committed")
+(folder / "model.safetensors").write_bytes(b"never committed")
+answers["refused"] = {
+    "no token": failure(lambda: push(token=False)),
+    "unknown token": failure(lambda: push(token="hf_wrong")),
+    "token that only reads": failure(lambda: push(token=read_only_token)),
+    "another's repository": failure(lambda: push("ns/others")),
+    "no repository": failure(lambda: push("user/nothing")),
+    "no branch": failure(lambda: push(revision="runs/2")),
+    "stale parent": failure(lambda: push(parent_commit=answers["commits"][0])),
+    "create without token": failure(lambda: api.create_repo("user/other", token=False)),
+    "read with unknown token": failure(lambda: api.model_info("user/pushed", token="hf_wrong")),
+    "whoami with unknown token": failure(lambda: api.whoami("hf_wrong")),
+}
+api.create_repo("user/lost")
+answers["refused"]["upload that was lost"] = failure(lambda: push("user/lost"))
+answers["nothing"] = api.list_repo_files("user/lost")
+(folder / "README.md").write_text("---\ntags: [\n---\n")
+answers["refused"]["card that is no YAML"] = failure(push)
+answers["sha"] = api.model_info("user/pushed").sha
+print(json.dumps(answers))
+"""
+
 FINEWEB = {  # a row of FineWeb-Edu
     "text": "",
     "id": "",
@@ -103,6 +167,15 @@ HELLASWAG = {  # a row of Rowan/hellaswag
     "split": "val",
     "split_type": "indomain",
     "label": "3",
+}
+
+PUSHED_FILES = {
+    "README.md": b"---\nlicense: mit\n---\n# First\n",
+    "config.json": b"{}",
+    "model.safetensors": bytes(range(256)) * 40,
+    "sub/rng.pth": b"random",
+    "sub/copy.pth": b"random",  # the same object twice
+    "empty.bin": b"",
 }
 
 
@@ -168,10 +241,11 @@ def requests_of(answers, origin, text):
     return [line for line in answers["log"] if line["origin"] == origin and text in line["path"]]
 
 
-def read(address, **headers):
-    """Status, headers and body of a GET, whatever the status."""
+def read(address, put=None, **headers):
+    """Status, headers and body of a GET, or a PUT of these bytes, whatever the status."""
+    request = Request(address, data=put, headers=headers, method="GET" if put is None else "PUT")
     try:
-        with build_opener(ProxyHandler({})).open(Request(address, headers=headers), timeout=10) as reply:
+        with build_opener(ProxyHandler({})).open(request, timeout=10) as reply:
             return reply.status, reply.headers, reply.read()
     except HTTPError as reply:
         return reply.code, reply.headers, reply.read()
@@ -308,3 +382,82 @@ def test_faults_are_applied_as_often_as_asked(notes, hub):
             read(notes + "ten.bin")
         assert broken.value.partial == b"0123"
     assert read(notes + "ten.bin")[2] == b"0123456789"
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, tmp_path_factory):
+    """What `PUSHES` got, its downloads "first", "second" and "branch" as {path: content}, its requests as "log"."""
+    folder, downloads = tmp_path_factory.mktemp("pushed"), tmp_path_factory.mktemp("downloads")
+    for name, content in PUSHED_FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    hub.new_repository("models/ns/others")
+    seen = len(hub.log())
+    environment = hub.environment(tmp_path_factory.mktemp("home")) | {"HF_TOKEN": hub.token}
+    command = [sys.executable, "-c", PUSHES, folder, downloads, hub.read_only_token]
+    uploads = "PUT /lfs/user/lost/|POST /user/lost.git/info/lfs/objects/verify"
+    with hub.faults({"match": uploads, "status": 200}):  # the client is told that they went well
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    downloaded = {name: files_below(downloads / name) for name in ("first", "second", "branch")}
+    return json.loads(run.stdout.splitlines()[-1]) | downloaded | {"log": hub.log()[seen:]}
+
+
+def files_below(folder):
+    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    hidden = (".gitattributes", ".cache/")
+    return {name: path.read_bytes() for name, path in names.items() if not name.startswith(hidden)}
+
+
+def test_what_is_pushed_is_downloaded_and_lies_below_root(pushed, hub):
+    second = PUSHED_FILES | {"README.md": b"# Second\n"}
+    assert pushed["first"] == PUSHED_FILES
+    assert pushed["second"] == second == files_below(hub.root / "models/user/pushed")
+    assert pushed["branch"] == {name: content for name, content in second.items() if not name.startswith("sub/")}
+
+
+def test_a_repository_is_created_once_with_the_lfs_rules(pushed):
+    assert pushed["user"] == ["user", "write"]
+    assert pushed["created"] == ["user/pushed", "user/pushed"]
+    assert pushed["again"] == ["HfHubHTTPError", 409]
+    assert pushed["empty"] == [".gitattributes"]
+
+
+def test_an_unchanged_push_makes_no_commit_and_a_changed_one_uploads_what_changed(pushed):
+    first, unchanged, second, branch = pushed["commits"]
+    assert first == unchanged
+    assert len({first, second, branch}) == 3
+    assert pushed["branches"] == {"main": second, "runs/1": branch}
+    commits = [line for line in requests_of(pushed, "hub", "/user/pushed/commit/") if line["status"] == 200]
+    assert len(commits) == 3
+    assert [line["method"] for line in requests_of(pushed, "cdn", "size=10240")] == ["PUT"]
+    assert not any(line["auth"] for line in requests_of(pushed, "cdn", ""))
+
+
+def test_a_push_that_may_not_be_changes_nothing(pushed):
+    assert pushed["refused"] == {
+        "no token": ["HfHubHTTPError", 401],
+        "unknown token": ["HfHubHTTPError", 401],
+        "token that only reads": ["HfHubHTTPError", 403],
+        "another's repository": ["HfHubHTTPError", 403],
+        "no repository": ["RepositoryNotFoundError", 404],
+        "no branch": ["RevisionNotFoundError", 404],
+        "stale parent": ["HfHubHTTPError", 412],
+        "create without token": ["HfHubHTTPError", 401],
+        "read with unknown token": ["HfHubHTTPError", 401],
+        "whoami with unknown token": ["HfHubHTTPError", 401],
+        "upload that was lost": ["BadRequestError", 400],
+        "card that is no YAML": ["ValueError", False],
+    }
+    assert pushed["sha"] == pushed["commits"][2]
+    assert pushed["nothing"] == [".gitattributes"]
+
+
+def test_an_upload_is_checked_and_takes_no_token(pushed, hub):
+    address = hub.cdn + requests_of(pushed, "cdn", "size=10240")[0]["path"]
+    content = PUSHED_FILES["model.safetensors"]
+    assert read(address, put=content)[0] == 200
+    assert read(address, put=content[::-1])[0] == read(address, put=content[1:])[0] == 400
+    assert read(address, put=content, Authorization=f"Bearer {hub.token}")[0] == 400
+    assert read(address.replace("10240", "10239"), put=content[1:])[0] == read(address)[0] == 403
+    assert read(f"{hub.endpoint}/user/pushed/resolve/main/model.safetensors")[2] == content
