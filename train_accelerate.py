@@ -17,12 +17,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.data.rows import BatchShape, validation_batches
 from modeling_gpt2repro.data.shards import open_shards
 from modeling_gpt2repro.data.sources import PYTHON_PROSE, hub_source
-from modeling_gpt2repro.data.tokenizer import load_tokenizer
+from modeling_gpt2repro.data.tokenizer import load_tokenizer, tokenizer_sha256
 from modeling_gpt2repro.data.training_data import (
     TrainingData,
     data_from_shards,
@@ -33,7 +34,8 @@ from modeling_gpt2repro.evaluation.distributed import hellaswag_accuracies, vali
 from modeling_gpt2repro.evaluation.hellaswag_rows import HellaSwagRow, load_hellaswag
 from modeling_gpt2repro.evaluation.samples import check_prompt, sample_texts
 from modeling_gpt2repro.evaluation.validation import unigram_entropy, validation_numbers
-from modeling_gpt2repro.hub.folder import save_hub_folder
+from modeling_gpt2repro.hub.conversion import load_as_ours
+from modeling_gpt2repro.hub.folder import FROM_SCRATCH, save_hub_folder
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.command_line import Problems, bad_input_exits, parse_command_line
@@ -101,6 +103,11 @@ class Run:
         return Path(self.args.output_dir)
 
     @property
+    def origin(self) -> str:
+        """Where the weights come from, for the model card."""
+        return f"A GPT-2 trained on from {self.args.init_from}." if self.args.init_from else FROM_SCRATCH
+
+    @property
     def bare_model(self) -> GPT2ReproForCausalLM:
         """The model without compile and DDP, autocast kept: ragged evaluation batches recompile nothing."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -118,6 +125,7 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
     data, hellaswag, problems = None, [], Problems()
     with problems.collected():
         checkpoint = checkpoints.find_resume_checkpoint(args.resume_from_checkpoint, output_dir)
+        weights, their_tokenizer = open_weights(args, accelerator, checkpoint)
     with problems.collected():
         hellaswag = open_hellaswag(args, accelerator)
     with problems.collected():
@@ -130,7 +138,7 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
         state = checkpoints.read_state(checkpoint, data.identity)
         progress.load_state_dict(state["progress"])
         data.batches.load_state_dict(state["data"])
-    model = build_model(args, data, checkpoint)
+    model = build_model(args, data, weights, their_tokenizer)
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -187,16 +195,50 @@ def open_hellaswag(args: TrainArguments, accelerator: Accelerator) -> list[Hella
     return rows if int(found) == len(rows) * accelerator.num_processes else []
 
 
-def build_model(args: TrainArguments, data: TrainingData, checkpoint: Path | None) -> GPT2ReproForCausalLM:
-    """A model with fresh weights, the same on every process, or with the checkpoint's.
+def open_weights(
+    args: TrainArguments, accelerator: Accelerator, checkpoint: Path | None
+) -> tuple[GPT2ReproForCausalLM | None, PreTrainedTokenizerBase | None]:
+    """What the weights start from: the checkpoint, else `--init_from` with its tokenizer, else nothing.
 
     Raises:
-        ValueError: If the checkpoint is damaged or of another shape, or the attention implementation is not there.
+        ValueError: If it is damaged, no GPT-2, or of another shape than the arguments'.
     """
     if checkpoint:
         with checkpoints.damage_is_told(checkpoint):
-            model = GPT2ReproForCausalLM.from_pretrained(checkpoint)
+            model, tokenizer = GPT2ReproForCausalLM.from_pretrained(checkpoint), None
+    elif args.init_from:
+        with accelerator.main_process_first():
+            model, tokenizer = load_as_ours(args.init_from)
     else:
+        return None, None
+    source = checkpoint or args.init_from
+    shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
+    if any(getattr(args, name) != size for name, size in shape.items()):
+        flags = " ".join(f"--{name} {size}" for name, size in shape.items())
+        raise ValueError(f"{source} has another shape than was asked for: give {flags}.")
+    positions = model.config.n_positions
+    if args.block_size > positions:
+        raise ValueError(f"block_size ({args.block_size}) must be at most the {positions} positions of {source}.")
+    return model.float(), tokenizer  # whatever it was saved in: a small update is lost in bf16
+
+
+def build_model(
+    args: TrainArguments,
+    data: TrainingData,
+    model: GPT2ReproForCausalLM | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> GPT2ReproForCausalLM:
+    """The model that was opened, or one with fresh weights, the same on every process.
+
+    Raises:
+        ValueError: If its tokenizer is not the data's, or the attention implementation is not there.
+    """
+    if tokenizer is not None and tokenizer_sha256(tokenizer) != tokenizer_sha256(data.tokenizer):
+        raise ValueError(
+            f"init_from ({args.init_from}) has another tokenizer than the data: prepare the data with --tokenizer "
+            f"{args.init_from}."
+        )
+    if model is None:
         torch.manual_seed(args.seed)
         config = GPT2ReproConfig(
             vocab_size=len(data.tokenizer),
@@ -208,10 +250,6 @@ def build_model(args: TrainArguments, data: TrainingData, checkpoint: Path | Non
             eos_token_id=data.tokenizer.eos_token_id,
         )
         model = GPT2ReproForCausalLM(config)
-    shape = (model.config.n_layer, model.config.n_head, model.config.n_embd, model.config.n_positions)
-    wanted = (args.n_layer, args.n_head, args.n_embd, args.block_size)
-    if shape != wanted:
-        raise ValueError(f"{checkpoint} has n_layer, n_head, n_embd, block_size {shape}, not {wanted}: give the same.")
     try:
         model.set_attn_implementation(args.attn_implementation)
     except ImportError as error:
@@ -258,7 +296,7 @@ def save(run: Run):
     checkpoints.save_checkpoint(
         run.accelerator,
         run.output_dir,
-        lambda folder: save_hub_folder(run.bare_model, run.data.tokenizer, folder),
+        lambda folder: save_hub_folder(run.bare_model, run.data.tokenizer, folder, run.origin),
         run.optimizer,
         run.progress,
         run.data.batches.state_dict(),
@@ -271,7 +309,7 @@ def export(run: Run) -> Path:
     """The final model: the last checkpoint's Hub folder without the training state."""
     folder, aside = run.output_dir / "model", run.output_dir / ".model.partial"
     if run.accelerator.is_main_process:
-        save_hub_folder(run.bare_model, run.data.tokenizer, aside)
+        save_hub_folder(run.bare_model, run.data.tokenizer, aside, run.origin)
         checkpoints.put_in_place(aside, folder)
     run.accelerator.wait_for_everyone()
     return folder

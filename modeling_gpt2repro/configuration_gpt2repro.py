@@ -1,7 +1,19 @@
 """Configuration of the GPT-2 reproduction: the shape of the network, under GPT-2's field names."""
 
+import transformers
+
+if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < (5, 5):
+    raise ImportError(
+        f"gpt2repro models need transformers 5.5.0 or newer, this is {transformers.__version__}: "
+        "pip install --upgrade transformers"
+    )
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+# What transformers itself passes or writes into config.json beside the fields of the class.
+NOT_FIELDS = {"attn_implementation", "auto_map", "model_type", "name_or_path", "num_labels", "output_attentions"}
+NOT_FIELDS |= {"experts_implementation", "quantization_config", "torch_dtype", "transformers_weights"}
 
 
 @strict
@@ -21,6 +33,7 @@ class GPT2ReproConfig(PreTrainedConfig):
         position_initializer_range: The same for the position embedding: 0.01 in GPT-2's code, 0.02 in build-nanogpt.
 
     Raises:
+        ValueError: On a field that does not exist, or a config.json of another kind of model.
         huggingface_hub.errors.StrictDataclassError: On a field of the wrong type or a shape that does not fit, with the
             value and the limit.
     """
@@ -50,11 +63,23 @@ class GPT2ReproConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        if kwargs.get("model_type", self.model_type) != self.model_type:
+            raise ValueError(
+                f"this is the config of a {kwargs['model_type']!r} model, not {self.model_type!r}: convert a stock "
+                "GPT-2 with python -m modeling_gpt2repro.hub.conversion --from NAME --to DIR."
+            )
+        unknown = [name for name in kwargs if name not in NOT_FIELDS | set(self.attribute_map) and name[0] != "_"]
+        if unknown:
+            fields = ", ".join(sorted(GPT2ReproConfig.__annotations__))
+            raise ValueError(f"{', '.join(unknown)}: no such field in GPT2ReproConfig; it has {fields}.")
         # Written into config.json whole: saving one class records only that class, and the others could not be loaded.
         kwargs["auto_map"] = {
             "AutoConfig": "configuration_gpt2repro.GPT2ReproConfig",
             "AutoModel": "modeling_gpt2repro.GPT2ReproModel",
             "AutoModelForCausalLM": "modeling_gpt2repro.GPT2ReproForCausalLM",
+            "AutoModelForQuestionAnswering": "modeling_gpt2repro.GPT2ReproForQuestionAnswering",
+            "AutoModelForSequenceClassification": "modeling_gpt2repro.GPT2ReproForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling_gpt2repro.GPT2ReproForTokenClassification",
         }
         super().__post_init__(**kwargs)
 

@@ -9,18 +9,27 @@ import math
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpt2repro import GPT2ReproConfig
+
+# Trainer's label smoothing shifts the labels of the classes that stand here; of any other it would train a copier.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(GPT2ReproConfig.model_type, "GPT2ReproForCausalLM")
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -39,6 +48,10 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     # In fp32 also under bf16: a sum over a thousand weights needs more than 8 bits.
     weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2), weights  # (B, T, H, D)
+
+
+# Stock GPT-2 holds these as (inputs, outputs); `nn.Linear` is (outputs, inputs).
+TRANSPOSED_IN_STOCK = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 def gelu(x):
@@ -118,6 +131,7 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
 
     config: GPT2ReproConfig
     base_model_prefix = "transformer"
+    _input_embed_layer = "wte"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GPT2ReproBlock"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -127,6 +141,27 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": GPT2ReproBlock, "attentions": GPT2ReproAttention}
+
+    def __init__(self, config: GPT2ReproConfig):
+        super().__init__(config)
+        AutoModel.register(type(config), GPT2ReproModel, exist_ok=True)  # where the generic heads look for their body
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """Load weights as `PreTrainedModel.from_pretrained`, only never stock GPT-2's transposed ones.
+
+        Raises:
+            ValueError: If `ignore_mismatched_sizes` would skip a block's matrix: the square ones would be loaded as
+                they are, that is, transposed.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        wrong = sorted(str(key) for key, *_ in info["mismatched_keys"] if str(key).endswith(TRANSPOSED_IN_STOCK))
+        if wrong:
+            raise ValueError(
+                f"{', '.join(wrong)}: of another shape than this model's; convert a stock GPT-2 with "
+                "python -m modeling_gpt2repro.hub.conversion --from NAME --to DIR."
+            )
+        return (model, info) if output_loading_info else model
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -167,12 +202,6 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.wte
-
-    def set_input_embeddings(self, value: nn.Embedding):
-        self.wte = value
-
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -198,14 +227,20 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             `last_hidden_state` (B, T, C), after the final norm, and `past_key_values` if `use_cache`.
 
         Raises:
-            ValueError: On neither or both inputs, or a context longer than `n_positions`.
+            ValueError: On neither or both inputs, ids outside the vocabulary (seen on a CPU), or a context longer than
+                `n_positions`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
+        # Values are looked at where that costs nothing; a GPU would have to wait, a compiled graph would break.
+        on_cpu = not torch.compiler.is_compiling() and self.wte.weight.device.type == "cpu"
         if inputs_embeds is None:
+            if on_cpu and input_ids.numel() and not 0 <= input_ids.min() <= input_ids.max() < self.config.vocab_size:
+                raise ValueError(
+                    f"input_ids from {input_ids.min()} to {input_ids.max()} leave the vocabulary, 0 to "
+                    f"{self.config.vocab_size - 1}: was another tokenizer used?"
+                )
             inputs_embeds = self.wte(input_ids)  # (B, T, C)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         T = inputs_embeds.shape[1]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         # Masks are built from given positions only: under torch.compile any positions cost a mask tensor, and plain
@@ -217,21 +252,20 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if use_cache and past_key_values is None:  # after the mask, which keeps packed rows apart only without a cache
+            past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             if attention_mask is not None and attention_mask.ndim == 2:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T)
             else:
                 position_ids = (torch.arange(T, device=inputs_embeds.device) + past).unsqueeze(0)  # (1, T)
-        # Padding and packing may make a row longer than its positions, so the largest one decides; it is read, which
-        # makes the device wait, in doubtful cases only. A static cache counts in a tensor, which is left alone.
-        if (
-            isinstance(past, int)
-            and past + T > self.config.n_positions
-            and position_ids.max() >= self.config.n_positions
-        ):
+        # Padding and packing may make a row longer than its positions, so the largest one decides. A GPU waits for it
+        # in doubtful cases only; a static cache counts in a tensor there, which is left alone.
+        doubtful = on_cpu or (isinstance(past, int) and past + T > self.config.n_positions)
+        if doubtful and position_ids.numel() and position_ids.max() >= self.config.n_positions:
             raise ValueError(
-                f"the context of {past + T} tokens is longer than n_positions ({self.config.n_positions}): "
-                "shorten the prompt, or ask for fewer new tokens."
+                f"the context of {position_ids.max() + 1} tokens is longer than n_positions "
+                f"({self.config.n_positions}): shorten the prompt, or ask for fewer new tokens."
             )
         hidden_states = inputs_embeds + self.wpe(position_ids)  # (B, T, C)
         for block in self.h:
@@ -269,7 +303,6 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_logits: bool = True,
@@ -280,8 +313,9 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds: See `GPT2ReproModel.forward`.
             labels: (B, T), the inputs themselves: they are shifted inside, so the last position predicts nothing.
-            shift_labels: (B, T), the token after each position, already shifted: all T positions are trained. In both,
-                -100 is left out of the loss.
+            kwargs: `shift_labels` (B, T), the token after each position, already shifted: all T positions are trained.
+                In both, -100 is left out of the loss. `num_items_in_batch`: what the summed loss is divided by in place
+                of the number of its tokens. `output_hidden_states`, `output_attentions`.
             logits_to_keep: Compute logits of the last so many positions only (0: all), or of the positions in a tensor.
             return_logits: False leaves the logits out of the output, where only the loss is wanted: a wrapper that
                 copies outputs to fp32, as accelerate's does, would otherwise copy B T V numbers for nothing.
@@ -289,6 +323,8 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         Returns:
             `loss` (a scalar in nats per token) where labels were given, `logits` (B, T, V), `past_key_values`.
         """
+        # Not a parameter: Trainer takes each one with "label" in its name for a column that every batch must have.
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -316,4 +352,38 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         )
 
 
-__all__ = ["GPT2ReproConfig", "GPT2ReproForCausalLM", "GPT2ReproModel", "GPT2ReproPreTrainedModel"]
+class GPT2ReproForSequenceClassification(GenericForSequenceClassification, GPT2ReproPreTrainedModel):
+    """A class for a row: input_ids (B, T), labels (B,) -> logits (B, num_labels), read at the last token that is not
+    `pad_token_id`."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+    base_model_prefix = "transformer"
+
+
+class GPT2ReproForTokenClassification(GenericForTokenClassification, GPT2ReproPreTrainedModel):
+    """A class for each token: input_ids (B, T), labels (B, T) -> logits (B, T, num_labels)."""
+
+    _auto_class = "AutoModelForTokenClassification"
+    base_model_prefix = "transformer"
+
+
+class GPT2ReproForQuestionAnswering(GenericForQuestionAnswering, GPT2ReproPreTrainedModel):
+    """Where an answer starts and ends: input_ids (B, T), start_positions and end_positions (B,) -> start_logits and
+    end_logits (B, T)."""
+
+    _auto_class = "AutoModelForQuestionAnswering"
+    base_model_prefix = "transformer"
+    # The mixin looks for Llama's name of the embedding.
+    get_input_embeddings = GPT2ReproPreTrainedModel.get_input_embeddings
+    set_input_embeddings = GPT2ReproPreTrainedModel.set_input_embeddings
+
+
+__all__ = [
+    "GPT2ReproConfig",
+    "GPT2ReproForCausalLM",
+    "GPT2ReproForQuestionAnswering",
+    "GPT2ReproForSequenceClassification",
+    "GPT2ReproForTokenClassification",
+    "GPT2ReproModel",
+    "GPT2ReproPreTrainedModel",
+]

@@ -84,6 +84,23 @@ def test_stop_and_resume_equal_never_stopped(finished, shards, tmp_path):
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == expected
 
 
+def test_training_goes_on_from_the_weights_that_it_is_given(finished, shards, tmp_path):
+    from modeling_gpt2repro.hub.conversion import main as convert
+
+    convert(["--from", str(finished[0] / "model"), "--to", str(tmp_path / "stock")])
+    short = {
+        "train_tokens": 2 * ROWS * 32,
+        "warmup_tokens": 0,
+        "learning_rate": 1e-4,
+        "eval_steps": 0,
+        "num_samples": 0,
+    }
+    train(tmp_path / "run", shards, init_from=tmp_path / "stock", hellaswag="none", **short)
+    last = rows_of(finished[0], "validation_loss")[-1]
+    assert rows_of(tmp_path / "run", "validation_loss")[0] == pytest.approx(last, abs=1e-5)
+    assert f"trained on from {tmp_path / 'stock'}." in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
 def test_a_run_leaves_what_it_says(finished):
     output_dir, printed = finished
     names = {path.name for path in output_dir.iterdir()}

@@ -22,10 +22,11 @@ def test_changed_arguments_are_told_when_a_run_goes_on(finished, shards, tmp_pat
     assert changed["learning_rate"] == [0.01, 0.005]
 
 
-def refused(capsys, output_dir, shards) -> str:
+def refused(capsys, output_dir, shards, **overrides) -> str:
     """What the script says, in this process, before it starts anything."""
+    given = {"shards": shards, "output_dir": output_dir, **RECIPE, "hellaswag": "none", **overrides}
     with pytest.raises(SystemExit) as exit_:
-        train_accelerate.main(as_flags({"shards": shards, "output_dir": output_dir, **RECIPE, "hellaswag": "none"}))
+        train_accelerate.main(as_flags(given))
     assert exit_.value.code == 2
     return capsys.readouterr().err
 
@@ -62,6 +63,22 @@ def test_several_inputs_that_do_not_fit_are_told_together(shards, tmp_path):
     assert "endings" in result.stderr
     assert "the prompt has" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_weights_that_do_not_fit_are_refused_in_words(finished, shards, tiny_tokenizer, tmp_path, capsys):
+    model = finished[0] / "model"
+    told = refused(capsys, tmp_path / "1", shards, init_from=model, n_layer=3, sample_prompt="the cat sees " * 20)
+    assert "2 problems" in told
+    assert f"{model} has another shape than was asked for: give --n_layer 2 --n_head 2 --n_embd 32." in told
+    longer = {"block_size": 64, "tokens_per_step": 512, "per_device_train_batch_size": 2}
+    told = refused(capsys, tmp_path / "2", shards, init_from=model, **longer)
+    assert f"block_size (64) must be at most the 32 positions of {model}." in told
+    shutil.copytree(model, tmp_path / "other")
+    tiny_tokenizer.save_pretrained(tmp_path / "other")  # as many ids, other words
+    told = refused(capsys, tmp_path / "3", shards, init_from=tmp_path / "other")
+    assert "has another tokenizer than the data: prepare the data with --tokenizer" in told
+    (tmp_path / "other" / "model.safetensors").write_bytes(b"no weights")
+    assert "weights that cannot be read" in refused(capsys, tmp_path / "4", shards, init_from=tmp_path / "other")
 
 
 def test_a_folder_that_is_not_of_a_run_is_left_alone(shards, tmp_path, capsys):

@@ -2,35 +2,46 @@
 
 from pathlib import Path
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modeling_gpt2repro import GPT2ReproForCausalLM
 
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-license: mit
-tags:
+{license}tags:
 - gpt2
 - gpt2repro
 ---
 # GPT-2, {parameters:,} parameters
 
-A GPT-2 trained from scratch ({config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context
-{config.n_positions}, vocabulary {config.vocab_size}).
+{origin} {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context {config.n_positions}, vocabulary
+{config.vocab_size}.
 
 ```python
 from transformers import pipeline
 
 folder = "."  # where this folder lies, or its name on the Hub
-generator = pipeline("text-generation", model=folder, trust_remote_code=True)
+generator = pipeline("text-generation", model=folder{trust})
 print(generator("Hello, I'm a language model,", max_new_tokens=30)[0]["generated_text"])
 ```
 """
+FROM_SCRATCH = "A GPT-2 trained from scratch."
 
 
-def save_hub_folder(model: GPT2ReproForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path):
-    """Write weights, config, generation config, both code files, tokenizer and a card into `folder`.
+def save_hub_folder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    origin: str = FROM_SCRATCH,
+    generation_config: GenerationConfig | None = None,
+):
+    """Write weights, config, generation config, tokenizer, a card and, for ours, both code files into `folder`.
+
+    Args:
+        model: Ours, or a stock GPT-2.
+        origin: The card's first sentence.
+        generation_config: How the model generates where nothing else is said; greedy if it is not given.
 
     Raises:
         ValueError: If the tokenizer's ids do not fit the model's vocabulary.
@@ -39,12 +50,18 @@ def save_hub_folder(model: GPT2ReproForCausalLM, tokenizer: PreTrainedTokenizerB
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} ids, the model {model.config.vocab_size}: they do not belong together."
         )
-    model.generation_config = GenerationConfig(
+    model.generation_config = generation_config or GenerationConfig(
         bos_token_id=model.config.bos_token_id,
         eos_token_id=model.config.eos_token_id,
         pad_token_id=model.config.eos_token_id,
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    card = CARD.format(parameters=model.num_parameters(), config=model.config)
+    card = CARD.format(
+        license="license: mit\n" if origin == FROM_SCRATCH else "",
+        parameters=model.num_parameters(),
+        origin=origin,
+        config=model.config,
+        trust=", trust_remote_code=True" if isinstance(model, GPT2ReproForCausalLM) else "",
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")

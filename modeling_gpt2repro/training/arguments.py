@@ -41,6 +41,9 @@ class TrainArguments:
     tokenizer_vocab_size: int = HfArg(default=4096, help="Vocabulary of a tokenizer that is trained.")
     validation_share: float = HfArg(default=0.001, help="Part of the data held out where no shards are given.")
 
+    init_from: str | None = HfArg(
+        default=None, help="Weights to start from instead of fresh ones: a folder or Hub id, ours or stock GPT-2."
+    )
     n_layer: int = HfArg(default=12, help="Blocks.")
     n_head: int = HfArg(default=12, help="Attention heads.")
     n_embd: int = HfArg(default=768, help="Width.")

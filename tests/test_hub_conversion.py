@@ -1,0 +1,160 @@
+"""To and from stock GPT-2: the same numbers, the whole folder, or a sentence."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
+
+from modeling_gpt2repro import GPT2ReproForCausalLM
+from modeling_gpt2repro.hub.conversion import carry, from_stock, load_as_ours, main, our_config, to_stock
+
+
+@pytest.fixture
+def stock_folder(stock, tiny_tokenizer, tmp_path):
+    """A stock GPT-2 with the tiny tokenizer and settings of its own, as a folder."""
+    config = GPT2Config(**{**stock.config.to_dict(), "vocab_size": len(tiny_tokenizer)})
+    torch.manual_seed(4)
+    model = GPT2LMHeadModel(config)
+    model.generation_config = GenerationConfig(do_sample=True, top_k=7, max_new_tokens=9, eos_token_id=0)
+    model.save_pretrained(tmp_path / "stock")
+    tiny_tokenizer.save_pretrained(tmp_path / "stock")
+    return tmp_path / "stock"
+
+
+def rewrite_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def refusal(source, target, capsys) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--from", str(source), "--to", str(target)])
+    assert stopped.value.code == 2
+    assert not target.exists()
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def largest_difference(a, b, ids) -> float:
+    """Of the logits, in units of the largest of them."""
+    return ((a(ids).logits - b(ids).logits).abs().max() / b(ids).logits.abs().max()).item()
+
+
+def test_there_and_back_gives_the_same_file(stock_folder, tmp_path, random_ids, capsys):
+    main(["--from", str(stock_folder), "--to", str(tmp_path / "ours")])
+    main(["--from", str(tmp_path / "ours"), "--to", str(tmp_path / "back")])
+    assert "back holds a GPT2LMHeadModel of" in capsys.readouterr().out
+    before, after = (load_file(folder / "model.safetensors") for folder in (stock_folder, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+    ids = random_ids(3, 40)
+    stock, ours, back = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("stock", "ours", "back"))
+    assert (type(ours), type(back)) == (GPT2ReproForCausalLM, GPT2LMHeadModel)
+    assert largest_difference(ours, stock, ids) < 1e-6
+    assert torch.equal(back(ids).logits, ours(ids).logits)  # which has GELU in one operation, as ours
+    for name in ("ours", "back"):
+        assert AutoTokenizer.from_pretrained(tmp_path / name)("the sea").input_ids
+        settings = GenerationConfig.from_pretrained(tmp_path / name)
+        assert (settings.do_sample, settings.top_k, settings.max_new_tokens) == (True, 7, 9)
+    assert {path.suffix for path in (tmp_path / "back").iterdir()} == {".md", ".json", ".safetensors"}  # no code
+    assert "auto_map" not in (tmp_path / "back" / "config.json").read_text()
+    assert "trust_remote_code" not in (tmp_path / "back" / "README.md").read_text()
+    assert "from scratch" not in (tmp_path / "ours" / "README.md").read_text()
+
+
+def test_a_file_as_openai_published_it_is_taken(stock_folder, tmp_path, random_ids):
+    """Names without `transformer.`, and each block's causal mask as a tensor."""
+    ids = random_ids(1, 20)
+    expected = AutoModelForCausalLM.from_pretrained(stock_folder)
+    weights = load_file(stock_folder / "model.safetensors")
+    weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64).tril() for layer in range(3)}
+    save_file(weights | masks, stock_folder / "model.safetensors", {"format": "pt"})
+    main(["--from", str(stock_folder), "--to", str(tmp_path / "ours")])
+    assert largest_difference(GPT2ReproForCausalLM.from_pretrained(tmp_path / "ours"), expected, ids) < 1e-6
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh"])
+def test_logits_are_equal_both_ways(stock, random_ids, activation):
+    ids = random_ids(3, 40)
+    model = GPT2LMHeadModel(GPT2Config(**{**stock.config.to_dict(), "activation_function": activation})).eval()
+    model.load_state_dict(stock.state_dict())
+    assert model(ids).logits.abs().max() > 2
+    ours = from_stock(model)
+    assert largest_difference(ours, model, ids) < 1e-6
+    assert torch.equal(to_stock(ours)(ids).logits, ours(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600)],
+    ids=["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"],
+)
+def test_all_four_sizes_have_the_same_tensors(shape):
+    n_layer, n_head, n_embd = shape
+    config = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    with torch.device("meta"):
+        stock, ours = GPT2LMHeadModel(config), GPT2ReproForCausalLM(our_config(config))
+    carry(stock, ours)
+    carry(ours, stock)
+    assert ours.num_parameters() == stock.num_parameters()
+
+
+def test_the_dtype_is_kept(stock_folder, tmp_path):
+    GPT2LMHeadModel.from_pretrained(stock_folder).bfloat16().save_pretrained(stock_folder)
+    main(["--from", str(stock_folder), "--to", str(tmp_path / "ours")])
+    weights = load_file(tmp_path / "ours" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"activation_function": "relu"}, "activation_function is relu and not gelu_pytorch_tanh or gelu_new"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True and not False"),
+        ({"n_inner": 100}, "n_inner is 100 and not 256"),
+        ({"n_layer": 4}, "missing: transformer.h.3.attn.c_attn.bias, transformer.h.3.attn.c_attn.weight"),
+        ({"n_layer": 2}, "unknown: transformer.h.2.attn.c_attn.weight"),
+        ({"n_positions": 60}, "of another shape: transformer.wpe.weight"),
+        ({"vocab_size": 333}, "a tokenizer of 300 ids and a model of 333"),
+    ],
+)
+def test_what_is_no_such_gpt2_is_refused_by_name(stock_folder, tmp_path, capsys, changes, told):
+    rewrite_config(stock_folder, **changes)
+    assert told in refusal(stock_folder, tmp_path / "ours", capsys)
+
+
+def test_other_sources_are_refused_in_one_sentence(stock_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    AutoTokenizer.from_pretrained(stock_folder).save_pretrained(tmp_path / "tokenizer")
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    assert "is a 'llama' model, neither 'gpt2' nor 'gpt2repro'" in refusal(
+        tmp_path / "llama", tmp_path / "ours", capsys
+    )
+    (tmp_path / "empty").mkdir()
+    assert "is no model that can be read" in refusal(tmp_path / "empty", tmp_path / "ours", capsys)
+    (stock_folder / "tokenizer.json").unlink()
+    (stock_folder / "tokenizer_config.json").unlink()
+    told = refusal(stock_folder, tmp_path / "ours", capsys)  # transformers makes an empty tokenizer there
+    assert "a tokenizer of 1 ids and a model of 300: save the tokenizer there" in told
+    (stock_folder / "model.safetensors").write_bytes(b"no weights")
+    shutil.copytree(tmp_path / "tokenizer", stock_folder, dirs_exist_ok=True)
+    assert "has weights that cannot be read" in refusal(stock_folder, tmp_path / "ours", capsys)
+
+
+def test_a_folder_that_is_there_is_left_alone(stock_folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["--from", str(stock_folder), "--to", str(stock_folder)])
+    assert "is there already: give another --to" in capsys.readouterr().err
+    assert AutoModelForCausalLM.from_pretrained(stock_folder)
+
+
+def test_stock_weights_in_a_folder_of_ours_are_refused(stock_folder, tmp_path, capsys):
+    main(["--from", str(stock_folder), "--to", str(tmp_path / "ours")])
+    (tmp_path / "ours" / "model.safetensors").write_bytes((stock_folder / "model.safetensors").read_bytes())
+    assert "h.0.attn.c_attn.weight" in refusal(tmp_path / "ours", tmp_path / "back", capsys)
+    with pytest.raises(ValueError, match="of another shape"):
+        load_as_ours(str(tmp_path / "ours"))

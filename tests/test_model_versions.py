@@ -1,0 +1,80 @@
+"""A saved folder on other versions of transformers: whoever loads it has one of his own."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+
+PROGRAM = """
+import sys, torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, __version__
+folder, out, version = sys.argv[1:]
+assert __version__ == version and "modeling_gpt2repro" not in sys.modules
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+assert model.lm_head.weight is model.transformer.wte.weight
+ids = torch.arange(1, 25)[None] % 97
+mask = torch.ones_like(ids).index_fill_(1, torch.arange(5), 0)
+outputs = model(ids, labels=ids, output_hidden_states=True)
+found = {"logits": outputs.logits, "loss": outputs.loss, "hidden_states": outputs.hidden_states}
+found["padded"] = model(ids, attention_mask=mask).logits[:, 5:]
+found["greedy"] = model.generate(ids, max_new_tokens=20, do_sample=False)
+model.train()(ids, labels=ids, use_cache=False).loss.backward()
+found["gradient"] = model.transformer.wte.weight.grad
+AutoModel.from_pretrained(folder, trust_remote_code=True)
+head = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
+assert head(ids).logits.shape == (1, 3)
+model.save_pretrained(out + "/again")
+AutoModelForCausalLM.from_pretrained(out + "/again", trust_remote_code=True)
+torch.save(found, out + "/found.pt")
+"""
+
+
+def run_on(version: str, folder: Path, place: Path) -> subprocess.CompletedProcess:
+    """Run the program in a fresh virtual environment with that transformers; torch is the one that is here."""
+    python = place / "venv" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    venv.create(place / "venv", with_pip=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", f"transformers=={version}"], check=True, capture_output=True)
+    library = sysconfig.get_path("purelib", vars={"base": str(place / "venv")})
+    (Path(library) / "torch_from_here.pth").write_text(sysconfig.get_path("purelib"))  # behind its own packages
+    return subprocess.run(
+        [python, "-I", "-c", PROGRAM, str(folder), str(place), version],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "home")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=place,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["5.5.0", "5.10.0", "5.17.0"])
+def test_a_saved_folder_gives_the_same_on_other_versions(carried, tmp_path, version):
+    carried.save_pretrained(tmp_path / "folder")
+    result = run_on(version, tmp_path / "folder", tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+
+    ids = torch.arange(1, 25)[None] % 97
+    mask = torch.ones_like(ids).index_fill_(1, torch.arange(5), 0)
+    here = carried(ids, labels=ids, output_hidden_states=True)
+    expected = {"logits": here.logits, "loss": here.loss, "hidden_states": here.hidden_states}
+    expected["padded"] = carried(ids, attention_mask=mask).logits[:, 5:]
+    carried.train()(ids, labels=ids, use_cache=False).loss.backward()
+    expected["gradient"] = carried.transformer.wte.weight.grad
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0, msg=name)
+    assert torch.equal(found["greedy"], carried.generate(ids, max_new_tokens=20, do_sample=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["4.57.6", "5.4.0"])
+def test_a_version_that_is_too_old_is_told_what_is_needed(carried, tmp_path, version):
+    carried.save_pretrained(tmp_path / "folder")
+    result = run_on(version, tmp_path / "folder", tmp_path)
+    told = f"gpt2repro models need transformers 5.5.0 or newer, this is {version}: pip install --upgrade transformers"
+    assert result.stderr.splitlines()[-1] == f"ImportError: {told}"
