@@ -66,8 +66,8 @@ def test_trainer_accumulates_exactly_and_learns(tmp_path, random_ids):
     parts.train()
     assert losses_of(whole) == pytest.approx(losses_of(parts), abs=1e-4)
     assert losses_of(whole)[-1] < losses_of(whole)[0] - 0.5
-    for name, parameter in whole.model.named_parameters():
-        torch.testing.assert_close(parameter, parts.model.get_parameter(name), atol=1e-4, rtol=0, msg=name)
+    # Not the weights: the bias of the keys has no effect, so its gradient is rounding, which Adam makes a whole step.
+    torch.testing.assert_close(whole.model(ids).logits, parts.model(ids).logits, atol=1e-3, rtol=0)
     batch = next(iter(whole.get_eval_dataloader()))
     assert whole.evaluate()["eval_loss"] == pytest.approx(whole.model(**batch).loss.item(), abs=1e-4)
 
