@@ -45,7 +45,7 @@ from modeling_gpt2repro.training.monitor import Monitor
 from modeling_gpt2repro.training.optimizer import build_optimizer
 from modeling_gpt2repro.training.plot import plot_loss
 from modeling_gpt2repro.training.presets import PRESETS
-from modeling_gpt2repro.training.progress import TrainProgress, is_due
+from modeling_gpt2repro.training.progress import TimedIterator, TrainProgress, is_due
 from modeling_gpt2repro.training.record import changed_arguments, make_writable, write_run_record
 from modeling_gpt2repro.training.schedule import learning_rate_at, set_learning_rate
 from modeling_gpt2repro.training.step import train_step
@@ -69,11 +69,11 @@ def main(argv: list[str] | None = None):
             )
             set_learning_rate(run.optimizer, learning_rate)
             started = time.perf_counter()
-            micro_batches = batches.micro_batches(progress.step)
+            micro_batches = TimedIterator(batches.micro_batches(progress.step))
             loss, grad_norm = train_step(accelerator, run.model, run.optimizer, micro_batches, args.max_grad_norm)
             loss, grad_norm = loss.item(), grad_norm.item()  # waits for the device: the time is the step's own
             progress.advance(tokens=args.tokens_per_step, seconds=time.perf_counter() - started)
-            run.monitor.trained(loss, grad_norm, learning_rate)
+            run.monitor.trained(loss, grad_norm, learning_rate, micro_batches.seconds)
             stop_if_diverged(args, accelerator, progress, loss, grad_norm)
             if is_due(progress.step, args.save_steps) and progress.step < args.total_steps:
                 save(run)
@@ -168,6 +168,7 @@ def open_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
         args.seed,
         accelerator.process_index,
         accelerator.num_processes,
+        args.document_mask,
     )
     if args.shards is not None:
         return data_from_shards(open_shards(args.shards), shape)

@@ -2,8 +2,10 @@
 
 import json
 import re
+import time
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,12 +14,13 @@ import pytest
 import torch
 
 from modeling_gpt2repro.data import documents, stream, text_files
-from modeling_gpt2repro.data.rows import BatchShape, ShuffledBatches, TokenRows, validation_batches
+from modeling_gpt2repro.data.rows import BatchShape, ShuffledBatches, TokenRows, as_batch, validation_batches
 from modeling_gpt2repro.data.shards import open_shards
 from modeling_gpt2repro.data.sources import local_source
 from modeling_gpt2repro.data.stream import StreamedBatches
 from modeling_gpt2repro.data.tokenizer import text_encoder, train_tokenizer
 from modeling_gpt2repro.data.training_data import data_from_shards, data_from_stream
+from modeling_gpt2repro.training.progress import TimedIterator
 
 END = "<|endoftext|>"
 
@@ -129,10 +132,23 @@ def test_the_order_of_a_seed_is_fixed_for_good():
 def test_validation_takes_the_first_rows_once_over_all_processes(processes):
     rows = made_rows()
     for tokens, count in ((70, 7), (79, 7), (1, 1), (10**9, 99)):
-        parts = [list(validation_batches(rows, tokens, 4, p, processes)) for p in range(processes)]
+        shapes = [shape(process_index=p, num_processes=processes) for p in range(processes)]
+        parts = [list(validation_batches(rows, tokens, 4, part)) for part in shapes]
         assert all(len(batch["input_ids"]) <= 4 for part in parts for batch in part)
         firsts = sorted(int(first) for part in parts for batch in part for first in batch["input_ids"][:, 0])
         assert firsts == list(range(0, count * 10, 10))
+
+
+def test_positions_start_again_at_each_document(token_shards):
+    ids = np.array([[5, 6, 0, 7, 8, 0, 0, 9], [0, 1, 2, 3, 4, 5, 6, 7]])
+    batch = as_batch(ids, end_of_text=0)
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 1, 2, 3, 4, 5, 6]]
+    assert "position_ids" not in as_batch(ids)
+    data = data_from_shards(token_shards, replace(shape(block_size=64), document_mask=True))
+    for batch in (next(data.batches.micro_batches(0)), next(data.validation_batches(640, 4))):
+        starts = batch["input_ids"] == token_shards.tokenizer.eos_token_id
+        assert (batch["position_ids"][starts] == 0).all()
+        assert (batch["position_ids"] == 0).sum() == starts.sum() + (~starts[:, 0]).sum()
 
 
 def test_too_little_text_for_a_row_is_a_sentence_for_each_split(token_shards, one_sentence):
@@ -211,11 +227,11 @@ def test_a_stream_gives_the_same_rows_to_any_number_of_processes(streamed, proce
         assert torch.equal(interleaved([step_rows(part, step) for part in together]), step_rows(alone, step))
 
 
-@pytest.mark.parametrize("step", [0, 1, 5, 9])
+@pytest.mark.parametrize("step", [0, 1, 7, 13])
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 1), (2, 4)])
 def test_a_stream_goes_on_with_the_very_next_row_on_other_processes(streamed, step, before, after):
     alone = streamed()
-    rows = [step_rows(alone, s) for s in range(13)]
+    rows = [step_rows(alone, s) for s in range(20)]
     stopped = [streamed(p, before, micro_batch_rows=1) for p in range(before)]
     for s in range(step):
         for part in stopped:
@@ -225,8 +241,40 @@ def test_a_stream_goes_on_with_the_very_next_row_on_other_processes(streamed, st
     resumed = [streamed(p, after, micro_batch_rows=1) for p in range(after)]
     for part in resumed:
         part.load_state_dict(state)
-    for s in range(step, 13):
+    for s in range(step, 20):
         assert torch.equal(interleaved([step_rows(part, s) for part in resumed]), rows[s])
+
+
+def watch_reading(batches: StreamedBatches, before_reading) -> None:
+    read = batches.source.read
+    batches.source = SimpleNamespace(read=lambda unit: (before_reading(unit), read(unit))[1])
+
+
+def test_a_process_reads_only_the_units_of_its_own_lanes(streamed):
+    own = []
+    for process in range(4):
+        batches, units = streamed(process, 4, micro_batch_rows=1), []
+        watch_reading(batches, units.append)
+        for step in range(2):  # half an epoch
+            step_rows(batches, step)
+        batches.close()
+        own.append(set(units))
+    assert sum(map(len, own)) == len(set.union(*own))  # no unit is read by two
+    assert all(2 <= len(units) <= 4 for units in own)  # of 16: two used, one for a last token, one read ahead
+
+
+def test_a_step_does_not_wait_for_units_that_are_read_ahead(streamed):
+    batches = streamed(rows_per_step=4, micro_batch_rows=4)  # a unit lasts two steps
+    watch_reading(batches, lambda unit: time.sleep(0.2))
+    waited = []
+    for step in range(8):
+        micro_batches = TimedIterator(batches.micro_batches(step))
+        list(micro_batches)
+        waited.append(micro_batches.seconds)
+        time.sleep(0.2)  # the step itself
+    batches.close()
+    assert waited[0] > 0.2
+    assert sum(waited[1:]) < 0.4  # of seven steps that would wait 0.6 seconds at the least
 
 
 def test_a_stream_can_be_set_back(streamed):

@@ -92,6 +92,28 @@ def test_packed_rows_do_not_see_each_other(carried, random_ids, attention):
         torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
 
 
+def test_nothing_leaks_from_one_document_into_another_under_the_document_mask(carried, random_ids):
+    from modeling_gpt2repro.data.rows import as_batch
+
+    row = random_ids(2, 41)
+    row[0, [7, 20]] = row[1, [0, 33]] = 0  # where documents begin
+    changed = row.clone()
+    changed[0, 10] = (changed[0, 10] + 1) % 97  # in the document from 7 to 19
+    losses = []
+    for ids in (row, changed):
+        batch = as_batch(ids.numpy(), end_of_text=0)
+        labels = batch.pop("shift_labels")
+        logits = carried(**batch, use_cache=False).logits
+        losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none"))
+    touched = (losses[0] != losses[1]).nonzero()
+    assert set(touched[:, 0].tolist()) == {0}
+    # Its target at 9, and everything after it in its own document: the last one predicts the start of the next.
+    assert touched[:, 1].tolist() == list(range(9, 20))
+    alone = carried(row[:1, 20:-1], use_cache=False).logits
+    together = carried(**as_batch(row[:1].numpy(), end_of_text=0), use_cache=False).logits[:, 20:]
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
 def test_plain_causal_attention_gets_no_mask_tensor_compiled_or_not(carried, random_ids, monkeypatch):
     masks = []
     attend = torch.nn.functional.scaled_dot_product_attention

@@ -185,13 +185,17 @@ def test_lora_trains_only_its_own_matrices_and_comes_back(carried, random_ids, t
     torch.testing.assert_close(loaded.merge_and_unload()(ids).logits, adapted, atol=1e-4, rtol=0)
 
 
-def test_the_model_is_one_graph_forward_and_backward(carried, random_ids):
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_model_is_one_graph_forward_and_backward(carried, random_ids, packed):
     ids = random_ids(2, 20)
-    carried(ids, labels=ids).loss.backward()
+    inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+    if packed:
+        inputs["position_ids"] = torch.tensor([[*range(8), *range(12)], [*range(20)]])
+    carried(**inputs).loss.backward()
     expected = [parameter.grad.clone() for parameter in carried.parameters()]
     carried.zero_grad()
     compiled = torch.compile(carried.train(), fullgraph=True, backend="aot_eager")
-    compiled(ids, labels=ids, use_cache=False, return_logits=False).loss.backward()
+    compiled(**inputs, return_logits=False).loss.backward()
     for parameter, gradient in zip(carried.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from torch import nn
 from toy_runs import ROOT, ROWS, SHAPE, STEPS, as_flags, rows_of, train
 
 
-def plain_losses(shards: Path) -> list[float]:
-    """The same training with stock GPT-2 in a plain loop: none of our training code, none of our data code."""
+def plain_start(shards: Path) -> tuple[nn.Module, np.ndarray, list[int]]:
+    """Stock GPT-2 with the weights that the script starts from, all rows, and the order they come in."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
@@ -35,7 +36,12 @@ def plain_losses(shards: Path) -> list[float]:
     for epoch in range(10):
         draws = np.random.PCG64(np.random.SeedSequence([SHAPE["seed"], epoch])).random_raw(len(rows))
         order += np.argsort(draws, kind="stable").tolist()
+    return model, rows, order
 
+
+def plain_losses(shards: Path) -> list[float]:
+    """The same training with stock GPT-2 in a plain loop: none of our training code, none of our data code."""
+    model, rows, order = plain_start(shards)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -82,6 +88,21 @@ def test_stop_and_resume_equal_never_stopped(finished, shards, tmp_path):
     assert rows_of(tmp_path / "run") == rows_of(finished[0])
     expected = (finished[0] / "model/model.safetensors").read_bytes()
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == expected
+
+
+def test_under_the_document_mask_a_loss_is_that_of_each_document_alone(shards, tmp_path):
+    one_step = {"train_tokens": ROWS * 32, "warmup_tokens": 0, "eval_steps": 0, "num_samples": 0}
+    train(tmp_path / "run", shards, document_mask=True, hellaswag="none", **one_step)
+    model, rows, order = plain_start(shards)
+    losses = []
+    for row in torch.from_numpy(rows[order[:ROWS]]):
+        starts = [0, *(n for n in range(1, 32) if row[n] == 0), 32]
+        for first, last in pairwise(starts):
+            logits = model(row[None, first:last]).logits[0]
+            losses.append(nn.functional.cross_entropy(logits, row[first + 1 : last + 1], reduction="sum"))
+    assert len(losses) > ROWS
+    assert rows_of(tmp_path / "run", "loss")[0] == pytest.approx(sum(losses).item() / (ROWS * 32), abs=1e-5)
+    assert 0 < rows_of(tmp_path / "run", "data_seconds")[0] < rows_of(tmp_path / "run", "step_seconds")[0]
 
 
 def test_training_goes_on_from_the_weights_that_it_is_given(finished, shards, tmp_path):

@@ -58,6 +58,7 @@ class BatchShape:
         micro_batch_rows: B, rows of one forward on one process.
         seed: Decides the order.
         process_index, num_processes: p and P.
+        document_mask: Whether batches say where documents begin, so that attention stays inside them.
     """
 
     block_size: int
@@ -66,13 +67,18 @@ class BatchShape:
     seed: int
     process_index: int = 0
     num_processes: int = 1
+    document_mask: bool = False
 
 
 class ShuffledBatches:
-    """The training batches of one process, any step at any time."""
+    """The training batches of one process, any step at any time.
 
-    def __init__(self, rows: TokenRows, shape: BatchShape):
-        self.rows, self.shape = rows, shape
+    Args:
+        end_of_text: The id before each document; needed for a document mask only.
+    """
+
+    def __init__(self, rows: TokenRows, shape: BatchShape, end_of_text: int | None = None):
+        self.rows, self.shape, self.end_of_text = rows, shape, end_of_text
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def row_numbers(self, step: int) -> np.ndarray:
@@ -86,10 +92,11 @@ class ShuffledBatches:
         return numbers
 
     def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the step's `input_ids` and `shift_labels`, (B, T) int64 on the CPU, micro-batch by micro-batch."""
+        """Yield the step's micro-batches, see `as_batch`."""
         numbers = self.row_numbers(step)
         for first in range(0, len(numbers), self.shape.micro_batch_rows):
-            yield as_batch(self.rows.read(numbers[first : first + self.shape.micro_batch_rows]))
+            ids = self.rows.read(numbers[first : first + self.shape.micro_batch_rows])
+            yield as_batch(ids, self.end_of_text if self.shape.document_mask else None)
 
     def state_dict(self) -> dict:
         """Nothing: the step says it all."""
@@ -109,17 +116,31 @@ class ShuffledBatches:
         return self._permutation[1]
 
 
-def as_batch(ids: np.ndarray) -> dict[str, torch.Tensor]:
-    """ids (B, T + 1) -> inputs and the token after each of them, (B, T) both."""
+def as_batch(ids: np.ndarray, end_of_text: int | None = None) -> dict[str, torch.Tensor]:
+    """ids (B, T + 1) -> `input_ids` and the tokens after them, `shift_labels`: (B, T) int64 on the CPU.
+
+    With the id before each document, also `position_ids` (B, T), which start again at it: the model keeps such parts of
+    a row apart.
+    """
     ids = torch.from_numpy(ids)
-    return {"input_ids": ids[:, :-1].contiguous(), "shift_labels": ids[:, 1:].contiguous()}
+    batch = {"input_ids": ids[:, :-1].contiguous(), "shift_labels": ids[:, 1:].contiguous()}
+    if end_of_text is not None:
+        batch["position_ids"] = document_positions(batch["input_ids"], end_of_text)
+    return batch
+
+
+def document_positions(ids: torch.Tensor, end_of_text: int) -> torch.Tensor:
+    """Places within documents, (B, T): [[5, 6, 0, 7, 8, 0]] with 0 before each document -> [[0, 1, 0, 1, 2, 0]]."""
+    places = torch.arange(ids.shape[1]).expand_as(ids)
+    return places - torch.where(ids == end_of_text, places, 0).cummax(dim=1).values
 
 
 def validation_batches(
-    rows: TokenRows, tokens: int, micro_batch_rows: int, process_index: int = 0, num_processes: int = 1
+    rows: TokenRows, tokens: int, micro_batch_rows: int, shape: BatchShape | None = None, end_of_text: int | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The first `tokens` // T rows of the validation split (all of them if it has fewer), each on one process."""
     count = min(len(rows), max(1, tokens // rows.block_size))
-    numbers = np.arange(process_index, count, num_processes)
+    numbers = np.arange(shape.process_index, count, shape.num_processes) if shape else np.arange(count)
     for first in range(0, len(numbers), micro_batch_rows):
-        yield as_batch(rows.read(numbers[first : first + micro_batch_rows]))
+        ids = rows.read(numbers[first : first + micro_batch_rows])
+        yield as_batch(ids, end_of_text if shape and shape.document_mask else None)

@@ -71,7 +71,7 @@ class StreamedBatches:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="stream")
 
     def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the step's `input_ids` and `shift_labels`, (B, T) int64 on the CPU, micro-batch by micro-batch."""
+        """Yield the step's micro-batches, see `as_batch`."""
         assert step == self.next_step, "a stream is read in order; load_state_dict sets the place"
         first = step * self.shape.rows_per_step
         mine = [row % self.lanes for row in range(first, first + self.shape.rows_per_step)]
@@ -80,9 +80,8 @@ class StreamedBatches:
             if self._open.get(lane, (-1, None))[0] != unit and (lane, unit) not in self._ahead:
                 self._ahead[lane, unit] = self._pool.submit(self._read, lane, unit)
         for begin in range(0, len(mine), self.shape.micro_batch_rows):
-            yield as_batch(
-                np.stack([self._next_row(lane) for lane in mine[begin : begin + self.shape.micro_batch_rows]])
-            )
+            ids = np.stack([self._next_row(lane) for lane in mine[begin : begin + self.shape.micro_batch_rows]])
+            yield as_batch(ids, self.end_of_text if self.shape.document_mask else None)
         self.next_step += 1
 
     def validation_rows(self, tokens: int) -> tuple[TokenRows, float]:

@@ -36,8 +36,9 @@ class TrainingData:
 
     def validation_batches(self, tokens: int, micro_batch_rows: int) -> Iterator[dict[str, torch.Tensor]]:
         """This process's part of the first `tokens` tokens of validation."""
-        shape = self.batches.shape
-        return validation_batches(self.validation, tokens, micro_batch_rows, shape.process_index, shape.num_processes)
+        return validation_batches(
+            self.validation, tokens, micro_batch_rows, self.batches.shape, self.tokenizer.eos_token_id
+        )
 
 
 def data_from_shards(shards: PreparedShards, shape: BatchShape) -> TrainingData:
@@ -57,7 +58,7 @@ def data_from_shards(shards: PreparedShards, shape: BatchShape) -> TrainingData:
     train, validation = (shards.manifest["splits"][split]["tokens"] for split in ("train", "validation"))
     return TrainingData(
         shards.tokenizer,
-        ShuffledBatches(rows["train"], shape),
+        ShuffledBatches(rows["train"], shape, shards.manifest["end_of_text_id"]),
         rows["validation"],
         shards.bytes_per_token("validation"),
         {"data": shards.fingerprint, **order_identity(shape)},

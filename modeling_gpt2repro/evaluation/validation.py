@@ -18,7 +18,7 @@ def summed_loss(
 
     Args:
         model: Any module whose output has `.logits` (B, T, V).
-        batches: `input_ids` and `shift_labels`, (B, T) each.
+        batches: `input_ids` and `shift_labels`, (B, T) each, and what else the model takes.
 
     Returns:
         The sum in fp64, a scalar on `device` (fp32 on MPS, which has no fp64), and the count.
@@ -28,8 +28,9 @@ def summed_loss(
     total = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     tokens = 0
     for batch in batches:
-        labels = batch["shift_labels"].to(device, non_blocking=True)
-        logits = model(input_ids=batch["input_ids"].to(device, non_blocking=True), use_cache=False).logits
+        inputs = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+        labels = inputs.pop("shift_labels")
+        logits = model(**inputs, use_cache=False).logits
         total += nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
         tokens += labels.numel()
     model.train(was_training)

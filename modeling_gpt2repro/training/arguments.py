@@ -40,6 +40,9 @@ class TrainArguments:
     )
     tokenizer_vocab_size: int = HfArg(default=4096, help="Vocabulary of a tokenizer that is trained.")
     validation_share: float = HfArg(default=0.001, help="Part of the data held out where no shards are given.")
+    document_mask: bool = HfArg(
+        default=False, help="Attention does not cross documents, whose positions start again; GPT-2 has no such mask."
+    )
 
     init_from: str | None = HfArg(
         default=None, help="Weights to start from instead of fresh ones: a folder or Hub id, ours or stock GPT-2."
@@ -145,6 +148,11 @@ class TrainArguments:
                 )
             if 0 < self.train_tokens < self.tokens_per_step:
                 yield f"train_tokens ({self.train_tokens}) must be at least one step ({self.tokens_per_step})."
+        if self.document_mask and self.attn_implementation.startswith("flash"):
+            yield (
+                f"attn_implementation ({self.attn_implementation}) keeps documents apart in batches of one row only: with "
+                "--document_mask, take sdpa."
+            )
         if self.shards is not None and not Path(self.shards).is_dir():
             yield f"there is no folder {self.shards}: prepare it with prepare_data.py --output_dir {self.shards}."
         if self.hellaswag.endswith(".jsonl") and not Path(self.hellaswag).is_file():

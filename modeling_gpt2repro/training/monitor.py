@@ -57,8 +57,13 @@ class Monitor:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def trained(self, loss: float, grad_norm: float, learning_rate: float):
-        """Log and show the training step that was just done; loss in nats per token."""
+    def trained(self, loss: float, grad_norm: float, learning_rate: float, data_seconds: float):
+        """Log and show the training step that was just done.
+
+        Args:
+            loss: In nats per token.
+            data_seconds: How long the step waited for its micro-batches.
+        """
         step, seconds = self.progress.step, self.progress.step_seconds
         tokens_per_second = self.progress.step_tokens / seconds
         # A process's first step compiles and warms up: it says nothing about the others.
@@ -74,6 +79,7 @@ class Monitor:
                     "grad_norm": grad_norm,
                     "learning_rate": learning_rate,
                     "step_seconds": seconds,
+                    "data_seconds": data_seconds,
                     "tokens_per_second": tokens_per_second,
                 }
             )

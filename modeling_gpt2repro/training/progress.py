@@ -1,6 +1,11 @@
-"""What a run remembers of itself, and when something is due."""
+"""What a run remembers of itself, when something is due, and how long it waits for data."""
 
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -39,3 +44,20 @@ class TrainProgress:
 def is_due(step: int, every: int) -> bool:
     """Whether `step` is a multiple of `every`; step 0 always is, and nothing else where `every` is 0."""
     return step == 0 or (every > 0 and step % every == 0)
+
+
+class TimedIterator(Generic[Item]):
+    """The items of an iterable; `seconds` is how long whoever took them has waited for them."""
+
+    def __init__(self, items: Iterable[Item]):
+        self.items, self.seconds = iter(items), 0.0
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        started = time.perf_counter()
+        try:
+            return next(self.items)
+        finally:
+            self.seconds += time.perf_counter() - started
