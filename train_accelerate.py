@@ -20,12 +20,14 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from modeling_gpt2repro.data.mix import parse_mix
 from modeling_gpt2repro.data.rows import BatchShape, validation_batches
 from modeling_gpt2repro.data.shards import open_shards
 from modeling_gpt2repro.data.sources import PYTHON_PROSE, hub_source
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, tokenizer_sha256
 from modeling_gpt2repro.data.training_data import (
     TrainingData,
+    data_from_mix,
     data_from_shards,
     data_from_stream,
     python_prose_shards,
@@ -160,7 +162,7 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
 
 
 def open_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
-    """Prepared shards, the text that Python carries, or a Hub dataset streamed."""
+    """Prepared shards, one folder or a mix of several, the text that Python carries, or a Hub dataset streamed."""
     shape = BatchShape(
         args.block_size,
         args.rows_per_step,
@@ -172,6 +174,8 @@ def open_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
     )
     if args.shards is not None:
         return data_from_shards(open_shards(args.shards), shape)
+    if args.mix is not None:
+        return data_from_mix(parse_mix(args.mix), shape, args.eval_tokens)
     if args.dataset_name == PYTHON_PROSE:
         folder = Path(args.output_dir) / "data"
         with accelerator.main_process_first():

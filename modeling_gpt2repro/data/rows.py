@@ -7,7 +7,7 @@ from the p-th on. So the order depends neither on the number of processes nor on
 nothing but the step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +70,34 @@ class BatchShape:
     document_mask: bool = False
 
 
+class EpochOrder:
+    """Which row stands at a place, where epochs are laid end to end and each is a permutation of its own.
+
+    Args:
+        rows: Rows of an epoch.
+        seed: Whole numbers that decide the order.
+    """
+
+    def __init__(self, rows: int, seed: Sequence[int]):
+        self.rows, self.seed = rows, list(seed)
+        self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def row_numbers(self, places: np.ndarray) -> np.ndarray:
+        """Places (n,) -> row numbers (n,)."""
+        epochs, within = np.divmod(places, self.rows)
+        numbers = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            numbers[epochs == epoch] = self._epoch(int(epoch))[within[epochs == epoch]]
+        return numbers
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if self._permutation[0] != epoch:
+            # Sorting raw 64-bit draws, because numpy promises to keep these streams and not those of `permutation`.
+            draws = np.random.PCG64(np.random.SeedSequence([*self.seed, epoch])).random_raw(self.rows)
+            self._permutation = (epoch, np.argsort(draws, kind="stable"))
+        return self._permutation[1]
+
+
 class ShuffledBatches:
     """The training batches of one process, any step at any time.
 
@@ -79,23 +107,22 @@ class ShuffledBatches:
 
     def __init__(self, rows: TokenRows, shape: BatchShape, end_of_text: int | None = None):
         self.rows, self.shape, self.end_of_text = rows, shape, end_of_text
-        self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self.order = EpochOrder(len(rows), [shape.seed])
 
-    def row_numbers(self, step: int) -> np.ndarray:
-        """The rows (R / P,) that this process takes in a step."""
+    def read(self, places: np.ndarray) -> np.ndarray:
+        """Places in the order of training (n,) -> ids (n, T + 1)."""
+        return self.rows.read(self.order.row_numbers(places))
+
+    def places(self, step: int) -> np.ndarray:
+        """The places (R / P,) that this process takes in a step."""
         first = step * self.shape.rows_per_step
-        places = np.arange(first + self.shape.process_index, first + self.shape.rows_per_step, self.shape.num_processes)
-        epochs, within = np.divmod(places, len(self.rows))
-        numbers = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            numbers[epochs == epoch] = self._epoch_order(int(epoch))[within[epochs == epoch]]
-        return numbers
+        return np.arange(first + self.shape.process_index, first + self.shape.rows_per_step, self.shape.num_processes)
 
     def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the step's micro-batches, see `as_batch`."""
-        numbers = self.row_numbers(step)
-        for first in range(0, len(numbers), self.shape.micro_batch_rows):
-            ids = self.rows.read(numbers[first : first + self.shape.micro_batch_rows])
+        places = self.places(step)
+        for first in range(0, len(places), self.shape.micro_batch_rows):
+            ids = self.read(places[first : first + self.shape.micro_batch_rows])
             yield as_batch(ids, self.end_of_text if self.shape.document_mask else None)
 
     def state_dict(self) -> dict:
@@ -107,13 +134,6 @@ class ShuffledBatches:
 
     def close(self):
         """Nothing is read ahead."""
-
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        if self._permutation[0] != epoch:
-            # Sorting raw 64-bit draws, because numpy promises to keep these streams and not those of `permutation`.
-            draws = np.random.PCG64(np.random.SeedSequence([self.shape.seed, epoch])).random_raw(len(self.rows))
-            self._permutation = (epoch, np.argsort(draws, kind="stable"))
-        return self._permutation[1]
 
 
 def as_batch(ids: np.ndarray, end_of_text: int | None = None) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from .mix import MixedBatches, mixed_validation, open_mix
 from .prepare import prepare_shards
 from .rows import BatchShape, ShuffledBatches, TokenRows, validation_batches
 from .shards import MANIFEST, PreparedShards, open_shards
@@ -28,7 +29,7 @@ class TrainingData:
     """
 
     tokenizer: PreTrainedTokenizerFast
-    batches: ShuffledBatches | StreamedBatches
+    batches: ShuffledBatches | StreamedBatches  # MixedBatches are shuffled ones, too
     validation: TokenRows
     bytes_per_token: float | None
     identity: dict
@@ -63,6 +64,29 @@ def data_from_shards(shards: PreparedShards, shape: BatchShape) -> TrainingData:
         shards.bytes_per_token("validation"),
         {"data": shards.fingerprint, **order_identity(shape)},
         f"{train:,} training tokens in {shards.folder}, {validation:,} for validation",
+    )
+
+
+def data_from_mix(shares: dict[str, float], shape: BatchShape, validation_tokens: int) -> TrainingData:
+    """Rows of several prepared folders, name -> share, in these proportions; of validation, too.
+
+    Raises:
+        ValueError: See `open_mix` and `TokenRows`.
+    """
+    mix, weights = open_mix(shares), list(shares.values())
+    rows = [TokenRows(shards.shards("train"), shape.block_size, f"training ({shards.folder})") for shards in mix]
+    bytes_per_token = [shards.bytes_per_token("validation") for shards in mix]
+    known = all(bytes_per_token)
+    return TrainingData(
+        mix[0].tokenizer,
+        MixedBatches(rows, weights, shape, mix[0].manifest["end_of_text_id"]),
+        mixed_validation(mix, weights, shape.block_size, validation_tokens),
+        sum(share * count for share, count in zip(weights, bytes_per_token, strict=True)) if known else None,
+        {
+            "data": [[shards.fingerprint, share] for shards, share in zip(mix, weights, strict=True)],
+            **order_identity(shape),
+        },
+        ", ".join(f"{share:.1%} {shards.folder}" for shards, share in zip(mix, weights, strict=True)),
     )
 
 

@@ -28,6 +28,9 @@ class TrainArguments:
     )
 
     shards: str | None = HfArg(default=None, help="Folder written by prepare_data.py; without it, data is streamed.")
+    mix: str | None = HfArg(
+        default=None, help="Several such folders with their shares, 'data/a:0.7,data/b:0.3', instead of --shards."
+    )
     dataset_name: str = HfArg(
         default="HuggingFaceFW/fineweb-edu",
         help="Hub dataset to stream, or python-prose: the text that Python carries.",
@@ -150,14 +153,17 @@ class TrainArguments:
                 yield f"train_tokens ({self.train_tokens}) must be at least one step ({self.tokens_per_step})."
         if self.document_mask and self.attn_implementation.startswith("flash"):
             yield (
-                f"attn_implementation ({self.attn_implementation}) keeps documents apart in batches of one row only: with "
-                "--document_mask, take sdpa."
+                f"attn_implementation ({self.attn_implementation}) keeps documents apart in batches of one row only: "
+                "with --document_mask, take sdpa."
             )
         if self.shards is not None and not Path(self.shards).is_dir():
             yield f"there is no folder {self.shards}: prepare it with prepare_data.py --output_dir {self.shards}."
+        if self.mix is not None and self.shards is not None:
+            yield f"shards ({self.shards}) and mix ({self.mix}) exclude each other: give one."
         if self.hellaswag.endswith(".jsonl") and not Path(self.hellaswag).is_file():
             yield f"there is no file {self.hellaswag} for --hellaswag: give a jsonl, a Hub dataset, or 'none'."
-        if self.tokenizer is not None and (self.shards is not None or self.dataset_name == "python-prose"):
+        prepared = self.shards is not None or self.mix is not None
+        if self.tokenizer is not None and (prepared or self.dataset_name == "python-prose"):
             yield f"tokenizer ({self.tokenizer}) must be left out: shards and python-prose bring their own."
         yield from self._output_dir_problems()
         trackers = [str(tracker) for tracker in get_available_trackers()]
