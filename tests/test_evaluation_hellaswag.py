@@ -21,6 +21,7 @@ from modeling_gpt2repro.evaluation.hellaswag import (
     wilson_interval,
 )
 from modeling_gpt2repro.evaluation.hellaswag_rows import PROTOCOLS, HellaSwagRow, load_hellaswag
+from modeling_gpt2repro.evaluation.shared_context import grow_tree
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 N_POSITIONS = 64  # of `make_model`
@@ -117,9 +118,32 @@ def test_the_batch_size_changes_no_score_and_is_kept(model, hellaswag_tokenizer,
         sums, _ = reference(model, hellaswag_tokenizer, hellaswag_rows[result.row], result.protocol)
         assert result.log_likelihoods == pytest.approx(sums, abs=1e-4, rel=1e-6)
     assert all(size == 1 or size * length <= batch_tokens for size, length in shapes)
+    # Four endings share their context, but for those that are cut at different places on the left.
+    sizes = {"row": 10, "alone": 16}
+    assert sum(size for size, _ in shapes) == sum(sizes.values())
+    assert len(shapes) == {1: sum(sizes.values()), 10**6: 1}.get(batch_tokens, len(shapes))
+
+
+def test_a_tree_joins_what_its_endings_have_in_common():
+    tree = grow_tree([[5, 6, 7, 8], [5, 6, 9]], [1, 1])
+    assert (tree.context, tree.endings, tree.inputs) == ([5, 6], [[7, 8], [9]], 3)
+    # Scored tokens are no context, even where all endings begin alike.
+    assert grow_tree([[5, 6, 7], [5, 6, 8]], [2, 2]).context == [5]
+    assert grow_tree([[5, 6], [4, 6]], [1, 1]).context == []
+
+
+def test_a_model_that_is_not_told_by_a_mask_is_scored_ending_by_ending(
+    model, hellaswag_tokenizer, hellaswag_rows, monkeypatch
+):
+    together = score_hellaswag(model, hellaswag_tokenizer, hellaswag_rows)
+    shapes = []
+    hook = model.register_forward_pre_hook(lambda _, __, kw: shapes.append(kw["input_ids"].shape), with_kwargs=True)
+    monkeypatch.setattr("modeling_gpt2repro.evaluation.hellaswag.takes_trees", lambda model: False)
+    apart = score_hellaswag(model, hellaswag_tokenizer, hellaswag_rows)
+    hook.remove()
     assert sum(size for size, _ in shapes) == len(hellaswag_rows) * len(PROTOCOLS) * 4
-    assert len(shapes) == {1: 56, 10**6: 1}.get(batch_tokens, len(shapes))
-    assert max(length for _, length in shapes) == N_POSITIONS
+    for one, other in zip(apart, together, strict=True):
+        assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-4, rel=1e-6)
 
 
 @pytest.mark.parametrize("num_processes", [3, 11])

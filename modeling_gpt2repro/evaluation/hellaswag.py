@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .hellaswag_rows import PROTOCOLS, HellaSwagRow, texts_of_row
+from .shared_context import Tree, grow_tree, takes_trees, tree_log_likelihoods
 
 # model, protocol, acc, acc_norm, source. All on the 10,042 validation rows, without examples in the context.
 BASELINES = (
@@ -132,21 +133,17 @@ def score_hellaswag(
     max_length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     keys = [(row, protocol) for row in range(process_index, len(rows), num_processes) for protocol in protocols]
     choices = {key: tokens_of_row(rows[key[0]], key[1], tokenizer, max_length) for key in keys}
-    queue = [(key, ending) for key in keys for ending in range(len(choices[key]))]
-    queue.sort(key=lambda place: len(choices[place[0]][place[1]].tokens), reverse=True)
+    score, queue = plan_batches(model, choices)
     sums = {key: {} for key in keys}
     scores, start, was_training = {}, 0, model.training
     model.eval()
     try:
         while start < len(queue):
-            key, ending = queue[start]
-            batch = queue[start : start + max(1, batch_tokens // (len(choices[key][ending].tokens) - 1))]
+            batch = queue[start : start + max(1, batch_tokens // queue[start].size)]
             start += len(batch)
-            for (key, ending), total in zip(
-                batch, log_likelihoods(model, [choices[k][e] for k, e in batch]), strict=True
-            ):
-                sums[key][ending] = total
-            done = [key for key in dict(batch) if len(sums[key]) == len(choices[key])]
+            for item, totals in zip(batch, score([item.work for item in batch]), strict=True):
+                sums[item.key].update(zip(item.endings, totals, strict=True))
+            done = [key for key in dict.fromkeys(item.key for item in batch) if len(sums[key]) == len(choices[key])]
             for key in done:
                 in_order = tuple(sums[key][ending] for ending in range(len(choices[key])))
                 lengths = tuple(choice.length for choice in choices[key])
@@ -156,6 +153,35 @@ def score_hellaswag(
     finally:
         model.train(was_training)
     return [scores[key] for key in keys]
+
+
+class Item(NamedTuple):
+    """Part of a batch: endings of one row, what the model reads for them, and how many tokens that is."""
+
+    key: tuple[int, str]
+    endings: tuple[int, ...]
+    work: Tree | Choice
+    size: int
+
+
+def plan_batches(
+    model: nn.Module, choices: Mapping[tuple[int, str], Sequence[Choice]]
+) -> tuple[Callable[[Sequence], list[list[float]]], list[Item]]:
+    """How to score, and what, the largest first: rows with their endings behind one context where the model can be told
+    so by a mask, else each ending by itself."""
+    queue, as_trees = [], takes_trees(model)
+    for key, row in choices.items():
+        tree = grow_tree([choice.tokens for choice in row], [choice.scored for choice in row]) if as_trees else None
+        if tree and tree.context:
+            queue.append(Item(key, tuple(range(len(row))), tree, tree.inputs))
+            continue
+        for number, choice in enumerate(row):
+            alone = grow_tree([choice.tokens], [choice.scored]) if as_trees else choice
+            queue.append(Item(key, (number,), alone, len(choice.tokens) - 1))
+    queue.sort(key=lambda item: item.size, reverse=True)
+    if as_trees:
+        return lambda work: tree_log_likelihoods(model, work), queue
+    return lambda work: [[total] for total in log_likelihoods(model, work)], queue
 
 
 def count_correct(results: Iterable[EndingScores], protocols: Sequence[str] = PROTOCOLS) -> dict[str, dict[str, int]]:

@@ -1,0 +1,102 @@
+"""Log-likelihoods of several endings behind one context, which is computed once.
+
+A row of the batch is: context, first ending, second ending, ..., padding. A mask lets every ending see the context and
+itself alone, and its positions begin where the context ends; so each gets the numbers that it would get by itself.
+Shapes: B rows, T tokens a row, N scored tokens in all, C channels, V vocabulary.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+CONTEXT, PADDING = 0, -1  # in place of the number of an ending, which begin at 1
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A context, at least one token, and the tokens of its endings; of each ending the last `scored` ones count."""
+
+    context: list[int]
+    endings: list[list[int]]
+    scored: list[int]
+
+    @property
+    def inputs(self) -> int:
+        """Tokens that the model reads: the last one of an ending is only predicted."""
+        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
+
+
+def grow_tree(tokens: Sequence[list[int]], scored: Sequence[int]) -> Tree:
+    """Join sequences at what they have in common before their scored tokens.
+
+    [5, 6, 7, 8], [5, 6, 9] with 1 scored token each -> context [5, 6], endings [7, 8] and [9].
+    """
+    longest = min(len(sequence) - count for sequence, count in zip(tokens, scored, strict=True))
+    common = next((i for i in range(longest) if len({sequence[i] for sequence in tokens}) > 1), longest)
+    return Tree(tokens[0][:common], [sequence[common:] for sequence in tokens], list(scored))
+
+
+def takes_trees(model: nn.Module) -> bool:
+    """Whether a model can be scored so: its attention obeys a mask, and it names the layer that makes its logits."""
+    wanted = {"attention_mask", "position_ids"} <= set(inspect.signature(type(model).forward).parameters)
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return wanted and implementation in ("sdpa", "eager") and head is not None
+
+
+@torch.no_grad()
+def tree_log_likelihoods(model: nn.Module, trees: Sequence[Tree]) -> list[list[float]]:
+    """Log-probability of each ending of each tree, in nats."""
+    parameter = next(model.parameters())
+    T = max(tree.inputs for tree in trees)
+    layouts = zip(*(_layout(tree, T) for tree in trees), strict=True)
+    ids, positions, parts = (torch.tensor(values, device=parameter.device) for values in layouts)  # (B, T) each
+    places, targets, counts = [], [], []  # N scored tokens
+    for row, tree in enumerate(trees):
+        context_end = start = len(tree.context)
+        for ending, scored in zip(tree.endings, tree.scored, strict=True):
+            # The context's last token predicts the first of every ending.
+            predicting = [context_end - 1, *range(start, start + len(ending) - 1)]
+            places += [(row, place) for place in predicting[-scored:]]
+            targets += ending[-scored:]
+            counts.append(scored)
+            start += len(ending) - 1
+    with _logits_only_at(model, tuple(torch.tensor(places, device=parameter.device).T)):
+        mask = _mask(parts, parameter.dtype)
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits  # (N, V)
+    # In fp32: scored in bf16, 1 % of HellaSwag's predictions are others.
+    losses = nn.functional.cross_entropy(logits.float(), torch.tensor(targets, device=logits.device), reduction="none")
+    sums = iter([-part.sum().item() for part in losses.cpu().double().split(counts)])
+    return [[next(sums) for _ in tree.endings] for tree in trees]
+
+
+@contextmanager
+def _logits_only_at(model: nn.Module, places: tuple[torch.Tensor, torch.Tensor]) -> Iterator[None]:
+    """Inside, the model's head sees the hidden states at these (row, place) only: (N, C), not (B, T, C)."""
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][places],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _layout(tree: Tree, T: int) -> tuple[list[int], list[int], list[int]]:
+    """A tree's ids, positions and parts (see CONTEXT), T each."""
+    padding, context = T - tree.inputs, len(tree.context)
+    ids, positions, parts = list(tree.context), list(range(context)), [CONTEXT] * context
+    for number, ending in enumerate(tree.endings, start=1):
+        ids += ending[:-1]
+        positions += range(context, context + len(ending) - 1)
+        parts += [number] * (len(ending) - 1)
+    return ids + [0] * padding, positions + [0] * padding, parts + [PADDING] * padding
+
+
+def _mask(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Parts (B, T) -> what is added to attention's weights, (B, 1, T, T): 0 where a query sees a key."""
+    query, key = parts[:, :, None], parts[:, None, :]
+    seen = ((key == CONTEXT) | (key == query)).tril()  # padding sees padding, so that no softmax is empty
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
