@@ -42,13 +42,13 @@ from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.command_line import Problems, bad_input_exits, parse_command_line
 from modeling_gpt2repro.training.hardware import device_name
-from modeling_gpt2repro.training.launch import start_accelerator
+from modeling_gpt2repro.training.launch import main_process_first, start_accelerator
 from modeling_gpt2repro.training.monitor import Monitor
 from modeling_gpt2repro.training.optimizer import build_optimizer
 from modeling_gpt2repro.training.plot import plot_loss
 from modeling_gpt2repro.training.presets import PRESETS
 from modeling_gpt2repro.training.progress import TimedIterator, TrainProgress, is_due
-from modeling_gpt2repro.training.record import changed_arguments, make_writable, write_run_record
+from modeling_gpt2repro.training.record import changed_arguments, make_writable, recorded_arguments, write_run_record
 from modeling_gpt2repro.training.schedule import learning_rate_at, set_learning_rate
 from modeling_gpt2repro.training.step import train_step
 from modeling_gpt2repro.training.words import end_block, start_block, stop_if_diverged, warn_of_slow_cpu
@@ -106,8 +106,11 @@ class Run:
 
     @property
     def origin(self) -> str:
-        """Where the weights come from, for the model card."""
-        return f"A GPT-2 trained on from {self.args.init_from}." if self.args.init_from else FROM_SCRATCH
+        """Where the weights come from, for the model card: as the run began, whatever it was resumed with."""
+        began = recorded_arguments(self.output_dir).get("init_from")
+        return (
+            f"A GPT-2 trained on from {Path(began).name if Path(began).exists() else began}." if began else FROM_SCRATCH
+        )
 
     @property
     def bare_model(self) -> GPT2ReproForCausalLM:
@@ -178,8 +181,8 @@ def open_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
         return data_from_mix(parse_mix(args.mix), shape, args.eval_tokens)
     if args.dataset_name == PYTHON_PROSE:
         folder = Path(args.output_dir) / "data"
-        with accelerator.main_process_first():
-            shards = python_prose_shards(folder, args.tokenizer_vocab_size, args.block_size, args.validation_share)
+        recipe = (folder, args.tokenizer_vocab_size, args.block_size, args.validation_share)
+        shards = main_process_first(accelerator, lambda: python_prose_shards(*recipe))
         return data_from_shards(shards, shape)
     source = hub_source(args.dataset_name, args.dataset_config_name, "train", args.dataset_revision, args.text_column)
     tokenizer = load_tokenizer(args.tokenizer or "gpt2")
@@ -191,11 +194,10 @@ def open_hellaswag(args: TrainArguments, accelerator: Accelerator) -> list[Hella
     if args.hellaswag == "none":
         return []
     rows = []
-    with accelerator.main_process_first():
-        try:
-            rows = load_hellaswag(args.hellaswag)
-        except ConnectionError as error:  # caught inside: the processes leave this block together
-            accelerator.print(f"HellaSwag is left out: {error}")
+    try:
+        rows = main_process_first(accelerator, lambda: load_hellaswag(args.hellaswag))
+    except ConnectionError as error:
+        accelerator.print(f"HellaSwag is left out: {error}")
     found = accelerator.reduce(torch.tensor(len(rows), device=accelerator.device), reduction="sum")
     return rows if int(found) == len(rows) * accelerator.num_processes else []
 
@@ -212,8 +214,7 @@ def open_weights(
         with checkpoints.damage_is_told(checkpoint):
             model, tokenizer = GPT2ReproForCausalLM.from_pretrained(checkpoint), None
     elif args.init_from:
-        with accelerator.main_process_first():
-            model, tokenizer = load_as_ours(args.init_from)
+        model, tokenizer = main_process_first(accelerator, lambda: load_as_ours(args.init_from))
     else:
         return None, None
     source = checkpoint or args.init_from

@@ -1,5 +1,7 @@
 """Configuration of the GPT-2 reproduction: the shape of the network, under GPT-2's field names."""
 
+import difflib
+
 import transformers
 
 if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < (5, 5):
@@ -10,10 +12,20 @@ if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < (5
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
-# What transformers itself passes or writes into config.json beside the fields of the class.
+logger = logging.get_logger(__name__)
+# What transformers itself passes beside the fields of the class.
 NOT_FIELDS = {"attn_implementation", "auto_map", "model_type", "name_or_path", "num_labels", "output_attentions"}
 NOT_FIELDS |= {"experts_implementation", "quantization_config", "torch_dtype", "transformers_weights"}
+AUTO_MAP = {
+    "AutoConfig": "configuration_gpt2repro.GPT2ReproConfig",
+    "AutoModel": "modeling_gpt2repro.GPT2ReproModel",
+    "AutoModelForCausalLM": "modeling_gpt2repro.GPT2ReproForCausalLM",
+    "AutoModelForQuestionAnswering": "modeling_gpt2repro.GPT2ReproForQuestionAnswering",
+    "AutoModelForSequenceClassification": "modeling_gpt2repro.GPT2ReproForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_gpt2repro.GPT2ReproForTokenClassification",
+}
 
 
 @strict
@@ -33,7 +45,8 @@ class GPT2ReproConfig(PreTrainedConfig):
         position_initializer_range: The same for the position embedding: 0.01 in GPT-2's code, 0.02 in build-nanogpt.
 
     Raises:
-        ValueError: On a field that does not exist, or a config.json of another kind of model.
+        ValueError: On a field that does not exist, or a config.json of another kind of model. In a config.json, where
+            other libraries leave notes, only names that look like a misspelt field; the rest is kept, with a warning.
         huggingface_hub.errors.StrictDataclassError: On a field of the wrong type or a shape that does not fit, with the
             value and the limit.
     """
@@ -68,20 +81,23 @@ class GPT2ReproConfig(PreTrainedConfig):
                 f"this is the config of a {kwargs['model_type']!r} model, not {self.model_type!r}: convert a stock "
                 "GPT-2 with python -m modeling_gpt2repro.hub.conversion --from NAME --to DIR."
             )
+        from_file = kwargs.pop("_from_file", False)
         unknown = [name for name in kwargs if name not in NOT_FIELDS | set(self.attribute_map) and name[0] != "_"]
+        fields = sorted(GPT2ReproConfig.__annotations__)
+        misspelt = [name for name in unknown if not from_file or difflib.get_close_matches(name, fields, 1, 0.8)]
+        if misspelt:
+            raise ValueError(f"{', '.join(misspelt)}: no such field in GPT2ReproConfig; it has {', '.join(fields)}.")
         if unknown:
-            fields = ", ".join(sorted(GPT2ReproConfig.__annotations__))
-            raise ValueError(f"{', '.join(unknown)}: no such field in GPT2ReproConfig; it has {fields}.")
-        # Written into config.json whole: saving one class records only that class, and the others could not be loaded.
-        kwargs["auto_map"] = {
-            "AutoConfig": "configuration_gpt2repro.GPT2ReproConfig",
-            "AutoModel": "modeling_gpt2repro.GPT2ReproModel",
-            "AutoModelForCausalLM": "modeling_gpt2repro.GPT2ReproForCausalLM",
-            "AutoModelForQuestionAnswering": "modeling_gpt2repro.GPT2ReproForQuestionAnswering",
-            "AutoModelForSequenceClassification": "modeling_gpt2repro.GPT2ReproForSequenceClassification",
-            "AutoModelForTokenClassification": "modeling_gpt2repro.GPT2ReproForTokenClassification",
-        }
+            logger.warning(f"config.json has {', '.join(unknown)}, which GPT2ReproConfig does not use: kept as it is.")
+        if type(self) is GPT2ReproConfig:
+            # Written into config.json whole: saving one class records only that class, and others could not be loaded.
+            kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """What a config.json is read by; see the class for what it refuses."""
+        return super().from_dict({**config_dict, "_from_file": True}, **kwargs)
 
     def validate_architecture(self):
         """Called by `@strict` after init and by `save_pretrained`."""

@@ -50,6 +50,7 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     return (weights @ value).transpose(1, 2), weights  # (B, T, H, D)
 
 
+TOO_LONG = "the context of {} tokens is longer than n_positions ({}): shorten the prompt, or ask for fewer new tokens."
 # Stock GPT-2 holds these as (inputs, outputs); `nn.Linear` is (outputs, inputs).
 TRANSPOSED_IN_STOCK = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
@@ -144,7 +145,8 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: GPT2ReproConfig):
         super().__init__(config)
-        AutoModel.register(type(config), GPT2ReproModel, exist_ok=True)  # where the generic heads look for their body
+        if type(config).__name__ == GPT2ReproConfig.__name__:  # not a subclass, which has a model of its own
+            AutoModel.register(type(config), GPT2ReproModel, exist_ok=True)  # where generic heads look for their body
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
@@ -220,34 +222,37 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             input_ids: (B, T); or `inputs_embeds`: (B, T, C).
             attention_mask: (B, S), 1 for tokens and 0 for padding on either side; None where there is no padding.
             position_ids: (B, T). Where not given they are counted along the attention mask, so that a padded row gives
-                what it gives without padding. Where they restart inside a row, its parts do not see each other.
+                what it gives without padding. Where they restart inside a row, and neither mask nor cache is given, its
+                parts do not see each other.
             past_key_values: Keys and values of the tokens before.
 
         Returns:
             `last_hidden_state` (B, T, C), after the final norm, and `past_key_values` if `use_cache`.
 
         Raises:
-            ValueError: On neither or both inputs, ids outside the vocabulary (seen on a CPU), or a context longer than
-                `n_positions`.
+            ValueError: On neither or both inputs, ids outside the vocabulary (seen on a CPU), a context longer than
+                `n_positions`, or inputs of stock GPT-2 that this model has not.
         """
+        strange = [name for name in ("token_type_ids", "encoder_hidden_states") if kwargs.get(name) is not None]
+        if strange:
+            raise ValueError(f"{', '.join(strange)}: this model has no such input; leave it out.")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
-        # Values are looked at where that costs nothing; a GPU would have to wait, a compiled graph would break.
-        on_cpu = not torch.compiler.is_compiling() and self.wte.weight.device.type == "cpu"
         if inputs_embeds is None:
-            if on_cpu and input_ids.numel() and not 0 <= input_ids.min() <= input_ids.max() < self.config.vocab_size:
+            try:
+                inputs_embeds = self.wte(input_ids)  # (B, T, C)
+            except IndexError as error:  # of a CPU; a GPU ends in an assertion
                 raise ValueError(
                     f"input_ids from {input_ids.min()} to {input_ids.max()} leave the vocabulary, 0 to "
-                    f"{self.config.vocab_size - 1}: was another tokenizer used?"
-                )
-            inputs_embeds = self.wte(input_ids)  # (B, T, C)
+                    f"{self.wte.weight.shape[0] - 1}: was another tokenizer used?"
+                ) from error
         T = inputs_embeds.shape[1]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         # Plain causal attention goes without a mask, which would cost up to 1.4 times the time: sdpa knows `is_causal`.
         # Said here, because many versions of transformers build one under torch.compile.
         causal_mask = None
-        plain = attention_mask is None and position_ids is None and past_key_values is None
-        if not (plain and self.config._attn_implementation == "sdpa"):
+        counted = attention_mask is None and position_ids is None  # positions are those of the tokens
+        if not (counted and past_key_values is None and self.config._attn_implementation == "sdpa"):
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
@@ -262,15 +267,17 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T)
             else:
                 position_ids = (torch.arange(T, device=inputs_embeds.device) + past).unsqueeze(0)  # (1, T)
-        # Padding and packing may make a row longer than its positions, so the largest one decides. A GPU waits for it
-        # in doubtful cases only; a static cache counts in a tensor there, which is left alone.
-        doubtful = on_cpu or (isinstance(past, int) and past + T > self.config.n_positions)
-        if doubtful and position_ids.numel() and position_ids.max() >= self.config.n_positions:
-            raise ValueError(
-                f"the context of {position_ids.max() + 1} tokens is longer than n_positions "
-                f"({self.config.n_positions}): shorten the prompt, or ask for fewer new tokens."
-            )
-        hidden_states = inputs_embeds + self.wpe(position_ids)  # (B, T, C)
+        # Padding and packing may make a row longer than its positions: then the largest one decides, and is read, for
+        # which a GPU has to wait. A static cache counts in a tensor there, which is left alone.
+        limit, length = self.config.n_positions, past + T if isinstance(past, int) else 0
+        if length > limit and not counted:
+            length = 0 if torch.compiler.is_compiling() else int(position_ids.max()) + 1
+        if length > limit:
+            raise ValueError(TOO_LONG.format(length, limit))
+        try:
+            hidden_states = inputs_embeds + self.wpe(position_ids)  # (B, T, C)
+        except IndexError as error:
+            raise ValueError(TOO_LONG.format(int(position_ids.max()) + 1, limit)) from error
         for block in self.h:
             hidden_states = block(
                 hidden_states,

@@ -214,6 +214,25 @@ def test_ids_outside_the_vocabulary_are_refused_in_words(tiny_model):
             tiny_model(torch.tensor([ids]))
 
 
+def test_inputs_that_only_stock_gpt2_has_are_refused(tiny_model, random_ids):
+    ids = random_ids(1, 4)
+    with pytest.raises(ValueError, match="token_type_ids: this model has no such input"):
+        tiny_model(ids, token_type_ids=ids)
+
+
+def test_gradients_of_each_row_by_vmap_equal_those_one_by_one(tiny_model, random_ids):
+    ids = random_ids(3, 8)
+    weights = {name: parameter.detach() for name, parameter in tiny_model.named_parameters()}
+
+    def loss(weights, row):
+        inputs = {"input_ids": row[None], "labels": row[None], "use_cache": False}
+        return torch.func.functional_call(tiny_model, weights, (), inputs).loss
+
+    together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, ids)["transformer.wpe.weight"]
+    for row, gradient in zip(ids, together, strict=True):
+        torch.testing.assert_close(torch.func.grad(loss)(weights, row)["transformer.wpe.weight"], gradient)
+
+
 def test_a_context_that_is_too_long_is_refused_in_words(tiny_model):
     length = tiny_model.config.n_positions + 1
     ids = torch.zeros(1, length, dtype=torch.long)
@@ -257,6 +276,29 @@ def test_an_unknown_attention_is_refused_in_words(tiny_model):
 def test_a_config_that_does_not_fit_is_refused(fields, message):
     with pytest.raises(Exception, match=f"(?s){message}"):
         GPT2ReproConfig(**fields)
+
+
+def test_what_other_libraries_leave_in_a_config_is_kept_and_a_misspelt_field_is_not(tiny_config, tmp_path):
+    tiny_config.run_name, tiny_config.pretraining_tp = "mine", 1
+    tiny_config.save_pretrained(tmp_path)
+    assert GPT2ReproConfig.from_pretrained(tmp_path).run_name == "mine"
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace('"n_layer"', '"n_layers"'))
+    with pytest.raises(ValueError, match="n_layers: no such field"):
+        GPT2ReproConfig.from_pretrained(tmp_path)
+
+
+def test_a_subclass_brings_its_own_config(tmp_path):
+    class WiderConfig(GPT2ReproConfig):
+        model_type = "wider"
+        extra: int = 3
+
+    class WiderForCausalLM(GPT2ReproForCausalLM):
+        config: WiderConfig
+
+    model = WiderForCausalLM(WiderConfig(n_layer=1, n_embd=16, n_head=2, vocab_size=97, eos_token_id=0, bos_token_id=0))
+    assert model.config.extra == 3
+    assert "GPT2Repro" not in str(getattr(model.config, "auto_map", ""))
 
 
 def test_a_config_takes_transformers_own_names(tmp_path):

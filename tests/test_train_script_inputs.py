@@ -81,6 +81,12 @@ def test_weights_that_do_not_fit_are_refused_in_words(finished, shards, tiny_tok
     assert "weights that cannot be read" in refused(capsys, tmp_path / "4", shards, init_from=tmp_path / "other")
 
 
+def test_two_processes_end_together_on_weights_that_are_not_there(shards, tmp_path):
+    result = train(tmp_path / "run", shards, processes=2, check=False, init_from=tmp_path / "nowhere")
+    assert result.returncode != 0
+    assert "no model that can be read" in result.stderr
+
+
 def test_a_folder_that_is_not_of_a_run_is_left_alone(shards, tmp_path, capsys):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.txt").write_text("precious")

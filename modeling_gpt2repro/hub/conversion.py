@@ -44,7 +44,13 @@ AS_TRAINED = {"activation_function": "gelu_pytorch_tanh", "resid_pdrop": 0.0, "e
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="source", required=True, help="A folder or a Hub id: stock GPT-2 or ours.")
-    parser.add_argument("--to", dest="target", type=Path, required=True, help="A folder that is not there yet.")
+    parser.add_argument(
+        "--to",
+        dest="target",
+        type=lambda path: Path(path).expanduser(),
+        required=True,
+        help="A folder that is not there yet.",
+    )
     parser.add_argument("--revision", help="Branch, tag or commit of a Hub id.")
     args = parser.parse_args(argv)
     try:
@@ -91,6 +97,8 @@ def load_either(
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
+        if (Path(source) / "adapter_config.json").is_file():
+            raise ValueError(f"{source} is an adapter: merge it into its model first, and save that.") from error
         raise ValueError(f"{source} is no model that can be read: {' '.join(str(error).split())}") from error
     classes = {GPT2Config.model_type: GPT2LMHeadModel, GPT2ReproConfig.model_type: GPT2ReproForCausalLM}
     if config.model_type not in classes:
@@ -167,8 +175,8 @@ def our_config(config: PreTrainedConfig) -> GPT2ReproConfig:
 def from_stock(stock: GPT2LMHeadModel) -> GPT2ReproForCausalLM:
     """Our model with the stock model's weights, in their dtype.
 
-    In fp32 the logits are the same bit for bit; beside `gelu_new`, GELU in several operations, they differ by less than
-    a millionth of the largest (`tests/test_hub_conversion.py`).
+    In fp32 the logits are the same up to rounding; with `gelu_new`, GELU in several operations, that is a few
+    millionths of the largest one (`tests/test_hub_conversion.py`).
 
     Raises:
         ValueError: If the stock model computes something that ours does not.
@@ -178,13 +186,19 @@ def from_stock(stock: GPT2LMHeadModel) -> GPT2ReproForCausalLM:
 
 
 def to_stock(model: GPT2ReproForCausalLM) -> GPT2LMHeadModel:
-    """A stock model with our weights, in their dtype: in fp32 the logits are the same bit for bit."""
+    """A stock model with our weights, in their dtype: in fp32 the logits are the same up to rounding."""
     shared = {name: getattr(model.config, name) for name in SHARED}
     return carry(model, GPT2LMHeadModel(GPT2Config(**shared, **AS_TRAINED)).to(model.dtype))
 
 
 def carry(source: PreTrainedModel, target: PreTrainedModel) -> PreTrainedModel:
-    """Copy all weights from the one kind into the other, the blocks' matrices transposed."""
+    """Copy all weights from the one kind into the other, the blocks' matrices transposed.
+
+    Raises:
+        ValueError: If the head has weights of its own, which the other kind would lose.
+    """
+    if source.lm_head.weight is not source.transformer.wte.weight:
+        raise ValueError("lm_head.weight is not transformer.wte.weight: this GPT-2 is untied, and ours is not.")
     weights = source.state_dict()
     weights = {name: w.t() if name.endswith(TRANSPOSED_IN_STOCK) else w for name, w in weights.items()}
     target.load_state_dict(weights)  # strict: every name, every shape

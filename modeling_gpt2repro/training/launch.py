@@ -1,6 +1,8 @@
 """Starting the accelerator: accumulation, compile and precision as the arguments and the machine ask for them."""
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -10,6 +12,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from .arguments import TrainArguments
 from .hardware import cpu_lacks_bf16, usable_cores
+
+Result = TypeVar("Result")
 
 
 def start_accelerator(args: TrainArguments) -> Accelerator:
@@ -50,3 +54,19 @@ def start_accelerator(args: TrainArguments) -> Accelerator:
             f"--num_processes {args.num_processes}; on GPUs check that each process has one."
         )
     return accelerator
+
+
+def main_process_first(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """Call `work` on all processes, on the main one before the others, which then find what it left.
+
+    What it raises is raised when all have been through: who left earlier would let the others wait for ever.
+    """
+    problem = None
+    with accelerator.main_process_first():
+        try:
+            result = work()
+        except (OSError, ValueError) as error:
+            problem = error
+    if problem is not None:
+        raise problem
+    return result

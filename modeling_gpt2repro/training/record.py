@@ -48,15 +48,18 @@ def write_run_record(args: TrainArguments, hardware: dict):
     os.replace(temporary, folder / RUN_RECORD)
 
 
+def recorded_arguments(output_dir: Path) -> dict:
+    """The arguments that a run began with; none where there is no record."""
+    record = output_dir / RUN_RECORD
+    return json.loads(record.read_text(encoding="utf-8"))["arguments"] if record.exists() else {}
+
+
 def changed_arguments(args: TrainArguments) -> dict[str, tuple]:
     """Which arguments differ from those in the run's record: name -> (then, now); none where there is no record.
 
     Where things are and what is shown may change freely and is left out.
     """
-    record = Path(args.output_dir) / RUN_RECORD
-    if not record.exists():
-        return {}
-    then = json.loads(record.read_text(encoding="utf-8"))["arguments"]
+    then = recorded_arguments(Path(args.output_dir))
     return {
         name: (then[name], now)
         for name, now in asdict(args).items()
