@@ -2,14 +2,21 @@
 
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
+import pyarrow.parquet as pq
 import pytest
 
+from benchmarks import prepare
+
 REPOSITORY = Path(__file__).parent.parent
+SHARED = REPOSITORY / "../shared/data"
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +64,68 @@ def test_a_results_file_keeps_the_latest_result_of_each_setting(tmp_path, monkey
     for dtype, speed in (("fp32", 1), ("bf16", 2), ("fp32", 3)):
         benchmark.add_to_file(file, {"settings": {"dtype": dtype}, "speed": speed})
     assert [result["speed"] for result in json.loads(file.read_text())] == [2, 3]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="GPT-2's vocabulary is not in ../shared/data")
+def test_prepare_benchmark_compares_the_same_tokens_and_writes_what_its_figures_come_from(tmp_path):
+    shutil.copytree(SHARED / "tiktoken_cache", tmp_path / "tiktoken")  # tiktoken deletes what it finds damaged
+    flags = ["--megabytes", "0.4", "--large_megabytes", "0", "--workers", "1", "--rounds", "1"]
+    command = [sys.executable, "-m", "benchmarks.prepare", *flags, "--output", str(tmp_path / "prepare.json")]
+    environment = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path / "tiktoken")}
+    ran = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    [result] = json.loads((tmp_path / "prepare.json").read_text())
+    assert result["command"].startswith("python -m benchmarks.prepare --megabytes 0.4")
+    found = result["workers"]["1"]
+    assert 0.4e6 / 6 < found["tokens"] < 0.4e6 / 2  # both made so many, or it would have failed
+    assert set(found["tokens_per"]["seconds"]) == {"ours", "lecture"}
+    assert [peak["megabytes"] for peak in result["peak_memory_bytes"]] == [0.2, 0.4]
+    for peak in result["peak_memory_bytes"]:
+        for side in ("ours", "lecture"):
+            assert 10e6 < peak["parent"][side] <= peak["all_processes"][side]
+    assert f"with 1 worker(s) ours is {found['lecture_over_ours']['seconds']['median']:.3f} times as fast" in ran.stdout
+
+
+def test_the_file_that_preparation_is_timed_on_is_like_fineweb_edus(tmp_path):
+    file = prepare.make_parquet(tmp_path / "a.parquet", 0.5, "The sea is cold.\n\nThe café, too. " * 400)
+    table, metadata = pq.read_table(file), pq.read_metadata(file)
+    named = "text id dump url file_path language language_score token_count score int_score"
+    assert table.column_names == named.split()
+    texts = table["text"].to_pylist()
+    assert 0.45e6 < sum(len(text.encode()) for text in texts) < 0.55e6
+    assert all(3_000 <= len(text) <= 5_000 for text in texts)
+    assert len(set(table["id"].to_pylist())) == len(texts)
+    assert metadata.num_row_groups >= 4
+
+
+def runs_of(seconds, cpu_seconds, tokens=1_000):
+    return [prepare.Run(s, c, tokens, 0, 0) for s, c in zip(seconds, cpu_seconds, strict=True)]
+
+
+def test_start_up_is_taken_off_both_sides_alike():
+    runs = {
+        ("ours", 2, "start-up"): runs_of([2, 2, 8], [1, 1, 1]),
+        ("ours", 2, "file"): runs_of([4, 5, 3], [2, 2, 2]),
+        ("lecture", 2, "start-up"): runs_of([1, 1, 1], [1, 1, 1]),
+        ("lecture", 2, "file"): runs_of([5, 10, 7], [3, 4, 5]),
+    }
+    found = prepare.summary(runs, 2)
+    assert found["start_up_seconds"] == {"ours": 2, "lecture": 1}
+    assert found["tokens_per"]["seconds"] == {"ours": 250, "lecture": 1_000 / 7}
+    assert found["lecture_over_ours"]["seconds"]["median"] == 2  # of 5/4, 10/5, 7/3
+    assert found["lecture_over_ours"]["seconds_after_start_up"]["median"] == 3  # of 4/2, 9/3, 6/1
+    assert found["lecture_over_ours"]["cpu_seconds"]["median"] == 2
+    runs["ours", 2, "file"] = runs_of([2, 2, 2], [2, 2, 2])  # nothing but start-up
+    assert "seconds_after_start_up" not in prepare.summary(runs, 2)["lecture_over_ours"]
+
+
+def test_a_comparison_of_different_tokens_is_refused():
+    with pytest.raises(ValueError, match=r"did not make the same number of tokens: \[999, 1000\]\."):
+        prepare.compare_tokens(runs_of([1, 1], [1, 1]) + runs_of([1], [1], tokens=999))
+
+
+def test_memory_is_counted_alone_and_with_children():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        parent, everyone = prepare.resident(psutil.Process())
+        child.stdin.close()
+    assert 1e6 < parent < everyone

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from modeling_gpt2repro.data.plan import make_plan
+from modeling_gpt2repro.data.preparation_folder import begin_preparation, find_remains
 from modeling_gpt2repro.data.prepare import prepare_shards, validates
-from modeling_gpt2repro.data.shard_writer import begin_preparation, find_remains
 from modeling_gpt2repro.data.shards import open_shards
 from modeling_gpt2repro.data.sources import Source, local_source
 from modeling_gpt2repro.data.tokenizer import train_tokenizer
@@ -131,10 +132,10 @@ def test_progress_is_told_after_each_unit(tmp_path, texts_parquet, tiny_tokenize
 class DyingSource(Source):
     """Reading its fifth unit ends the program."""
 
-    def read(self, unit):
+    def read(self, unit, skipped=None):
         if unit == self.units[4]:
             raise KeyboardInterrupt
-        return super().read(unit)
+        return super().read(unit, skipped)
 
 
 def test_a_preparation_killed_in_the_middle_can_be_started_again(tmp_path, texts_parquet, tiny_tokenizer, one_sentence):
@@ -144,7 +145,7 @@ def test_a_preparation_killed_in_the_middle_can_be_started_again(tmp_path, texts
             DyingSource(source.units, source.description), tiny_tokenizer, "tiny", out, 0.1, shard_tokens=1_000
         )
     assert list(out.glob("train_*.npy"))
-    (out / "train_000099.partial").touch()  # cut off while it was written
+    (out / "train_000099.npy.0a1b2c3d.partial").touch()  # cut off while it was written
     with pytest.raises(ValueError, match=r"has no manifest\.json: its preparation was not finished") as error:
         open_shards(out)
     one_sentence(error)
@@ -152,30 +153,33 @@ def test_a_preparation_killed_in_the_middle_can_be_started_again(tmp_path, texts
     fresh = prepare_shards(source, tiny_tokenizer, "tiny", tmp_path / "fresh", 0.1, shard_tokens=1_000)
     assert shard_bytes(out) == shard_bytes(tmp_path / "fresh")
     assert again.fingerprint == fresh.fingerprint
-    assert not list(out.glob("*.partial"))
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (tmp_path / "fresh").iterdir())
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "train_000000.npy", "training_set.npy", "tokenizer"])
+PLAN = make_plan(Source([], {}), {"name": "tiny"}, 0, 0.1)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "train_000000.npy", "training_set.npy", "tokenizer", "film.partial"])
 def test_a_folder_with_other_files_is_left_alone(tmp_path, name, one_sentence):
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=rf"holds other files \({name}\): give an empty --output_dir\.") as error:
-        begin_preparation(tmp_path)
+        begin_preparation(tmp_path, PLAN)
     one_sentence(error)
     assert (tmp_path / name).read_text() == "mine"
 
 
 def test_other_files_beside_an_unfinished_preparation_are_left_alone(tmp_path):
-    begin_preparation(tmp_path / "out")
+    begin_preparation(tmp_path / "out", PLAN)
     (tmp_path / "out/train_000000.npy").touch()
     (tmp_path / "out/train_set.npy").touch()
     with pytest.raises(ValueError, match=r"holds other files \(train_set\.npy\)"):
-        begin_preparation(tmp_path / "out")
+        begin_preparation(tmp_path / "out", PLAN)
     assert (tmp_path / "out/train_000000.npy").exists()
 
 
 def test_a_folder_that_cannot_be_used_is_a_sentence(tmp_path, monkeypatch, token_shards, one_sentence):
     with pytest.raises(ValueError, match=r"holds prepared shards already: use them, or give another") as error:
-        begin_preparation(token_shards.folder)
+        begin_preparation(token_shards.folder, PLAN)
     one_sentence(error)
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file/inside"):

@@ -50,7 +50,7 @@ def test_the_root_of_the_package_holds_what_ships_and_nothing_else():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_files_import_each_other_by_from_at_the_margin(name):
     text = (PACKAGE / name).read_text(encoding="utf-8")
-    allowed = {"math", "torch", "transformers", "huggingface_hub"}
+    allowed = {"difflib", "math", "torch", "transformers", "huggingface_hub"}
     for imported in imported_by(PACKAGE / name) - own(imported_by(PACKAGE / name)):
         assert imported.split(".")[0] in allowed, imported
     relative = re.findall(r"^.*from\s+\.\S*\s+import.*$", text, re.MULTILINE)
@@ -100,6 +100,6 @@ def test_every_flag_in_the_readme_exists():
     scripts = "".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *PACKAGE.rglob("*.py")])
     benchmarks = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
     others = {"config_file", "mixed_precision", "num_processes", "multi_gpu", "help"}  # accelerate's and argparse's own
-    others |= {flag for flag in ("from", "to") if f'add_argument("--{flag}"' in scripts}
+    others |= {flag for flag in ("from", "to", "shard") if f'"--{flag}"' in scripts}  # of argparse
     for flag in set(re.findall(r"--([a-z][a-z_]+)\b", readme)) - others:
         assert re.search(rf"^    {flag}: ", scripts + benchmarks, re.MULTILINE), f"--{flag} is in the README only"

@@ -13,6 +13,7 @@ import pytest
 
 import prepare_data
 from modeling_gpt2repro.data.shards import open_shards
+from modeling_gpt2repro.data.unit_files import finished_units
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -181,7 +182,7 @@ def run(hub, home, code, *argv):
 
 def hub_arguments(out, tokenizer_folder, *more):
     dataset = ["--dataset_name", "ns/fineweb", "--dataset_config_name", "sample-10BT", "--validation_share", "0.1"]
-    return ["--output_dir", out, *dataset, "--tokenizer", tokenizer_folder, "--workers", "3", *more]
+    return ["--output_dir", out, *dataset, "--tokenizer", tokenizer_folder, "--workers", "1", *more]
 
 
 def local_shards(out, fineweb, tokenizer_folder):
@@ -230,6 +231,38 @@ def test_a_busy_hub_is_survived(tmp_path, hub, fineweb, tokenizer_folder):
     with hub.faults(*rules):
         done = run(hub, tmp_path / "home", IMPATIENT + PREPARE, *hub_arguments(tmp_path / "out", tokenizer_folder))
     assert done.returncode == 0, done.stderr
+    local = local_shards(tmp_path / "local", fineweb, tokenizer_folder)
+    assert open_shards(tmp_path / "out").fingerprint == local.fingerprint
+
+
+def test_a_hub_that_is_gone_is_told_with_the_unit_and_what_is_finished_is_not_read_again(
+    tmp_path, hub, fineweb, tokenizer_folder
+):
+    second = f"GET /lfs/.*{FILES[1]}"
+    rules = [
+        {"match": second, "drop": 10**9, "times": 1},  # the footer, whole
+        {"match": second, "status": 503, "times": 2},
+        {"match": second, "drop": 700},
+    ]
+    two_retries = "from modeling_gpt2repro.data import documents\nretry = documents.retrying\n"
+    two_retries += "documents.retrying = lambda work: retry(work, retries=2, wait_seconds=0.01)\n"
+    with hub.faults(*rules):
+        code = IMPATIENT + two_retries + PREPARE
+        done = run(hub, tmp_path / "home", code, *hub_arguments(tmp_path / "out", tokenizer_folder))
+    assert done.returncode == 2
+    told = done.stderr.splitlines()[-1]
+    assert "row group 0 of hf://datasets/ns/fineweb@" in told
+    assert f"{FILES[1]}: the Hub did not answer in 3 attempts (" in told
+    assert "Traceback" not in done.stderr
+    assert sorted(finished_units(tmp_path / "out")) == [0, 1, 2, 3]
+
+    seen = len(hub.log())
+    command = [sys.executable, "prepare_data.py", *hub_arguments(tmp_path / "out", tokenizer_folder), "--workers", "2"]
+    environment = hub.environment(tmp_path / "home")
+    done = subprocess.run(list(map(str, command)), cwd=REPOSITORY, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    asked = [line["path"] for line in hub.log()[seen:] if line["origin"] == "cdn"]
+    assert sum(path.endswith(FILES[0]) for path in asked) == 1  # the footer
     local = local_shards(tmp_path / "local", fineweb, tokenizer_folder)
     assert open_shards(tmp_path / "out").fingerprint == local.fingerprint
 

@@ -4,13 +4,15 @@ A unit is a row group of a parquet file, or 16 MiB of a .txt or .jsonl file. Rea
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from .hub_files import is_on_hub, retrying
-from .parquet import count_row_groups, read_row_group
+from .parquet import read_row_group, row_group_bytes
 from .text_files import read_lines, read_pieces
 
 RANGE_BYTES = 16 * 2**20
@@ -35,17 +37,29 @@ class Document:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one worker reads at a time: `start` to `stop` are bytes of a .txt or .jsonl, one row group of a .parquet."""
+    """What one worker reads at a time: `start` to `stop` are bytes of a .txt or .jsonl, one row group of a .parquet.
+
+    Args:
+        text_bytes: About as many as its text takes; 0 where nobody knows.
+    """
 
     path: str
     start: int
     stop: int
     text_column: str = "text"
+    text_bytes: int = 0
 
     @property
     def name(self) -> str:
         """File name and place in it, the same on every machine."""
         return f"{Path(self.path).name}:{self.start}"
+
+    @property
+    def place(self) -> str:
+        """For a person: where it is."""
+        if self.stop == self.start + 1:
+            return f"row group {self.start} of {self.path}"
+        return f"bytes {self.start} to {self.stop} of {self.path}"
 
 
 def list_units(paths: list[str], text_column: str = "text") -> list[Unit]:
@@ -78,13 +92,18 @@ def _units_of(path: str, text_column: str) -> list[Unit]:
         if Path(path).stat().st_size == 0:
             raise ValueError(f"{path} is empty.")
     if path.endswith(".parquet"):
-        return [Unit(path, group, group + 1, text_column) for group in range(count_row_groups(path, text_column))]
+        sizes = row_group_bytes(path, text_column)
+        return [Unit(path, group, group + 1, text_column, size) for group, size in enumerate(sizes)]
     size = Path(path).stat().st_size
-    return [Unit(path, start, min(start + RANGE_BYTES, size), text_column) for start in range(0, size, RANGE_BYTES)]
+    cuts = [*range(0, size, RANGE_BYTES), size]
+    return [Unit(path, start, stop, text_column, stop - start) for start, stop in pairwise(cuts)]
 
 
-def read_unit(unit: Unit) -> Iterator[Document]:
+def read_unit(unit: Unit, skipped: Counter | None = None) -> Iterator[Document]:
     """Yield the unit's documents, without those that hold nothing but whitespace.
+
+    Args:
+        skipped: Counts what is left out, by reason.
 
     Raises:
         ValueError: On text that is not UTF-8, a line that is not a JSON object with the text column, or a damaged
@@ -97,6 +116,8 @@ def read_unit(unit: Unit) -> Iterator[Document]:
     for document in documents:
         if document.continues or (document.text and not document.text.isspace()):
             yield document
+        elif skipped is not None:
+            skipped["whitespace" if document.text else "empty"] += 1
 
 
 def _read_parquet(unit: Unit) -> Iterator[Document]:

@@ -15,8 +15,8 @@ from .hub_files import is_on_hub, open_hub_file, retrying
 BATCH_ROWS = 1_000
 
 
-def count_row_groups(path: str, text_column: str) -> int:
-    """Number of row groups.
+def row_group_bytes(path: str, text_column: str) -> list[int]:
+    """Of each row group, the bytes that its text takes without compression: some more or less than UTF-8 takes.
 
     Raises:
         ValueError: If the file is not whole, or has no such column of text.
@@ -30,7 +30,11 @@ def count_row_groups(path: str, text_column: str) -> int:
     kind = schema.field(text_column).type
     if not _is_text(kind.value_type if pa.types.is_dictionary(kind) else kind):
         raise ValueError(f"column {text_column!r} of {path} holds {kind}, not text: name another by --text_column.")
-    return metadata.num_row_groups
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    if not groups:
+        return []
+    places = [groups[0].column(place).path_in_schema for place in range(groups[0].num_columns)]
+    return [group.column(places.index(text_column)).total_uncompressed_size for group in groups]
 
 
 def read_row_group(path: str, row_group: int, text_column: str) -> Iterator[tuple[object, str | None]]:

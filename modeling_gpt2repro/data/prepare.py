@@ -1,30 +1,25 @@
-"""Units to shards: read, tokenize, split off validation, write in order."""
+"""Units to tokens, validation split off, and all of it in one process; `tokenize_units.py` has it in several."""
 
 import hashlib
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from .assemble import Progress, write_shards
 from .documents import Document, Unit
-from .shard_writer import ShardWriter, begin_preparation, write_manifest
+from .plan import Plan, make_plan
+from .preparation_folder import begin_preparation, end_preparation
 from .shards import PreparedShards, open_shards
 from .sources import Source
 from .tokenizer import save_tokenizer, text_encoder
-
-
-@dataclass
-class TokenizedUnit:
-    """What became of one unit: per split its ids (n,) uint16, documents, and UTF-8 bytes of text."""
-
-    ids: dict[str, np.ndarray]
-    text_bytes: dict[str, int]
+from .unit_files import TokenizedUnit
 
 
 def validates(document_id: str, share: float) -> bool:
@@ -51,6 +46,14 @@ def tokenize_documents(
     return TokenizedUnit(ids, text_bytes)
 
 
+def tokenize_unit(source: Source, unit: Unit, encode: Callable[[str], np.ndarray], plan: Plan) -> TokenizedUnit:
+    """Read a unit, encode it, and count what was left out."""
+    skipped = Counter()
+    tokenized = tokenize_documents(source.read(unit, skipped), encode, plan.end_of_text_id, plan.validation_share)
+    tokenized.skipped = dict(skipped) if source.counts_skipped(unit) else None
+    return tokenized
+
+
 def prepare_shards(
     source: Source,
     tokenizer: PreTrainedTokenizerFast,
@@ -60,9 +63,10 @@ def prepare_shards(
     max_tokens: int | None = None,
     shard_tokens: int = 100_000_000,
     workers: int = 1,
-    on_progress: Callable[[int, int, int], None] = lambda units, total_units, tokens: None,
+    on_progress: Progress = lambda units, total_units, tokens: None,
+    layout: str = "plain",
 ) -> PreparedShards:
-    """Tokenize a source into `output_dir`: shards, tokenizer and, last of all, the manifest.
+    """Tokenize a source into `output_dir` within this process: shards, tokenizer and, last of all, the manifest.
 
     Args:
         validation_share: Part of the documents, by hash of their ids, that go to the validation split.
@@ -70,47 +74,32 @@ def prepare_shards(
         shard_tokens: Tokens a shard, 2 bytes each; 100 M as in the lecture.
         workers: Threads; the tokenizers and parquet readers leave Python's lock while they work.
         on_progress: Called after each unit with units done, units in all, and training tokens so far.
+        layout: How shards are named, one of `LAYOUTS`.
 
     Raises:
         ValueError: If `output_dir` is in use, or the text is unusable, or none of it falls to a split.
     """
     output_dir = Path(output_dir)
-    begin_preparation(output_dir)
-    sha256 = save_tokenizer(tokenizer, output_dir / "tokenizer")
+    options = {"max_tokens": max_tokens, "shard_tokens": shard_tokens, "layout": layout}
+    plan = plan_preparation(source, tokenizer, tokenizer_name, validation_share, **options)
+    begin_preparation(output_dir, plan)
+    save_tokenizer(tokenizer, output_dir / "tokenizer")
     encode = text_encoder(tokenizer)
-    end_of_text = tokenizer.eos_token_id
-    train = ShardWriter(output_dir, "train", shard_tokens, end_of_text, max_tokens)
-    writers = {"train": train, "validation": ShardWriter(output_dir, "validation", shard_tokens, end_of_text)}
-
-    def tokenized(unit: Unit) -> TokenizedUnit:
-        return tokenize_documents(source.read(unit), encode, end_of_text, validation_share)
-
-    with closing(in_order(tokenized, source.units, workers)) as units:
-        for done, unit in enumerate(units, start=1):
-            for split, writer in writers.items():
-                writer.append(unit.ids[split], unit.text_bytes[split])
-            on_progress(done, len(source.units), train.tokens)
-            if train.is_full:
-                break
-    if not any(writer.tokens for writer in writers.values()):
-        raise ValueError("there is no text in the source: every document is empty.")
-    for split, wanted in (("train", 1 - validation_share), ("validation", validation_share)):
-        if wanted and not writers[split].tokens:
-            raise ValueError(
-                f"none of the text fell to the {split} split (validation_share {validation_share}): give more text, or "
-                "another --validation_share."
-            )
-    write_manifest(
-        output_dir,
-        {
-            "source": source.description,
-            "tokenizer": {"name": tokenizer_name, "vocab_size": len(tokenizer), "sha256": sha256},
-            "end_of_text_id": end_of_text,
-            "validation_share": validation_share,
-            "splits": {split: writer.finish() for split, writer in writers.items()},
-        },
-    )
+    tokenized = in_order(lambda unit: tokenize_unit(source, unit, encode, plan), source.units, workers)
+    with closing(tokenized):
+        write_shards(output_dir, plan, tokenized, on_progress)
+    end_preparation(output_dir)
     return open_shards(output_dir)
+
+
+def plan_preparation(
+    source: Source, tokenizer: PreTrainedTokenizerFast, tokenizer_name: str, validation_share: float, **options
+) -> Plan:
+    """The plan for a source and a tokenizer, which is named by the hash of what a reader of its folder will load."""
+    with TemporaryDirectory() as folder:
+        sha256 = save_tokenizer(tokenizer, Path(folder))
+    identity = {"name": tokenizer_name, "vocab_size": len(tokenizer), "sha256": sha256}
+    return make_plan(source, identity, tokenizer.eos_token_id, validation_share, **options)
 
 
 def in_order(work: Callable, items: Iterable, workers: int) -> Iterator:

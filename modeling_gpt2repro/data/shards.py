@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from .tokenizer import load_tokenizer_folder, tokenizer_sha256
+from .lecture_shards import lecture_files, lecture_manifest
+from .plan import PLAN
+from .tokenizer import load_tokenizer, load_tokenizer_folder, tokenizer_sha256
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -43,25 +45,54 @@ class PreparedShards:
 def open_shards(folder: str | Path) -> PreparedShards:
     """Open a folder that `prepare_data.py` wrote; sizes are checked, contents are not read.
 
+    A folder of the lecture's shards without a manifest, made by other tools, is taken for GPT-2's tokens.
+
     Raises:
         ValueError: If it is no such folder, a shard is missing or truncated, or its tokenizer is not the manifest's.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}: prepare it with prepare_data.py --output_dir {folder}.")
-    manifest = _read_manifest(folder)
+    if lecture_files(folder, "train") and not any((folder / name).exists() for name in (MANIFEST, PLAN, "tokenizer")):
+        return PreparedShards(folder, lecture_manifest(folder), load_tokenizer("gpt2"))
+    manifest = read_manifest(folder)
+    if problems := shard_problems(folder, manifest):
+        raise ValueError(next(iter(problems.values())))
+    return PreparedShards(folder, manifest, open_tokenizer(folder, manifest))
+
+
+def shard_problems(folder: Path, manifest: dict) -> dict[str, str]:
+    """File name -> what is wrong with a shard that the manifest names, as far as it is seen without reading it."""
+    problems = {}
     for split in SPLITS:
         for file, tokens, _ in _listed(manifest, split):
-            _open_shard(folder / file, tokens)
+            try:
+                _open_shard(folder / file, tokens)
+            except ValueError as error:
+                problems[file] = str(error)
+    return problems
+
+
+def open_tokenizer(folder: Path, manifest: dict) -> PreTrainedTokenizerFast:
+    """The tokenizer beside the shards.
+
+    Raises:
+        ValueError: If it does not load, or is not the manifest's.
+    """
     tokenizer = load_tokenizer_folder(folder / "tokenizer")
     if tokenizer_sha256(tokenizer) != manifest["tokenizer"]["sha256"]:
         raise ValueError(
             f"{folder / 'tokenizer'} is not the tokenizer that these shards were made with: prepare the data again."
         )
-    return PreparedShards(folder, manifest, tokenizer)
+    return tokenizer
 
 
-def _read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Path) -> dict:
+    """The manifest.
+
+    Raises:
+        ValueError: If it is missing, damaged or of another version, or its sums are wrong.
+    """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

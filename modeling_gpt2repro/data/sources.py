@@ -1,16 +1,17 @@
 """What a person names as data, resolved to units and a description for the manifest."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from glob import glob
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from .documents import Document, Unit, list_units, read_unit
-from .hub_files import retrying
+from .hub_files import is_on_hub, retrying
 from .hub_rows import is_of_rows, list_row_units, read_row_unit
 from .python_prose import python_prose_documents
 
@@ -25,13 +26,22 @@ class Source:
     units: list[Unit]
     description: dict
 
-    def read(self, unit: Unit) -> Iterator[Document]:
-        """The unit's documents, in their order."""
+    @property
+    def text_bytes(self) -> int:
+        """About as many as the text takes; 0 where nobody knows."""
+        return sum(unit.text_bytes for unit in self.units)
+
+    def counts_skipped(self, unit: Unit) -> bool:
+        """Whether `read` counts what it leaves out."""
+        return not is_of_rows(unit.path)
+
+    def read(self, unit: Unit, skipped: Counter | None = None) -> Iterator[Document]:
+        """The unit's documents, in their order; `skipped` counts those without text, by reason."""
         if unit.path == PYTHON_PROSE:
             return iter(_python_prose())
         if is_of_rows(unit.path):
             return read_row_unit(unit)
-        return read_unit(unit)
+        return read_unit(unit, skipped)
 
 
 def python_prose_source() -> Source:
@@ -77,6 +87,9 @@ def hub_source(
             units = list_units(paths, text_column)
         else:
             units = list_row_units(dataset, config, split, commit, text_column)
+            # Compressed files hold more text than this.
+            size = retrying(lambda: sum(HfFileSystem().info(path)["size"] for path in paths if is_on_hub(path)))
+            units = [replace(unit, text_bytes=size // len(units)) for unit in units]
     except ConnectionError as error:  # what `datasets` raises offline, too
         raise ValueError(
             f"the Hub cannot be reached for {name} ({' '.join(str(error).split())}): without a network, train with "

@@ -1,0 +1,349 @@
+"""Time prepare_data.py against the way of the lecture, from one parquet file to shards of GPT-2's tokens.
+
+    python -m benchmarks.prepare                                  # the language reference's text, 100 MB of it
+    python -m benchmarks.prepare --text_file a.txt --megabytes 50
+
+The file is made: FineWeb-Edu's columns and row groups, documents of 3 to 5 kB cut out of a text at random places. The
+lecture's way is written below: rows as dicts from `datasets`, `imap` over single documents, `encode_ordinary`, a buffer
+for a shard. Its table in Arrow's format, which `datasets` makes of a file once, is made before the clock starts. Each
+side runs as a command, so its start-up counts; a file of 0.2 MB tells how much that is. The sides take turns, and which
+goes first alternates; the figures are medians over rounds. Memory is looked at ten times a second in all runs, and on a
+file of more than one shard in a run of its own. Both must make the same number of tokens.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+# The lecture's process imports this file, too: what is heavy and not the lecture's is imported where it is used.
+
+REPOSITORY = Path(__file__).parents[1]
+SIDES = ("ours", "lecture")
+START_UP_MEGABYTES = 0.2
+VALIDATION_SHARE = 0.1  # large enough that a small file has a document of each split
+SHARD_TOKENS = 100_000_000  # build-nanogpt's fineweb.py, and prepare_data.py's default
+CHUNK_DOCUMENTS = 16  # build-nanogpt's fineweb.py
+ROW_GROUP_ROWS = 1_000  # FineWeb-Edu's
+SEED = 1337
+
+
+@dataclass
+class BenchmarkArguments:
+    text_file: str | None = field(
+        default=None, metadata={"help": "Cut documents out of this text; else Python's language reference."}
+    )
+    megabytes: float = field(default=100, metadata={"help": "Text in the file that speed is measured on."})
+    large_megabytes: float = field(
+        default=600, metadata={"help": "Text in the file that only memory is measured on, with most workers; 0: none."}
+    )
+    workers: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "Worker counts to compare at."})
+    rounds: int = field(default=5, metadata={"help": "How often the two take turns."})
+    output: str | None = field(default=None, metadata={"help": "Add the result to this JSON file (a list of results)."})
+
+    def __post_init__(self):
+        problems = [f"--workers ({count}) must be at least 1." for count in self.workers if count < 1]
+        if self.rounds < 1:
+            problems.append(f"--rounds ({self.rounds}) must be at least 1.")
+        if self.megabytes <= START_UP_MEGABYTES:
+            problems.append(f"--megabytes ({self.megabytes}) must be more than {START_UP_MEGABYTES}, the start-up's.")
+        if self.text_file and not Path(self.text_file).is_file():
+            problems.append(f"there is no file {self.text_file} for --text_file.")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def text(self) -> str:
+        if self.text_file:
+            return Path(self.text_file).read_text(encoding="utf-8")
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of a side took and made; bytes are the most that were seen at once."""
+
+    seconds: float
+    cpu_seconds: float
+    tokens: int
+    parent_bytes: int
+    all_bytes: int
+
+
+def main(argv: list[str] | None = None):
+    from benchmarks.training_step import add_to_file, machine
+    from modeling_gpt2repro.training.command_line import parse_command_line
+
+    args = parse_command_line(BenchmarkArguments, argv, description=__doc__)
+    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    with TemporaryDirectory() as folder:
+        runs, large = measure(args, Path(folder))
+    result = {
+        "command": shlex.join(["python", "-m", "benchmarks.prepare", *(sys.argv[1:] if argv is None else argv)]),
+        "settings": {name: value for name, value in asdict(args).items() if name not in ("rounds", "output")},
+        "machine": machine("cpu") | {"load_average_before": load_before},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("datasets", "numpy", "pyarrow", "tiktoken", "transformers")},
+        "workers": {str(workers): summary(runs, workers) for workers in args.workers},
+        "peak_memory_bytes": peaks(args, runs, large),
+    }
+    report(args, result)
+    if args.output:
+        add_to_file(Path(args.output), result)
+
+
+# What is run
+
+
+def make_parquet(file: Path, megabytes: float, text: str) -> Path:
+    """Write documents of 3,000 to 5,000 characters with FineWeb-Edu's columns, in eight row groups or more."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    random, text = Random(SEED), text * math.ceil(10_000 / len(text))
+    documents = math.ceil(megabytes * 1e6 / 4_000 / (len(text.encode()) / len(text)))
+    group_rows = min(ROW_GROUP_ROWS, math.ceil(documents / 8))
+    writer = None
+    for first in range(0, documents, group_rows):
+        count = min(group_rows, documents - first)
+        starts = [random.randrange(len(text) - 5_000) for _ in range(count)]
+        table = pa.table(
+            {
+                "text": [text[start : start + random.randint(3_000, 5_000)] for start in starts],
+                "id": [f"<urn:uuid:{random.getrandbits(128):032x}>" for _ in range(count)],
+                "dump": ["CC-MAIN-2024-10"] * count,
+                "url": [f"https://example.org/{number}" for number in range(first, first + count)],
+                "file_path": ["s3://crawl-data/segments/0.warc.gz"] * count,
+                "language": ["en"] * count,
+                "language_score": [random.random() for _ in range(count)],
+                "token_count": [random.randint(600, 1_400) for _ in range(count)],
+                "score": [random.uniform(2.5, 5) for _ in range(count)],
+                "int_score": [random.randint(3, 5) for _ in range(count)],
+            }
+        )
+        writer = writer or pq.ParquetWriter(file, table.schema)
+        writer.write_table(table)
+    writer.close()
+    return file
+
+
+@lru_cache(maxsize=1)
+def lecture_encoding():
+    """GPT-2's, once a process; forked workers inherit the parent's."""
+    import tiktoken
+
+    return tiktoken.get_encoding("gpt2")
+
+
+def lecture_tokens(row: dict) -> np.ndarray:
+    """A document's ids (n,) uint16 after an end-of-text."""
+    encoding = lecture_encoding()
+    ids = np.array([encoding.eot_token, *encoding.encode_ordinary(row["text"])])
+    assert (ids >= 0).all()
+    assert (ids < 2**16).all()
+    return ids.astype(np.uint16)
+
+
+def lecture_rows(file: str, cache: str):
+    """The file's rows by `datasets`, which makes an Arrow table of it in `cache` the first time."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets.load_dataset("parquet", data_files=file, split="train", cache_dir=cache)
+
+
+def lecture_preparation(file: str, cache: str, folder: str, workers: str):
+    """The lecture's way, run as a command; says how many tokens it wrote."""
+    rows = lecture_rows(file, cache)
+    lecture_encoding()
+    os.makedirs(folder)
+    buffer, filled, shards = np.empty(SHARD_TOKENS, dtype=np.uint16), 0, 0
+    with multiprocessing.Pool(int(workers)) as pool:
+        for ids in pool.imap(lecture_tokens, rows, chunksize=CHUNK_DOCUMENTS):
+            if filled + len(ids) > SHARD_TOKENS:
+                rest = SHARD_TOKENS - filled
+                buffer[filled:] = ids[:rest]
+                np.save(os.path.join(folder, f"{shards:06d}.npy"), buffer)
+                ids, filled, shards = ids[rest:], 0, shards + 1
+            buffer[filled : filled + len(ids)] = ids
+            filled += len(ids)
+    np.save(os.path.join(folder, f"{shards:06d}.npy"), buffer[:filled])
+    print(f"{shards * SHARD_TOKENS + filled} tokens")
+
+
+def command_of(side: str, file: Path, output: Path, workers: int) -> list[str]:
+    if side == "ours":
+        flags = ["--train_files", str(file), "--output_dir", str(output), "--validation_share", str(VALIDATION_SHARE)]
+        return [sys.executable, "prepare_data.py", *flags, "--tokenizer", "gpt2", "--workers", str(workers)]
+    start = "import sys; from benchmarks.prepare import lecture_preparation; lecture_preparation(*sys.argv[1:])"
+    return [sys.executable, "-c", start, str(file), str(file.parent / "cache"), str(output), str(workers)]
+
+
+def tokens_written(side: str, output: Path, told: str) -> int:
+    if side == "ours":
+        splits = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["splits"]
+        return sum(split["tokens"] for split in splits.values())
+    return int(re.search(r"(\d+) tokens", told).group(1))
+
+
+# How it is measured
+
+
+def measure(args: BenchmarkArguments, folder: Path) -> tuple[dict, dict[str, Run]]:
+    """Runs by (side, workers, size) with size "start-up" or "file", one a round; and the large file's, by side."""
+    sizes = {"start-up": START_UP_MEGABYTES, "file": args.megabytes}
+    sizes |= {"large": args.large_megabytes} if args.large_megabytes else {}
+    files = {size: make_parquet(folder / f"{size}.parquet", sizes[size], args.text) for size in sizes}
+    for file in files.values():
+        lecture_rows(str(file), str(folder / "cache"))
+    runs = {(side, workers, size): [] for side in SIDES for workers in args.workers for size in ("start-up", "file")}
+    for number in range(args.rounds):
+        for workers in args.workers:
+            for size in ("start-up", "file"):
+                for side in SIDES if number % 2 == 0 else SIDES[::-1]:
+                    runs[side, workers, size].append(run(side, files[size], folder / "out", workers))
+    large = {side: run(side, files["large"], folder / "out", max(args.workers)) for side in SIDES if "large" in files}
+    for (_, workers, size), ours in runs.items():
+        compare_tokens([*ours, *runs["lecture", workers, size]])
+    compare_tokens(list(large.values()))
+    return runs, large
+
+
+def compare_tokens(runs: list[Run]):
+    counts = {run.tokens for run in runs}
+    if len(counts) > 1:
+        raise ValueError(f"the two did not make the same number of tokens: {sorted(counts)}.")
+
+
+def run(side: str, file: Path, output: Path, workers: int) -> Run:
+    """Run one side's command into a folder that is gone afterwards, and look at its memory meanwhile."""
+    import psutil
+
+    with TemporaryDirectory(dir=output.parent) as scratch:
+        output, before, started = Path(scratch) / "out", os.times(), time.perf_counter()
+        command = command_of(side, file, output, workers)
+        with open(Path(scratch) / "told", "w+") as told, open(Path(scratch) / "errors", "w+") as errors:
+            process = subprocess.Popen(command, cwd=REPOSITORY, stdout=told, stderr=errors)
+            watched, parent_bytes, all_bytes = psutil.Process(process.pid), 0, 0
+            while True:
+                try:
+                    process.wait(timeout=0.1)
+                    break
+                except subprocess.TimeoutExpired:
+                    parent, everyone = resident(watched)
+                    parent_bytes, all_bytes = max(parent_bytes, parent), max(all_bytes, everyone)
+            seconds, after = time.perf_counter() - started, os.times()
+            told.seek(0)
+            errors.seek(0)
+            if process.returncode:
+                raise RuntimeError(f"{shlex.join(command)} failed:\n{errors.read()}")
+            tokens = tokens_written(side, output, told.read())
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    return Run(seconds, spent, tokens, parent_bytes, all_bytes)
+
+
+def resident(parent) -> tuple[int, int]:
+    """Bytes in memory now: of a process, and of it with all its descendants (what they share counts for each)."""
+    import psutil
+
+    found = []
+    try:
+        for process in (parent, *parent.children(recursive=True)):
+            found.append(process.memory_info().rss)
+    except psutil.NoSuchProcess:  # one of them ended; the next look sees the others
+        pass
+    return (found[0], sum(found)) if found else (0, 0)
+
+
+# What it comes to
+
+
+def summary(runs: dict, workers: int) -> dict:
+    """Medians and ratios of one number of workers; start-up is taken off by its median, where there is more than it."""
+    seconds = {size: {s: [r.seconds for r in runs[s, workers, size]] for s in SIDES} for size in ("start-up", "file")}
+    start_up = {side: float(np.median(seconds["start-up"][side])) for side in SIDES}
+    spent = {
+        "seconds": seconds["file"],
+        "seconds_after_start_up": {side: [s - start_up[side] for s in seconds["file"][side]] for side in SIDES},
+        "cpu_seconds": {side: [r.cpu_seconds for r in runs[side, workers, "file"]] for side in SIDES},
+    }
+    if min(map(min, spent["seconds_after_start_up"].values())) <= 0:
+        del spent["seconds_after_start_up"]
+    tokens = runs["ours", workers, "file"][0].tokens
+    return {
+        "tokens": tokens,
+        "seconds": seconds["file"],
+        "start_up_seconds": start_up,
+        "tokens_per": {kind: {s: tokens / float(np.median(of[s])) for s in SIDES} for kind, of in spent.items()},
+        "lecture_over_ours": {kind: quartiles(of) for kind, of in spent.items()},
+    }
+
+
+def quartiles(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Of the lecture's time over ours, round by round: above 1.0 ours is faster."""
+    low, median, high = np.quantile(np.divide(seconds["lecture"], seconds["ours"]), (0.25, 0.5, 0.75))
+    return {"median": float(median), "lower_quartile": float(low), "upper_quartile": float(high)}
+
+
+def peaks(args: BenchmarkArguments, runs: dict, large: dict[str, Run]) -> list[dict]:
+    """Most memory of each side by size of input, with the most workers."""
+    workers = max(args.workers)
+    sizes = [(START_UP_MEGABYTES, {side: runs[side, workers, "start-up"] for side in SIDES})]
+    sizes += [(args.megabytes, {side: runs[side, workers, "file"] for side in SIDES})]
+    sizes += [(args.large_megabytes, {side: [run] for side, run in large.items()})] if large else []
+    return [
+        {
+            "megabytes": megabytes,
+            "workers": workers,
+            "tokens": found["ours"][0].tokens,
+            "parent": {side: max(run.parent_bytes for run in found[side]) for side in SIDES},
+            "all_processes": {side: max(run.all_bytes for run in found[side]) for side in SIDES},
+        }
+        for megabytes, found in sizes
+    ]
+
+
+def report(args: BenchmarkArguments, result: dict):
+    """Two tables, and a line to take away."""
+    print(f"{args.megabytes:g} MB of text, {args.rounds} rounds; {result['machine']['cpu']}\n")
+    print(f"{'workers':>7} {'side':8} {'tokens/s':>11} {'start-up s':>11} {'after start-up':>15} {'tokens/cpu-s':>13}")
+    for workers, found in result["workers"].items():
+        for side in SIDES:
+            rates = {kind: rate[side] for kind, rate in found["tokens_per"].items()}
+            print(
+                f"{workers:>7} {side:8} {rates['seconds']:11,.0f} {found['start_up_seconds'][side]:11.2f} "
+                f"{rates.get('seconds_after_start_up', math.nan):15,.0f} {rates['cpu_seconds']:13,.0f}"
+            )
+    print(f"\n{'input MB':>8} {'side':8} {'parent, peak MB':>16} {'all processes, peak MB':>23}")
+    for peak in result["peak_memory_bytes"]:
+        for side in SIDES:
+            parent, everyone = peak["parent"][side] / 1e6, peak["all_processes"][side] / 1e6
+            print(f"{peak['megabytes']:8g} {side:8} {parent:16,.0f} {everyone:23,.0f}")
+    print()
+    for workers, found in result["workers"].items():
+        ratios = found["lecture_over_ours"]
+        ratio, after = ratios["seconds"], ratios.get("seconds_after_start_up", {"median": math.nan})
+        print(
+            f"with {workers} worker(s) ours is {ratio['median']:.3f} times as fast (quartiles "
+            f"{ratio['lower_quartile']:.3f} to {ratio['upper_quartile']:.3f}; start-up taken off {after['median']:.3f})"
+        )
+
+
+if __name__ == "__main__":
+    main()

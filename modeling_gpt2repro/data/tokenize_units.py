@@ -1,0 +1,116 @@
+"""The steps of a preparation as datatrove runs them, in as many processes and on as many machines as there are."""
+
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.logging import logger
+from huggingface_hub.errors import HTTPError
+
+from .assemble import Progress, UnusableText, write_shards
+from .plan import Plan, read_plan
+from .preparation_folder import end_preparation
+from .prepare import tokenize_unit
+from .shards import MANIFEST
+from .tokenizer import load_tokenizer_folder, text_encoder
+from .unit_files import (
+    UNITS,
+    enough_units,
+    finished_units,
+    note_problem,
+    read_unit_file,
+    told_problems,
+    write_unit,
+)
+
+
+class TokenizeUnits(PipelineStep):
+    """Tokenize every world_size-th unit of the plan in `folder`, from the rank-th on, but those that are finished.
+
+    A unit is read, tokenized and written by one process. Where the plan ends after some tokens, a unit is left out as
+    soon as the finished ones before it hold them all.
+    """
+
+    type, name = "Tokenizer", "Units of text to ids"
+
+    def __init__(self, folder: str):
+        super().__init__()
+        self.folder = folder
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        end_with_the_parent()
+        folder = Path(self.folder)
+        plan, finished = read_plan(folder), finished_units(folder)
+        source, encode = plan.source_to_read(), text_encoder(load_tokenizer_folder(folder / "tokenizer"))
+        for number in range(rank, len(plan.units), world_size):
+            if plan.max_tokens is not None:
+                finished = finished_units(folder)
+                if sum(tokens for other, (tokens, _) in finished.items() if other < number) >= plan.max_tokens:
+                    return
+            if number in finished:
+                continue
+            unit = plan.units[number]
+            try:
+                tokenized = tokenize_unit(source, unit, encode, plan)
+            except (ValueError, OSError, HTTPError) as error:
+                raise note_problem(folder, number, f"{unit.place}: {' '.join(str(error).split())}") from error
+            write_unit(folder, number, tokenized)
+            logger.info(f"{unit.place}: {len(tokenized.ids['train'])} training tokens")
+            self.stat_update("tokens", value=len(tokenized.ids["train"]), unit="unit")
+
+
+class AssembleShards(PipelineStep):
+    """Write the shards of the plan in `folder` from its units' files."""
+
+    type, name = "Writer", "Ids to shards"
+
+    def __init__(self, folder: str):
+        super().__init__()
+        self.folder = folder
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        folder = Path(self.folder)
+        if not (folder / MANIFEST).exists():  # else this job was stopped after it had written it
+            assemble(folder, read_plan(folder))
+        end_preparation(folder, keep_logs=True)
+
+
+def assemble(folder: Path, plan: Plan, on_progress: Progress = lambda units, total_units, tokens: None):
+    """Write the shards and the manifest from the units' files, which stay.
+
+    Raises:
+        ValueError: If a unit is not finished, or see `write_shards`.
+    """
+    finished = finished_units(folder)
+    needed = enough_units(finished, len(plan.units), plan.max_tokens)
+    if needed is None:
+        told = told_problems(folder) or [f"see the logs in {folder / 'logs'}."]
+        raise ValueError(
+            f"{len(finished):,} of {len(plan.units):,} units are finished, which is not enough: {' '.join(told)} Run "
+            "the same command again to go on."
+        )
+    try:
+        write_shards(folder, plan, (read_unit_file(finished[number][1]) for number in needed), on_progress)
+    except UnusableText:
+        shutil.rmtree(folder / UNITS)  # it takes another plan, and this one has nothing to go on with
+        raise
+
+
+def end_with_the_parent():
+    """In a process that another one started: end when that one is gone, and leave Ctrl-C to it."""
+    import multiprocess
+
+    parent = multiprocess.parent_process()
+    if parent is None:
+        return
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
