@@ -11,9 +11,13 @@ and manifest.json, which says what they are. Train on it with train_accelerate.p
 was cut off, however hard, goes on when the same command is given again.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ.setdefault("GPT2REPRO_LAZY", "1")  # here and in the workers: without the model, and so without torch
 
 from modeling_gpt2repro.data.plan import BYTES_PER_TOKEN, Plan, read_plan
 from modeling_gpt2repro.data.preparation_folder import begin_preparation, end_preparation, is_prepared

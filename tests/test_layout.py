@@ -1,8 +1,10 @@
 """The house's rules: imports point one way, what ships to the Hub stands alone, the README's tree is true."""
 
 import ast
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,20 @@ def test_scripts_do_nothing_when_imported():
             plain = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
             assert guard or docstring or isinstance(node, plain), f"{path.name}:{node.lineno}"
+
+
+def test_preparing_data_loads_neither_the_model_nor_torch_until_they_are_asked_for():
+    program = """
+import sys
+import modeling_gpt2repro.data.executors, modeling_gpt2repro.data.prepare, modeling_gpt2repro.training.command_line
+assert "torch" not in sys.modules
+from modeling_gpt2repro import GPT2ReproConfig
+from transformers import AutoConfig, AutoModelForCausalLM
+assert isinstance(AutoConfig.for_model("gpt2repro"), GPT2ReproConfig)
+assert GPT2ReproConfig in AutoModelForCausalLM._model_mapping
+"""
+    environment = {**os.environ, "GPT2REPRO_LAZY": "1"}
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
 
 
 def test_no_file_is_named_after_nothing():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from .gpt2_vocabulary import END_OF_TEXT, as_gpt2_tokenizer, gpt2_tokenizer, tiktoken_encoding
 
@@ -25,6 +25,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """
     if name == "gpt2":
         return gpt2_tokenizer()
+    from transformers import AutoTokenizer  # late: it imports torch
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
@@ -48,7 +50,7 @@ def load_tokenizer_folder(folder: Path) -> PreTrainedTokenizerFast:
         ValueError: If it is not there or damaged.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"tokenizer {folder} does not load ({' '.join(str(error).split())}): prepare the data again."
