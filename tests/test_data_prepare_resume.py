@@ -239,7 +239,9 @@ def test_a_full_disk_is_a_sentence_and_what_is_finished_stays(tmp_path, texts, c
     full_disk_at(monkeypatch, at)
     told = told_by(capsys, tmp_path / "out", arguments)
     assert told.endswith("make room and run the same command again; what is finished is kept.")
-    assert told.startswith(f"__main__.py: the disk of {tmp_path / 'out'} is full (No space left on device): ")
+    assert told.startswith(
+        f"{Path(sys.argv[0]).name}: the disk of {tmp_path / 'out'} is full (No space left on device): "
+    )
     assert not list((tmp_path / "out").rglob("*.partial"))  # they would keep the disk full
     assert len(finished_units(tmp_path / "out")) == {1: 0, 6: 2, 13: 5, 17: 5}[at]
     monkeypatch.undo()

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,7 +86,10 @@ def test_a_manifest_that_contradicts_itself_is_found(folder, capsys):
     assert "the shards of train hold" in told[0]
     path.unlink()
     assert verify(folder, capsys)[0] == 2
-    assert verify(folder / "none", capsys) == (2, [f"__main__.py: there is no folder {folder / 'none'} to verify."])
+    assert verify(folder / "none", capsys) == (
+        2,
+        [f"{Path(sys.argv[0]).name}: there is no folder {folder / 'none'} to verify."],
+    )
 
 
 def test_the_manifest_tells_units_documents_and_what_was_left_out(tmp_path, tiny_tokenizer, tiny_texts):
