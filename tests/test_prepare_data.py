@@ -317,6 +317,7 @@ def test_a_hub_dataset_that_is_not_parquet_gives_the_same_ids_as_its_files(tmp_p
     prepare_data.main(["--output_dir", str(tmp_path / "local"), "--train_files", f"{folder}/*.jsonl", *options])
     from_hub, local = open_shards(tmp_path / "hub"), open_shards(tmp_path / "local")
     assert from_hub.fingerprint == local.fingerprint
+    assert from_hub.manifest["skipped"] == local.manifest["skipped"] == {"empty": 2, "whitespace": 1}
     assert local.manifest["splits"]["validation"]["documents"] > 10
 
 

@@ -3,6 +3,7 @@
 A unit is one of the shards that `datasets` sees, most often a file.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -34,14 +35,20 @@ def is_of_rows(path: str) -> bool:
     return path.startswith(SCHEME)
 
 
-def read_row_unit(unit: Unit) -> Iterator[Document]:
-    """Yield the documents of the unit's shard; their ids are the id column's, or else tell the place."""
+def read_row_unit(unit: Unit, skipped: Counter | None = None) -> Iterator[Document]:
+    """Yield the documents of the unit's shard; their ids are the id column's, or else tell the place.
+
+    Args:
+        skipped: Counts what is left out, by reason.
+    """
     dataset, config, split, commit = unit.path.removeprefix(SCHEME).split("|")
     stream = _stream(dataset, config or None, split, commit)
     for number, row in enumerate(stream.shard(num_shards=stream.num_shards, index=unit.start)):
         text, name = row[unit.text_column] or "", row.get("id")
         if text and not text.isspace():
             yield Document(f"{split}:{unit.start}:{number}" if name is None else str(name), text)
+        elif skipped is not None:
+            skipped["whitespace" if text else "empty"] += 1
 
 
 @lru_cache(maxsize=4)

@@ -50,7 +50,7 @@ def tokenize_unit(source: Source, unit: Unit, encode: Callable[[str], np.ndarray
     """Read a unit, encode it, and count what was left out."""
     skipped = Counter()
     tokenized = tokenize_documents(source.read(unit, skipped), encode, plan.end_of_text_id, plan.validation_share)
-    tokenized.skipped = dict(skipped) if source.counts_skipped(unit) else None
+    tokenized.skipped = dict(skipped)
     return tokenized
 
 

@@ -31,16 +31,12 @@ class Source:
         """About as many as the text takes; 0 where nobody knows."""
         return sum(unit.text_bytes for unit in self.units)
 
-    def counts_skipped(self, unit: Unit) -> bool:
-        """Whether `read` counts what it leaves out."""
-        return not is_of_rows(unit.path)
-
     def read(self, unit: Unit, skipped: Counter | None = None) -> Iterator[Document]:
         """The unit's documents, in their order; `skipped` counts those without text, by reason."""
         if unit.path == PYTHON_PROSE:
             return iter(_python_prose())
         if is_of_rows(unit.path):
-            return read_row_unit(unit)
+            return read_row_unit(unit, skipped)
         return read_unit(unit, skipped)
 
 
