@@ -11,10 +11,12 @@ import math
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
@@ -41,17 +43,32 @@ from modeling_gpt2repro.hub.folder import FROM_SCRATCH, save_hub_folder
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.command_line import Problems, bad_input_exits, parse_command_line
-from modeling_gpt2repro.training.hardware import device_name
+from modeling_gpt2repro.training.hardware import flops_and_peak, hardware_record
 from modeling_gpt2repro.training.launch import main_process_first, start_accelerator
+from modeling_gpt2repro.training.metrics import MetricsLog
 from modeling_gpt2repro.training.monitor import Monitor
 from modeling_gpt2repro.training.optimizer import build_optimizer
+from modeling_gpt2repro.training.outliers import StepGuard
 from modeling_gpt2repro.training.plot import plot_loss
 from modeling_gpt2repro.training.presets import PRESETS
 from modeling_gpt2repro.training.progress import TimedIterator, TrainProgress, is_due
-from modeling_gpt2repro.training.record import changed_arguments, make_writable, recorded_arguments, write_run_record
+from modeling_gpt2repro.training.record import changed_arguments, make_writable, write_run_record
 from modeling_gpt2repro.training.schedule import learning_rate_at, set_learning_rate
+from modeling_gpt2repro.training.sealed_folder import put_in_place
+from modeling_gpt2repro.training.sharding import copy_whole, is_sharded
+from modeling_gpt2repro.training.state_tensors import load_optimizer, load_random, optimizer_tensors, random_tensors
 from modeling_gpt2repro.training.step import train_step
-from modeling_gpt2repro.training.words import end_block, start_block, stop_if_diverged, warn_of_slow_cpu
+from modeling_gpt2repro.training.stop import EXIT_CODE, StopRequest, command_that_goes_on
+from modeling_gpt2repro.training.words import (
+    cannot_save,
+    end_block,
+    out_of_memory_is_told,
+    start_block,
+    too_many_skipped,
+    warn_of_slow_cpu,
+)
+
+FAILED_SAVES = 3  # in a row, after which a run stops
 
 
 def main(argv: list[str] | None = None):
@@ -60,27 +77,19 @@ def main(argv: list[str] | None = None):
     with bad_input_exits():
         accelerator = start_accelerator(args)
         run = open_run(args, accelerator)
-    progress, batches = run.progress, run.data.batches
-    with closing(batches), closing(run.monitor):
+    progress = run.progress
+    with closing(run.data.batches), closing(run.monitor), run.stop, out_of_memory_is_told(args):
         introduce(run)
-        while progress.step < args.total_steps:
+        while progress.step < args.total_steps and not run.stop.agreed():
             if is_due(progress.step, args.eval_steps):
                 evaluate(run)
-            learning_rate = learning_rate_at(
-                progress.step, args.total_steps, args.warmup_steps, args.learning_rate, args.final_learning_rate_ratio
-            )
-            set_learning_rate(run.optimizer, learning_rate)
-            started = time.perf_counter()
-            micro_batches = TimedIterator(batches.micro_batches(progress.step))
-            loss, grad_norm = train_step(accelerator, run.model, run.optimizer, micro_batches, args.max_grad_norm)
-            loss, grad_norm = loss.item(), grad_norm.item()  # waits for the device: the time is the step's own
-            progress.advance(tokens=args.tokens_per_step, seconds=time.perf_counter() - started)
-            run.monitor.trained(loss, grad_norm, learning_rate, micro_batches.seconds)
-            stop_if_diverged(args, accelerator, progress, loss, grad_norm)
+            train(run)
             if is_due(progress.step, args.save_steps) and progress.step < args.total_steps:
                 save(run)
-        evaluate(run)  # on the weights that are saved
-        save(run)
+        if progress.step < args.total_steps:
+            leave(run)
+        save(run, must=True)
+        evaluate(run)  # the weights that were saved
         run.monitor.say(end_block(args, progress, export(run)))
     accelerator.end_training()
 
@@ -96,7 +105,11 @@ class Run:
     model: nn.Module
     optimizer: Optimizer
     progress: TrainProgress
+    guard: StepGuard
     monitor: Monitor
+    origin: str  # where the weights come from, for the model card
+    stop: StopRequest = field(default_factory=StopRequest)
+    failed_saves: int = 0  # in a row
     yardsticks: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -105,17 +118,15 @@ class Run:
         return Path(self.args.output_dir)
 
     @property
-    def origin(self) -> str:
-        """Where the weights come from, for the model card: as the run began, whatever it was resumed with."""
-        began = recorded_arguments(self.output_dir).get("init_from")
-        return (
-            f"A GPT-2 trained on from {Path(began).name if Path(began).exists() else began}." if began else FROM_SCRATCH
-        )
-
-    @property
     def bare_model(self) -> GPT2ReproForCausalLM:
         """The model without compile and DDP, autocast kept: ragged evaluation batches recompile nothing."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def whole_model(self) -> GPT2ReproForCausalLM:
+        """The bare model; where its parameters are spread over processes, a copy that has them all."""
+        if not is_sharded(self.bare_model):
+            return self.bare_model
+        return copy_whole(self.bare_model, GPT2ReproForCausalLM(self.bare_model.config).to(self.accelerator.device))
 
 
 def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
@@ -129,7 +140,7 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
     warn_of_slow_cpu(args, accelerator)
     data, hellaswag, problems = None, [], Problems()
     with problems.collected():
-        checkpoint = checkpoints.find_resume_checkpoint(args.resume_from_checkpoint, output_dir)
+        checkpoint = open_checkpoint(args, accelerator)
         weights, their_tokenizer = open_weights(args, accelerator, checkpoint)
     with problems.collected():
         hellaswag = open_hellaswag(args, accelerator)
@@ -138,30 +149,50 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
         check_prompt(args.sample_prompt, data.tokenizer, args.block_size)
     problems.raise_if_any()
 
-    progress = TrainProgress()
+    progress, guard = TrainProgress(), StepGuard(accelerator.device, args.skip_outliers)
+    origin = FROM_SCRATCH
+    if args.init_from:
+        origin = (
+            f"A GPT-2 trained on from {Path(args.init_from).name if Path(args.init_from).exists() else args.init_from}."
+        )
+    model = build_model(args, data, weights, their_tokenizer)
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
+    accelerator.gradient_accumulation_steps, _ = data.batches.micro_batch_shape
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
     if checkpoint:
         state = checkpoints.read_state(checkpoint, data.identity)
         progress.load_state_dict(state["progress"])
         data.batches.load_state_dict(state["data"])
-    model = build_model(args, data, weights, their_tokenizer)
-    betas = (args.adam_beta1, args.adam_beta2)
-    optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    model.train()
-    if checkpoint:
-        checkpoints.load_optimizer(checkpoint, optimizer, accelerator.device)
+        guard.load_state_dict(state["guard"])
+        origin = state["origin"]
+        with checkpoints.damage_is_told(checkpoint):
+            bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+            load_optimizer(checkpoint / checkpoints.STATE_FOLDER, bare, optimizer)
+            load_random(checkpoint / checkpoints.STATE_FOLDER, accelerator)
     changed = changed_arguments(args)
     for name, (then, now) in changed.items():
         accelerator.print(f"This run began with {name} {then} and goes on with {now}.")
     if accelerator.is_main_process:
         checkpoints.clear_remains(output_dir)
-        hardware = {"device": device_name(accelerator.device), "processes": accelerator.num_processes}
-        write_run_record(args, {**hardware, "precision": accelerator.mixed_precision})
+        write_run_record(args, hardware_record(accelerator), data.identity)
     resumed_step = progress.step if args.resume_from_checkpoint else None
-    monitor = Monitor(accelerator, output_dir, args.total_steps, args.logging_steps, progress, resumed_step, changed)
+    log = MetricsLog(output_dir, resumed_step, accelerator.is_main_process, changed)
+    speed = flops_and_peak(accelerator.unwrap_model(model), args.block_size, accelerator)
+    monitor = Monitor(accelerator, args.total_steps, args.logging_steps, progress, log, *speed)
     if args.report_to != "none":
         accelerator.init_trackers("gpt2repro", config={k: v for k, v in vars(args).items() if v is not None})
-    return Run(args, accelerator, data, hellaswag, model, optimizer, progress, monitor)
+    return Run(args, accelerator, data, hellaswag, model, optimizer, progress, guard, monitor, origin)
+
+
+def open_checkpoint(args: TrainArguments, accelerator: Accelerator) -> Path | None:
+    """What `--resume_from_checkpoint` names, every file of it checked; what had to be passed over is said."""
+    find = partial(checkpoints.find_resume_checkpoint, args.resume_from_checkpoint, Path(args.output_dir))
+    checkpoint, passed_over = main_process_first(accelerator, find)
+    for sentence in passed_over:
+        accelerator.print(sentence)
+    return checkpoint
 
 
 def open_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
@@ -272,51 +303,111 @@ def introduce(run: Run):
             validation_batches(run.data.validation, args.eval_tokens, micro_batch_rows=64), vocab_size
         ),
     }
-    run.monitor.say(start_block(args, accelerator, run.bare_model, run.data.summary, run.yardsticks, run.progress.step))
+    shape, step = run.data.batches.micro_batch_shape, run.progress.step
+    with run.monitor.apart():
+        run.monitor.say(start_block(args, accelerator, run.bare_model, run.data.summary, shape, run.yardsticks, step))
+
+
+def train(run: Run):
+    """One optimizer step at the rate of its number."""
+    args, progress, optimizer = run.args, run.progress, run.optimizer
+    learning_rate = learning_rate_at(
+        progress.step, args.total_steps, args.warmup_steps, args.learning_rate, args.final_learning_rate_ratio
+    )
+    set_learning_rate(optimizer, learning_rate)
+    micro_batches = TimedIterator(run.data.batches.micro_batches(progress.step))
+    limits = (args.tokens_per_step, args.max_grad_norm, run.guard)
+    numbers = train_step(run.accelerator, run.model, optimizer, micro_batches, *limits)
+    progress.advance(args.tokens_per_step)
+    note_skipped(run, run.monitor.trained(numbers, learning_rate, micro_batches.seconds))
 
 
 def evaluate(run: Run):
-    """Validation loss, HellaSwag and samples of the model as it is, logged and shown."""
-    args, accelerator, module = run.args, run.accelerator, run.bare_model
-    started = time.perf_counter()
-    micro_batch_rows = args.per_device_eval_batch_size or args.per_device_train_batch_size
-    batches = run.data.validation_batches(args.eval_tokens, micro_batch_rows)
-    loss, tokens = validation_loss(accelerator, module, batches)
-    numbers = {**validation_numbers(loss, run.data.bytes_per_token), "validation_tokens": tokens}
-    if run.hellaswag:
-        numbers |= hellaswag_accuracies(accelerator, module, run.data.tokenizer, run.hellaswag)
-    numbers["evaluation_seconds"] = time.perf_counter() - started
-    run.monitor.evaluated(numbers)
-    if args.num_samples and accelerator.is_main_process:
-        texts = sample_texts(
-            module, run.data.tokenizer, args.sample_prompt, args.num_samples, args.sample_tokens, args.seed
+    """Validation loss, HellaSwag and samples of the model as it is, logged and shown; less, if the run is to stop."""
+    args, accelerator = run.args, run.accelerator
+    with run.monitor.apart():
+        started, module = time.perf_counter(), run.whole_model()
+        micro_batch_rows = args.per_device_eval_batch_size or args.per_device_train_batch_size
+        batches = run.data.validation_batches(args.eval_tokens, micro_batch_rows)
+        loss, tokens = validation_loss(accelerator, module, batches)
+        numbers = {**validation_numbers(loss, run.data.bytes_per_token), "validation_tokens": tokens}
+        if run.hellaswag and not run.stop.agreed():
+            numbers |= hellaswag_accuracies(accelerator, module, run.data.tokenizer, run.hellaswag)
+        numbers["evaluation_seconds"] = time.perf_counter() - started
+        run.monitor.evaluated(numbers)
+        if args.num_samples and accelerator.is_main_process and not run.stop.asked_by:
+            texts = sample_texts(
+                module, run.data.tokenizer, args.sample_prompt, args.num_samples, args.sample_tokens, args.seed
+            )
+            run.monitor.sampled(args.sample_prompt, texts)
+        if accelerator.is_main_process:
+            plot_loss(run.output_dir, run.yardsticks)
+        accelerator.wait_for_everyone()
+
+
+def note_skipped(run: Run, steps: list[int]):
+    """Log the rows of steps whose update was skipped, and stop where too many come in a row."""
+    for step in steps:
+        rows = gather_object([run.data.batches.row_names(step - 1)])
+        run.monitor.say(f"step {step:>6}: skipped, its loss or gradient norm is not usable; its rows: metrics.jsonl")
+        run.monitor.record({"event": "skipped", "rows_by_process": rows}, step)
+        if run.progress.skipped(step) >= run.args.max_skipped:
+            raise SystemExit(too_many_skipped(run.args, run.progress) if run.accelerator.is_main_process else 1)
+
+
+def save(run: Run, must: bool = False):
+    """A checkpoint: a Hub folder that the run can go on from.
+
+    Args:
+        must: A save that fails, else made up for by the next one, ends the run.
+    """
+    accelerator, progress, bare = run.accelerator, run.progress, run.bare_model
+    with run.monitor.apart():
+        if not must and progress.last_skipped == progress.step:
+            run.monitor.say(f"step {progress.step:>6}: no checkpoint, because this step was skipped")
+            return
+        started, module = time.perf_counter(), run.whole_model()
+        state = {
+            "progress": progress.state_dict(),
+            "data": checkpoints.join_states(gather_object([run.data.batches.state_dict()])),
+            "guard": run.guard.state_dict(),
+            "origin": run.origin,
+            "identity": run.data.identity,
+        }
+        problem = checkpoints.save_checkpoint(
+            accelerator,
+            run.output_dir / checkpoints.checkpoint_name(progress.step),
+            lambda folder: save_hub_folder(module, run.data.tokenizer, folder, run.origin),
+            optimizer_tensors(bare, run.optimizer, keep=accelerator.is_main_process),
+            random_tensors(accelerator),
+            state,
+            checkpoints.Keep(run.args.save_total_limit, run.args.keep_every),
         )
-        run.monitor.sampled(args.sample_prompt, texts)
-    if accelerator.is_main_process:
-        plot_loss(run.output_dir, run.yardsticks)
-    accelerator.wait_for_everyone()
+        run.monitor.record({"save_seconds": time.perf_counter() - started})
+    run.failed_saves = run.failed_saves + 1 if problem else 0
+    if problem:
+        run.monitor.say(f"step {progress.step:>6}: no checkpoint ({problem}); the one before stays")
+        if must or run.failed_saves == FAILED_SAVES:
+            raise SystemExit(cannot_save(run.args, problem) if accelerator.is_main_process else 1)
 
 
-def save(run: Run):
-    """A checkpoint: a Hub folder that the run can go on from."""
-    checkpoints.save_checkpoint(
-        run.accelerator,
-        run.output_dir,
-        lambda folder: save_hub_folder(run.bare_model, run.data.tokenizer, folder, run.origin),
-        run.optimizer,
-        run.progress,
-        run.data.batches.state_dict(),
-        run.data.identity,
-        run.args.save_total_limit,
-    )
+def leave(run: Run):
+    """End early, as a signal asked for, with a checkpoint and the command that goes on."""
+    if not (run.output_dir / checkpoints.checkpoint_name(run.progress.step) / checkpoints.LISTING).exists():
+        save(run, must=True)
+    by = run.stop.asked_by or "a signal to another process"
+    run.monitor.say(f"\nStopped by {by} after step {run.progress.step}. Go on with:\n\n    {command_that_goes_on()}\n")
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+    raise SystemExit(EXIT_CODE)
 
 
 def export(run: Run) -> Path:
     """The final model: the last checkpoint's Hub folder without the training state."""
-    folder, aside = run.output_dir / "model", run.output_dir / ".model.partial"
+    module, folder, aside = run.whole_model(), run.output_dir / "model", run.output_dir / ".model.partial"
     if run.accelerator.is_main_process:
-        save_hub_folder(run.bare_model, run.data.tokenizer, aside, run.origin)
-        checkpoints.put_in_place(aside, folder)
+        save_hub_folder(module, run.data.tokenizer, aside, run.origin)
+        put_in_place(aside, folder)
     run.accelerator.wait_for_everyone()
     return folder
 

@@ -313,8 +313,8 @@ def test_a_text_file_is_streamed_in_its_order(tmp_path, monkeypatch, tiny_texts,
 
 
 def test_a_stream_that_cannot_be_is_a_sentence(tmp_path, streamed, tiny_tokenizer, one_sentence):
-    with pytest.raises(ValueError, match=r"3 processes cannot share 4 lanes evenly: use a power of two") as error:
-        streamed(0, 3)
+    with pytest.raises(ValueError, match=r"5 processes cannot share 4 lanes: use at most 4, or prepare") as error:
+        streamed(0, 5)
     one_sentence(error)
     (tmp_path / "one.txt").write_text("the sea")
     with pytest.raises(ValueError, match=r"streaming needs two units or more, one for validation") as error:

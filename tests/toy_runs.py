@@ -20,6 +20,7 @@ RECIPE = {
     "eval_tokens": 320,
     "eval_steps": 10,
     "save_steps": 10,
+    "logging_steps": 1,
     "sample_tokens": 5,
     "num_samples": 2,
 }

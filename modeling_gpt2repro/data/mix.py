@@ -60,12 +60,24 @@ class MixedBatches(ShuffledBatches):
 
     def read(self, places: np.ndarray) -> np.ndarray:
         """Places in the order of training (n,) -> ids (n, T + 1)."""
-        periods, within = np.divmod(places, PERIOD)
+        sources, numbers = self._rows(places)
         ids = np.empty((len(places), self.shape.block_size + 1), dtype=np.int64)
-        for number, (rows, order) in enumerate(zip(self.sources, self.orders, strict=True)):
-            mine = self.pattern[within] == number
-            ids[mine] = rows.read(order.row_numbers(periods[mine] * self.counts[number] + self.rank[within[mine]]))
+        for number, rows in enumerate(self.sources):
+            ids[sources == number] = rows.read(numbers[sources == number])
         return ids
+
+    def row_names(self, step: int) -> list:
+        """Which rows this process takes in a step: [number of the folder, number of the row] each."""
+        return np.stack(self._rows(self.places(step)), axis=1).tolist()
+
+    def _rows(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places (n,) -> folders (n,) and row numbers in them (n,)."""
+        periods, within = np.divmod(places, PERIOD)
+        sources, numbers = self.pattern[within], np.empty_like(places)
+        for number, order in enumerate(self.orders):
+            mine = sources == number
+            numbers[mine] = order.row_numbers(periods[mine] * self.counts[number] + self.rank[within[mine]])
+        return sources, numbers
 
 
 def open_mix(shares: dict[str, float]) -> list[PreparedShards]:

@@ -5,6 +5,9 @@ tokens, so every token is predicted once. An epoch is a seeded permutation of al
 [s * R, (s + 1) * R) of the epochs laid end to end, R = tokens_per_step / T. Process p of P takes every P-th of them,
 from the p-th on. So the order depends neither on the number of processes nor on the micro-batch, and resuming needs
 nothing but the step.
+
+Nothing has to divide evenly: every process has the same number of micro-batches of one size, and where rows are missing
+it fills them with rows that have no targets. So compiled shapes stay, and processes that must meet in each forward do.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,8 +57,8 @@ class BatchShape:
 
     Args:
         block_size: T, tokens a row.
-        rows_per_step: R, rows of an optimizer step over all processes and micro-batches; a multiple of the other two.
-        micro_batch_rows: B, rows of one forward on one process.
+        rows_per_step: R, rows of an optimizer step over all processes and micro-batches.
+        micro_batch_rows: B, the most rows of one forward on one process.
         seed: Decides the order.
         process_index, num_processes: p and P.
         document_mask: Whether batches say where documents begin, so that attention stays inside them.
@@ -68,6 +71,12 @@ class BatchShape:
     process_index: int = 0
     num_processes: int = 1
     document_mask: bool = False
+
+
+def divide_evenly(rows: int, most: int) -> tuple[int, int]:
+    """How many micro-batches `rows` take at `most` rows each, and their size: (9, 8) -> (2, 5), one row filled in."""
+    count = -(-rows // most)
+    return count, -(-rows // count)
 
 
 class EpochOrder:
@@ -109,21 +118,31 @@ class ShuffledBatches:
         self.rows, self.shape, self.end_of_text = rows, shape, end_of_text
         self.order = EpochOrder(len(rows), [shape.seed])
 
+    @property
+    def micro_batch_shape(self) -> tuple[int, int]:
+        """Micro-batches of a step on each process, and rows of each."""
+        rows = -(-self.shape.rows_per_step // self.shape.num_processes)
+        return divide_evenly(rows, self.shape.micro_batch_rows)
+
     def read(self, places: np.ndarray) -> np.ndarray:
         """Places in the order of training (n,) -> ids (n, T + 1)."""
         return self.rows.read(self.order.row_numbers(places))
 
     def places(self, step: int) -> np.ndarray:
-        """The places (R / P,) that this process takes in a step."""
+        """The places, R / P up to rounding, that this process takes in a step."""
         first = step * self.shape.rows_per_step
         return np.arange(first + self.shape.process_index, first + self.shape.rows_per_step, self.shape.num_processes)
 
     def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the step's micro-batches, see `as_batch`."""
-        places = self.places(step)
-        for first in range(0, len(places), self.shape.micro_batch_rows):
-            ids = self.read(places[first : first + self.shape.micro_batch_rows])
-            yield as_batch(ids, self.end_of_text if self.shape.document_mask else None)
+        places, (count, size) = self.places(step), self.micro_batch_shape
+        for number in range(count):
+            ids = self.read(places[number * size : (number + 1) * size])
+            yield as_batch(ids, self.end_of_text if self.shape.document_mask else None, fill_to=size)
+
+    def row_names(self, step: int) -> list:
+        """Which rows this process takes in a step: their numbers."""
+        return self.order.row_numbers(self.places(step)).tolist()
 
     def state_dict(self) -> dict:
         """Nothing: the step says it all."""
@@ -136,14 +155,19 @@ class ShuffledBatches:
         """Nothing is read ahead."""
 
 
-def as_batch(ids: np.ndarray, end_of_text: int | None = None) -> dict[str, torch.Tensor]:
+def as_batch(ids: np.ndarray, end_of_text: int | None = None, fill_to: int = 0) -> dict[str, torch.Tensor]:
     """ids (B, T + 1) -> `input_ids` and the tokens after them, `shift_labels`: (B, T) int64 on the CPU.
 
     With the id before each document, also `position_ids` (B, T), which start again at it: the model keeps such parts of
     a row apart.
+
+    Args:
+        fill_to: Rows without targets (-100, which no loss counts) are added up to so many.
     """
-    ids = torch.from_numpy(ids)
+    rows, missing = len(ids), max(0, fill_to - len(ids))
+    ids = torch.from_numpy(np.pad(ids, ((0, missing), (0, 0))))
     batch = {"input_ids": ids[:, :-1].contiguous(), "shift_labels": ids[:, 1:].contiguous()}
+    batch["shift_labels"][rows:] = -100
     if end_of_text is not None:
         batch["position_ids"] = document_positions(batch["input_ids"], end_of_text)
     return batch

@@ -2,8 +2,9 @@
 
 Units are permuted by (seed, epoch) and dealt to L fixed lanes: lane l takes units l, l + L, l + 2L, ... of the epochs
 laid end to end. A lane is one endless run of tokens, cut into rows of T + 1 that overlap by one. Row g of the training
-is the next row of lane g mod L, and process p of P takes every P-th row from the p-th on; so it reads only the lanes
-that are p modulo P. The state is two numbers a lane: which unit, and which token of it.
+is the next row of lane g mod L, and process p of P reads the lanes that are p modulo P. Where P does not divide L some
+steps give one process more rows than another; such places are filled as in `rows.py`. The state is two numbers a lane:
+which unit, and which token of it.
 """
 
 import hashlib
@@ -16,11 +17,12 @@ from transformers import PreTrainedTokenizerFast
 
 from .documents import Unit
 from .prepare import TokenizedUnit, tokenize_documents
-from .rows import BatchShape, TokenRows, as_batch
+from .rows import BatchShape, TokenRows, as_batch, divide_evenly
 from .sources import Source
 from .tokenizer import text_encoder
 
 MOST_LANES = 64
+STEPS_REMEMBERED = 4096  # whose rows can still be named: 16 MB for 512 rows a step
 
 
 class StreamedBatches:
@@ -57,32 +59,53 @@ class StreamedBatches:
         self.validation_units = by_hash[:held_out]
         validation = set(self.validation_units)
         self.units = [unit for unit in source.units if unit not in validation]
-        # A power of two, so that 1, 2, 4, 8, ... processes can share the lanes.
+        # A power of two, so that 2, 4, 8, ... processes share the lanes evenly.
         self.lanes = 1 << min(MOST_LANES.bit_length() - 1, len(self.units).bit_length() - 1)
-        if self.lanes % shape.num_processes:
+        if self.lanes < shape.num_processes:
             raise ValueError(
-                f"{shape.num_processes} processes cannot share {self.lanes} lanes evenly: use a power of two up to "
-                f"{self.lanes}, or prepare the data and give --shards."
+                f"{shape.num_processes} processes cannot share {self.lanes} lanes: use at most {self.lanes}, or "
+                "prepare the data and give --shards."
             )
         self.next_step = 0
         self.positions = {lane: [0, 0] for lane in range(shape.process_index, self.lanes, shape.num_processes)}
+        self._names: dict[int, np.ndarray] = {}  # step -> lane, unit and token of each row
         self._open: dict[int, tuple[int, np.ndarray]] = {}
         self._ahead: dict[tuple[int, int], Future] = {}
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="stream")
+
+    @property
+    def micro_batch_shape(self) -> tuple[int, int]:
+        """Micro-batches of a step on each process, and rows of each: what the process with the most rows needs."""
+        processes, (rounds, rest) = self.shape.num_processes, divmod(self.shape.rows_per_step, self.lanes)
+        most_lanes, uneven = -(-self.lanes // processes), self.lanes % processes > 0
+        rows = rounds * most_lanes + min(most_lanes, -(-rest // processes) + uneven)
+        return divide_evenly(rows, self.shape.micro_batch_rows)
 
     def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the step's micro-batches, see `as_batch`."""
         assert step == self.next_step, "a stream is read in order; load_state_dict sets the place"
         first = step * self.shape.rows_per_step
         mine = [row % self.lanes for row in range(first, first + self.shape.rows_per_step)]
-        mine = mine[self.shape.process_index :: self.shape.num_processes]
+        mine = [lane for lane in mine if lane in self.positions]
         for lane, (unit, _) in self.positions.items():
             if self._open.get(lane, (-1, None))[0] != unit and (lane, unit) not in self._ahead:
                 self._ahead[lane, unit] = self._pool.submit(self._read, lane, unit)
-        for begin in range(0, len(mine), self.shape.micro_batch_rows):
-            ids = np.stack([self._next_row(lane) for lane in mine[begin : begin + self.shape.micro_batch_rows]])
-            yield as_batch(ids, self.end_of_text if self.shape.document_mask else None)
+        (count, size), names = self.micro_batch_shape, []
+        for number in range(count):
+            ids = np.zeros((size, self.shape.block_size + 1), dtype=np.int64)
+            lanes = mine[number * size : (number + 1) * size]
+            for row, lane in zip(ids, lanes, strict=False):
+                names.append([lane, *self.positions[lane]])
+                row[:] = self._next_row(lane)
+            ids = ids[: len(lanes)]
+            yield as_batch(ids, self.end_of_text if self.shape.document_mask else None, fill_to=size)
+        self._names[step] = np.array(names, dtype=np.int64).reshape(-1, 3)
+        self._names.pop(step - STEPS_REMEMBERED, None)
         self.next_step += 1
+
+    def row_names(self, step: int) -> list:
+        """Which rows this process took in a recent step: [unit, its token] where each begins."""
+        return [[self._unit(lane, unit)[0].name, token] for lane, unit, token in self._names.get(step, [])]
 
     def validation_rows(self, tokens: int) -> tuple[TokenRows, float]:
         """Rows over the held-out units (as many as `tokens` tokens take), and bytes of text per token in them."""
@@ -137,10 +160,14 @@ class StreamedBatches:
         return self._open[lane][1]
 
     def _read(self, lane: int, number: int) -> np.ndarray:
-        epoch, within = divmod(number * self.lanes + lane, len(self.units))
+        unit, shuffle = self._unit(lane, number)
+        return self._tokenize(unit, shuffle).ids["train"]
+
+    def _unit(self, lane: int, number: int) -> tuple[Unit, tuple[int, int, int]]:
+        """The lane's unit number `number`, and what seeds the order of its documents."""
+        epoch, within = divmod(int(number) * self.lanes + int(lane), len(self.units))
         draws = np.random.PCG64(np.random.SeedSequence([self.shape.seed, epoch])).random_raw(len(self.units))
-        unit = self.units[int(np.argsort(draws, kind="stable")[within])]
-        return self._tokenize(unit, shuffle=(self.shape.seed, epoch, within)).ids["train"]
+        return self.units[int(np.argsort(draws, kind="stable")[within])], (self.shape.seed, epoch, within)
 
     def _tokenize(self, unit: Unit, shuffle: tuple[int, ...] | None = None) -> TokenizedUnit:
         documents = list(self.source.read(unit))

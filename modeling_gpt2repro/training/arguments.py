@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate.tracking import get_available_trackers
 from transformers.hf_argparser import HfArg
 
+from .checkpoints import HUB_NAME
 from .presets import PRESETS
 
 RUN_RECORD = "run.json"
@@ -24,7 +25,8 @@ class TrainArguments:
     preset: str = HfArg(default="gpt2-124m", help=f"Defaults to start from: {', '.join(PRESETS)}.")
     output_dir: str = HfArg(default="runs/gpt2-124m", help="Where checkpoints, logs, plot and the final model go.")
     resume_from_checkpoint: str | None = HfArg(
-        default=None, help="'latest' (a fresh start where there is none yet) or a step-... folder."
+        default=None,
+        help="'latest' (a fresh start where there is none yet), a step-... folder, or owner/name@revision on the Hub.",
     )
 
     shards: str | None = HfArg(default=None, help="Folder written by prepare_data.py; without it, data is streamed.")
@@ -67,10 +69,19 @@ class TrainArguments:
     adam_beta2: float = HfArg(default=0.95, help="AdamW, GPT-3 appendix B.")
     adam_epsilon: float = HfArg(default=1e-8, help="AdamW, GPT-3 appendix B.")
     max_grad_norm: float = HfArg(default=1.0, help="Gradients are scaled down to this norm.")
+    skip_outliers: bool = HfArg(
+        default=False, help="Skip steps whose loss or gradient norm is far above the last 128; not finite is always."
+    )
+    max_skipped: int = HfArg(default=10, help="Skipped steps in a row after which the run stops.")
     seed: int = HfArg(default=1337, help="Of the weights, the order of the data and the samples.")
     torch_compile: bool | None = HfArg(default=None, help="Compile the training step; by default on CUDA only.")
+    deterministic: bool | None = HfArg(
+        default=None, help="The same bits each time; by default on the CPU only, as it can cost time on a GPU."
+    )
 
-    logging_steps: int = HfArg(default=1, help="Steps between rows of metrics.jsonl.")
+    logging_steps: int = HfArg(
+        default=10, help="Steps between looks at the numbers, for each of which the device is waited for."
+    )
     eval_steps: int = HfArg(default=250, help="Steps between evaluations; 0: at the start and the end only.")
     eval_tokens: int = HfArg(default=10_485_760, help="Validation tokens, the same on any number of processes.")
     per_device_eval_batch_size: int | None = HfArg(default=None, help="Rows of one validation forward; as in training.")
@@ -80,7 +91,10 @@ class TrainArguments:
     sample_tokens: int = HfArg(default=32, help="New tokens a sample.")
     save_steps: int = HfArg(default=1000, help="Steps between checkpoints; 0: at the end only.")
     save_total_limit: int | None = HfArg(default=3, help="Checkpoints kept; 0 keeps all.")
-    report_to: str = HfArg(default="none", help="A tracker beside metrics.jsonl: tensorboard, wandb, trackio, ...")
+    keep_every: int = HfArg(default=0, help="Checkpoints of steps that are a multiple stay beside those; 0 for none.")
+    report_to: str = HfArg(
+        default="none", help="A tracker beside metrics.jsonl: tensorboard, wandb, trackio, ..., or 'all' there are."
+    )
 
     def __post_init__(self):
         if self.dataset_config_name is None and self.dataset_name == "HuggingFaceFW/fineweb-edu":
@@ -111,15 +125,15 @@ class TrainArguments:
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        """Micro-batches of an optimizer step on each process."""
-        return self.rows_per_step // (self.per_device_train_batch_size * self.num_processes)
+        """Micro-batches of an optimizer step on each process; a stream may take more, see `stream.py`."""
+        return -(-self.rows_per_step // (self.per_device_train_batch_size * self.num_processes))
 
     def _problems(self):
         if self.preset not in PRESETS:
             yield f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}."
         positive = ("n_layer", "n_head", "n_embd", "block_size", "train_tokens", "tokens_per_step", "eval_tokens")
         positive += ("per_device_train_batch_size", "learning_rate", "max_grad_norm", "logging_steps")
-        positive += ("per_device_eval_batch_size", "tokenizer_vocab_size")
+        positive += ("per_device_eval_batch_size", "tokenizer_vocab_size", "max_skipped")
         for name in positive:
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 yield f"{name} ({getattr(self, name)}) must be greater than 0."
@@ -132,7 +146,7 @@ class TrainArguments:
             "save_steps",
             "seed",
         )
-        not_negative += ("save_total_limit", "adam_epsilon")
+        not_negative += ("save_total_limit", "keep_every", "adam_epsilon")
         for name in not_negative:
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 yield f"{name} ({getattr(self, name)}) must not be negative."
@@ -141,13 +155,12 @@ class TrainArguments:
                 yield f"{name} ({getattr(self, name)}) must be at least 0 and less than 1."
         if self.n_head > 0 and self.n_embd % self.n_head:
             yield f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})."
-        if min(self.per_device_train_batch_size, self.block_size, self.tokens_per_step) > 0:
-            together = self.per_device_train_batch_size * self.block_size * self.num_processes
-            if self.tokens_per_step % together:
-                nearest = max(1, round(self.tokens_per_step / together)) * together
+        if min(self.block_size, self.tokens_per_step) > 0:
+            if self.tokens_per_step % self.block_size:
+                nearest = max(1, round(self.tokens_per_step / self.block_size)) * self.block_size
                 yield (
-                    f"tokens_per_step ({self.tokens_per_step}) must be a multiple of per_device_train_batch_size * "
-                    f"block_size * processes ({together}): try {nearest}, or another per_device_train_batch_size."
+                    f"tokens_per_step ({self.tokens_per_step}) must be a multiple of block_size ({self.block_size}): "
+                    f"try {nearest}."
                 )
             if 0 < self.train_tokens < self.tokens_per_step:
                 yield f"train_tokens ({self.train_tokens}) must be at least one step ({self.tokens_per_step})."
@@ -167,13 +180,14 @@ class TrainArguments:
             yield f"tokenizer ({self.tokenizer}) must be left out: shards and python-prose bring their own."
         yield from self._output_dir_problems()
         trackers = [str(tracker) for tracker in get_available_trackers()]
-        if self.report_to not in ("none", *trackers):
+        if self.report_to not in ("none", "all", *trackers):
             yield (
-                f"report_to ({self.report_to}) must be 'none' or a tracker that is installed "
+                f"report_to ({self.report_to}) must be 'none', 'all' or a tracker that is installed "
                 f"({', '.join(trackers) or 'there is none'}): pip install it."
             )
-        if self.resume_from_checkpoint not in (None, "latest") and not Path(self.resume_from_checkpoint).is_dir():
-            yield f"there is no checkpoint folder {self.resume_from_checkpoint}."
+        resume = self.resume_from_checkpoint
+        if resume not in (None, "latest") and not Path(resume).is_dir() and not HUB_NAME.fullmatch(resume):
+            yield f"there is no checkpoint folder {resume}."
 
     def _output_dir_problems(self):
         output_dir, resume = Path(self.output_dir), self.resume_from_checkpoint

@@ -1,22 +1,25 @@
 """Checkpoints: Hub folders with the training state in a subfolder, written aside, completed, renamed."""
 
 import json
-import os
-import pickle
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from torch.optim import Optimizer
 
-from .progress import TrainProgress
+from .sealed_folder import put_in_place, remove, seal, what_is_wrong
+from .state_tensors import OPTIMIZER_FILE, RANDOM_FILE, save_tensors
 
 STATE_FOLDER = "training_state"
+STATE_FILE = f"{STATE_FOLDER}/state.json"
+LISTING = f"{STATE_FOLDER}/files.json"  # sizes and hashes of all others; written last, so it says that all are there
+HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
 def checkpoint_name(step: int) -> str:
@@ -24,90 +27,130 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def find_checkpoints(output_dir: Path) -> list[Path]:
-    """All finished checkpoints, the oldest first. A folder gets its name only when everything is in it."""
-    named = [path for path in output_dir.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    finished = [path for path in named if (path / STATE_FOLDER / "state.json").is_file()]
-    return sorted(finished, key=step_of)
-
-
 def step_of(checkpoint: Path) -> int:
     """'step-000500' -> 500."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def find_resume_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
-    """Resolve `--resume_from_checkpoint`: None, 'latest' (None where there is none yet) or a folder.
+def find_checkpoints(output_dir: Path) -> list[Path]:
+    """All finished checkpoints, the oldest first. A folder gets its name only when everything is in it."""
+    named = [path for path in output_dir.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted((path for path in named if (path / LISTING).is_file()), key=step_of)
+
+
+def find_resume_checkpoint(resume_from: str | None, output_dir: Path) -> tuple[Path | None, list[str]]:
+    """Resolve `--resume_from_checkpoint`: None, 'latest' (None where there is none yet), a folder, or a Hub repository.
+
+    Returns:
+        The checkpoint, every file of which is as it was written, and a sentence on each newer one that is not.
 
     Raises:
-        ValueError: If the folder is not a checkpoint.
+        ValueError: If the folder is not a checkpoint, or damaged, or all are.
     """
     if resume_from is None:
-        return None
+        return None, []
     found = find_checkpoints(output_dir)
     if resume_from == "latest":
-        return found[-1] if found else None
-    if not (Path(resume_from) / STATE_FOLDER / "state.json").is_file():
-        raise ValueError(
-            f"{resume_from} is no checkpoint (it has no {STATE_FOLDER}/state.json): give a step-... folder or 'latest'."
-        )
-    checkpoint = Path(resume_from)
-    later = [path.name for path in found if checkpoint.parent.resolve() == output_dir.resolve() and path > checkpoint]
+        damaged = []
+        for checkpoint in reversed(found):
+            wrong = what_is_wrong(checkpoint, LISTING)
+            if wrong is None:
+                return checkpoint, damaged
+            damaged.append(f"{checkpoint} is damaged ({wrong}) and passed over.")
+        if damaged:
+            raise ValueError("\n".join([*damaged, f"{output_dir} has no checkpoint left: give another --output_dir."]))
+        return None, []
+    checkpoint = open_named_checkpoint(resume_from)
+    here = checkpoint.parent.resolve() == output_dir.resolve()
+    later = [path.name for path in found if here and step_of(path) > step_of(checkpoint)]
     if later:
         raise ValueError(
             f"{output_dir} holds later checkpoints than {checkpoint.name} ({', '.join(later)}): move them away first, "
             "so that there is one history."
         )
+    return checkpoint, []
+
+
+def open_named_checkpoint(name: str) -> Path:
+    """A checkpoint by its folder, or fetched from the Hub by `owner/name` or `owner/name@revision`.
+
+    Raises:
+        ValueError: If there is none, or not all of it is as it was written.
+    """
+    checkpoint = Path(name)
+    if not checkpoint.is_dir() and (on_hub := HUB_NAME.fullmatch(name)):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            checkpoint = Path(snapshot_download(on_hub["repository"], revision=on_hub["revision"]))
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ValueError(f"{name} is no folder, and the Hub does not give it ({reason}).") from error
+    if not (checkpoint / LISTING).is_file():
+        raise ValueError(f"{name} is no checkpoint (it has no {LISTING}): give a step-... folder or 'latest'.")
+    if wrong := what_is_wrong(checkpoint, LISTING):
+        raise ValueError(f"{name} is damaged ({wrong}): resume from another one, or move this one away.")
     return checkpoint
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay when a new one stands.
+
+    Args:
+        limit: The newest so many; all where it is None or 0.
+        every: Those whose step is a multiple stay for good; none where it is 0.
+    """
+
+    limit: int | None = None
+    every: int = 0
+
+    def too_many(self, found: list[Path], newest: Path) -> list[Path]:
+        """Those to delete; never one that is later than the newest, which can only be a damaged one."""
+        ordinary = [path for path in found if not (self.every and step_of(path) % self.every == 0)]
+        ordinary = [path for path in ordinary if step_of(path) <= step_of(newest)]
+        return ordinary[: -self.limit] if self.limit else []
 
 
 def save_checkpoint(
     accelerator: Accelerator,
-    output_dir: Path,
+    folder: Path,
     write_model: Callable[[Path], None],
-    optimizer: Optimizer,
-    progress: TrainProgress,
-    data_state: dict,
-    identity: dict,
-    save_total_limit: int | None = None,
-) -> Path:
-    """Write `output_dir/step-NNNNNN`; to be called by all processes together.
+    optimizer: dict[str, torch.Tensor],
+    random: dict[str, torch.Tensor],
+    state: dict,
+    keep: Keep,
+) -> str | None:
+    """Write `folder`, a `step-NNNNNN`; to be called by all processes together, the main one writes.
 
     Args:
-        write_model: Writes what loads from the Hub into a folder; called on the main process.
-        data_state: This process's place in the data; the places of all processes are joined.
-        identity: What must be the same when the run goes on (data, order, shape).
-        save_total_limit: Older checkpoints beyond this number are removed, after the new one stands.
+        write_model: Writes what loads from the Hub into a folder.
+        optimizer, random: See `state_tensors`.
+        state: For state.json: `progress`, `data`, `identity` (what must be the same when the run goes on), ...
+        keep: Which older ones stay.
+
+    Returns:
+        None, or why it could not be written; then everything is as before, on all processes.
     """
-    joined = _join(gather_object([data_state]))
-    folder = output_dir / checkpoint_name(progress.step)
+    problem = None
     if accelerator.is_main_process:
-        aside = output_dir / f".{folder.name}.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        (aside / STATE_FOLDER).mkdir(parents=True)
-        write_model(aside)
-        torch.save(optimizer.state_dict(), aside / STATE_FOLDER / "optimizer.pt")
-        state = {"progress": progress.state_dict(), "data": joined, "identity": identity}
-        (aside / STATE_FOLDER / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for path in aside.rglob("*"):
-            if path.is_file():
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-        put_in_place(aside, folder)
-        for old in find_checkpoints(output_dir)[:-save_total_limit] if save_total_limit else []:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return folder
-
-
-def put_in_place(aside: Path, folder: Path):
-    """Rename a finished folder to its name; one that had it stays until then."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)
+        aside = folder.with_name(f".{folder.name}.partial")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            (aside / STATE_FOLDER).mkdir(parents=True)
+            write_model(aside)
+            save_tensors(optimizer, aside / STATE_FOLDER / OPTIMIZER_FILE)
+            save_tensors(random, aside / STATE_FOLDER / RANDOM_FILE)
+            (aside / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            seal(aside, LISTING)
+            put_in_place(aside, folder)
+            for old in keep.too_many(find_checkpoints(folder.parent), folder):
+                remove(old)
+        except (OSError, SafetensorError) as error:
+            problem = getattr(error, "strerror", None) or str(error)
+            shutil.rmtree(aside, ignore_errors=True)
+    return broadcast_object_list([problem])[0]
 
 
 def clear_remains(output_dir: Path):
@@ -117,6 +160,15 @@ def clear_remains(output_dir: Path):
             shutil.rmtree(path)
 
 
+def join_states(states: list[dict]) -> dict:
+    """One state from those of all processes: dictionaries are united, everything else is equal anyway."""
+    joined = dict(states[0])
+    for state in states[1:]:
+        for name, value in state.items():
+            joined[name] = {**joined[name], **value} if isinstance(value, dict) else value
+    return joined
+
+
 @contextmanager
 def damage_is_told(checkpoint: Path):
     """Around reading a checkpoint: what a damaged file raises becomes a ValueError that names the folder."""
@@ -124,7 +176,7 @@ def damage_is_told(checkpoint: Path):
         yield
     except torch.OutOfMemoryError:
         raise  # a RuntimeError, but not the file's fault
-    except (RuntimeError, SafetensorError, pickle.UnpicklingError, json.JSONDecodeError, KeyError, EOFError) as error:
+    except (RuntimeError, SafetensorError, json.JSONDecodeError, KeyError, EOFError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{checkpoint} is damaged ({reason}): resume from another step-... folder, or move this one away."
@@ -132,13 +184,13 @@ def damage_is_told(checkpoint: Path):
 
 
 def read_state(checkpoint: Path, identity: dict) -> dict:
-    """The checkpoint's `progress` and `data`.
+    """The checkpoint's state.json.
 
     Raises:
         ValueError: If it belongs to another run: every difference, one a line.
     """
     with damage_is_told(checkpoint):
-        state = json.loads((checkpoint / STATE_FOLDER / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     differences = [
         f"{checkpoint} was made with {name} {state['identity'].get(name)}, not {value}: give the same, or start a new "
         "run in another --output_dir."
@@ -148,24 +200,3 @@ def read_state(checkpoint: Path, identity: dict) -> dict:
     if differences:
         raise ValueError("\n".join(differences))
     return state
-
-
-def load_optimizer(checkpoint: Path, optimizer: Optimizer, device: torch.device):
-    """Restore the optimizer's moments; its rates stay those of the arguments. Nothing in the file can run code."""
-    path = checkpoint / STATE_FOLDER / "optimizer.pt"
-    rates = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    # Mapped, so that no second copy is held; on the CPU the moments would stay in the file, which may be deleted.
-    with damage_is_told(checkpoint):
-        state = torch.load(path, map_location=device, weights_only=True, mmap=device.type != "cpu")
-    optimizer.load_state_dict(state)
-    for group, wanted in zip(optimizer.param_groups, rates, strict=True):
-        group.update(wanted)
-
-
-def _join(states: list[dict]) -> dict:
-    """One state from those of all processes: dictionaries are united, everything else is equal anyway."""
-    joined = dict(states[0])
-    for state in states[1:]:
-        for name, value in state.items():
-            joined[name] = {**joined[name], **value} if isinstance(value, dict) else value
-    return joined

@@ -2,9 +2,14 @@
 
 import os
 import platform
+import re
 import time
+from functools import cache
 
+import psutil
 import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
 
 
 def flops_per_token(parameters: int, n_layer: int, n_embd: int, block_size: int) -> int:
@@ -14,6 +19,28 @@ def flops_per_token(parameters: int, n_layer: int, n_embd: int, block_size: int)
         parameters: N, without the position embedding.
     """
     return 6 * parameters + 12 * n_layer * n_embd * block_size
+
+
+def flops_and_peak(model: PreTrainedModel, block_size: int, accelerator: Accelerator) -> tuple[int, float | None]:
+    """Operations a token of this model, and a second of all devices together at their best; None for CPUs."""
+    config = model.config
+    parameters = model.num_parameters() - config.n_positions * config.n_embd
+    peak = peak_flops(accelerator.device)
+    flops = flops_per_token(parameters, config.n_layer, config.n_embd, block_size)
+    return flops, peak and peak[0] * accelerator.num_processes
+
+
+def hardware_record(accelerator: Accelerator) -> dict:
+    """What the arguments do not say: device, its peak, processes, precision, machine."""
+    return {
+        "device": device_name(accelerator.device),
+        "peak_flops": peak_flops(accelerator.device),
+        "processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "cores": usable_cores(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "system": platform.platform(),
+    }
 
 
 def usable_cores() -> int:
@@ -42,6 +69,69 @@ def matmul_seconds(dtype: torch.dtype, side: int) -> float:
         a @ b
         seconds.append(time.perf_counter() - started)
     return min(seconds)
+
+
+# Dense bf16 operations per second, from NVIDIA's data sheets; the first that is a part of the GPU's name counts.
+PEAK_FLOPS = (
+    ("GB200", 2500e12),
+    ("B200", 2250e12),
+    ("GH200", 989e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("A40", 150e12),
+    ("A30", 165e12),
+    ("A6000", 155e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("RTX 5090", 209.5e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+)
+
+
+@cache
+def peak_flops(device: torch.device) -> tuple[float, str] | None:
+    """Operations per second that the device can do at most, in bf16, and where that is from; None for a CPU.
+
+    A GPU that is not in the table is measured: a large matrix product, which comes close to its peak.
+    """
+    if device.type == "cpu":
+        return None
+    name = device_name(device)
+    for known, flops in PEAK_FLOPS:
+        if re.search(rf"\b{known}\b", name):
+            return flops, "data sheet"
+    return measured_flops(device, torch.bfloat16), "measured"
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype, side: int = 8192) -> float:
+    """Operations per second of a (side, side) matrix product, the best of ten."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the product
+        seconds.append(time.perf_counter() - started)
+    return 2 * side**3 / min(seconds)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory this process has used at once, in 10**9 bytes: of the GPU, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 1e9
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset / 1e9
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def device_name(device: torch.device) -> str:

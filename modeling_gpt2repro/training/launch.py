@@ -29,6 +29,8 @@ def start_accelerator(args: TrainArguments) -> Accelerator:
     disable_progress_bar()  # transformers' bars for each save, not ours
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     on_cuda = torch.cuda.is_available() and not on_cpu
+    if args.deterministic if args.deterministic is not None else not on_cuda:
+        be_deterministic()
     compiled = args.torch_compile if args.torch_compile is not None else on_cuda and has_triton()
     emulated = on_cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and cpu_lacks_bf16()
     accelerator = Accelerator(
@@ -54,6 +56,13 @@ def start_accelerator(args: TrainArguments) -> Accelerator:
             f"--num_processes {args.num_processes}; on GPUs check that each process has one."
         )
     return accelerator
+
+
+def be_deterministic():
+    """Let every operation give the same bits each time; compiled training on the CPU does not do so by itself."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it, before its first use
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
 
 
 def main_process_first(accelerator: Accelerator, work: Callable[[], Result]) -> Result:

@@ -1,19 +1,26 @@
-"""What a person watches: one block at the start, a progress bar or plain lines, and one row of numbers a step."""
+"""What a person watches: one block at the start, a progress bar or plain lines, and one row of numbers a step.
+
+The numbers of a step stay on the device until they are read, all steps at once, every `logging_steps`: a GPU is not
+waited for in between.
+"""
 
 import json
 import os
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from .hardware import readable_duration
+from .hardware import peak_memory_gb, readable_duration
 from .metrics import MetricsLog
 from .progress import TrainProgress
+from .step import StepNumbers
 
-# Without a terminal (a log file, Slurm) a line at most this often.
+# Without a terminal (a log file, Slurm) a line at most this often, so that fast steps do not fill a disk.
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -22,32 +29,35 @@ class Monitor:
 
     Args:
         total_steps: For the bar and the time left.
-        logging_steps: Steps between rows of metrics.jsonl.
-        resumed_step: The step a run goes on from; None for a new one.
-        changed: Arguments that are not those the run began with, for the log.
+        logging_steps: Steps between looks at the numbers.
+        log: Where rows go.
+        flops_per_token: Forward and backward; with `peak_flops` (a second, of all devices) they give the MFU.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        output_dir: Path,
         total_steps: int,
         logging_steps: int,
         progress: TrainProgress,
-        resumed_step: int | None,
-        changed: dict | None = None,
+        log: MetricsLog,
+        flops_per_token: int = 0,
+        peak_flops: float | None = None,
     ):
         self.accelerator, self.total_steps, self.logging_steps = accelerator, total_steps, logging_steps
-        self.log = MetricsLog(output_dir, resumed_step, accelerator.is_main_process, changed)
-        self.progress = progress
+        self.progress, self.log = progress, log
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         # Some pseudo-terminals have no lines; tqdm shows nothing there.
         self.as_bar = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 1
         self.as_bar = self.as_bar and accelerator.is_main_process
         self.bar = tqdm(
             total=total_steps, initial=progress.step, unit="step", disable=not self.as_bar, dynamic_ncols=True
         )
+        self._unread: list[tuple[int, StepNumbers, float, float]] = []
+        self._clock = time.perf_counter()
         self._last_line = 0.0
-        self._mean_seconds: float | None = None
+        self._mean_seconds: float | None = None  # of a step; None until steps were read that are not the first ones
+        self._warm = False
         if hasattr(sys.stdout, "reconfigure"):  # samples hold halves of characters, which not every encoding can write
             sys.stdout.reconfigure(errors="replace")
 
@@ -57,40 +67,67 @@ class Monitor:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def trained(self, loss: float, grad_norm: float, learning_rate: float, data_seconds: float):
-        """Log and show the training step that was just done.
+    def trained(self, numbers: StepNumbers, learning_rate: float, data_seconds: float) -> list[int]:
+        """Note the training step that was just done; every `logging_steps` read and log those that were noted.
 
         Args:
-            loss: In nats per token.
             data_seconds: How long the step waited for its micro-batches.
+
+        Returns:
+            The steps among those read now whose update was skipped; the same on all processes.
         """
-        step, seconds = self.progress.step, self.progress.step_seconds
-        tokens_per_second = self.progress.step_tokens / seconds
-        # A process's first step compiles and warms up: it says nothing about the others.
-        known = self._mean_seconds is not None
-        if known:
-            self._mean_seconds = 0.98 * self._mean_seconds + 0.02 * seconds if self._mean_seconds else seconds
-        else:
-            self._mean_seconds = 0.0
-        if step % self.logging_steps == 0 or step == self.total_steps:
-            self.record(
-                {
-                    "loss": loss,
-                    "grad_norm": grad_norm,
-                    "learning_rate": learning_rate,
-                    "step_seconds": seconds,
-                    "data_seconds": data_seconds,
-                    "tokens_per_second": tokens_per_second,
-                }
-            )
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+        self._unread.append((self.progress.step, numbers, learning_rate, data_seconds))
         self.bar.update()
+        due = self.progress.step % self.logging_steps == 0 or self.progress.step == self.total_steps
+        return self.read() if due else []
+
+    def read(self) -> list[int]:
+        """Wait for the device and log the steps that are not yet read; returns those that were skipped."""
+        if not self._unread:
+            return []
+        steps, numbers, rates, waits = zip(*self._unread, strict=True)
+        self._unread = []
+        values = torch.stack([torch.stack([part.float() for part in step]) for step in numbers]).tolist()
+        now = time.perf_counter()
+        seconds, self._clock = (now - self._clock) / len(steps), now
+        self.progress.train_seconds += seconds * len(steps)
+        tokens_per_step = self.progress.tokens // self.progress.step
+        speed = {"step_seconds": seconds, "tokens_per_second": tokens_per_step / seconds}
+        if self.peak_flops:
+            speed["mfu"] = speed["tokens_per_second"] * self.flops_per_token / self.peak_flops
+        if self._warm:  # a process's first steps compile and warm up: they say nothing about the others
+            before = self._mean_seconds or seconds
+            self._mean_seconds = before + (seconds - before) * min(1.0, 0.02 * len(steps))
+        self._warm = True
+        memory = peak_memory_gb(self.accelerator.device)
+        for step, (loss, norm, skipped), rate, waited in zip(steps, values, rates, waits, strict=True):
+            row = {"loss": loss, "grad_norm": norm, "learning_rate": rate, **speed}
+            row |= {"data_seconds": waited, "peak_memory_gb": memory}
+            self.record(row | ({"skipped": True} if skipped else {}), step, tokens_per_step * step)
+        self._show(steps[-1], values[-1], rates[-1], speed)
+        return [step for step, (_, _, skipped) in zip(steps, values, strict=True) if skipped]
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Around an evaluation or a save: its time is not counted as training."""
+        self.read()
+        try:
+            yield
+        finally:
+            self._clock = time.perf_counter()
+
+    def _show(self, step: int, values: list[float], learning_rate: float, speed: dict[str, float]):
+        loss, norm, _ = values
+        pace = f"{speed['tokens_per_second']:,.0f} tokens/s" + (f", MFU {speed['mfu']:.0%}" if "mfu" in speed else "")
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {pace}", refresh=False)
         if not self.as_bar and (time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES or step == self.total_steps):
             self._last_line = time.monotonic()
-            left = f"{readable_duration(self._mean_seconds * (self.total_steps - step))} left" if known else "starting"
+            left = "starting"
+            if self._mean_seconds is not None:
+                left = f"{readable_duration(self._mean_seconds * (self.total_steps - step))} left"
             self.say(
-                f"step {step:>6}/{self.total_steps} | loss {loss:7.4f} | norm {grad_norm:6.3f} | "
-                f"lr {learning_rate:.2e} | {1000 * seconds:5.0f} ms | {tokens_per_second:9,.0f} tokens/s | {left}"
+                f"step {step:>6}/{self.total_steps} | loss {loss:7.4f} | norm {norm:6.3f} | lr {learning_rate:.2e} | "
+                f"{1000 * speed['step_seconds']:5.0f} ms | {pace} | {left}"
             )
 
     def evaluated(self, numbers: dict):
@@ -99,7 +136,7 @@ class Monitor:
         shown = [f"validation loss {numbers['validation_loss']:.4f}"]
         if "validation_bits_per_byte" in numbers:
             shown.append(f"{numbers['validation_bits_per_byte']:.3f} bits per byte")
-        shown += [f"{name} {value:.4f}" for name, value in numbers.items() if name.startswith("hellaswag")]
+        shown += [f"{name} {value:.4f}" for name, value in numbers.items() if name.endswith(("_acc", "_acc_norm"))]
         self.say(f"step {self.progress.step:>6}: {', '.join(shown)} ({numbers['evaluation_seconds']:.1f} s)")
 
     def sampled(self, prompt: str, texts: list[str]):
@@ -109,12 +146,14 @@ class Monitor:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.say("\n".join(f"    > {' '.join(text.split())}" for text in texts))
 
-    def record(self, numbers: dict):
-        """Append one row, stamped with step and tokens, to metrics.jsonl and to the trackers."""
-        row = {"step": self.progress.step, "tokens": self.progress.tokens, **numbers}
+    def record(self, numbers: dict, step: int | None = None, tokens: int | None = None):
+        """Append one row, stamped with step and tokens (now, if not given), to metrics.jsonl and to the trackers."""
+        step = self.progress.step if step is None else step
+        row = {"step": step, "tokens": self.progress.tokens if tokens is None else tokens, **numbers}
         self.log.append(row)
-        self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=self.progress.step)
+        self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
 
     def close(self):
-        """End the bar."""
+        """Write what is not yet written, as far as the disk takes it, and end the bar."""
+        self.log.flush()
         self.bar.close()

@@ -46,6 +46,7 @@ PRESETS: dict[str, dict] = {
         "learning_rate": 2e-3,
         "validation_share": 0.05,
         "eval_tokens": 65_536,
+        "logging_steps": 1,  # a CPU is not waited for
         "eval_steps": 200,
         "num_samples": 2,
         "save_steps": 1400,

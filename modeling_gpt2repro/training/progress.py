@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -13,32 +13,38 @@ class TrainProgress:
     """How far a run is.
 
     Args:
-        step: Optimizer steps done.
+        step: Optimizer steps done, skipped ones included.
         tokens: Training tokens seen, over all processes.
         train_seconds: Time spent in training steps, evaluations and saves left out, over all restarts.
-        step_tokens, step_seconds: Of the last step.
+        last_skipped: The last step whose update was skipped; 0 for none.
+        skipped_in_a_row: How many up to it, it included.
     """
 
     step: int = 0
     tokens: int = 0
     train_seconds: float = 0.0
-    step_tokens: int = 0
-    step_seconds: float = 0.0
+    last_skipped: int = 0
+    skipped_in_a_row: int = 0
 
-    def advance(self, tokens: int, seconds: float):
+    def advance(self, tokens: int):
         """Count one more step."""
         self.step += 1
-        self.step_tokens, self.step_seconds = tokens, seconds
         self.tokens += tokens
-        self.train_seconds += seconds
+
+    def skipped(self, step: int) -> int:
+        """Note that a step was skipped; returns how many in a row that are."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if step == self.last_skipped + 1 else 1
+        self.last_skipped = step
+        return self.skipped_in_a_row
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps."""
-        return {"step": self.step, "tokens": self.tokens, "train_seconds": self.train_seconds}
+        return asdict(self)
 
     def load_state_dict(self, state: dict):
         """Go on from what a checkpoint kept."""
-        self.step, self.tokens, self.train_seconds = state["step"], state["tokens"], state["train_seconds"]
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 def is_due(step: int, every: int) -> bool:

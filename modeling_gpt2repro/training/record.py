@@ -28,11 +28,12 @@ def make_writable(folder: Path):
         raise ValueError(f"output_dir ({folder}) cannot be written ({error.strerror}): give another.") from error
 
 
-def write_run_record(args: TrainArguments, hardware: dict):
+def write_run_record(args: TrainArguments, hardware: dict, data: dict):
     """Write the run's record into its folder, or leave the one that is there (a resumed run keeps its own).
 
     Args:
         hardware: What the arguments do not say: device, processes, precision.
+        data: The identity of the data: its fingerprint and what decides the order of rows.
     """
     folder = Path(args.output_dir)
     if (folder / RUN_RECORD).exists():
@@ -40,6 +41,7 @@ def write_run_record(args: TrainArguments, hardware: dict):
     record = {
         "arguments": asdict(args),
         "hardware": hardware,
+        "data": data,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": current_commit(),
     }

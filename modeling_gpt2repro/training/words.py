@@ -1,6 +1,7 @@
 """What a run says at its start, at its end, and where it has to give up."""
 
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ def start_block(
     accelerator: Accelerator,
     model: PreTrainedModel,
     data_summary: str,
+    micro_batch_shape: tuple[int, int],
     yardsticks: dict[str, float],
     step: int,
 ) -> str:
@@ -38,16 +40,19 @@ def start_block(
 
     Args:
         model: Unwrapped.
+        micro_batch_shape: Micro-batches of a step on each process, and rows of each.
         yardsticks: Name -> loss in nats per token.
         step: Where the run goes on from; 0 for a new one.
     """
     config, processes = model.config, accelerator.num_processes
+    count, rows = micro_batch_shape
     batch = [
         (processes, "process", "processes"),
-        (args.gradient_accumulation_steps, "micro-batch", "micro-batches"),
-        (args.per_device_train_batch_size, "row", "rows"),
+        (count, "micro-batch", "micro-batches"),
+        (rows, "row", "rows"),
         (args.block_size, "token", "tokens"),
     ]
+    empty = processes * count * rows - args.rows_per_step
     lines = {
         "device": f"{processes} x {device_name(accelerator.device)}",
         "precision": f"{accelerator.mixed_precision}, attention: {config._attn_implementation}, compile: "
@@ -57,7 +62,8 @@ def start_block(
         "data": data_summary,
         "tokenizer": f"{config.vocab_size:,} ids",
         "training": f"{args.total_steps:,} steps of {args.tokens_per_step:,} tokens: "
-        + " x ".join(f"{count} {one if count == 1 else many}" for count, one, many in batch),
+        + " x ".join(f"{count} {one if count == 1 else many}" for count, one, many in batch)
+        + (f", less {empty} rows left empty to divide evenly" if empty else ""),
         "yardsticks": "; ".join(f"{name} {loss:.2f}" for name, loss in yardsticks.items()) + " (nats per token)",
         "writing to": args.output_dir + (f", going on from step {step}" if step else ""),
     }
@@ -87,15 +93,45 @@ Make it talk:
 """
 
 
-def stop_if_diverged(
-    args: TrainArguments, accelerator: Accelerator, progress: TrainProgress, loss: float, grad_norm: float
-):
-    """End before weights that are no numbers can be saved over good ones; all processes see the same loss."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    told = (
-        f"the loss is {loss} and the gradient's norm {grad_norm} at step {progress.step}; the last checkpoint in "
-        f"{args.output_dir} is from before. Go on from there with --resume_from_checkpoint latest and a lower "
-        f"--learning_rate than {args.learning_rate}."
+def too_many_skipped(args: TrainArguments, progress: TrainProgress) -> str:
+    """Why a run stops whose steps are all skipped, and what to do."""
+    first = progress.last_skipped - progress.skipped_in_a_row + 1
+    return (
+        f"the updates of {progress.skipped_in_a_row} steps in a row (from step {first} on) were skipped, because the "
+        f"loss or the gradient's norm was not usable; their rows stand in {args.output_dir}/metrics.jsonl. Go on from "
+        f"the last checkpoint with --resume_from_checkpoint latest and a lower --learning_rate than "
+        f"{args.learning_rate}; if only these rows are at fault, with a larger --max_skipped than {args.max_skipped}."
     )
-    raise SystemExit(told if accelerator.is_main_process else 1)
+
+
+def cannot_save(args: TrainArguments, problem: str) -> str:
+    """Why a run stops that cannot write its checkpoints."""
+    return (
+        f"no checkpoint can be written to {args.output_dir} ({problem}): make room there, then go on from the last one "
+        "with --resume_from_checkpoint latest."
+    )
+
+
+@contextmanager
+def out_of_memory_is_told(args: TrainArguments) -> Iterator[None]:
+    """Around training and evaluation: what to try where memory ran out, in one sentence; exit code 1."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        rows = args.per_device_train_batch_size
+        advice = "a smaller --block_size or model, or a device with more memory"
+        if rows > 1:
+            count = -(-args.rows_per_step // (rows // 2 * args.num_processes))
+            advice = (
+                f"--per_device_train_batch_size {rows // 2}; a step then takes {count} micro-batches on each process "
+                "and gives the same numbers"
+            )
+        if args.per_device_eval_batch_size:
+            advice += f" (and less than --per_device_eval_batch_size {args.per_device_eval_batch_size} in evaluations)"
+        told = (str(error).splitlines() or [""])[0]
+        raise SystemExit(
+            f"Memory ran out with --per_device_train_batch_size {rows} ({told}): go on with --resume_from_checkpoint "
+            f"latest and {advice}."
+        ) from error

@@ -1,0 +1,231 @@
+"""Checkpoints: written whole or not at all, checked to the last byte, kept and deleted in the right order."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from modeling_gpt2repro.training import checkpoints, sealed_folder
+from modeling_gpt2repro.training.checkpoints import Keep, find_resume_checkpoint
+from modeling_gpt2repro.training.optimizer import build_optimizer
+from modeling_gpt2repro.training.state_tensors import load_optimizer, load_random, optimizer_tensors, random_tensors
+
+IDENTITY = {"seed": 1}
+
+
+@pytest.fixture
+def optimizer(tiny_model):
+    """AdamW after one step of the tiny model, so that it has moments."""
+    ids = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(5))
+    optimizer = build_optimizer(tiny_model, 1e-3)
+    tiny_model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    return optimizer
+
+
+@pytest.fixture
+def save(tiny_model, optimizer, tmp_path):
+    """save(step) -> the checkpoint's folder, or why there is none."""
+
+    def save(step, keep=Keep(), write_model=None, folder=tmp_path):  # noqa: B008 - frozen
+        accelerator = Accelerator(cpu=True)
+        problem = checkpoints.save_checkpoint(
+            accelerator,
+            folder / checkpoints.checkpoint_name(step),
+            write_model or (lambda aside: (aside / "model.safetensors").write_bytes(b"weights" * 100)),
+            optimizer_tensors(tiny_model, optimizer, keep=True),
+            random_tensors(accelerator),
+            {"progress": {"step": step}, "data": {"next_step": step}, "identity": IDENTITY},
+            keep,
+        )
+        return problem or folder / checkpoints.checkpoint_name(step)
+
+    return save
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_checkpoint_gives_back_what_was_saved(save, tiny_model, optimizer):
+    torch.manual_seed(3)
+    folder = save(3)
+    drawn = torch.rand(4)
+    assert folder.name == "step-000003"
+    state = checkpoints.read_state(folder, IDENTITY)
+    assert state["progress"]["step"] == 3
+    assert state["data"] == {"next_step": 3}
+    fresh = build_optimizer(tiny_model, 1e-3)
+    load_optimizer(folder / "training_state", tiny_model, fresh)
+    assert len(fresh.state) == len(list(tiny_model.parameters()))
+    for parameter, expected in optimizer.state.items():
+        assert fresh.state[parameter].keys() == expected.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for kind, tensor in expected.items():
+            assert torch.equal(fresh.state[parameter][kind], tensor)
+    load_random(folder / "training_state", Accelerator(cpu=True))
+    assert torch.equal(torch.rand(4), drawn)
+
+
+def test_nothing_in_a_checkpoint_can_run_code(save):
+    kinds = {path.suffix for path in save(3).rglob("*") if path.is_file()}
+    assert kinds == {".safetensors", ".json"}
+
+
+def test_every_file_is_listed_with_its_size_and_hash(save):
+    folder = save(3)
+    listed = json.loads((folder / checkpoints.LISTING).read_text())
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert set(listed) == files - {checkpoints.LISTING}
+    assert listed["model.safetensors"]["bytes"] == 700
+    assert all(re.fullmatch("[0-9a-f]{64}", entry["sha256"]) for entry in listed.values())
+
+
+def test_old_checkpoints_go_after_the_new_one_stands(save, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(checkpoints, "remove", lambda old: (seen.append(names(tmp_path)), sealed_folder.remove(old)))
+    for step in (9, 10, 11):
+        save(step, Keep(limit=2))
+    assert seen == [["step-000009", "step-000010", "step-000011"]]
+    assert names(tmp_path) == ["step-000010", "step-000011"]
+    assert find_resume_checkpoint("latest", tmp_path)[0].name == "step-000011"
+
+
+def test_milestones_stay_beside_the_newest(save, tmp_path):
+    for step in range(10, 70, 10):
+        save(step, Keep(limit=2, every=20))
+    assert names(tmp_path) == ["step-000020", "step-000030", "step-000040", "step-000050", "step-000060"]
+    save(70, Keep(limit=2, every=20))
+    assert names(tmp_path) == ["step-000020", "step-000040", "step-000050", "step-000060", "step-000070"]
+
+
+def test_a_half_written_folder_is_no_checkpoint(save, tmp_path):
+    save(5)
+    (tmp_path / ".step-000006.partial" / "training_state").mkdir(parents=True)
+    shutil.copytree(tmp_path / "step-000005", tmp_path / "step-000007")
+    (tmp_path / "step-000007" / checkpoints.LISTING).unlink()
+    assert find_resume_checkpoint("latest", tmp_path) == (tmp_path / "step-000005", [])
+    with pytest.raises(ValueError, match="step-000007 is no checkpoint"):
+        find_resume_checkpoint(str(tmp_path / "step-000007"), tmp_path)
+
+
+FILES = ["model.safetensors", "training_state/optimizer.safetensors", "training_state/state.json", checkpoints.LISTING]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def lose(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"), [(damage, name) for damage in (cut, flip_a_bit, lose) for name in FILES[:3]] + [(cut, FILES[3])]
+)
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(save, tmp_path, damage, name):
+    save(4)
+    damage(save(5) / name)
+    checkpoint, passed_over = find_resume_checkpoint("latest", tmp_path)
+    assert checkpoint == tmp_path / "step-000004"
+    assert len(passed_over) == 1
+    assert re.search(rf"step-000005 is damaged \(.*{name.split('/')[-1]}.*\) and passed over\.$", passed_over[0])
+    with pytest.raises(ValueError, match=r"step-000005 is damaged \(.*\): resume from another one"):
+        find_resume_checkpoint(str(tmp_path / "step-000005"), tmp_path)
+
+
+def test_where_all_are_damaged_nothing_starts_afresh(save, tmp_path):
+    cut(save(5) / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors has 699 of 700 bytes") as error:
+        find_resume_checkpoint("latest", tmp_path)
+    assert "has no checkpoint left" in str(error.value)
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_a_good_one(save, tmp_path):
+    save(4)
+    cut(save(6) / "model.safetensors")
+    save(5, Keep(limit=1))
+    assert names(tmp_path) == ["step-000005", "step-000006"]
+    assert find_resume_checkpoint("latest", tmp_path)[0].name == "step-000005"
+    assert len(names(save(6, Keep(limit=1)).parent)) == 1
+
+
+def test_a_card_may_be_edited(save, tmp_path):
+    def write(aside):
+        (aside / "model.safetensors").write_bytes(b"weights")
+        (aside / "README.md").write_text("A card.")
+
+    (save(5, write_model=write) / "README.md").write_text("A better card.")
+    assert find_resume_checkpoint("latest", tmp_path) == (tmp_path / "step-000005", [])
+
+
+def test_a_save_that_fails_leaves_all_as_it_was(save, tmp_path):
+    save(5, Keep(limit=1))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def no_room(aside):
+        (aside / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    assert save(6, Keep(limit=1), no_room) == "No space left on device"
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert names(tmp_path) == ["step-000005"]
+
+
+def test_going_back_behind_later_checkpoints_is_refused(save, tmp_path):
+    for step in (5, 6):
+        save(step)
+    assert find_resume_checkpoint(str(tmp_path / "step-000006"), tmp_path)[0].name == "step-000006"
+    with pytest.raises(ValueError, match=r"later checkpoints than step-000005 \(step-000006\)"):
+        find_resume_checkpoint(str(tmp_path / "step-000005"), tmp_path)
+
+
+def test_checkpoints_are_ordered_by_number(save, tmp_path):
+    for step in (1_000_000, 999_999):
+        save(step)
+    assert find_resume_checkpoint("latest", tmp_path)[0].name == "step-1000000"
+
+
+def test_a_resumed_optimizer_has_the_decay_that_was_asked_for(save, tiny_model):
+    folder = save(5)
+    optimizer = build_optimizer(tiny_model, 1e-3, weight_decay=0.5)
+    load_optimizer(folder / "training_state", tiny_model, optimizer)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+
+
+def test_a_resumed_optimizer_holds_memory_of_its_own(save, tiny_model):
+    folder = save(5)
+    optimizer = build_optimizer(tiny_model, 1e-3)
+    load_optimizer(folder / "training_state", tiny_model, optimizer)
+    shutil.rmtree(folder)
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+            tensor.add_(1)  # a mapped file would not take it
+
+
+def test_latest_starts_afresh_where_there_is_none_yet(tmp_path):
+    assert find_resume_checkpoint("latest", tmp_path) == (None, [])
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_every_difference(save):
+    folder = save(5)
+    with pytest.raises(ValueError, match="made with seed 1, not 2") as error:
+        checkpoints.read_state(folder, {"seed": 2, "block_size": 64})
+    assert "made with block_size None, not 64" in str(error.value)
+
+
+def test_what_a_killed_save_left_is_cleared(save, tmp_path):
+    save(5)
+    for name in (".step-000006.partial", ".step-000004.old", ".model.partial"):
+        (tmp_path / name).mkdir()
+    checkpoints.clear_remains(tmp_path)
+    assert names(tmp_path) == ["step-000005"]
