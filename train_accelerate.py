@@ -58,7 +58,7 @@ from modeling_gpt2repro.training.sealed_folder import put_in_place
 from modeling_gpt2repro.training.sharding import copy_whole, is_sharded
 from modeling_gpt2repro.training.state_tensors import load_optimizer, load_random, optimizer_tensors, random_tensors
 from modeling_gpt2repro.training.step import train_step
-from modeling_gpt2repro.training.stop import EXIT_CODE, StopRequest, command_that_goes_on
+from modeling_gpt2repro.training.stop import EXIT_CODE, StopRequest
 from modeling_gpt2repro.training.words import (
     cannot_save,
     end_block,
@@ -396,7 +396,8 @@ def leave(run: Run):
     if not (run.output_dir / checkpoints.checkpoint_name(run.progress.step) / checkpoints.LISTING).exists():
         save(run, must=True)
     by = run.stop.asked_by or "a signal to another process"
-    run.monitor.say(f"\nStopped by {by} after step {run.progress.step}. Go on with:\n\n    {command_that_goes_on()}\n")
+    command = run.stop.command_that_goes_on
+    run.monitor.say(f"\nStopped by {by} after step {run.progress.step}. Go on with:\n\n    {command}\n")
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     raise SystemExit(EXIT_CODE)

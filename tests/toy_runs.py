@@ -96,3 +96,32 @@ def rows_of(output_dir: Path, name: str = "loss") -> list[float]:
     from modeling_gpt2repro.training.metrics import read_metrics
 
     return [row[name] for row in read_metrics(output_dir) if name in row]
+
+
+def train_here(output_dir: Path, shards: Path, **overrides) -> int:
+    """Run the script in this process, in fp32 on one thread, which saves seconds of imports; returns the exit code."""
+    import torch
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    import train_accelerate
+
+    threads = torch.get_num_threads()
+    before = {name: os.environ.get(name) for name in CPU_FP32}
+    os.environ.update(CPU_FP32)
+    flags = {"shards": shards, "hellaswag": shards.parent / "hellaswag.jsonl", "output_dir": output_dir}
+    try:
+        torch.set_num_threads(1)
+        train_accelerate.main(as_flags({**flags, **RECIPE, **overrides}))
+    except SystemExit as end:
+        if isinstance(end.code, str):  # as the interpreter does
+            print(end.code, file=sys.stderr)
+            return 1
+        return end.code
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._shared_state.clear()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return 0

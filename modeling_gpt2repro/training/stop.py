@@ -26,6 +26,7 @@ class StopRequest:
 
     def __init__(self):
         self.asked_by: str | None = None
+        self.command_that_goes_on = command_that_goes_on()  # now, while the launcher lives
         self._asked_at = 0.0
         self._before: dict[int, object] = {}
         self._group = self._word = self._flag = None

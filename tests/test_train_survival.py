@@ -1,0 +1,291 @@
+"""What a run survives: signals, bad steps, full disks, dead processes; and that a resumed run is the same run."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+from toy_runs import CPU_FP32, RECIPE, ROOT, ROWS, as_flags, rows_of, train_here
+
+import train_accelerate
+from modeling_gpt2repro.training.stop import StopRequest, command_that_goes_on
+
+WEIGHTS = "model/model.safetensors"
+
+
+def at_step(monkeypatch, step: int, action):
+    """Let `action()` happen inside the training step with this number, before it is taken."""
+    original = train_accelerate.train_step
+
+    def step_with_action(accelerator, model, *rest):
+        step_with_action.number += 1
+        if step_with_action.number == step:
+            return action(lambda: original(accelerator, model, *rest), model)
+        return original(accelerator, model, *rest)
+
+    step_with_action.number = 0
+    monkeypatch.setattr(train_accelerate, "train_step", step_with_action)
+
+
+def signalled(number):
+    def action(go_on, model):
+        os.kill(os.getpid(), number)
+        return go_on()
+
+    return action
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on_bit_for_bit(
+    finished, shards, tmp_path, monkeypatch, capsys, name
+):
+    with monkeypatch.context() as patch:
+        at_step(patch, 17, signalled(getattr(signal, name)))
+        assert train_here(tmp_path / "run", shards) == 143
+    said = capsys.readouterr().out
+    assert f"Stopped by {name} after step 17. Go on with:" in said
+    assert said.strip().endswith("--resume_from_checkpoint latest")
+    assert (tmp_path / "run" / "step-000017" / "model.safetensors").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest") == 0
+    assert "going on from step 17" in capsys.readouterr().out
+    assert rows_of(tmp_path / "run") == rows_of(finished[0])
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same one, passed on by a launcher
+        assert stop.agreed()
+        stop._asked_at -= 10
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):  # afterwards Ctrl-C is Python's again
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_at_the_last_step_or_during_an_evaluation_costs_nothing(finished, shards, tmp_path, monkeypatch):
+    original, calls = train_accelerate.validation_loss, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:  # at step 10
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_accelerate, "validation_loss", interrupted)
+        assert train_here(tmp_path / "run", shards) == 143
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert not [row for row in rows if row["step"] == 10 and "hellaswag_completion_acc" in row]  # left out, in a hurry
+    with monkeypatch.context() as patch:
+        at_step(patch, 30 - 11, signalled(signal.SIGTERM))
+        assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest") == 0  # it was done anyway
+    assert rows_of(tmp_path / "run") == rows_of(finished[0])
+
+
+def made_nan(go_on, model):
+    embedding = model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda module, inputs, output: output * math.nan)
+    try:
+        return go_on()
+    finally:
+        hook.remove()
+
+
+def test_a_step_that_is_no_number_is_skipped_and_named(finished, shards, tmp_path, monkeypatch, capsys):
+    at_step(monkeypatch, 10, made_nan)
+    assert train_here(tmp_path / "run", shards, save_total_limit=0, save_steps=5) == 0
+    assert "step     10: skipped" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    event = next(row for row in rows if row.get("event") == "skipped")
+    assert event["step"] == 10
+    (numbers,) = event["rows_by_process"]
+    assert len(set(numbers)) == ROWS
+    losses = rows_of(tmp_path / "run")
+    assert math.isnan(losses[9])
+    assert losses[:9] == rows_of(finished[0])[:9]
+    assert all(math.isfinite(loss) for loss in losses[10:])
+    assert losses[10] != rows_of(finished[0])[10]
+    # No checkpoint of a skipped step; the others are there.
+    steps = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
+    assert steps == [f"step-{step:06d}" for step in (5, 15, 20, 25, 30)]
+
+
+def test_too_many_skipped_steps_end_a_run_with_advice(shards, tmp_path, capsys):
+    assert train_here(tmp_path / "run", shards, learning_rate=1e20, eval_steps=0, max_skipped=4) == 1
+    told = capsys.readouterr().err
+    assert "the updates of 4 steps in a row (from step " in told
+    assert "--resume_from_checkpoint latest and a lower --learning_rate than 1e+20" in told
+    assert not list((tmp_path / "run").glob("step-*"))
+
+
+def full_disk(times: int):
+    """save_hub_folder that finds the disk full so many times, after having written half a file."""
+    original, calls = train_accelerate.save_hub_folder, []
+
+    def save(model, tokenizer, folder, origin):
+        calls.append(1)
+        if len(calls) <= times:
+            (folder / "model.safetensors").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return original(model, tokenizer, folder, origin)
+
+    return save
+
+
+def test_a_full_disk_costs_one_checkpoint_and_is_told(finished, shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_accelerate, "save_hub_folder", full_disk(times=2))
+    assert train_here(tmp_path / "run", shards, save_steps=5) == 0
+    said = capsys.readouterr().out
+    assert said.count("no checkpoint (No space left on device); the one before stays") == 2
+    assert sorted(path.name for path in (tmp_path / "run").glob("*step-*")) == [
+        "step-000020",
+        "step-000025",
+        "step-000030",
+    ]
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
+
+
+def test_a_disk_that_stays_full_ends_the_run_and_the_last_checkpoint_stays(shards, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, signalled(signal.SIGTERM))
+        assert train_here(tmp_path / "run", shards, save_steps=5) == 143
+    monkeypatch.setattr(train_accelerate, "save_hub_folder", full_disk(times=99))
+    assert train_here(tmp_path / "run", shards, save_steps=5, resume_from_checkpoint="latest") == 1
+    assert "make room there, then go on from the last one" in capsys.readouterr().err
+    assert rows_of(tmp_path / "run")[-1:] == rows_of(tmp_path / "run")[19:20]  # steps 10, 15 and 20 could not be saved
+    assert sorted(path.name for path in (tmp_path / "run").glob("*step-*")) == ["step-000005", "step-000006"]
+
+
+def test_rows_of_the_log_wait_for_a_disk_that_is_full(tmp_path):
+    from modeling_gpt2repro.training.metrics import MetricsLog, read_metrics
+
+    log = MetricsLog(tmp_path, None, enabled=True)
+    log.append({"step": 1})
+    here, log.path = log.path, tmp_path / "nowhere" / "metrics.jsonl"
+    log.append({"step": 2})
+    log.append({"step": 3})
+    log.path = here
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    log.append({"step": 4})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_memory_that_runs_out_names_the_batch_to_try(shards, tmp_path, monkeypatch, capsys):
+    def exhausted(go_on, model):
+        torch.empty(2**60)
+
+    at_step(monkeypatch, 3, exhausted)
+    assert train_here(tmp_path / "run", shards) == 1
+    told = capsys.readouterr().err
+    assert "Memory ran out with --per_device_train_batch_size 4" in told
+    assert "--per_device_train_batch_size 2; a step then takes 4 micro-batches on each process" in told
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_by_the_run(finished, shards, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("model"))
+    with open(tmp_path / "run/step-000030/model.safetensors", "rb+") as file:
+        file.truncate(1000)
+    assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest") == 0
+    said = capsys.readouterr().out
+    assert "step-000030 is damaged (model.safetensors has 1,000 of" in said
+    assert "going on from step 20" in said
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
+
+
+def start(output_dir, shards, processes: int, launcher: tuple[str, ...] = (), **overrides) -> subprocess.Popen:
+    """A toy run of several processes that would go on for minutes."""
+    if processes > 1:
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    recipe = RECIPE | {"train_tokens": 100_000 * ROWS * 32, "eval_steps": 0, "num_samples": 0, "hellaswag": "none"}
+    flags = as_flags({"shards": shards, "output_dir": output_dir, **recipe, **overrides})
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / "train_accelerate.py"), *flags],
+        env={**os.environ, **CPU_FP32},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(output_dir, step: int, seconds: float = 60):
+    deadline = time.monotonic() + seconds
+    log = output_dir / "metrics.jsonl"
+    while not (log.exists() and f'"step": {step},' in log.read_text()):
+        assert time.monotonic() < deadline, "the run did not get so far"
+        time.sleep(0.05)
+
+
+def training_processes(launcher: subprocess.Popen) -> list[psutil.Process]:
+    """The workers, by rank."""
+    children = [child for child in psutil.Process(launcher.pid).children(recursive=True) if "RANK" in child.environ()]
+    return sorted(children, key=lambda child: int(child.environ()["RANK"]))
+
+
+def test_a_signal_to_one_of_two_processes_ends_both_in_the_same_step(shards, tmp_path):
+    launcher = start(tmp_path / "run", shards, processes=2)
+    wait_for_step(tmp_path / "run", 20)
+    training_processes(launcher)[1].send_signal(signal.SIGUSR1)
+    said, told = launcher.communicate(timeout=60)
+    assert "Stopped by a signal to another process after step" in said, told
+    assert "exitcode  : 143" in told
+    newest = sorted((tmp_path / "run").glob("step-*"))[-1]
+    step = int(newest.name.removeprefix("step-"))
+    assert f"after step {step}." in said
+    # It goes on, on one process, with the very next row.
+    left = {"train_tokens": (step + 3) * ROWS * 32, "eval_steps": 0, "num_samples": 0, "hellaswag": "none"}
+    assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest", **left) == 0
+    assert len(rows_of(tmp_path / "run")) == step + 3
+
+
+def test_when_one_of_two_processes_dies_the_other_ends_within_a_minute(shards, tmp_path):
+    launcher = start(tmp_path / "run", shards, processes=2)
+    wait_for_step(tmp_path / "run", 12)
+    victim = training_processes(launcher)[1]
+    started = time.monotonic()
+    victim.kill()
+    _, told = launcher.communicate(timeout=90)
+    assert time.monotonic() - started < 60
+    assert "exitcode  : -9" in told
+    assert "(local_rank: 1) of binary" in told or "Signal 9 (SIGKILL)" in told
+    assert sorted((tmp_path / "run").glob("step-*"))  # and the last checkpoint is there
+
+
+def test_the_command_that_goes_on_is_the_one_that_was_given(monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python3", "train_accelerate.py", "--preset", "quickstart"])
+    assert command_that_goes_on() == "python3 train_accelerate.py --preset quickstart --resume_from_checkpoint latest"
+    monkeypatch.setattr(sys, "orig_argv", ["python", "t.py", "--resume_from_checkpoint", "step-000005", "--seed", "1"])
+    assert command_that_goes_on() == "python t.py --seed 1 --resume_from_checkpoint latest"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_accelerate_launch_reaches_the_run(shards, tmp_path, name):
+    """Its launcher of one process passes nothing on; the run notices that it has died."""
+    launcher = start(tmp_path / "run", shards, 1, ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"))
+    wait_for_step(tmp_path / "run", 12)
+    (child,) = psutil.Process(launcher.pid).children()
+    lines = []
+    reader = threading.Thread(target=lambda: lines.extend(launcher.stdout))
+    reader.start()
+    if name == "SIGINT":  # what a terminal does
+        os.killpg(launcher.pid, signal.SIGINT)
+    else:
+        launcher.send_signal(signal.SIGTERM)
+    child.wait(timeout=60)
+    reader.join(timeout=60)
+    said = "".join(lines)
+    assert "Stopped by SIG" in said
+    assert "accelerate.commands.launch --cpu --num_processes 1" in said
+    launcher.wait(timeout=10)
