@@ -1,0 +1,63 @@
+"""Parameters spread over two processes by torch's own `fully_shard` (accelerate shards on GPUs only), through the script
+itself: its step, its evaluation, its checkpoints."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from toy_runs import CPU_FP32, RECIPE, ROOT, as_flags, rows_of, train_here
+
+SHARDED = """
+import sys
+from accelerate import Accelerator
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+import train_accelerate
+
+prepare = Accelerator.prepare
+
+def sharded(self, model, optimizer):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    for block in model.transformer.h:
+        fully_shard(block)
+    fully_shard(model)
+    parameters = dict(model.named_parameters())
+    assert all(isinstance(parameter, DTensor) for parameter in parameters.values())
+    assert model.lm_head.weight is model.transformer.wte.weight
+    for group, of_group in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = [parameters[name] for name in of_group]
+    print("sharded:", tuple(model.lm_head.weight.to_local().shape), "of", tuple(model.lm_head.weight.shape), flush=True)
+    return model, prepare(self, optimizer)
+
+Accelerator.prepare = sharded
+train_accelerate.main(sys.argv[1:])
+"""
+
+
+def test_a_sharded_run_equals_a_whole_one_and_each_goes_on_from_the_others_checkpoint(finished, shards, tmp_path):
+    whole = shutil.ignore_patterns("step-000020", "step-000030", "model")
+    shutil.copytree(finished[0], tmp_path / "run", ignore=whole)
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    flags = {"shards": shards, "hellaswag": shards.parent / "hellaswag.jsonl", "output_dir": tmp_path / "run"}
+    flags |= {**RECIPE, "per_device_train_batch_size": 2, "resume_from_checkpoint": "latest"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [sys.executable, *launcher, str(tmp_path / "sharded.py"), *as_flags(flags)],
+        env={**os.environ, **CPU_FP32, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "sharded: (150, 32) of (300, 32)" in result.stdout
+    assert "going on from step 10" in result.stdout
+    for name in ("loss", "grad_norm", "validation_loss", "hellaswag_completion_acc_norm"):
+        assert rows_of(tmp_path / "run", name) == pytest.approx(rows_of(finished[0], name), abs=1e-5), name
+
+    shutil.rmtree(tmp_path / "run" / "step-000030")
+    assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest") == 0
+    assert len(rows_of(tmp_path / "run")) == 30
+    assert rows_of(tmp_path / "run") == pytest.approx(rows_of(finished[0]), abs=1e-5)
