@@ -8,9 +8,10 @@ FineWeb-Edu. Both end with a folder that `from_pretrained` and `pipeline` load.
 """
 
 import math
+import shutil
 import time
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -42,14 +43,16 @@ from modeling_gpt2repro.hub.conversion import load_as_ours
 from modeling_gpt2repro.hub.folder import FROM_SCRATCH, save_hub_folder
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
+from modeling_gpt2repro.training.batch_size import find_batch_size
 from modeling_gpt2repro.training.command_line import Problems, bad_input_exits, parse_command_line
-from modeling_gpt2repro.training.hardware import flops_and_peak, hardware_record
+from modeling_gpt2repro.training.hardware import flops_and_peak, hardware_record, peak_memory_gb
 from modeling_gpt2repro.training.launch import main_process_first, start_accelerator
 from modeling_gpt2repro.training.metrics import MetricsLog
 from modeling_gpt2repro.training.monitor import Monitor
 from modeling_gpt2repro.training.optimizer import build_optimizer
 from modeling_gpt2repro.training.outliers import StepGuard
 from modeling_gpt2repro.training.plot import plot_loss
+from modeling_gpt2repro.training.preflight import Measured, preflight_report, time_steps
 from modeling_gpt2repro.training.presets import PRESETS
 from modeling_gpt2repro.training.progress import TimedIterator, TrainProgress, is_due
 from modeling_gpt2repro.training.record import changed_arguments, make_writable, write_run_record
@@ -57,7 +60,7 @@ from modeling_gpt2repro.training.schedule import learning_rate_at, set_learning_
 from modeling_gpt2repro.training.sealed_folder import put_in_place
 from modeling_gpt2repro.training.sharding import copy_whole, is_sharded
 from modeling_gpt2repro.training.state_tensors import load_optimizer, load_random, optimizer_tensors, random_tensors
-from modeling_gpt2repro.training.step import train_step
+from modeling_gpt2repro.training.step import StepNumbers, train_step
 from modeling_gpt2repro.training.stop import EXIT_CODE, StopRequest
 from modeling_gpt2repro.training.words import (
     cannot_save,
@@ -69,6 +72,8 @@ from modeling_gpt2repro.training.words import (
 )
 
 FAILED_SAVES = 3  # in a row, after which a run stops
+EVALUATED_PART = 100  # HellaSwag's rows, and batches of validation, from which a preflight reckons an evaluation
+PREFLIGHT_CHECKPOINT = "step-preflight"
 
 
 def main(argv: list[str] | None = None):
@@ -78,6 +83,8 @@ def main(argv: list[str] | None = None):
         accelerator = start_accelerator(args)
         run = open_run(args, accelerator)
     progress = run.progress
+    if args.preflight:
+        return preflight(run)
     with closing(run.data.batches), closing(run.monitor), run.stop, out_of_memory_is_told(args):
         introduce(run)
         while progress.step < args.total_steps and not run.stop.agreed():
@@ -158,9 +165,11 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
     model = build_model(args, data, weights, their_tokenizer)
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
-    accelerator.gradient_accumulation_steps, _ = data.batches.micro_batch_shape
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
+    if args.find_batch_size:
+        take_largest_batch(args, accelerator, data, model)
+    accelerator.gradient_accumulation_steps, _ = data.batches.micro_batch_shape
     if checkpoint:
         state = checkpoints.read_state(checkpoint, data.identity)
         progress.load_state_dict(state["progress"])
@@ -174,14 +183,14 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
     changed = changed_arguments(args)
     for name, (then, now) in changed.items():
         accelerator.print(f"This run began with {name} {then} and goes on with {now}.")
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not args.preflight:
         checkpoints.clear_remains(output_dir)
         write_run_record(args, hardware_record(accelerator), data.identity)
-    resumed_step = progress.step if args.resume_from_checkpoint else None
+    resumed_step = progress.step if args.resume_from_checkpoint and not args.preflight else None
     log = MetricsLog(output_dir, resumed_step, accelerator.is_main_process, changed)
     speed = flops_and_peak(accelerator.unwrap_model(model), args.block_size, accelerator)
     monitor = Monitor(accelerator, args.total_steps, args.logging_steps, progress, log, *speed)
-    if args.report_to != "none":
+    if args.report_to != "none" and not args.preflight:
         accelerator.init_trackers("gpt2repro", config={k: v for k, v in vars(args).items() if v is not None})
     return Run(args, accelerator, data, hellaswag, model, optimizer, progress, guard, monitor, origin)
 
@@ -294,6 +303,17 @@ def build_model(
     return model
 
 
+def take_largest_batch(args: TrainArguments, accelerator: Accelerator, data: TrainingData, model: nn.Module):
+    """Put the largest batch that fits into the arguments and the data; the rows of a step stay as they are."""
+    module = accelerator.unwrap_model(model, keep_torch_compile=True)
+    most = -(-args.rows_per_step // accelerator.num_processes)
+    config = accelerator.unwrap_model(model, keep_torch_compile=False).config
+    rows = find_batch_size(accelerator, module, args.block_size, config.vocab_size, most)
+    args.per_device_train_batch_size = rows
+    data.batches.shape = replace(data.batches.shape, micro_batch_rows=rows)
+    accelerator.print(f"The largest batch that fits: --per_device_train_batch_size {rows}.")
+
+
 def introduce(run: Run):
     """Say what will happen, and what the losses are to be measured by."""
     args, accelerator, vocab_size = run.args, run.accelerator, run.bare_model.config.vocab_size
@@ -309,7 +329,12 @@ def introduce(run: Run):
 
 
 def train(run: Run):
-    """One optimizer step at the rate of its number."""
+    """One optimizer step, logged and shown."""
+    note_skipped(run, run.monitor.trained(*take_step(run)))
+
+
+def take_step(run: Run) -> tuple[StepNumbers, float, float]:
+    """One optimizer step at the rate of its number; its numbers, the rate, and how long it waited for data."""
     args, progress, optimizer = run.args, run.progress, run.optimizer
     learning_rate = learning_rate_at(
         progress.step, args.total_steps, args.warmup_steps, args.learning_rate, args.final_learning_rate_ratio
@@ -319,7 +344,7 @@ def train(run: Run):
     limits = (args.tokens_per_step, args.max_grad_norm, run.guard)
     numbers = train_step(run.accelerator, run.model, optimizer, micro_batches, *limits)
     progress.advance(args.tokens_per_step)
-    note_skipped(run, run.monitor.trained(numbers, learning_rate, micro_batches.seconds))
+    return numbers, learning_rate, micro_batches.seconds
 
 
 def evaluate(run: Run):
@@ -361,34 +386,41 @@ def save(run: Run, must: bool = False):
     Args:
         must: A save that fails, else made up for by the next one, ends the run.
     """
-    accelerator, progress, bare = run.accelerator, run.progress, run.bare_model
+    accelerator, progress = run.accelerator, run.progress
     with run.monitor.apart():
         if not must and progress.last_skipped == progress.step:
             run.monitor.say(f"step {progress.step:>6}: no checkpoint, because this step was skipped")
             return
-        started, module = time.perf_counter(), run.whole_model()
-        state = {
-            "progress": progress.state_dict(),
-            "data": checkpoints.join_states(gather_object([run.data.batches.state_dict()])),
-            "guard": run.guard.state_dict(),
-            "origin": run.origin,
-            "identity": run.data.identity,
-        }
-        problem = checkpoints.save_checkpoint(
-            accelerator,
-            run.output_dir / checkpoints.checkpoint_name(progress.step),
-            lambda folder: save_hub_folder(module, run.data.tokenizer, folder, run.origin),
-            optimizer_tensors(bare, run.optimizer, keep=accelerator.is_main_process),
-            random_tensors(accelerator),
-            state,
-            checkpoints.Keep(run.args.save_total_limit, run.args.keep_every),
-        )
+        started = time.perf_counter()
+        keep = checkpoints.Keep(run.args.save_total_limit, run.args.keep_every)
+        problem = write_checkpoint(run, run.output_dir / checkpoints.checkpoint_name(progress.step), keep)
         run.monitor.record({"save_seconds": time.perf_counter() - started})
     run.failed_saves = run.failed_saves + 1 if problem else 0
     if problem:
         run.monitor.say(f"step {progress.step:>6}: no checkpoint ({problem}); the one before stays")
         if must or run.failed_saves == FAILED_SAVES:
             raise SystemExit(cannot_save(run.args, problem) if accelerator.is_main_process else 1)
+
+
+def write_checkpoint(run: Run, folder: Path, keep: checkpoints.Keep) -> str | None:
+    """Write everything that a run goes on from; why it could not be written, if so."""
+    accelerator, module = run.accelerator, run.whole_model()
+    state = {
+        "progress": run.progress.state_dict(),
+        "data": checkpoints.join_states(gather_object([run.data.batches.state_dict()])),
+        "guard": run.guard.state_dict(),
+        "origin": run.origin,
+        "identity": run.data.identity,
+    }
+    return checkpoints.save_checkpoint(
+        accelerator,
+        folder,
+        lambda folder: save_hub_folder(module, run.data.tokenizer, folder, run.origin),
+        optimizer_tensors(run.bare_model, run.optimizer, keep=accelerator.is_main_process),
+        random_tensors(accelerator),
+        state,
+        keep,
+    )
 
 
 def leave(run: Run):
@@ -401,6 +433,45 @@ def leave(run: Run):
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     raise SystemExit(EXIT_CODE)
+
+
+def preflight(run: Run):
+    """Ten steps, a part of an evaluation and a checkpoint, none of which is kept; then what the whole run will take."""
+    args, accelerator, monitor = run.args, run.accelerator, run.monitor
+    with closing(run.data.batches), closing(monitor), out_of_memory_is_told(args):
+        introduce(run)
+
+        def step() -> float:
+            numbers, _, waited = take_step(run)
+            numbers.loss.item()  # waits for the device
+            return waited
+
+        first, median, waited = time_steps(step)
+        started, module = time.perf_counter(), run.whole_model()
+        rows, few = args.per_device_eval_batch_size or args.per_device_train_batch_size, run.hellaswag[:EVALUATED_PART]
+        part = min(args.eval_tokens, EVALUATED_PART * rows * args.block_size * accelerator.num_processes)
+        validation_loss(accelerator, module, run.data.validation_batches(part, rows))
+        evaluation = (time.perf_counter() - started) * args.eval_tokens / part
+        if few:
+            started = time.perf_counter()
+            hellaswag_accuracies(accelerator, module, run.data.tokenizer, few)
+            evaluation += (time.perf_counter() - started) * len(run.hellaswag) / len(few)
+        memory = peak_memory_gb(accelerator.device)
+        started, folder = time.perf_counter(), run.output_dir / PREFLIGHT_CHECKPOINT
+        problem = write_checkpoint(run, folder, checkpoints.Keep())
+        seconds = time.perf_counter() - started
+        if accelerator.is_main_process:
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            measured = Measured(first, median, waited, evaluation, seconds, size, memory)
+            rows_per_epoch = getattr(run.data.batches, "rows_per_epoch", None)
+            epochs = rows_per_epoch and args.total_steps * args.rows_per_step / rows_per_epoch
+            report, problems = preflight_report(args, measured, monitor.flops_per_token, monitor.peak_flops, epochs)
+            shutil.rmtree(folder, ignore_errors=True)
+            problems += [cannot_save(args, problem)] if problem else []
+            monitor.say("\n".join([report, *problems]))
+            if problems:
+                raise SystemExit(1)
+    accelerator.end_training()
 
 
 def export(run: Run) -> Path:

@@ -124,6 +124,11 @@ class ShuffledBatches:
         rows = -(-self.shape.rows_per_step // self.shape.num_processes)
         return divide_evenly(rows, self.shape.micro_batch_rows)
 
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that come before one comes again."""
+        return self.order.rows
+
     def read(self, places: np.ndarray) -> np.ndarray:
         """Places in the order of training (n,) -> ids (n, T + 1)."""
         return self.rows.read(self.order.row_numbers(places))

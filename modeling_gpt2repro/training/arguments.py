@@ -79,6 +79,14 @@ class TrainArguments:
         default=None, help="The same bits each time; by default on the CPU only, as it can cost time on a GPU."
     )
 
+    preflight: bool = HfArg(
+        default=False, help="Check everything, take ten steps, say what the whole run will take, and leave."
+    )
+    price_per_hour: float | None = HfArg(default=None, help="Of all machines together, for the preflight's cost.")
+    find_batch_size: bool = HfArg(
+        default=False, help="Find the largest per_device_train_batch_size that fits, and take it."
+    )
+
     logging_steps: int = HfArg(
         default=10, help="Steps between looks at the numbers, for each of which the device is waited for."
     )
@@ -133,7 +141,7 @@ class TrainArguments:
             yield f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}."
         positive = ("n_layer", "n_head", "n_embd", "block_size", "train_tokens", "tokens_per_step", "eval_tokens")
         positive += ("per_device_train_batch_size", "learning_rate", "max_grad_norm", "logging_steps")
-        positive += ("per_device_eval_batch_size", "tokenizer_vocab_size", "max_skipped")
+        positive += ("price_per_hour", "per_device_eval_batch_size", "tokenizer_vocab_size", "max_skipped")
         for name in positive:
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 yield f"{name} ({getattr(self, name)}) must be greater than 0."

@@ -108,9 +108,11 @@ class Keep:
 
     def too_many(self, found: list[Path], newest: Path) -> list[Path]:
         """Those to delete; never one that is later than the newest, which can only be a damaged one."""
+        if not self.limit:
+            return []
         ordinary = [path for path in found if not (self.every and step_of(path) % self.every == 0)]
         ordinary = [path for path in ordinary if step_of(path) <= step_of(newest)]
-        return ordinary[: -self.limit] if self.limit else []
+        return ordinary[: -self.limit]
 
 
 def save_checkpoint(

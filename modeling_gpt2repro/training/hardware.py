@@ -134,6 +134,11 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or a CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def device_name(device: torch.device) -> str:
     """A name that a person recognizes: the GPU's, or the processor's with its threads."""
     if device.type == "cuda":
@@ -147,6 +152,11 @@ def estimate_cpu_seconds(flops: float, dtype: torch.dtype) -> float:
     """Seconds that `flops` would take on this CPU at the rate of one measured matrix product: a lower bound."""
     side = 1024
     return flops * matmul_seconds(dtype, side) / (2 * side**3)
+
+
+def readable_bytes(count: float) -> str:
+    """8_100_000 -> '8.1 MB'; 1_500_000_000 -> '1.5 GB'."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def readable_duration(seconds: float) -> str:

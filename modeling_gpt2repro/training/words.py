@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from .arguments import TrainArguments
-from .hardware import device_name, estimate_cpu_seconds, flops_per_token, readable_duration
+from .hardware import device_name, estimate_cpu_seconds, flops_per_token, is_out_of_memory, readable_duration
 from .progress import TrainProgress
 
 
@@ -118,7 +118,7 @@ def out_of_memory_is_told(args: TrainArguments) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         rows = args.per_device_train_batch_size
         advice = "a smaller --block_size or model, or a device with more memory"
