@@ -34,7 +34,8 @@ def find_batch_size(accelerator: Accelerator, model: nn.Module, block_size: int,
     del moments
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
-    torch.compiler.reset()  # graphs of the sizes that were tried, some of them for any size and slower
+    if hasattr(model, "_orig_mod"):  # compiled: graphs of the sizes that were tried, some of them for any size
+        torch.compiler.reset()
     if not found:
         raise ValueError(f"not even one row of block_size {block_size} fits into memory: take a smaller model or rows.")
     return found

@@ -98,6 +98,7 @@ def preflight_report(
     if needed > free:
         problems.append(
             f"output_dir ({args.output_dir}) has {readable_bytes(free)} free, and the run needs "
-            f"{readable_bytes(needed)}: make room, or keep fewer checkpoints than --save_total_limit {args.save_total_limit}."
+            f"{readable_bytes(needed)}: make room, or keep fewer checkpoints than --save_total_limit "
+            f"{args.save_total_limit}."
         )
     return "".join(f"{name:<12} {value}\n" for name, value in lines.items()), problems
