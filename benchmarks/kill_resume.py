@@ -94,8 +94,10 @@ def kill_once(output_dir: Path, steps: int, draw: random.Random, moment: str, at
     found = find_checkpoints(output_dir)
     newest = int(found[-1].name.removeprefix("step-")) if found else 0
     half_written = bool(list(output_dir.glob(".step-*")) or list(output_dir.glob(".model*")))
-    hit = "before the first step" if logged_step(output_dir) == before else "training"
-    attempts.hit["a checkpoint half-written" if half_written else hit] += 1
+    hit = "a checkpoint half-written" if half_written else "training"
+    if logged_step(output_dir) == before:  # what is half-written may be of the kill before
+        hit = "starting"
+    attempts.hit[hit] += 1
     attempts.resumed_from.append(newest)
     attempts.lost_steps.append(logged_step(output_dir) - newest)
     return True

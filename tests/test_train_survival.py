@@ -289,3 +289,25 @@ def test_a_signal_to_accelerate_launch_reaches_the_run(shards, tmp_path, name):
     assert "Stopped by SIG" in said
     assert "accelerate.commands.launch --cpu --num_processes 1" in said
     launcher.wait(timeout=10)
+
+
+def test_a_checkpoint_on_the_hub_at_a_revision_is_gone_on_from(finished, shards, hub, tmp_path):
+    repository = hub.new_repository("models/toy/run")
+    shutil.copytree(finished[0] / "step-000020", repository, dirs_exist_ok=True)
+    program = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from pathlib import Path
+from toy_runs import train_here
+shards = Path({str(shards)!r})
+print("code", train_here(Path({str(tmp_path / "run")!r}), shards, resume_from_checkpoint="toy/run@main"))
+print("code", train_here(Path({str(tmp_path / "none")!r}), shards, resume_from_checkpoint="toy/nowhere@v9"))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=hub.environment(tmp_path / "home"), capture_output=True, text=True
+    )
+    assert "going on from step 20" in result.stdout, result.stderr[-2000:]
+    assert result.stdout.count("code 0") == 1
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
+    assert "code 2" in result.stdout
+    assert "toy/nowhere@v9 is no folder, and the Hub does not give it (" in result.stderr

@@ -1,0 +1,221 @@
+"""Time our HellaSwag scorer against the lecture's loop, which takes one row at a time, on the same model.
+
+    python -m benchmarks.hellaswag                                     # GPT-2 124M, 200 rows from the Hub, fp32
+    python -m benchmarks.hellaswag --data hellaswag_val.jsonl --rows 10042 --rounds 1 --device cuda --dtype bf16
+
+Both score build-nanogpt's protocol ("completion") with the same tokenizer, from texts to answers. The lecture's way is
+written below: a row's four endings, each behind its own copy of the context, as a padded batch of four; logits and
+losses of all positions, of which a mask keeps the endings'. Weights are random, which changes nothing in what is
+computed. The rows are drawn evenly from the file. The two take turns, and which goes first alternates; the figures are
+medians over rounds. In fp32 every answer must be the same, and the scores within 1e-4 of each other.
+"""
+
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
+
+from benchmarks.prepare import quartiles
+from benchmarks.training_step import NO_SPECIAL_TOKENS, SEED, SHAPES, add_to_file, machine
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from modeling_gpt2repro.data.tokenizer import load_tokenizer
+from modeling_gpt2repro.evaluation.hellaswag import score_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag_rows import HellaSwagRow, load_hellaswag
+from modeling_gpt2repro.training.command_line import bad_input_exits, parse_command_line
+
+SIDES = ("ours", "lecture")
+SCORES_WITHIN = 1e-4  # relative, in fp32
+
+Scores = np.ndarray  # (rows, 4): log-likelihoods of the endings, in nats
+Lengths = np.ndarray  # (rows, 4): their tokens
+Scorer = Callable[[], tuple[Scores, Lengths]]
+
+
+@dataclass
+class BenchmarkArguments:
+    data: str = HfArg(default="Rowan/hellaswag", help="A local jsonl in HellaSwag's schema, or a dataset on the Hub.")
+    tokenizer: str = HfArg(default="gpt2", help="'gpt2', a folder or a Hub id.")
+    shape: Literal["toy", "tiny", "124m"] = HfArg(default="124m", help="124m: GPT-2; the others are for a quick look.")
+    kind: Literal["ours", "stock"] = HfArg(default="ours", help="Whose model both score: ours or transformers' GPT-2.")
+    rows: int = HfArg(default=200, help="Rows to score: with few, long and short ones meet in a batch.")
+    rounds: int = HfArg(default=3, help="How often the two take turns.")
+    batch_tokens: int | None = HfArg(default=None, help="Of our batches; eval_hellaswag.py's default, if not given.")
+    dtype: Literal["fp32", "bf16"] = HfArg(default="fp32", help="Of the weights; answers may differ in bf16.")
+    device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: CUDA where there is one.")
+    output: str | None = HfArg(default=None, help="Add the result to this JSON file (a list of results).")
+
+    def __post_init__(self):
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        small = [n for n in ("rows", "rounds", "batch_tokens") if getattr(self, n) is not None and getattr(self, n) < 1]
+        problems = [f"--{name} ({getattr(self, name)}) must be at least 1." for name in small]
+        if self.device == "cuda" and not torch.cuda.is_available():
+            problems.append("--device cuda cannot be used here: torch sees no GPU; say cpu.")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+def main(argv: list[str] | None = None):
+    args = parse_command_line(BenchmarkArguments, argv, description=__doc__)
+    with bad_input_exits():
+        rows, tokenizer = load_hellaswag(args.data), load_tokenizer(args.tokenizer)
+    rows = [rows[i * len(rows) // args.rows] for i in range(args.rows)] if args.rows < len(rows) else rows
+    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    model = build_model(args, vocab_size=len(tokenizer))
+    scorers = {
+        "ours": lambda: our_scores(model, tokenizer, rows, args.batch_tokens),
+        "lecture": lambda: lecture_scores(model, tokenizer, rows),
+    }
+    positions, seconds, cpu_seconds, found = take_turns(model, scorers, args.rounds)
+    result = {
+        "command": shlex.join(["python", "-m", "benchmarks.hellaswag", *(sys.argv[1:] if argv is None else argv)]),
+        "settings": {name: value for name, value in asdict(args).items() if name not in ("rounds", "output", "data")},
+        "machine": machine(args.device) | {"load_average_before": load_before},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
+        "rows": {"all": len(rows), "of_wikihow": sum("[header]" in row.ctx or "[step]" in row.ctx for row in rows)},
+        "seconds": seconds,
+        "rows_per_second": {side: len(rows) / float(np.median(seconds[side])) for side in SIDES},
+        "lecture_over_ours": {"seconds": quartiles(seconds), "cpu_seconds": quartiles(cpu_seconds)},
+        "positions": positions,
+        "answers": compare_answers(found, exact=args.dtype == "fp32"),
+    }
+    report(args, result)
+    if args.output:
+        add_to_file(Path(args.output), result)
+
+
+def build_model(args: BenchmarkArguments, vocab_size: int) -> PreTrainedModel:
+    """A GPT-2 with fresh weights, on the device, in evaluation mode."""
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as in the lecture
+    torch.manual_seed(SEED)
+    shape = SHAPES[args.shape] | NO_SPECIAL_TOKENS | {"vocab_size": vocab_size}
+    if args.kind == "ours":
+        model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(**shape))
+    return model.to(args.device, torch.bfloat16 if args.dtype == "bf16" else torch.float32).eval()
+
+
+def our_scores(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[HellaSwagRow], batch_tokens: int | None
+) -> tuple[Scores, Lengths]:
+    """As `eval_hellaswag.py` does it."""
+    results = score_hellaswag(model, tokenizer, rows, ("completion",), batch_tokens)
+    return np.array([result.log_likelihoods for result in results]), np.array([result.lengths for result in results])
+
+
+@torch.no_grad()
+def lecture_scores(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[HellaSwagRow]
+) -> tuple[Scores, Lengths]:
+    """The lecture's way: a row at a time, everything for each of its endings."""
+    scores, lengths = [], []
+    for row in rows:
+        context = tokenizer.encode(row.ctx)
+        endings = [tokenizer.encode(f" {ending}") for ending in row.endings]
+        T = len(context) + max(map(len, endings))
+        ids, mask = torch.zeros(4, T, dtype=torch.long), torch.zeros(4, T)
+        for number, ending in enumerate(endings):
+            ids[number, : len(context) + len(ending)] = torch.tensor(context + ending)
+            mask[number, len(context) : len(context) + len(ending)] = 1
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        logits = model(ids).logits[:, :-1].contiguous()  # (4, T - 1, V)
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        summed = (losses.view(4, -1) * mask[:, 1:]).sum(dim=1)  # (4,)
+        scores.append([-loss for loss in summed.tolist()])
+        lengths.append(mask.sum(dim=1).long().tolist())
+    return np.array(scores), np.array(lengths)
+
+
+def take_turns(
+    model: PreTrainedModel, scorers: dict[str, Scorer], rounds: int
+) -> tuple[dict, dict[str, list[float]], dict[str, list[float]], dict[str, tuple[Scores, Lengths]]]:
+    """Positions computed, seconds of each turn, seconds of processor time in it, and what was found; each by side."""
+    seconds, cpu_seconds = ({side: [] for side in SIDES} for _ in range(2))
+    positions, found = {}, {}
+    for number in range(rounds):
+        for side in SIDES if number % 2 == 0 else SIDES[::-1]:
+            with counted_positions(model) as positions[side]:
+                started, cpu_started = time.perf_counter(), time.process_time()
+                found[side] = scorers[side]()
+                seconds[side].append(time.perf_counter() - started)
+                cpu_seconds[side].append(time.process_time() - cpu_started)
+    return positions, seconds, cpu_seconds, found
+
+
+@contextmanager
+def counted_positions(model: PreTrainedModel) -> Iterator[dict[str, int]]:
+    """Through the blocks and through the head, padding included; counted while inside."""
+    count = {"blocks": 0, "head": 0}
+
+    def count_ids(_, inputs):
+        count["blocks"] += inputs[0].numel()
+
+    def count_logits(_, inputs, logits):
+        count["head"] += logits.shape[:-1].numel()
+
+    hooks = [model.get_input_embeddings().register_forward_pre_hook(count_ids)]
+    hooks.append(model.get_output_embeddings().register_forward_hook(count_logits))
+    try:
+        yield count
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def compare_answers(found: dict[str, tuple[Scores, Lengths]], exact: bool) -> dict[str, int | float]:
+    """How many answers are the same, by sum and by mean, and how far apart the scores are.
+
+    Raises:
+        ValueError: If `exact` and they are not the same.
+    """
+    (ours, our_lengths), (theirs, their_lengths) = found["ours"], found["lecture"]
+    difference = float((np.abs(ours - theirs) / np.abs(theirs)).max())
+    same = int((ours.argmax(1) == theirs.argmax(1)).sum())
+    same_norm = int(((ours / our_lengths).argmax(1) == (theirs / their_lengths).argmax(1)).sum())
+    if exact and (min(same, same_norm) < len(ours) or difference > SCORES_WITHIN):
+        raise ValueError(
+            f"the two agree on {same} (acc) and {same_norm} (acc_norm) of {len(ours)} answers, with scores "
+            f"{difference:.1e} apart: they must agree on all, within {SCORES_WITHIN:.0e}."
+        )
+    return {"same_acc": same, "same_acc_norm": same_norm, "largest_relative_difference": difference}
+
+
+def report(args: BenchmarkArguments, result: dict):
+    """A table, and one line to take away."""
+    where = result["machine"].get("gpu") or f"{result['machine']['cpu']}, {result['machine']['threads']} threads"
+    rows, answers = result["rows"], result["answers"]
+    of_what = f"{rows['all']} rows, {rows['of_wikihow']} of WikiHow"
+    print(f"{args.shape}, {args.dtype}, {of_what}, {args.rounds} rounds; {where}\n")
+    print(f"{'':8} {'rows/s':>8} {'seconds':>8} {'positions in blocks':>20} {'in the head':>12}")
+    for side in SIDES:
+        positions = result["positions"][side]
+        print(
+            f"{side:8} {result['rows_per_second'][side]:8.2f} {np.median(result['seconds'][side]):8.1f} "
+            f"{positions['blocks']:20,} {positions['head']:12,}"
+        )
+    ratio, cpu_ratio = (result["lecture_over_ours"][kind] for kind in ("seconds", "cpu_seconds"))
+    print(
+        f"\nours is {ratio['median']:.3f} times as fast (quartiles {ratio['lower_quartile']:.3f} to "
+        f"{ratio['upper_quartile']:.3f}; by processor time {cpu_ratio['median']:.3f}); of {rows['all']} answers "
+        f"{answers['same_acc']} (acc) and {answers['same_acc_norm']} (acc_norm) are the same, scores differ by at most "
+        f"{answers['largest_relative_difference']:.1e}"
+    )
+
+
+if __name__ == "__main__":
+    main()
