@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toy_runs import ROOT, ROWS, SHAPE, STEPS, as_flags, rows_of, train
+from toy_runs import ROOT, ROWS, SHAPE, STEPS, as_flags, rows_of, train, train_here
 
 
 def plain_start(shards: Path) -> tuple[nn.Module, np.ndarray, list[int]]:
@@ -73,18 +73,26 @@ def test_the_losses_equal_those_of_a_plain_loop_around_stock_gpt2(finished, shar
     assert losses == pytest.approx(expected, abs=1e-5)
 
 
-def test_two_processes_equal_one(finished, shards, tmp_path):
-    train(tmp_path / "two", shards, processes=2, per_device_train_batch_size=2)
+def test_three_processes_and_uneven_micro_batches_equal_one_process(finished, shards, tmp_path):
+    """8 rows a step: two micro-batches on each process, of 2 rows, one of them empty somewhere."""
+    result = train(tmp_path / "three", shards, processes=3, per_device_train_batch_size=2)
+    assert "3 processes x 2 micro-batches x 2 rows x 32 tokens, less 4 rows left empty" in result.stdout
     hellaswag = ("hellaswag_completion_acc_norm", "hellaswag_lm_eval_acc")
     for name in ("loss", "grad_norm", "validation_loss", *hellaswag):
-        assert rows_of(tmp_path / "two", name) == pytest.approx(rows_of(finished[0], name), abs=1e-5), name
+        assert rows_of(tmp_path / "three", name) == pytest.approx(rows_of(finished[0], name), abs=1e-5), name
 
 
-def test_stop_and_resume_equal_never_stopped(finished, shards, tmp_path):
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_the_micro_batch_does_not_change_the_curve(finished, shards, tmp_path, rows):
+    assert train_here(tmp_path / "run", shards, per_device_train_batch_size=rows, eval_steps=0, num_samples=0) == 0
+    assert rows_of(tmp_path / "run") == pytest.approx(rows_of(finished[0]), abs=1e-5)
+
+
+def test_stop_and_resume_equal_never_stopped(finished, shards, tmp_path, capsys):
     # As if it had been killed after step 20: the later checkpoint is gone, the log goes on to 30.
     shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("step-000030", "model"))
-    again = train(tmp_path / "run", shards, resume_from_checkpoint="latest")
-    assert "going on from step 20" in again.stdout
+    assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest") == 0
+    assert "going on from step 20" in capsys.readouterr().out
     assert rows_of(tmp_path / "run") == rows_of(finished[0])
     expected = (finished[0] / "model/model.safetensors").read_bytes()
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == expected
@@ -92,7 +100,7 @@ def test_stop_and_resume_equal_never_stopped(finished, shards, tmp_path):
 
 def test_under_the_document_mask_a_loss_is_that_of_each_document_alone(shards, tmp_path):
     one_step = {"train_tokens": ROWS * 32, "warmup_tokens": 0, "eval_steps": 0, "num_samples": 0}
-    train(tmp_path / "run", shards, document_mask=True, hellaswag="none", **one_step)
+    assert train_here(tmp_path / "run", shards, document_mask=True, hellaswag="none", **one_step) == 0
     model, rows, order = plain_start(shards)
     losses = []
     for row in torch.from_numpy(rows[order[:ROWS]]):
@@ -116,7 +124,7 @@ def test_training_goes_on_from_the_weights_that_it_is_given(finished, shards, tm
         "eval_steps": 0,
         "num_samples": 0,
     }
-    train(tmp_path / "run", shards, init_from=tmp_path / "stock", hellaswag="none", **short)
+    assert train_here(tmp_path / "run", shards, init_from=tmp_path / "stock", hellaswag="none", **short) == 0
     last = rows_of(finished[0], "validation_loss")[-1]
     assert rows_of(tmp_path / "run", "validation_loss")[0] == pytest.approx(last, abs=1e-5)
     assert "A GPT-2 trained on from stock." in (tmp_path / "run" / "model" / "README.md").read_text()

@@ -7,16 +7,18 @@ import subprocess
 import sys
 
 import pytest
-from toy_runs import RECIPE, ROOT, as_flags, train
+import torch
+from toy_runs import RECIPE, ROOT, as_flags, train, train_here
 
 import train_accelerate
 
 
-def test_changed_arguments_are_told_when_a_run_goes_on(finished, shards, tmp_path):
+def test_changed_arguments_are_told_when_a_run_goes_on(finished, shards, tmp_path, capsys):
     shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "step-000030")
-    result = train(tmp_path / "run", shards, resume_from_checkpoint="latest", learning_rate=0.005, eval_steps=0)
-    assert "This run began with learning_rate 0.01 and goes on with 0.005." in result.stdout
+    changed = {"learning_rate": 0.005, "eval_steps": 0}
+    assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest", **changed) == 0
+    assert "This run began with learning_rate 0.01 and goes on with 0.005." in capsys.readouterr().out
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     changed = next(row["changed"] for row in events if row.get("event") == "resume")
     assert changed["learning_rate"] == [0.01, 0.005]
@@ -27,6 +29,7 @@ def refused(capsys, output_dir, shards, **overrides) -> str:
     given = {"shards": shards, "output_dir": output_dir, **RECIPE, "hellaswag": "none", **overrides}
     with pytest.raises(SystemExit) as exit_:
         train_accelerate.main(as_flags(given))
+    torch.use_deterministic_algorithms(False)
     assert exit_.value.code == 2
     return capsys.readouterr().err
 
@@ -38,19 +41,9 @@ def test_an_output_dir_that_holds_another_run_is_left_alone(finished, shards, ca
     assert (finished[0] / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_order_of_the_data_cannot_be_resumed(finished, shards):
-    result = train(finished[0], shards, check=False, resume_from_checkpoint="latest", seed=12)
-    assert result.returncode == 2
-    assert "was made with seed 11, not 12" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-def test_a_run_that_diverges_ends_in_words_before_it_saves(shards, tmp_path):
-    result = train(tmp_path / "run", shards, check=False, learning_rate=1e20, eval_steps=0)
-    assert result.returncode == 1
-    assert "--resume_from_checkpoint latest and a lower --learning_rate than 1e+20" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not list((tmp_path / "run").glob("step-*"))
+def test_another_order_of_the_data_cannot_be_resumed(finished, shards, capsys):
+    assert train_here(finished[0], shards, resume_from_checkpoint="latest", seed=12) == 2
+    assert "was made with seed 11, not 12" in capsys.readouterr().err
 
 
 def test_several_inputs_that_do_not_fit_are_told_together(shards, tmp_path):

@@ -16,7 +16,9 @@ import torch
 from toy_runs import CPU_FP32, RECIPE, ROOT, ROWS, as_flags, rows_of, train_here
 
 import train_accelerate
-from modeling_gpt2repro.training.stop import StopRequest, command_that_goes_on
+from modeling_gpt2repro.training import launcher as launchers
+from modeling_gpt2repro.training.launcher import command_that_goes_on, processes_asked_for
+from modeling_gpt2repro.training.stop import StopRequest
 
 WEIGHTS = "model/model.safetensors"
 
@@ -267,6 +269,26 @@ def test_the_command_that_goes_on_is_the_one_that_was_given(monkeypatch):
     assert command_that_goes_on() == "python3 train_accelerate.py --preset quickstart --resume_from_checkpoint latest"
     monkeypatch.setattr(sys, "orig_argv", ["python", "t.py", "--resume_from_checkpoint", "step-000005", "--seed", "1"])
     assert command_that_goes_on() == "python t.py --seed 1 --resume_from_checkpoint latest"
+
+
+def test_one_process_where_several_were_asked_for_is_noticed(shards, tmp_path, monkeypatch, capsys):
+    words = ["python", "/usr/bin/accelerate", "launch", "--cpu", "--num_processes", "2", "train_accelerate.py"]
+    monkeypatch.setattr(launchers, "launcher", lambda: words)
+    assert processes_asked_for() == 2
+    assert train_here(tmp_path / "run", shards) == 2
+    assert (
+        "asked for 2 processes and started one: on CPUs launch with ACCELERATE_USE_CPU=true" in capsys.readouterr().err
+    )
+    monkeypatch.setattr(launchers, "launcher", lambda: [*words[:3], "--num_processes=8", "--config_file", "a.yaml"])
+    assert processes_asked_for() == 8
+    monkeypatch.setattr(launchers, "launcher", lambda: None)
+    assert processes_asked_for() is None
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(shards, tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder")
+    assert train_here(tmp_path / "file" / "run", shards) == 2
+    assert "cannot be written (Not a directory): give another" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .arguments import TrainArguments
 from .hardware import cpu_lacks_bf16, usable_cores
+from .launcher import processes_asked_for
 
 Result = TypeVar("Result")
 
@@ -54,6 +55,12 @@ def start_accelerator(args: TrainArguments) -> Accelerator:
             f"the launcher started {args.num_processes} processes, but each sees {accelerator.num_processes}: they "
             "would train separately. On CPUs launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
             f"--num_processes {args.num_processes}; on GPUs check that each process has one."
+        )
+    asked = processes_asked_for()
+    if asked and accelerator.num_processes == 1 < asked:  # what --cpu does to it
+        raise ValueError(
+            f"the launcher was asked for {asked} processes and started one: on CPUs launch with "
+            f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked}."
         )
     return accelerator
 

@@ -4,17 +4,14 @@ SIGTERM is what schedulers, containers and launchers send before they kill; SIGU
 asked for; Ctrl-C is a person.
 """
 
-import ctypes
-import shlex
 import signal
-import sys
 import time
-from pathlib import Path
 from types import FrameType
 
-import psutil
 import torch
 import torch.distributed as dist
+
+from .launcher import command_that_goes_on, end_with_launcher
 
 EXIT_CODE = 143  # 128 + SIGTERM: what a scheduler takes for "ended as it was told"
 # Ctrl-C reaches every process of a terminal, and a launcher may pass it on to the same ones: still one Ctrl-C.
@@ -69,34 +66,3 @@ class StopRequest:
             raise KeyboardInterrupt
         if self.asked_by is None:
             self.asked_by, self._asked_at = signal.Signals(number).name, time.monotonic()
-
-
-LAUNCHERS = ("accelerate", "torchrun", "accelerate.commands.launch", "torch.distributed.run")
-
-
-def launcher() -> list[str] | None:
-    """The words of the launcher that is this process's parent; None where there is none."""
-    try:
-        words = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError):  # not ours to look at, or gone
-        return None
-    return words if any(Path(word).name in LAUNCHERS for word in words[:4]) else None
-
-
-def command_that_goes_on() -> str:
-    """The command that this run was started by, with `--resume_from_checkpoint latest`."""
-    words = launcher() or list(sys.orig_argv)
-    words = [Path(word).name if place < 2 else word for place, word in enumerate(words)]
-    if words[1:2] and words[1] in LAUNCHERS[:2]:
-        del words[0]  # the interpreter of an installed launcher
-    if "--resume_from_checkpoint" in words:
-        place = words.index("--resume_from_checkpoint")
-        del words[place : place + 2]
-    return shlex.join([*words, "--resume_from_checkpoint", "latest"])
-
-
-def end_with_launcher():
-    """Let the kernel send SIGTERM when the launcher dies: `accelerate launch` of one process does not pass it on."""
-    if sys.platform == "linux" and launcher():
-        death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
-        ctypes.CDLL(None).prctl(death_signal, signal.SIGTERM)
