@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
@@ -72,6 +73,7 @@ from modeling_gpt2repro.training.words import (
 )
 
 FAILED_SAVES = 3  # in a row, after which a run stops
+TRIES_OF_THE_LAST_SAVE, SECONDS_BETWEEN_TRIES = 20, 30  # ten minutes in which a person may make room
 EVALUATED_PART = 100  # HellaSwag's rows, and batches of validation, from which a preflight reckons an evaluation
 PREFLIGHT_CHECKPOINT = "step-preflight"
 
@@ -366,7 +368,8 @@ def evaluate(run: Run):
             )
             run.monitor.sampled(args.sample_prompt, texts)
         if accelerator.is_main_process:
-            plot_loss(run.output_dir, run.yardsticks)
+            with run.monitor.failing_in_words("loss.png"):
+                plot_loss(run.output_dir, run.yardsticks)
         accelerator.wait_for_everyone()
 
 
@@ -384,7 +387,7 @@ def save(run: Run, must: bool = False):
     """A checkpoint: a Hub folder that the run can go on from.
 
     Args:
-        must: A save that fails, else made up for by the next one, ends the run.
+        must: No later one makes up for it: where it fails it is tried again for some minutes, then the run ends.
     """
     accelerator, progress = run.accelerator, run.progress
     with run.monitor.apart():
@@ -398,8 +401,12 @@ def save(run: Run, must: bool = False):
     run.failed_saves = run.failed_saves + 1 if problem else 0
     if problem:
         run.monitor.say(f"step {progress.step:>6}: no checkpoint ({problem}); the one before stays")
-        if must or run.failed_saves == FAILED_SAVES:
+        if run.failed_saves >= (TRIES_OF_THE_LAST_SAVE if must else FAILED_SAVES):
             raise SystemExit(cannot_save(run.args, problem) if accelerator.is_main_process else 1)
+        if must:
+            run.monitor.say(f"It is tried again every {SECONDS_BETWEEN_TRIES} s: make room in {run.output_dir}.")
+            time.sleep(SECONDS_BETWEEN_TRIES)
+            save(run, must)
 
 
 def write_checkpoint(run: Run, folder: Path, keep: checkpoints.Keep) -> str | None:
@@ -478,8 +485,11 @@ def export(run: Run) -> Path:
     """The final model: the last checkpoint's Hub folder without the training state."""
     module, folder, aside = run.whole_model(), run.output_dir / "model", run.output_dir / ".model.partial"
     if run.accelerator.is_main_process:
-        save_hub_folder(module, run.data.tokenizer, aside, run.origin)
-        put_in_place(aside, folder)
+        try:
+            save_hub_folder(module, run.data.tokenizer, aside, run.origin)
+            put_in_place(aside, folder)
+        except (OSError, SafetensorError) as error:
+            raise SystemExit(cannot_save(run.args, str(error))) from error
     run.accelerator.wait_for_everyone()
     return folder
 

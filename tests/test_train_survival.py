@@ -169,6 +169,17 @@ def test_a_disk_that_stays_full_ends_the_run_and_the_last_checkpoint_stays(shard
     assert sorted(path.name for path in (tmp_path / "run").glob("*step-*")) == ["step-000005", "step-000006"]
 
 
+def test_the_last_checkpoint_waits_for_room(finished, shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_accelerate, "save_hub_folder", full_disk(times=4))
+    monkeypatch.setattr(train_accelerate, "SECONDS_BETWEEN_TRIES", 0)
+    assert train_here(tmp_path / "run", shards, save_steps=0) == 0
+    assert capsys.readouterr().out.count("It is tried again every 0 s: make room in") == 4
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
+    monkeypatch.setattr(train_accelerate, "save_hub_folder", full_disk(times=99))
+    assert train_here(tmp_path / "never", shards, save_steps=0) == 1
+    assert "make room there, then go on" in capsys.readouterr().err
+
+
 def test_rows_of_the_log_wait_for_a_disk_that_is_full(tmp_path):
     from modeling_gpt2repro.training.metrics import MetricsLog, read_metrics
 

@@ -116,6 +116,14 @@ class Monitor:
         finally:
             self._clock = time.perf_counter()
 
+    @contextmanager
+    def failing_in_words(self, what: str) -> Iterator[None]:
+        """Around writing what a run can do without: a full disk is told, and the run goes on."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"step {self.progress.step:>6}: {what} could not be written ({error.strerror})")
+
     def _show(self, step: int, values: list[float], learning_rate: float, speed: dict[str, float]):
         loss, norm, _ = values
         pace = f"{speed['tokens_per_second']:,.0f} tokens/s" + (f", MFU {speed['mfu']:.0%}" if "mfu" in speed else "")
@@ -142,8 +150,8 @@ class Monitor:
     def sampled(self, prompt: str, texts: list[str]):
         """Log the samples to samples.jsonl, and show them, each on a line."""
         row = {"step": self.progress.step, "prompt": prompt, "samples": texts}
-        with open(self.log.path.with_name("samples.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        with self.failing_in_words("samples.jsonl"), open(self.log.path.with_name("samples.jsonl"), "ab") as file:
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
         self.say("\n".join(f"    > {' '.join(text.split())}" for text in texts))
 
     def record(self, numbers: dict, step: int | None = None, tokens: int | None = None):
