@@ -36,12 +36,17 @@ from modeling_gpt2repro.data.training_data import (
     data_from_stream,
     python_prose_shards,
 )
-from modeling_gpt2repro.evaluation.distributed import hellaswag_accuracies, validation_loss
-from modeling_gpt2repro.evaluation.hellaswag_rows import HellaSwagRow, load_hellaswag
-from modeling_gpt2repro.evaluation.samples import check_prompt, sample_texts
+from modeling_gpt2repro.evaluation.distributed import evaluate_hellaswag, hellaswag_accuracies, validation_loss
+from modeling_gpt2repro.evaluation.hellaswag import BASELINES
+from modeling_gpt2repro.evaluation.hellaswag_results import write_results
+from modeling_gpt2repro.evaluation.hellaswag_rows import PROTOCOLS, HellaSwagRow, load_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag_task import HellaSwagTask, prepare_hellaswag
+from modeling_gpt2repro.evaluation.samples import check_prompt, sample_continuations
 from modeling_gpt2repro.evaluation.validation import unigram_entropy, validation_numbers
 from modeling_gpt2repro.hub.conversion import load_as_ours
+from modeling_gpt2repro.hub.figures import plot_loss
 from modeling_gpt2repro.hub.folder import FROM_SCRATCH, save_hub_folder
+from modeling_gpt2repro.hub.run_log import write_yardsticks
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.batch_size import find_batch_size
@@ -52,7 +57,6 @@ from modeling_gpt2repro.training.metrics import MetricsLog
 from modeling_gpt2repro.training.monitor import Monitor
 from modeling_gpt2repro.training.optimizer import build_optimizer
 from modeling_gpt2repro.training.outliers import StepGuard
-from modeling_gpt2repro.training.plot import plot_loss
 from modeling_gpt2repro.training.preflight import Measured, preflight_report, time_steps
 from modeling_gpt2repro.training.presets import PRESETS
 from modeling_gpt2repro.training.progress import TimedIterator, TrainProgress, is_due
@@ -110,7 +114,7 @@ class Run:
     args: TrainArguments
     accelerator: Accelerator
     data: TrainingData
-    hellaswag: list[HellaSwagRow]
+    hellaswag: HellaSwagTask | None
     model: nn.Module
     optimizer: Optimizer
     progress: TrainProgress
@@ -155,7 +159,9 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
         hellaswag = open_hellaswag(args, accelerator)
     with problems.collected():
         data = open_data(args, accelerator)
-        check_prompt(args.sample_prompt, data.tokenizer, args.block_size)
+    for prompt in args.sample_prompts if data else ():
+        with problems.collected():
+            check_prompt(prompt, data.tokenizer, args.block_size)
     problems.raise_if_any()
 
     progress, guard = TrainProgress(), StepGuard(accelerator.device, args.skip_outliers)
@@ -194,7 +200,10 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
     monitor = Monitor(accelerator, args.total_steps, args.logging_steps, progress, log, *speed)
     if args.report_to != "none" and not args.preflight:
         accelerator.init_trackers("gpt2repro", config={k: v for k, v in vars(args).items() if v is not None})
-    return Run(args, accelerator, data, hellaswag, model, optimizer, progress, guard, monitor, origin)
+    place = (accelerator.process_index, accelerator.num_processes)
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    task = prepare_hellaswag(bare, data.tokenizer, hellaswag, PROTOCOLS, None, *place) if hellaswag else None
+    return Run(args, accelerator, data, task, model, optimizer, progress, guard, monitor, origin)
 
 
 def open_checkpoint(args: TrainArguments, accelerator: Accelerator) -> Path | None:
@@ -325,6 +334,9 @@ def introduce(run: Run):
             validation_batches(run.data.validation, args.eval_tokens, micro_batch_rows=64), vocab_size
         ),
     }
+    if accelerator.is_main_process and not args.preflight:
+        with run.monitor.failing_in_words("yardsticks.json"):
+            write_yardsticks(run.output_dir, run.yardsticks, BASELINES)
     shape, step = run.data.batches.micro_batch_shape, run.progress.step
     with run.monitor.apart():
         run.monitor.say(start_block(args, accelerator, run.bare_model, run.data.summary, shape, run.yardsticks, step))
@@ -359,17 +371,21 @@ def evaluate(run: Run):
         loss, tokens = validation_loss(accelerator, module, batches)
         numbers = {**validation_numbers(loss, run.data.bytes_per_token), "validation_tokens": tokens}
         if run.hellaswag and not run.stop.agreed():
-            numbers |= hellaswag_accuracies(accelerator, module, run.data.tokenizer, run.hellaswag)
+            accuracies, results = evaluate_hellaswag(accelerator, module, run.hellaswag)
+            numbers |= accuracies
+            if accelerator.is_main_process:
+                with run.monitor.failing_in_words("hellaswag.jsonl"):
+                    write_results(run.output_dir / "hellaswag.jsonl", results, run.hellaswag.rows)
         numbers["evaluation_seconds"] = time.perf_counter() - started
         run.monitor.evaluated(numbers)
         if args.num_samples and accelerator.is_main_process and not run.stop.asked_by:
-            texts = sample_texts(
-                module, run.data.tokenizer, args.sample_prompt, args.num_samples, args.sample_tokens, args.seed
-            )
-            run.monitor.sampled(args.sample_prompt, texts)
+            lengths = (args.num_samples, args.sample_tokens, args.seed)
+            texts = sample_continuations(module, run.data.tokenizer, args.sample_prompts, *lengths)
+            for prompt, of_prompt in zip(args.sample_prompts, texts, strict=True):
+                run.monitor.sampled(prompt, of_prompt)
         if accelerator.is_main_process:
             with run.monitor.failing_in_words("loss.png"):
-                plot_loss(run.output_dir, run.yardsticks)
+                plot_loss(run.output_dir)
         accelerator.wait_for_everyone()
 
 
@@ -455,14 +471,15 @@ def preflight(run: Run):
 
         first, median, waited = time_steps(step)
         started, module = time.perf_counter(), run.whole_model()
-        rows, few = args.per_device_eval_batch_size or args.per_device_train_batch_size, run.hellaswag[:EVALUATED_PART]
+        rows = args.per_device_eval_batch_size or args.per_device_train_batch_size
         part = min(args.eval_tokens, EVALUATED_PART * rows * args.block_size * accelerator.num_processes)
         validation_loss(accelerator, module, run.data.validation_batches(part, rows))
         evaluation = (time.perf_counter() - started) * args.eval_tokens / part
-        if few:
+        if run.hellaswag:
+            few = run.hellaswag.rows[:EVALUATED_PART]
             started = time.perf_counter()
             hellaswag_accuracies(accelerator, module, run.data.tokenizer, few)
-            evaluation += (time.perf_counter() - started) * len(run.hellaswag) / len(few)
+            evaluation += (time.perf_counter() - started) * len(run.hellaswag.rows) / len(few)
         memory = peak_memory_gb(accelerator.device)
         started, folder = time.perf_counter(), run.output_dir / PREFLIGHT_CHECKPOINT
         problem = write_checkpoint(run, folder, checkpoints.Keep())

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import torch
 
+from modeling_gpt2repro.hub.run_log import read_metrics
 from modeling_gpt2repro.training.checkpoints import find_checkpoints
-from modeling_gpt2repro.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_STEPS = 10

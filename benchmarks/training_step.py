@@ -36,6 +36,7 @@ from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.training.command_line import parse_command_line
 from modeling_gpt2repro.training.hardware import device_name
 from modeling_gpt2repro.training.optimizer import build_optimizer
+from modeling_gpt2repro.training.outliers import StepGuard
 from modeling_gpt2repro.training.step import train_step
 
 MicroBatches = list[dict[str, torch.Tensor]]
@@ -147,11 +148,12 @@ def build_our_step(args: BenchmarkArguments) -> tuple[nn.Module, Step]:
     optimizer = build_optimizer(model, LEARNING_RATE, WEIGHT_DECAY, BETAS, EPSILON)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     prepared.train()
+    guard = StepGuard(accelerator.device)
 
     def step(micro_batches: MicroBatches) -> float:
-        loss, grad_norm = train_step(accelerator, prepared, optimizer, micro_batches, MAX_GRAD_NORM)
-        grad_norm.item()
-        return loss.item()
+        tokens = sum(micro_batch["input_ids"].numel() for micro_batch in micro_batches)
+        numbers = train_step(accelerator, prepared, optimizer, micro_batches, tokens, MAX_GRAD_NORM, guard)
+        return torch.stack([numbers.loss, numbers.grad_norm]).tolist()[0]
 
     return model, step
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import prepare
+from benchmarks import hellaswag, prepare
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY / "../shared/data"
@@ -129,3 +130,49 @@ def test_memory_is_counted_alone_and_with_children():
         parent, everyone = prepare.resident(psutil.Process())
         child.stdin.close()
     assert 1e6 < parent < everyone
+
+
+@pytest.mark.parametrize("kind", ["ours", "stock"])
+def test_hellaswag_benchmark_compares_the_same_answers(kind, hellaswag_tokenizer, hellaswag_rows, tmp_path, capsys):
+    hellaswag_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = [
+        hellaswag_rows[number] for number in (0,) * 6 + (1,) * 3 + (3,) * 3
+    ]  # those that the lecture's loop can take
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(asdict(row)) for row in rows))
+    flags = ["--shape", "toy", "--kind", kind, "--rows", "6", "--rounds", "2", "--batch_tokens", "64"]
+    flags += ["--device", "cpu", "--tokenizer", str(tmp_path / "tokenizer"), "--data", str(tmp_path / "rows.jsonl")]
+    hellaswag.main([*flags, "--output", str(tmp_path / "results.json")])
+    [result] = json.loads((tmp_path / "results.json").read_text())
+    assert result["command"].startswith(f"python -m benchmarks.hellaswag --shape toy --kind {kind}")
+    assert result["answers"]["same_acc"] == result["answers"]["same_acc_norm"] == 6
+    assert result["answers"]["largest_relative_difference"] < 1e-5
+    drawn = [rows[number] for number in (0, 2, 4, 6, 8, 10)]
+
+    def ids(text):
+        return hellaswag_tokenizer(text)["input_ids"]
+
+    endings = [[ids(f" {ending}") for ending in row.endings] for row in drawn]
+    padded = sum(4 * (len(ids(row.ctx)) + max(map(len, of_row))) for row, of_row in zip(drawn, endings, strict=True))
+    assert result["positions"]["lecture"] == {"blocks": padded, "head": padded}
+    # The context's last place predicts the first token of all four endings at once.
+    assert result["positions"]["ours"]["head"] == sum(1 + sum(len(e) - 1 for e in of_row) for of_row in endings)
+    assert result["positions"]["ours"]["blocks"] < padded
+    for ratio in result["lecture_over_ours"].values():
+        assert 0 < ratio["lower_quartile"] <= ratio["median"] <= ratio["upper_quartile"]
+    assert f"ours is {result['lecture_over_ours']['seconds']['median']:.3f} times as fast" in capsys.readouterr().out
+
+
+def test_scorers_that_disagree_are_refused_in_fp32_only():
+    scores = np.array([[-1.0, -2.0, -3.0, -4.0], [-4.0, -3.9, -2.0, -9.0]])
+    lengths = np.array([[1, 4, 1, 1], [1, 1, 1, 9]])
+    agree = hellaswag.compare_answers({"ours": (scores, lengths), "lecture": (scores, lengths)}, exact=True)
+    assert agree == {"same_acc": 2, "same_acc_norm": 2, "largest_relative_difference": 0}
+    other = {"ours": (scores, lengths), "lecture": (scores[:, [1, 0, 2, 3]], lengths)}
+    with pytest.raises(
+        ValueError, match=r"agree on 1 \(acc\) and 2 \(acc_norm\) of 2 answers, with scores 1.0e\+00 apart"
+    ):
+        hellaswag.compare_answers(other, exact=True)
+    assert hellaswag.compare_answers(other, exact=False)["same_acc"] == 1
+    apart = {"ours": (scores, lengths), "lecture": (scores * (1 + 2e-4), lengths)}
+    with pytest.raises(ValueError, match=r"on 2 .* 2 .* 2 answers, with scores 2.0e-04 apart"):
+        hellaswag.compare_answers(apart, exact=True)

@@ -1,7 +1,10 @@
 """eval_hellaswag.py: its table and its JSON, the sentences for what cannot be scored, and the Hub as a source."""
 
+import hashlib
 import json
 import math
+import os
+import socket
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -9,10 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 
 import eval_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag import score_hellaswag, summarize
-from modeling_gpt2repro.evaluation.hellaswag_rows import PROTOCOLS
+from modeling_gpt2repro.evaluation import hellaswag_official
+from modeling_gpt2repro.evaluation.hellaswag import score_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag_accuracy import summarize
+from modeling_gpt2repro.evaluation.hellaswag_arguments import EvalHellaSwagArguments
+from modeling_gpt2repro.evaluation.hellaswag_results import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,48 +37,196 @@ def model_folder(tmp_path_factory, hellaswag_tokenizer, make_model):
     return folder
 
 
-def test_the_script_prints_a_table_and_writes_json(
-    tmp_path, model_folder, hellaswag_tokenizer, capsys, hellaswag_rows, make_model
-):
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Results go to runs/ in the current folder, if nobody says otherwise."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def expected(hellaswag_tokenizer, hellaswag_rows, make_model):
+    """What the model of `model_folder` says to the seven rows."""
+    return score_hellaswag(make_model("ours", len(hellaswag_tokenizer)), hellaswag_tokenizer, hellaswag_rows)
+
+
+def assert_same_scores(results, expected):
+    """The same, but for rounding: batches of other rows are other sums."""
+    assert [replace(r, log_likelihoods=()) for r in results] == [replace(r, log_likelihoods=()) for r in expected]
+    for one, other in zip(results, expected, strict=True):
+        assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-4)
+
+
+def as_json(value):
+    return json.loads(json.dumps(value))
+
+
+def test_the_script_prints_a_table_and_saves_numbers_and_rows(tmp_path, model_folder, capsys, hellaswag_rows, expected):
     data, output = write_rows(tmp_path / "rows.jsonl", hellaswag_rows), tmp_path / "result.json"
-    arguments = [
-        "--model",
-        str(model_folder),
-        "--data",
-        data,
-        "--device",
-        "cpu",
-        "--limit",
-        "5",
-        "--output",
-        str(output),
-    ]
-    eval_hellaswag.main(arguments)
-    report = json.loads(output.read_text())
-    expected = summarize(
-        score_hellaswag(make_model("ours", len(hellaswag_tokenizer)), hellaswag_tokenizer, hellaswag_rows[:5])
-    )
-    assert report["results"] == json.loads(json.dumps(expected))
+    arguments = ["--model", str(model_folder), "--data", data, "--device", "cpu", "--limit", "5"]
+    eval_hellaswag.main([*arguments, "--output", str(output)])
+    report, expected = json.loads(output.read_text()), [scores for scores in expected if scores.row < 5]
+    assert report["results"] == as_json(summarize(expected))
     assert len(report["data_sha256"]) == 64
     assert report["arguments"]["limit"] == 5
-    assert [path.name for path in tmp_path.iterdir() if "result" in path.name] == ["result.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"result.json", "result.jsonl", "rows.jsonl"}
+    assert_same_scores([saved.scores for saved in read_results(tmp_path / "result.jsonl")], expected)
     printed = capsys.readouterr().out
-    for protocol in PROTOCOLS:
-        assert f"{protocol:12}{expected[protocol]['acc']:8.4f} [" in printed
+    for protocol, result in summarize(expected).items():
+        low, high = result["acc_interval"]
+        assert f"{protocol:12}{result['acc']:8.4f} [{low:.4f}, {high:.4f}]" in printed
     assert "0.3114   gpt2, lm-evaluation-harness" in printed
     assert "These 5 rows are not the official 10042" in printed
+    assert "passed" not in printed
+    assert report["standings"] == {}
 
-    eval_hellaswag.main([*arguments[:6], "--protocol", "lm-eval", "--dtype", "bfloat16"])
+    eval_hellaswag.main([*arguments, "--protocol", "lm-eval", "--dtype", "bfloat16"])
     printed = capsys.readouterr().out
     assert "completion" not in printed
     assert "gpt2-xl, lm-evaluation-harness" in printed
+    saved = {path.name for path in (tmp_path / "runs" / "hellaswag").iterdir()}
+    model_name = str(model_folder).strip("/").replace("/", "--")
+    assert saved == {f"{model_name}_lm-eval_bfloat16_rows_first-5.{kind}" for kind in ("json", "jsonl")}
+    assert all(name in printed for name in saved)
+
+
+def test_other_arguments_are_saved_under_another_name(tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [])
+    ways = ({}, {"data": data}, {"data": "official"}, {"limit": 5}, {"protocol": "lm-eval"}, {"dtype": "float16"})
+    names = [EvalHellaSwagArguments(device="cpu", **way).report_file for way in ways]
+    assert str(names[0]) == "runs/hellaswag/openai-community--gpt2.json"
+    assert len(set(names)) == len(ways)
+    assert EvalHellaSwagArguments(device="cpu", output="v1.5").rows_file.name == "v1.5.jsonl"
+
+
+def test_all_official_rows_are_placed_among_the_published_numbers(
+    tmp_path, model_folder, capsys, hellaswag_rows, expected, monkeypatch
+):
+    data = Path(write_rows(tmp_path / "hellaswag_val.jsonl", hellaswag_rows))
+    monkeypatch.setattr(hellaswag_official, "OFFICIAL_SHA256", hashlib.sha256(data.read_bytes()).hexdigest())
+    monkeypatch.setattr(hellaswag_official, "OFFICIAL_ROWS", len(hellaswag_rows))
+    monkeypatch.setattr(hellaswag_official, "cached_assets_path", lambda *_: tmp_path)
+    arguments = ["--model", str(model_folder), "--data", "official", "--device", "cpu", "--output", "all.json"]
+    eval_hellaswag.main([*arguments, "--protocol", "lm-eval"])
+    acc_norm = summarize(expected)["lm-eval"]["acc_norm"]
+    passed = [figure for figure in (0.3114, 0.5089) if figure < acc_norm]
+    printed = capsys.readouterr().out
+    assert f"lm-eval: passed {'gpt2 (0.3114' if passed else 'none'}" in printed
+    assert "These" not in printed
+    report = json.loads((tmp_path / "all.json").read_text())
+    assert [yardstick["acc_norm"] for yardstick in report["standings"]["lm-eval"]["passed"]] == passed
+    eval_hellaswag.main([*arguments, "--limit", "6"])
+    assert "These 6 rows are not the official" in capsys.readouterr().out
+
+
+def test_two_saved_results_are_compared(
+    tmp_path, model_folder, capsys, hellaswag_rows, hellaswag_tokenizer, make_model
+):
+    make_model("stock", len(hellaswag_tokenizer)).save_pretrained(tmp_path / "other")
+    hellaswag_tokenizer.save_pretrained(tmp_path / "other")
+    data = write_rows(tmp_path / "rows.jsonl", hellaswag_rows)
+    for model, output in ((model_folder, "a.json"), (tmp_path / "other", "b.json")):
+        eval_hellaswag.main(["--model", str(model), "--data", data, "--device", "cpu", "--output", output])
+    capsys.readouterr()
+    eval_hellaswag.main(["--compare", "a.jsonl", "b.jsonl", "--output", "difference.json"])
+    printed = capsys.readouterr().out
+    a, b = (json.loads((tmp_path / name).read_text())["results"]["lm-eval"]["acc"] for name in ("a.json", "b.json"))
+    assert f"lm-eval     acc       {a:8.4f}{b:8.4f}{b - a:+10.4f} [" in printed
+    assert "McNemar's test, exact (binomial)" in printed
+    difference = json.loads((tmp_path / "difference.json").read_text())["results"]["lm-eval"]["acc"]
+    assert difference["difference"] == pytest.approx(b - a)
+    assert difference["test"] == "McNemar, exact binomial, two-sided"
+
+    eval_hellaswag.main(
+        ["--model", str(model_folder), "--data", data, "--device", "cpu", "--limit", "3", "--output", "c.json"]
+    )
+    assert "a.jsonl has 7 rows, c.jsonl 3: a paired difference" in problems_of(
+        capsys, "--compare", "a.jsonl", "c.jsonl"
+    )
+    assert "--compare takes two .jsonl files of results, not 1" in problems_of(capsys, "--compare", "a.jsonl")
+    assert "leave out --model, --limit." in problems_of(
+        capsys, "--compare", "a.jsonl", "b.jsonl", "--limit", "3", "--model", "gpt2"
+    )
+    assert "--compare: there is no file none.jsonl." in problems_of(capsys, "--compare", "a.jsonl", "none.jsonl")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_script_loads_the_model_in_the_dtype_asked_for(model_folder, dtype):
-    args = eval_hellaswag.EvalHellaSwagArguments(model=str(model_folder), data=__file__, dtype=dtype, device="cpu")
-    model, _ = eval_hellaswag.load_model(args)
-    assert model.dtype == getattr(torch, dtype)
+def test_the_script_scores_the_model_in_the_dtype_asked_for(tmp_path, model_folder, hellaswag_rows, monkeypatch, dtype):
+    seen = []
+    monkeypatch.setattr(eval_hellaswag, "score_task", lambda model, *_: seen.append(model.dtype) or [])
+    args = EvalHellaSwagArguments(model=str(model_folder), dtype=dtype, device="cpu")
+    eval_hellaswag.score(args, PartialState(cpu=True), hellaswag_rows)
+    assert seen == [getattr(torch, dtype)]
+
+
+def test_running_out_of_memory_is_told_with_what_to_do(model_folder, hellaswag_rows, monkeypatch, one_sentence):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(eval_hellaswag, "score_task", full)
+    args = EvalHellaSwagArguments(model=str(model_folder), device="cpu", batch_tokens=300)
+    with pytest.raises(ValueError, match="--batch_tokens 300 is more than cpu has memory for: halve it") as error:
+        eval_hellaswag.score(args, PartialState(cpu=True), hellaswag_rows)
+    one_sentence(error)
+
+
+TWO_PROCESSES = """
+import json, sys
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+import eval_hellaswag
+from modeling_gpt2repro.evaluation.distributed import evaluate_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag_results import write_results
+from modeling_gpt2repro.evaluation.hellaswag_rows import load_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag_task import prepare_hellaswag
+from pathlib import Path
+
+model, data = sys.argv[1:]
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+loaded = AutoModelForCausalLM.from_pretrained(model)
+place = {"process_index": accelerator.process_index, "num_processes": 2}
+task = prepare_hellaswag(loaded, AutoTokenizer.from_pretrained(model), load_hellaswag(data), **place)
+numbers, results = evaluate_hellaswag(accelerator, loaded, task)
+write_results(Path(f"training-{accelerator.process_index}.jsonl"), results, task.rows)
+Path(f"numbers-{accelerator.process_index}.json").write_text(json.dumps(numbers))
+eval_hellaswag.main(["--model", model, "--data", data, "--device", "cpu", "--output", "script.json"])
+"""
+
+
+def test_two_processes_give_and_save_what_one_does(tmp_path, model_folder, hellaswag_rows, expected):
+    data = write_rows(tmp_path / "rows.jsonl", hellaswag_rows)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(model_folder), data],
+            env={
+                **os.environ,
+                **meeting,
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(ROOT),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    summary = summarize(expected)
+    for rank in (0, 1):
+        numbers = json.loads((tmp_path / f"numbers-{rank}.json").read_text())
+        assert numbers["hellaswag_completion_acc_norm"] == summary["completion"]["acc_norm"]
+        assert numbers["hellaswag_lm_eval_acc_high"] == summary["lm-eval"]["acc_interval"][1]
+    assert json.loads((tmp_path / "script.json").read_text())["results"] == as_json(summary)
+    for name in ("training-1.jsonl", "script.jsonl"):
+        assert_same_scores([saved.scores for saved in read_results(tmp_path / name)], expected)
+    assert "95 % intervals" in said[0][0]
+    assert said[1][0] == ""
 
 
 def problems_of(capsys, *arguments):
@@ -102,6 +257,14 @@ def test_the_script_tells_every_problem_of_a_command_line_at_once(tmp_path, caps
     assert "has no config.json" in problems_of(capsys, "--model", str(tmp_path), "--data", __file__)
     assert "is a file" in problems_of(capsys, "--model", __file__, "--data", __file__)
     assert "is a folder: give the name of a file" in problems_of(capsys, "--data", __file__, "--output", str(tmp_path))
+    assert "let it end in .json" in problems_of(capsys, "--data", __file__, "--output", "rows.jsonl")
+
+
+def test_several_processes_do_not_take_one_device(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--device cpu:0 is one device for several processes" in problems_of(
+        capsys, "--data", __file__, "--device", "cpu:0"
+    )
 
 
 def test_the_script_reads_the_data_before_the_model(tmp_path, model_folder, capsys, hellaswag_rows):
@@ -203,7 +366,7 @@ def test_data_and_model_may_come_from_the_hub(hub, tmp_path, hellaswag_tokenizer
     expected = summarize(
         score_hellaswag(make_model("stock", len(hellaswag_tokenizer)), hellaswag_tokenizer, hellaswag_rows[:2])
     )
-    assert json.loads((tmp_path / "result.json").read_text())["results"] == json.loads(json.dumps(expected))
+    assert json.loads((tmp_path / "result.json").read_text())["results"] == as_json(expected)
     assert "These 2 rows are not the official 10042" in done.stdout
     assert "ValueError: ns/unlabelled, row 2: label is ''" in done.stdout
     assert "ConnectionError: the dataset ns/nothing could not be reached on the Hub" in done.stdout

@@ -1,7 +1,6 @@
-"""HellaSwag's scores: both protocols against a reference that scores one ending at a time, and the summary."""
+"""HellaSwag's scores: both protocols against a reference that scores one ending at a time; preparing once."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,16 +10,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
-from modeling_gpt2repro.evaluation.hellaswag import (
-    EndingScores,
-    count_correct,
-    score_hellaswag,
-    summarize,
-    summarize_counts,
-    tokens_of_row,
-    wilson_interval,
-)
+from modeling_gpt2repro.evaluation.hellaswag import score_hellaswag, score_task
+from modeling_gpt2repro.evaluation.hellaswag_accuracy import count_correct, summarize, summary_of
 from modeling_gpt2repro.evaluation.hellaswag_rows import PROTOCOLS, HellaSwagRow, load_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag_task import prepare_hellaswag, tokens_of_row
 from modeling_gpt2repro.evaluation.shared_context import grow_tree
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -59,9 +52,9 @@ def reference(model, tokenizer, row, protocol):
         kept = (context + continuation)[-(model.config.n_positions + 1) :]
         continuation = continuation[-(len(kept) - 1) :]
         with torch.no_grad():
-            log_probs = model(torch.tensor([kept[:-1]])).logits[0].log_softmax(-1)
-        steps = range(len(kept) - 1 - len(continuation), len(kept) - 1)
-        sums.append(sum(log_probs[t, token].item() for t, token in zip(steps, continuation, strict=True)))
+            logits = model(torch.tensor([kept[:-1]])).logits[0]
+        log_probs = logits[len(kept) - 1 - len(continuation) :].log_softmax(-1)
+        sums.append(sum(log_probs[t, token].item() for t, token in enumerate(continuation)))
         lengths.append(len(continuation) if protocol == "completion" else len(ending))
     return sums, lengths
 
@@ -138,7 +131,7 @@ def test_a_model_that_is_not_told_by_a_mask_is_scored_ending_by_ending(
     together = score_hellaswag(model, hellaswag_tokenizer, hellaswag_rows)
     shapes = []
     hook = model.register_forward_pre_hook(lambda _, __, kw: shapes.append(kw["input_ids"].shape), with_kwargs=True)
-    monkeypatch.setattr("modeling_gpt2repro.evaluation.hellaswag.takes_trees", lambda model: False)
+    monkeypatch.setattr("modeling_gpt2repro.evaluation.hellaswag_task.takes_trees", lambda model: False)
     apart = score_hellaswag(model, hellaswag_tokenizer, hellaswag_rows)
     hook.remove()
     assert sum(size for size, _ in shapes) == len(hellaswag_rows) * len(PROTOCOLS) * 4
@@ -150,10 +143,11 @@ def test_a_model_that_is_not_told_by_a_mask_is_scored_ending_by_ending(
 def test_processes_together_score_what_one_does(hellaswag_tokenizer, num_processes, hellaswag_rows, make_model):
     model = make_model("ours", len(hellaswag_tokenizer))
     alone = score_hellaswag(model, hellaswag_tokenizer, hellaswag_rows)
-    shares = [
-        score_hellaswag(model, hellaswag_tokenizer, hellaswag_rows, process_index=index, num_processes=num_processes)
+    tasks = [
+        prepare_hellaswag(model, hellaswag_tokenizer, hellaswag_rows, process_index=index, num_processes=num_processes)
         for index in range(num_processes)
     ]
+    shares = [score_task(model, task) for task in tasks]
     union = sorted((result for share in shares for result in share), key=lambda result: result.row)
     assert [(r.row, r.protocol, r.label, r.lengths) for r in union] == [
         (r.row, r.protocol, r.label, r.lengths) for r in alone
@@ -162,7 +156,7 @@ def test_processes_together_score_what_one_does(hellaswag_tokenizer, num_process
         assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-4, rel=1e-6)
     counts = [count_correct(share) for share in shares]
     added = {p: {name: sum(count[p][name] for count in counts) for name in counts[0][p]} for p in PROTOCOLS}
-    assert summarize_counts(added) == summarize(alone)
+    assert {protocol: summary_of(count) for protocol, count in added.items()} == summarize(alone)
     assert added["lm-eval"]["rows"] == len(hellaswag_rows)
 
 
@@ -205,20 +199,26 @@ def test_log_probabilities_of_bf16_logits_are_taken_in_fp32(hellaswag_tokenizer,
         assert total == pytest.approx(sum(table[a, b].item() for a, b in pairs), abs=1e-4)
 
 
-def test_a_summary_worked_by_hand():
-    # By sum the first ending is best; by length the second (-8 / 4 = -2), then an empty one must not win.
-    scores = EndingScores(0, "lm-eval", 1, (-5.0, -8.0, -9.0, -6.0), (2, 4, 3, 0))
-    assert (scores.correct, scores.correct_norm) == (False, True)
-    results = [scores, replace(scores, row=1, label=0), replace(scores, row=2), replace(scores, row=3, label=3)]
-    summary = summarize(results)["lm-eval"]
-    assert (summary["rows"], summary["acc"], summary["acc_norm"]) == (4, 0.25, 0.5)
-    # Wilson's interval of 2 of 4: (2 + z²/2 ± z sqrt(1 + z²/4)) / (4 + z²), z = 1.96.
-    assert summary["acc_norm_interval"] == pytest.approx((0.1500, 0.8500), abs=1e-4)
-    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+def test_rows_are_tokenized_once_and_scored_as_often_as_wanted(hellaswag_tokenizer, hellaswag_rows, make_model):
+    model = make_model("ours", len(hellaswag_tokenizer))
+    texts = []
+
+    def counting_tokenizer(batch, **options):
+        texts.extend(batch)
+        return hellaswag_tokenizer(batch, **options)
+
+    task = prepare_hellaswag(model, counting_tokenizer, hellaswag_rows)
+    assert len(texts) == len(hellaswag_rows) * len(PROTOCOLS) * 5
+    assert score_task(model, task) == score_hellaswag(model, hellaswag_tokenizer, hellaswag_rows)
+    with torch.no_grad():
+        model.transformer.wpe.weight.mul_(3)  # as training changes weights
+    assert score_task(model, task) == score_hellaswag(model, hellaswag_tokenizer, hellaswag_rows)
+    assert len(texts) == len(hellaswag_rows) * len(PROTOCOLS) * 5
+    assert task.batch_tokens == 512  # on a CPU
 
 
 def test_a_model_under_autocast_is_scored_in_its_weights_own_precision(make_model, hellaswag_tokenizer, hellaswag_rows):
-    from modeling_gpt2repro.evaluation.distributed import hellaswag_accuracies, without_autocast
+    from modeling_gpt2repro.evaluation.distributed import evaluate_hellaswag, without_autocast
 
     AcceleratorState._reset_state(reset_partial_state=True)  # other tests have made one without mixed precision
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
@@ -231,6 +231,16 @@ def test_a_model_under_autocast_is_scored_in_its_weights_own_precision(make_mode
         with without_autocast(prepared):
             assert torch.equal(prepared(ids).logits, expected)
         assert not torch.equal(prepared(ids).logits, expected)
-    scores = hellaswag_accuracies(accelerator, prepared, hellaswag_tokenizer, hellaswag_rows)
+    task = prepare_hellaswag(prepared, hellaswag_tokenizer, hellaswag_rows)
+    numbers, scored = evaluate_hellaswag(accelerator, prepared, task)
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert set(scores) == {f"hellaswag_{p}_{name}" for p in ("completion", "lm_eval") for name in ("acc", "acc_norm")}
+    results = score_hellaswag(make_model("ours", len(hellaswag_tokenizer)), hellaswag_tokenizer, hellaswag_rows)
+    assert scored == results
+    seconds, expected = numbers.pop("hellaswag_seconds"), {}
+    assert 0 < seconds < 60
+    for protocol, summary in summarize(results).items():
+        for name in ("acc", "acc_norm"):
+            full_name = f"hellaswag_{protocol.replace('-', '_')}_{name}"
+            low, high = summary[f"{name}_interval"]
+            expected |= {full_name: summary[name], f"{full_name}_low": low, f"{full_name}_high": high}
+    assert numbers == expected

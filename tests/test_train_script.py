@@ -137,6 +137,8 @@ def test_a_run_leaves_what_it_says(finished):
         "run.json",
         "metrics.jsonl",
         "samples.jsonl",
+        "hellaswag.jsonl",
+        "yardsticks.json",
         "loss.png",
         "model",
         "step-000010",

@@ -49,7 +49,7 @@ def test_another_order_of_the_data_cannot_be_resumed(finished, shards, capsys):
 def test_several_inputs_that_do_not_fit_are_told_together(shards, tmp_path):
     rows = (shards.parent / "hellaswag.jsonl").read_text().replace('"endings": [', '"endings": ["a fifth", ')
     (tmp_path / "five.jsonl").write_text(rows)
-    overrides = {"hellaswag": tmp_path / "five.jsonl", "sample_prompt": "the cat sees " * 20}
+    overrides = {"hellaswag": tmp_path / "five.jsonl", "sample_prompts": "the cat sees " * 20}
     result = train(tmp_path / "run", shards, check=False, **overrides)
     assert result.returncode == 2
     assert "2 problems" in result.stderr
@@ -60,7 +60,7 @@ def test_several_inputs_that_do_not_fit_are_told_together(shards, tmp_path):
 
 def test_weights_that_do_not_fit_are_refused_in_words(finished, shards, tiny_tokenizer, tmp_path, capsys):
     model = finished[0] / "model"
-    told = refused(capsys, tmp_path / "1", shards, init_from=model, n_layer=3, sample_prompt="the cat sees " * 20)
+    told = refused(capsys, tmp_path / "1", shards, init_from=model, n_layer=3, sample_prompts="the cat sees " * 20)
     assert "2 problems" in told
     assert f"{model} has another shape than was asked for: give --n_layer 2 --n_head 2 --n_embd 32." in told
     longer = {"block_size": 64, "tokens_per_step": 512, "per_device_train_batch_size": 2}

@@ -181,7 +181,8 @@ def test_the_last_checkpoint_waits_for_room(finished, shards, tmp_path, monkeypa
 
 
 def test_rows_of_the_log_wait_for_a_disk_that_is_full(tmp_path):
-    from modeling_gpt2repro.training.metrics import MetricsLog, read_metrics
+    from modeling_gpt2repro.hub.run_log import read_metrics
+    from modeling_gpt2repro.training.metrics import MetricsLog
 
     log = MetricsLog(tmp_path, None, enabled=True)
     log.append({"step": 1})

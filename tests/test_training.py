@@ -14,10 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
 from modeling_gpt2repro.data.rows import as_batch
+from modeling_gpt2repro.hub.run_log import read_metrics
 from modeling_gpt2repro.training import hardware
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.command_line import parse_command_line
-from modeling_gpt2repro.training.metrics import MetricsLog, read_metrics
+from modeling_gpt2repro.training.metrics import MetricsLog
 from modeling_gpt2repro.training.optimizer import build_optimizer
 from modeling_gpt2repro.training.outliers import StepGuard
 from modeling_gpt2repro.training.presets import PRESETS

@@ -1,5 +1,5 @@
-"""Parameters spread over two processes by torch's own `fully_shard` (accelerate shards on GPUs only), through the script
-itself: its step, its evaluation, its checkpoints."""
+"""Parameters spread over two processes by torch's own `fully_shard`, as accelerate shards on GPUs only; through the
+script itself: its step, its evaluation, its checkpoints."""
 
 import os
 import shutil

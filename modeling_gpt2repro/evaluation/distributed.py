@@ -1,15 +1,19 @@
 """Scores over several processes: each takes its part, sums and counts are added up, so any number gives the same."""
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .hellaswag import count_correct, score_hellaswag, summarize_counts
+from .hellaswag import EndingScores, score_task
+from .hellaswag_accuracy import count_correct, summary_of
 from .hellaswag_rows import HellaSwagRow
+from .hellaswag_task import HellaSwagTask, prepare_hellaswag
 from .validation import summed_loss
 
 
@@ -42,18 +46,41 @@ def without_autocast(model: nn.Module) -> Iterator[None]:
             model.forward = forward
 
 
+def evaluate_hellaswag(
+    accelerator: Accelerator, model: nn.Module, task: HellaSwagTask
+) -> tuple[dict[str, float], list[EndingScores]]:
+    """acc and acc_norm over all rows with the bounds of their 95 % intervals, and what the model said to each row.
+
+    Args:
+        model: Unwrapped: each process scores its share at its own pace, and they meet when all are done.
+        task: This process's share, prepared once.
+
+    Returns:
+        For metrics.jsonl `hellaswag_completion_acc`, `hellaswag_completion_acc_low` and `_high`, ...,
+        `hellaswag_seconds`; and the rows of all processes.
+    """
+    started = time.perf_counter()
+    with without_autocast(model):
+        results = score_task(model, task)
+    numbers = {}
+    for protocol, count in count_correct(results, task.protocols).items():
+        added = accelerator.reduce(torch.tensor(list(count.values()), device=accelerator.device), reduction="sum")
+        summary = summary_of(dict(zip(count, added.tolist(), strict=True)))
+        for name in ("acc", "acc_norm"):
+            full_name = f"hellaswag_{protocol.replace('-', '_')}_{name}"
+            numbers[full_name] = summary[name]
+            numbers[f"{full_name}_low"], numbers[f"{full_name}_high"] = summary[f"{name}_interval"]
+    return numbers | {"hellaswag_seconds": time.perf_counter() - started}, gather_results(results)
+
+
+def gather_results(results: Sequence[EndingScores]) -> list[EndingScores]:
+    """The results of all processes, in the order of the rows."""
+    return sorted(gather_object(list(results)), key=lambda result: result.row)
+
+
 def hellaswag_accuracies(
     accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[HellaSwagRow]
 ) -> dict[str, float]:
-    """acc and acc_norm in both protocols over all rows, named as in metrics.jsonl: `hellaswag_completion_acc`."""
+    """`evaluate_hellaswag` for once: a caller that scores again keeps the task."""
     place = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
-    with without_autocast(model):
-        counts = count_correct(score_hellaswag(model, tokenizer, rows, **place))
-    for count in counts.values():
-        for name in count:
-            count[name] = int(accelerator.reduce(torch.tensor(count[name], device=accelerator.device), reduction="sum"))
-    return {
-        f"hellaswag_{protocol.replace('-', '_')}_{name}": summary[name]
-        for protocol, summary in summarize_counts(counts).items()
-        for name in ("acc", "acc_norm")
-    }
+    return evaluate_hellaswag(accelerator, model, prepare_hellaswag(model, tokenizer, rows, **place))[0]

@@ -7,10 +7,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .hellaswag_official import HUB_DATASET, OFFICIAL, official_file
+
 PROTOCOLS = ("completion", "lm-eval")  # what they are stands in hellaswag.py
-OFFICIAL_ROWS = 10_042  # the validation split, which every published number is of
-# Published checksum of hellaswag_val.jsonl, 12,246,618 bytes.
-OFFICIAL_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 TEXT_FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 FIELDS = ("ind", *TEXT_FIELDS, "endings", "label")
 
@@ -45,23 +44,27 @@ def texts_of_row(row: HellaSwagRow, protocol: str) -> tuple[str, list[str]]:
     return without_wikihow_tags(context), [without_wikihow_tags(ending) for ending in row.endings]
 
 
-def load_hellaswag(source: str = "Rowan/hellaswag", limit: int | None = None) -> list[HellaSwagRow]:
+def load_hellaswag(source: str = HUB_DATASET, limit: int | None = None) -> list[HellaSwagRow]:
     """Read the validation rows in their order, each one checked.
 
     Args:
-        source: A local file in the original schema, one JSON object a line; or a dataset on the Hub.
+        source: A local file in the original schema, one JSON object a line; "official", which is that file from the
+            original repository, fetched once; or a dataset on the Hub.
         limit: Read the first so many rows only. The first are all video captions (ActivityNet), the harder two thirds,
             taken from WikiHow, come later: an accuracy on a part is not an estimate of the whole.
 
     Raises:
         FileNotFoundError: There is no such file, and the name cannot be a dataset's.
-        ConnectionError: The dataset could not be reached.
+        ConnectionError: The dataset or the official file could not be reached.
         ValueError: A row is not as it should be: file, line, what was found, what is allowed.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit ({limit}) must be at least 1; leave it out to read every row.")
     check_hellaswag_source(source)
-    records = _records_of_file(source) if os.path.exists(source) else _records_of_hub(source)
+    if source == OFFICIAL:
+        records = _records_of_file(str(official_file()))
+    else:
+        records = _records_of_file(source) if os.path.exists(source) else _records_of_hub(source)
     rows = [_checked_row(place, record) for place, record in itertools.islice(records, limit)]
     if not rows:
         raise ValueError(f"{source} has no rows: give the jsonl of HellaSwag's validation split, one object a line.")
@@ -70,6 +73,8 @@ def load_hellaswag(source: str = "Rowan/hellaswag", limit: int | None = None) ->
 
 def check_hellaswag_source(source: str) -> None:
     """Refuse a source that cannot be one, without reading it or asking the network; raises as `load_hellaswag`."""
+    if source == OFFICIAL:
+        return
     if os.path.isdir(source):
         raise ValueError(f"{source} is a folder: give the jsonl file in it.")
     if os.path.exists(source):
@@ -77,7 +82,7 @@ def check_hellaswag_source(source: str) -> None:
             raise PermissionError(f"{source} cannot be read: its permissions do not allow it.")
     elif source.endswith((".json", ".jsonl")) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise FileNotFoundError(
-            f"there is no file {source}: give a local jsonl, or a Hub dataset such as Rowan/hellaswag."
+            f"there is no file {source}: give a local jsonl, official, or a Hub dataset such as {HUB_DATASET}."
         )
 
 

@@ -2,7 +2,7 @@
 
 A row of the batch is: context, first ending, second ending, ..., padding. A mask lets every ending see the context and
 itself alone, and its positions begin where the context ends; so each gets the numbers that it would get by itself.
-Shapes: B rows, T tokens a row, N scored tokens in all, C channels, V vocabulary.
+Shapes: B rows, T tokens a row, N places that predict scored tokens, C channels, V vocabulary.
 """
 
 import inspect
@@ -20,9 +20,9 @@ CONTEXT, PADDING = 0, -1  # in place of the number of an ending, which begin at 
 class Tree:
     """A context, at least one token, and the tokens of its endings; of each ending the last `scored` ones count."""
 
-    context: list[int]
-    endings: list[list[int]]
-    scored: list[int]
+    context: Sequence[int]
+    endings: Sequence[Sequence[int]]
+    scored: Sequence[int]
 
     @property
     def inputs(self) -> int:
@@ -30,7 +30,7 @@ class Tree:
         return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
 
 
-def grow_tree(tokens: Sequence[list[int]], scored: Sequence[int]) -> Tree:
+def grow_tree(tokens: Sequence[Sequence[int]], scored: Sequence[int]) -> Tree:
     """Join sequences at what they have in common before their scored tokens.
 
     [5, 6, 7, 8], [5, 6, 9] with 1 scored token each -> context [5, 6], endings [7, 8] and [9].
@@ -55,22 +55,23 @@ def tree_log_likelihoods(model: nn.Module, trees: Sequence[Tree]) -> list[list[f
     T = max(tree.inputs for tree in trees)
     layouts = zip(*(_layout(tree, T) for tree in trees), strict=True)
     ids, positions, parts = (torch.tensor(values, device=parameter.device) for values in layouts)  # (B, T) each
-    places, targets, counts = [], [], []  # N scored tokens
+    numbers: dict[tuple[int, int], int] = {}  # (row, place) -> its number among the N that predict something
+    predictors, targets, counts = [], [], []
     for row, tree in enumerate(trees):
         context_end = start = len(tree.context)
         for ending, scored in zip(tree.endings, tree.scored, strict=True):
             # The context's last token predicts the first of every ending.
             predicting = [context_end - 1, *range(start, start + len(ending) - 1)]
-            places += [(row, place) for place in predicting[-scored:]]
+            predictors += [numbers.setdefault((row, place), len(numbers)) for place in predicting[-scored:]]
             targets += ending[-scored:]
             counts.append(scored)
             start += len(ending) - 1
-    with _logits_only_at(model, tuple(torch.tensor(places, device=parameter.device).T)):
+    with _logits_only_at(model, tuple(torch.tensor(list(numbers), device=parameter.device).T)):
         mask = _mask(parts, parameter.dtype)
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits  # (N, V)
     # In fp32: scored in bf16, 1 % of HellaSwag's predictions are others.
-    losses = nn.functional.cross_entropy(logits.float(), torch.tensor(targets, device=logits.device), reduction="none")
-    sums = iter([-part.sum().item() for part in losses.cpu().double().split(counts)])
+    scores = logits.float().log_softmax(-1)[predictors, targets].cpu().double()
+    sums = iter([part.sum().item() for part in scores.split(counts)])
     return [[next(sums) for _ in tree.endings] for tree in trees]
 
 

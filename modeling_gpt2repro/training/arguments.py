@@ -93,9 +93,11 @@ class TrainArguments:
     eval_steps: int = HfArg(default=250, help="Steps between evaluations; 0: at the start and the end only.")
     eval_tokens: int = HfArg(default=10_485_760, help="Validation tokens, the same on any number of processes.")
     per_device_eval_batch_size: int | None = HfArg(default=None, help="Rows of one validation forward; as in training.")
-    hellaswag: str = HfArg(default="Rowan/hellaswag", help="A local jsonl, a Hub dataset, or 'none'.")
-    sample_prompt: str = HfArg(default="Hello, I'm a language model,", help="What the samples go on from.")
-    num_samples: int = HfArg(default=4, help="Samples an evaluation; 0 for none.")
+    hellaswag: str = HfArg(default="Rowan/hellaswag", help="A Hub dataset, a local jsonl, 'official', or 'none'.")
+    sample_prompts: list[str] = HfArg(
+        default_factory=lambda: ["Hello, I'm a language model,"], help="What samples go on from; each in quotes."
+    )
+    num_samples: int = HfArg(default=4, help="Samples of each prompt an evaluation; 0 for none.")
     sample_tokens: int = HfArg(default=32, help="New tokens a sample.")
     save_steps: int = HfArg(default=1000, help="Steps between checkpoints; 0: at the end only.")
     save_total_limit: int | None = HfArg(default=3, help="Checkpoints kept; 0 keeps all.")

@@ -43,23 +43,3 @@ class MetricsLog:
                 print(f"{self.path} cannot be written ({error.strerror}); its rows wait.", file=sys.stderr)
             if self.path.exists():
                 os.truncate(self.path, size)
-
-
-def read_metrics(output_dir: Path) -> list[dict]:
-    """The rows of the run as if it had never been stopped: what a resume went back behind is left out.
-
-    A last line that a crash cut off is left out too.
-    """
-    path = output_dir / METRICS_FILE
-    rows: list[dict] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row.get("event") == "resume":
-            # The evaluation at that step is repeated; the training step that led to it is not.
-            rows = [r for r in rows if r["step"] < row["step"] or (r["step"] == row["step"] and "loss" in r)]
-        else:
-            rows.append(row)
-    return rows

@@ -89,7 +89,7 @@ Make it talk:
 
     from transformers import pipeline
     talk = pipeline("text-generation", model="{model_folder.as_posix()}", trust_remote_code=True)
-    print(talk({args.sample_prompt!r}, max_new_tokens=40, do_sample=True, top_k=50)[0]["generated_text"])
+    print(talk({args.sample_prompts[0]!r}, max_new_tokens=40, do_sample=True, top_k=50)[0]["generated_text"])
 """
 
 

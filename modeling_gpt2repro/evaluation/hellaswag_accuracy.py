@@ -1,0 +1,84 @@
+"""HellaSwag's accuracies: counts that add up, 95 % intervals, and where a model stands among published numbers."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from .hellaswag import BASELINES, EndingScores
+from .hellaswag_rows import PROTOCOLS
+
+Z95 = 1.959964  # the normal distribution's 97.5 % point
+
+
+def count_rows(results: Iterable[EndingScores]) -> dict[str, int]:
+    """{"correct", "correct_norm", "rows"}: whole numbers, which processes can add up."""
+    right = [(result.correct, result.correct_norm) for result in results]
+    return {"correct": sum(a for a, _ in right), "correct_norm": sum(b for _, b in right), "rows": len(right)}
+
+
+def count_correct(results: Sequence[EndingScores], protocols: Sequence[str] = PROTOCOLS) -> dict[str, dict[str, int]]:
+    """{protocol: `count_rows` of its results}."""
+    return {protocol: count_rows(r for r in results if r.protocol == protocol) for protocol in protocols}
+
+
+def summary_of(count: Mapping[str, int]) -> dict[str, float | int | tuple[float, float]]:
+    """The counts of all rows, acc and acc_norm, and their 95 % intervals (Wilson's)."""
+    summary = dict(count)
+    for name, correct in (("acc", count["correct"]), ("acc_norm", count["correct_norm"])):
+        summary[name] = correct / count["rows"]
+        summary[f"{name}_interval"] = wilson_interval(correct, count["rows"])
+    return summary
+
+
+def summarize(results: Sequence[EndingScores]) -> dict[str, dict]:
+    """{protocol: `summary_of` its results}, of the protocols that occur."""
+    protocols = dict.fromkeys(result.protocol for result in results)
+    return {protocol: summary_of(count) for protocol, count in count_correct(results, list(protocols)).items()}
+
+
+def wilson_interval(correct: int, rows: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927), sound for 0 of n too: 3000 of 10000 -> 0.2911, 0.3091."""
+    z = Z95
+    middle = (correct + z * z / 2) / (rows + z * z)
+    half = z / (rows + z * z) * math.sqrt(correct * (rows - correct) / rows + z * z / 4)
+    return max(0.0, middle - half), min(1.0, middle + half)  # rounding reaches past the ends
+
+
+class Yardstick(NamedTuple):
+    """A published acc_norm; `within_interval` where what was measured does not differ from it significantly."""
+
+    model: str
+    acc_norm: float
+    within_interval: bool
+
+
+class Standing(NamedTuple):
+    """What a model has passed, the lowest first, and what comes next; None where nothing is left to pass."""
+
+    passed: list[Yardstick]
+    next: Yardstick | None
+
+    def as_json(self) -> dict:
+        """{"passed": [{"model": "gpt2", "acc_norm": 0.2955, "within_interval": False}], "next": {...}}."""
+        return {
+            "passed": [yardstick._asdict() for yardstick in self.passed],
+            "next": self.next and self.next._asdict(),
+        }
+
+
+def standing(protocol: str, acc_norm: float, interval: tuple[float, float]) -> Standing:
+    """Where an acc_norm over all official rows stands among the published ones of its protocol.
+
+    Of several figures for one model the highest counts.
+    """
+    published = {}
+    for model, its_protocol, _, figure, _ in BASELINES:
+        if its_protocol == protocol:
+            published[model] = max(figure, published.get(model, 0.0))
+    low, high = interval
+    yardsticks = [
+        Yardstick(model, figure, low <= figure <= high)
+        for model, figure in sorted(published.items(), key=lambda item: item[1])
+    ]
+    passed = [yardstick for yardstick in yardsticks if yardstick.acc_norm < acc_norm]
+    return Standing(passed, next(iter(yardsticks[len(passed) :]), None))

@@ -1,0 +1,215 @@
+"""Hardware configurations: what accelerate makes of them, and the Slurm script with stand-ins for Slurm's commands."""
+
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from modeling_gpt2repro.training.arguments import TrainArguments
+
+CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
+YAML_FILES = sorted(CONFIGS.glob("*.yaml"))
+SBATCH = CONFIGS / "slurm.sbatch"
+
+
+def launcher_arguments(config, *more):
+    """What `accelerate launch` knows when it has read a configuration and its command line."""
+    command = ["--config_file", str(CONFIGS / config), *more, "train_accelerate.py"]
+    return _validate_launch_command(launch_command_parser().parse_args(command))[0]
+
+
+@pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: path.name)
+def test_accelerate_knows_every_key_and_no_hyperparameter_is_among_them(path):
+    assert load_config_from_file(str(path)).num_processes >= 1  # raises on keys of the first level
+    keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    flags = vars(launch_command_parser().parse_args(["train_accelerate.py"]))
+    assert not [key for key in keys.get("fsdp_config", {}) if key not in flags]  # these it would take silently
+    assert not set(keys) & {field.name for field in dataclasses.fields(TrainArguments)}
+
+
+def test_two_machines_start_eight_processes_each_and_meet_at_the_first():
+    for rank in (0, 1):
+        more = ["--machine_rank", str(rank), "--main_process_ip", "first", "--main_process_port", "29517"]
+        arguments = launcher_arguments("2x8_multinode.yaml", *more)
+        environment = prepare_multi_gpu_env(arguments)
+        assert (arguments.nnodes, arguments.nproc_per_node, arguments.node_rank) == ("2", "8", rank)
+        assert (arguments.rdzv_backend, arguments.rdzv_endpoint) == ("static", "first:29517")
+        assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert load_config_from_file(str(CONFIGS / "2x8_multinode.yaml")).main_process_port == 29500
+
+
+def test_fsdp2_shards_by_the_models_block(tiny_model, monkeypatch):
+    environment = prepare_multi_gpu_env(launcher_arguments("fsdp2.yaml", "--main_process_port", "0"))
+    for name, value in environment.items():
+        if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP")):
+            monkeypatch.setenv(name, value)
+    assert environment["ACCELERATE_USE_FSDP"] == "true"
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.reshard_after_forward is True
+    assert plugin.cpu_ram_efficient_loading is False
+    assert plugin.state_dict_type.name == "FULL_STATE_DICT"
+    plugin.set_auto_wrap_policy(tiny_model)  # raises where the model has no such class
+    assert plugin.auto_wrap_policy.keywords["transformer_layer_cls"] == {type(tiny_model.transformer.h[0])}
+
+
+# A step of one task a machine. As Slurm's: options first, SIGUSR1 goes on to the tasks, SIGTERM kills them.
+SRUN = """#!/bin/bash
+echo "$@" >> "$CLUSTER/srun_options"
+while [[ $1 == -* ]]; do shift; done
+for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do SLURM_NODEID=$node "$@" & tasks+=($!); done
+trap 'again=yes; kill -USR1 "${tasks[@]}"' USR1
+trap 'kill -KILL "${tasks[@]}"' TERM
+for task in "${tasks[@]}"; do
+    again=yes
+    while [ $again = yes ]; do again=no; wait "$task"; status=$?; done
+    [ $status -gt ${worst:-0} ] && worst=$status
+done
+exit ${worst:-0}
+"""
+SCONTROL = """#!/bin/bash
+case $1 in
+    show) [ "$*" = "show hostnames node[07-08]" ] && printf 'node07\\nnode08\\n';;
+    requeue) echo "$2" >> "$CLUSTER/requeued";;
+esac
+"""
+# A launcher ends at once with $ENDS_WITH, or trains until a signal that it has been told of, then saves and leaves.
+ACCELERATE = """#!/bin/bash
+leave() { sleep 0.1; echo "$SLURM_NODEID" >> "$CLUSTER/saved"; exit 1; }
+[[ $PET_SIGNALS_TO_HANDLE == *SIGUSR1* ]] && trap leave USR1
+printf '%s\\n' "$@" > "$CLUSTER/launched.$SLURM_NODEID"
+[ -n "$ENDS_WITH" ] && exit "$ENDS_WITH"
+while true; do sleep 0.02; done
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A folder with stand-ins for Slurm's commands first on PATH; they leave notes in it."""
+    for name, program in (("srun", SRUN), ("scontrol", SCONTROL), ("accelerate", ACCELERATE)):
+        (tmp_path / name).write_text(program, encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"JOB_ID": "17", "JOB_NODELIST": "node[07-08]", "JOB_NUM_NODES": "2", "CPUS_PER_TASK": "64"}
+    variables = {"CLUSTER": str(tmp_path), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "ENDS_WITH": ""}
+    for name, value in {**variables, **{f"SLURM_{name}": value for name, value in slurm.items()}}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("CONFIG", raising=False)
+    return tmp_path
+
+
+def start_job(cluster, *arguments):
+    log = (cluster / "log").open("w")
+    return subprocess.Popen(["bash", str(SBATCH), *arguments], cwd=cluster, stdout=log, stderr=log)
+
+
+def wait_for(cluster, pattern, count):
+    give_up = time.monotonic() + 60
+    while len(list(cluster.glob(pattern))) < count:
+        assert time.monotonic() < give_up, (cluster / "log").read_text()
+        time.sleep(0.01)
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_the_slurm_script_asks_for_a_warning_that_leaves_time_to_save():
+    script = SBATCH.read_text(encoding="utf-8")
+    options = set(re.findall(r"^#SBATCH (\S+)$", script, re.MULTILINE))
+    assert {"--requeue", "--open-mode=append", "--ntasks-per-node=1", "--gpus-per-node=8"} <= options
+    (warning,) = [int(option.split("@")[1]) for option in options if option.startswith("--signal=B:USR1@")]
+    assert 30 < int(re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", script).group(1)) < warning
+    first_command = script.index("\nset -u")
+    assert "#SBATCH" not in script[first_command:]  # Slurm stops reading options at the first command
+
+
+def test_each_machine_launches_with_its_rank_and_the_first_ones_address(cluster, monkeypatch):
+    monkeypatch.setenv("ENDS_WITH", "0")
+    assert start_job(cluster, "--output_dir", "two words").wait(60) == 0, (cluster / "log").read_text()
+    for rank in (0, 1):
+        command, *arguments = lines(cluster / f"launched.{rank}")
+        assert command == "launch"
+        parsed = launch_command_parser().parse_args(arguments)
+        assert parsed.config_file == "accelerate_configs/2x8_multinode.yaml"
+        assert (parsed.machine_rank, parsed.num_machines, parsed.num_processes) == (rank, 2, 16)
+        assert parsed.main_process_ip == "node07"
+        assert parsed.training_script == "train_accelerate.py"
+        assert parsed.training_script_args == ["--resume_from_checkpoint", "latest", "--output_dir", "two words"]
+    assert "--cpus-per-task=64" in lines(cluster / "srun_options")[0]
+    monkeypatch.setenv("CONFIG", "accelerate_configs/fsdp2.yaml")
+    start_job(cluster).wait(60)
+    assert "accelerate_configs/fsdp2.yaml" in lines(cluster / "launched.0")
+
+
+def test_a_warned_job_saves_on_all_machines_and_queues_again_once(cluster):
+    job = start_job(cluster)
+    wait_for(cluster, "launched.*", 2)
+    job.send_signal(signal.SIGUSR1)  # to the shell alone, as B: asks
+    assert job.wait(60) == 1
+    assert sorted(lines(cluster / "saved")) == ["0", "1"]  # all had left before the script did
+    assert lines(cluster / "requeued") == ["17"]
+
+
+@pytest.mark.parametrize("status", [0, 1, 143])
+def test_a_job_that_was_not_warned_does_not_queue_again(cluster, monkeypatch, status):
+    monkeypatch.setenv("ENDS_WITH", str(status))  # finished, failed, cancelled
+    assert start_job(cluster).wait(60) == status
+    assert not lines(cluster / "requeued")
+
+
+def test_a_job_that_finishes_after_the_warning_does_not_queue_again(cluster):
+    (cluster / "accelerate").write_text(ACCELERATE.replace("exit 1; }", "exit 0; }"), encoding="utf-8")
+    job = start_job(cluster)
+    wait_for(cluster, "launched.*", 2)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(60) == 0
+    assert not lines(cluster / "requeued")
+
+
+def test_a_cancelled_job_waits_for_its_step(cluster):
+    job = start_job(cluster)
+    wait_for(cluster, "launched.*", 2)
+    job.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    assert job.poll() is None  # the step is told by Slurm itself, and given its time
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(60) == 1
+
+
+@pytest.mark.slow
+def test_accelerates_own_launcher_hands_the_warning_to_every_process(cluster, monkeypatch):
+    (cluster / "accelerate").unlink()
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert shutil.which("accelerate") == str(Path(sys.executable).parent / "accelerate")
+    monkeypatch.setenv("CONFIG", str(CONFIGS / "2x8_multinode.yaml"))
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
+    (cluster / "train_accelerate.py").write_text(
+        "import os, signal, sys, time\n"
+        "rank = os.environ['RANK']\n"
+        "def leave(number, frame):\n"
+        "    open(f'got.{rank}', 'w').write(signal.Signals(number).name)\n"
+        "    while sum(name.startswith('got.') for name in os.listdir('.')) < 8: time.sleep(0.01)\n"
+        "    sys.exit(143)\n"
+        "signal.signal(signal.SIGUSR1, leave)\n"
+        "open(f'started.{rank}', 'w')\n"
+        "time.sleep(60)\n",
+        encoding="utf-8",
+    )
+    job = start_job(cluster)
+    wait_for(cluster, "started.*", 8)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(60) == 1, (cluster / "log").read_text()
+    assert [path.read_text() for path in cluster.glob("got.*")] == ["SIGUSR1"] * 8
+    assert lines(cluster / "requeued") == ["17"]

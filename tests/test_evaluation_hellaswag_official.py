@@ -1,0 +1,123 @@
+"""The official validation file: fetched once, checked, cached; what is not it is refused and removed."""
+
+import hashlib
+import http.server
+import json
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+import pytest
+from huggingface_hub import constants
+
+from modeling_gpt2repro.evaluation import hellaswag_official
+from modeling_gpt2repro.evaluation.hellaswag_official import are_official, official_file
+from modeling_gpt2repro.evaluation.hellaswag_rows import load_hellaswag
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Gives `body`, or what a test puts in its place, and counts how often it was asked."""
+
+    body, status, promised_more, requests = b"", 200, 0, 0
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests += 1
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", str(len(self.server.body) + self.server.promised_more))
+        self.end_headers()
+        self.wfile.write(self.server.body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch, hellaswag_rows):
+    """A stand-in for the original repository, whose file is the seven rows, and a cache in `tmp_path`."""
+    with Server(("127.0.0.1", 0), Handler) as server:
+        server.body = "".join(json.dumps(asdict(row)) + "\n" for row in hellaswag_rows).encode()
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(hellaswag_official, "OFFICIAL_URL", f"http://127.0.0.1:{server.server_port}/val.jsonl")
+        monkeypatch.setattr(hellaswag_official, "OFFICIAL_SHA256", hashlib.sha256(server.body).hexdigest())
+        monkeypatch.setattr(hellaswag_official, "OFFICIAL_ROWS", len(hellaswag_rows))
+        monkeypatch.setattr(hellaswag_official, "cached_assets_path", lambda *_: tmp_path)
+        yield server
+        server.shutdown()
+
+
+def kept(folder):
+    return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
+
+
+def test_the_official_file_is_fetched_once_and_then_used_without_network(server, tmp_path, hellaswag_rows, monkeypatch):
+    assert load_hellaswag("official") == hellaswag_rows
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load_hellaswag("official", limit=2) == hellaswag_rows[:2]
+    assert server.requests == 1
+    assert kept(tmp_path) == {"hellaswag_val.jsonl"}
+
+
+def test_processes_that_want_it_at_once_fetch_it_once(server):
+    with ThreadPoolExecutor(8) as pool:
+        paths = set(pool.map(lambda _: official_file(), range(8)))
+    assert len(paths) == server.requests == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        (
+            {"body": b"<!DOCTYPE html><title>Log in</title>"},
+            ValueError,
+            r"but 36 bytes that begin with b'<!DOCTYPE html>'",
+        ),
+        ({"body": b'{"ind": 24, "act'}, ValueError, "did not give HellaSwag's validation file but 16 bytes"),
+        ({"promised_more": 10}, (ConnectionError, ValueError), "val.jsonl (could not be fetched|did not give)"),
+        ({"status": 404}, ConnectionError, r"could not be fetched into .* \(HTTP Error 404"),
+    ],
+    ids=["html", "truncated", "connection lost", "not found"],
+)
+def test_what_is_not_the_file_is_refused_and_removed(server, tmp_path, change, error, sentence, one_sentence):
+    if "promised_more" in change:
+        server.body = server.body[:-10]
+    for name, value in change.items():
+        setattr(server, name, value)
+    with pytest.raises(error, match=sentence) as raised:
+        official_file()
+    one_sentence(raised)
+    assert kept(tmp_path) == set()
+
+
+def test_a_damaged_file_in_the_cache_is_named_removed_and_fetched_again(server, tmp_path, caplog, monkeypatch):
+    cached = tmp_path / "hellaswag_val.jsonl"
+    cached.write_bytes(server.body[:100])
+    with caplog.at_level(logging.WARNING):
+        assert official_file().read_bytes() == server.body
+    assert f"{cached} is damaged (100 bytes" in caplog.text
+    cached.write_bytes(b"<html>")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="is not in the cache and HF_HUB_OFFLINE is set"):
+        official_file()
+    assert kept(tmp_path) == set()
+
+
+def test_without_a_network_it_says_what_to_do(server, monkeypatch, one_sentence):
+    monkeypatch.setattr(hellaswag_official, "OFFICIAL_URL", "http://127.0.0.1:9/val.jsonl")
+    with pytest.raises(ConnectionError, match=r"could not be fetched .* name a local hellaswag_val.jsonl") as raised:
+        official_file()
+    one_sentence(raised)
+
+
+def test_only_all_official_rows_are_official(server, tmp_path):
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(server.body)
+    for source in ("official", "Rowan/hellaswag", str(copy)):
+        assert are_official(source, 7)
+        assert not are_official(source, 6)
+    copy.write_bytes(server.body + b"\n")
+    assert not are_official(str(copy), 7)
+    assert not are_official("someone/hellaswag", 7)
