@@ -45,7 +45,7 @@ from modeling_gpt2repro.evaluation.samples import check_prompt, sample_continuat
 from modeling_gpt2repro.evaluation.validation import unigram_entropy, validation_numbers
 from modeling_gpt2repro.hub.conversion import load_as_ours
 from modeling_gpt2repro.hub.figures import plot_loss
-from modeling_gpt2repro.hub.folder import FROM_SCRATCH, save_hub_folder
+from modeling_gpt2repro.hub.folder import origin_of, save_hub_folder
 from modeling_gpt2repro.hub.run_log import write_yardsticks
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
@@ -164,12 +164,6 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
             check_prompt(prompt, data.tokenizer, args.block_size)
     problems.raise_if_any()
 
-    progress, guard = TrainProgress(), StepGuard(accelerator.device, args.skip_outliers)
-    origin = FROM_SCRATCH
-    if args.init_from:
-        origin = (
-            f"A GPT-2 trained on from {Path(args.init_from).name if Path(args.init_from).exists() else args.init_from}."
-        )
     model = build_model(args, data, weights, their_tokenizer)
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
@@ -178,32 +172,40 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
     if args.find_batch_size:
         take_largest_batch(args, accelerator, data, model)
     accelerator.gradient_accumulation_steps, _ = data.batches.micro_batch_shape
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    place = (accelerator.process_index, accelerator.num_processes)
+    task = prepare_hellaswag(bare, data.tokenizer, hellaswag, PROTOCOLS, None, *place) if hellaswag else None
+
+    progress, guard = TrainProgress(), StepGuard(accelerator.device, args.skip_outliers)
+    origin = origin_of(args.init_from)
     if checkpoint:
         state = checkpoints.read_state(checkpoint, data.identity)
+        origin = state["origin"]
         progress.load_state_dict(state["progress"])
         data.batches.load_state_dict(state["data"])
         guard.load_state_dict(state["guard"])
-        origin = state["origin"]
         with checkpoints.damage_is_told(checkpoint):
-            bare = accelerator.unwrap_model(model, keep_torch_compile=False)
             load_optimizer(checkpoint / checkpoints.STATE_FOLDER, bare, optimizer)
             load_random(checkpoint / checkpoints.STATE_FOLDER, accelerator)
-    changed = changed_arguments(args)
-    for name, (then, now) in changed.items():
-        accelerator.print(f"This run began with {name} {then} and goes on with {now}.")
+    monitor = open_monitor(args, accelerator, progress, flops_and_peak(bare, args.block_size, accelerator))
     if accelerator.is_main_process and not args.preflight:
         checkpoints.clear_remains(output_dir)
         write_run_record(args, hardware_record(accelerator), data.identity)
+    return Run(args, accelerator, data, task, model, optimizer, progress, guard, monitor, origin)
+
+
+def open_monitor(
+    args: TrainArguments, accelerator: Accelerator, progress: TrainProgress, speed: tuple[int, float | None]
+) -> Monitor:
+    """The log and what is shown of it; a run that goes on says what has changed in its arguments."""
+    output_dir, changed = Path(args.output_dir), changed_arguments(args)
+    for name, (then, now) in changed.items():
+        accelerator.print(f"This run began with {name} {then} and goes on with {now}.")
     resumed_step = progress.step if args.resume_from_checkpoint and not args.preflight else None
     log = MetricsLog(output_dir, resumed_step, accelerator.is_main_process, changed)
-    speed = flops_and_peak(accelerator.unwrap_model(model), args.block_size, accelerator)
-    monitor = Monitor(accelerator, args.total_steps, args.logging_steps, progress, log, *speed)
     if args.report_to != "none" and not args.preflight:
         accelerator.init_trackers("gpt2repro", config={k: v for k, v in vars(args).items() if v is not None})
-    place = (accelerator.process_index, accelerator.num_processes)
-    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
-    task = prepare_hellaswag(bare, data.tokenizer, hellaswag, PROTOCOLS, None, *place) if hellaswag else None
-    return Run(args, accelerator, data, task, model, optimizer, progress, guard, monitor, origin)
+    return Monitor(accelerator, args.total_steps, args.logging_steps, progress, log, *speed)
 
 
 def open_checkpoint(args: TrainArguments, accelerator: Accelerator) -> Path | None:

@@ -68,6 +68,7 @@ def test_a_results_file_keeps_the_latest_result_of_each_setting(tmp_path, monkey
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="GPT-2's vocabulary is not in ../shared/data")
+@pytest.mark.slow
 def test_prepare_benchmark_compares_the_same_tokens_and_writes_what_its_figures_come_from(tmp_path):
     shutil.copytree(SHARED / "tiktoken_cache", tmp_path / "tiktoken")  # tiktoken deletes what it finds damaged
     flags = ["--megabytes", "0.4", "--large_megabytes", "0", "--workers", "1", "--rounds", "1"]

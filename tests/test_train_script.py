@@ -196,6 +196,7 @@ for number, folder in enumerate(sys.argv[3:]):
 
 def test_the_quickstart_needs_nothing_but_python(tmp_path):
     short = {"train_tokens": 60 * 1024, "warmup_tokens": 10 * 1024, "eval_steps": 0, "sample_tokens": 5}
+    short["eval_tokens"] = 8192
     flags = as_flags({"preset": "quickstart", "output_dir": tmp_path / "run", **short})
     result = subprocess.run(
         [sys.executable, str(ROOT / "train_accelerate.py"), *flags],

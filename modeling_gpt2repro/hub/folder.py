@@ -29,6 +29,13 @@ print(generator("Hello, I'm a language model,", max_new_tokens=30)[0]["generated
 FROM_SCRATCH = "A GPT-2 trained from scratch."
 
 
+def origin_of(init_from: str | None) -> str:
+    """A card's first sentence: where the weights come from; of a folder the name alone."""
+    if not init_from:
+        return FROM_SCRATCH
+    return f"A GPT-2 trained on from {Path(init_from).name if Path(init_from).exists() else init_from}."
+
+
 def save_hub_folder(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
