@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_compiled_module
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
@@ -122,6 +122,7 @@ class Run:
     monitor: Monitor
     origin: str  # where the weights come from, for the model card
     stop: StopRequest = field(default_factory=StopRequest)
+    saved_step: int = 0
     failed_saves: int = 0  # in a row
     yardsticks: dict[str, float] = field(default_factory=dict)
 
@@ -191,7 +192,8 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
     if accelerator.is_main_process and not args.preflight:
         checkpoints.clear_remains(output_dir)
         write_run_record(args, hardware_record(accelerator), data.identity)
-    return Run(args, accelerator, data, task, model, optimizer, progress, guard, monitor, origin)
+    parts = (model, optimizer, progress, guard, monitor, origin)
+    return Run(args, accelerator, data, task, *parts, saved_step=progress.step)
 
 
 def open_monitor(
@@ -204,7 +206,8 @@ def open_monitor(
     resumed_step = progress.step if args.resume_from_checkpoint and not args.preflight else None
     log = MetricsLog(output_dir, resumed_step, accelerator.is_main_process, changed)
     if args.report_to != "none" and not args.preflight:
-        accelerator.init_trackers("gpt2repro", config={k: v for k, v in vars(args).items() if v is not None})
+        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in vars(args).items()}
+        accelerator.init_trackers("gpt2repro", config=plain)  # TensorBoard takes no lists
     return Monitor(accelerator, args.total_steps, args.logging_steps, progress, log, *speed)
 
 
@@ -318,10 +321,11 @@ def build_model(
 
 def take_largest_batch(args: TrainArguments, accelerator: Accelerator, data: TrainingData, model: nn.Module):
     """Put the largest batch that fits into the arguments and the data; the rows of a step stay as they are."""
-    module = accelerator.unwrap_model(model, keep_torch_compile=True)
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    # Compiled anew: accelerate, asked to keep the compiled one, takes DDP out of it for good.
+    module = torch.compile(bare) if is_compiled_module(model) else bare
     most = -(-args.rows_per_step // accelerator.num_processes)
-    config = accelerator.unwrap_model(model, keep_torch_compile=False).config
-    rows = find_batch_size(accelerator, module, args.block_size, config.vocab_size, most)
+    rows = find_batch_size(accelerator, module, args.block_size, bare.config.vocab_size, most)
     args.per_device_train_batch_size = rows
     data.batches.shape = replace(data.batches.shape, micro_batch_rows=rows)
     accelerator.print(f"The largest batch that fits: --per_device_train_batch_size {rows}.")
@@ -366,6 +370,7 @@ def take_step(run: Run) -> tuple[StepNumbers, float, float]:
 def evaluate(run: Run):
     """Validation loss, HellaSwag and samples of the model as it is, logged and shown; less, if the run is to stop."""
     args, accelerator = run.args, run.accelerator
+    note_skipped(run, run.monitor.read())
     with run.monitor.apart():
         started, module = time.perf_counter(), run.whole_model()
         micro_batch_rows = args.per_device_eval_batch_size or args.per_device_train_batch_size
@@ -408,6 +413,7 @@ def save(run: Run, must: bool = False):
         must: No later one makes up for it: where it fails it is tried again for some minutes, then the run ends.
     """
     accelerator, progress = run.accelerator, run.progress
+    note_skipped(run, run.monitor.read())
     with run.monitor.apart():
         if not must and progress.last_skipped == progress.step:
             run.monitor.say(f"step {progress.step:>6}: no checkpoint, because this step was skipped")
@@ -417,7 +423,9 @@ def save(run: Run, must: bool = False):
         problem = write_checkpoint(run, run.output_dir / checkpoints.checkpoint_name(progress.step), keep)
         run.monitor.record({"save_seconds": time.perf_counter() - started})
     run.failed_saves = run.failed_saves + 1 if problem else 0
-    if problem:
+    if not problem:
+        run.saved_step = progress.step
+    else:
         run.monitor.say(f"step {progress.step:>6}: no checkpoint ({problem}); the one before stays")
         if run.failed_saves >= (TRIES_OF_THE_LAST_SAVE if must else FAILED_SAVES):
             raise SystemExit(cannot_save(run.args, problem) if accelerator.is_main_process else 1)
@@ -450,7 +458,7 @@ def write_checkpoint(run: Run, folder: Path, keep: checkpoints.Keep) -> str | No
 
 def leave(run: Run):
     """End early, as a signal asked for, with a checkpoint and the command that goes on."""
-    if not (run.output_dir / checkpoints.checkpoint_name(run.progress.step) / checkpoints.LISTING).exists():
+    if run.saved_step != run.progress.step:
         save(run, must=True)
     by = run.stop.asked_by or "a signal to another process"
     command = run.stop.command_that_goes_on

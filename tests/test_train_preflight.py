@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from toy_runs import rows_of, train_here
 
 import train_accelerate
+from modeling_gpt2repro.data.rows import BatchShape
 from modeling_gpt2repro.training import batch_size
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.batch_size import find_batch_size, largest
@@ -112,3 +114,23 @@ def test_the_batch_is_found_where_memory_runs_out_and_weights_stay(tiny_model, m
 def test_on_a_cpu_less_than_half_of_the_free_memory_is_taken(tiny_model, monkeypatch):
     monkeypatch.setattr(batch_size, "peak_memory_gb", lambda device: math.inf)
     assert not batch_size.one_pass_fits(tiny_model, 1, 64, 97, torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_a_compiled_model_under_ddp_keeps_it_when_its_batch_is_found(tiny_model, monkeypatch):
+    """Without DDP's `no_sync` every micro-batch would be sent around."""
+    import torch.distributed as dist
+
+    monkeypatch.setattr(train_accelerate, "find_batch_size", lambda *arguments: 2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(tiny_model)
+        compiled = torch.compile(wrapped)
+        args = TrainArguments(block_size=64, tokens_per_step=512)
+        data = SimpleNamespace(batches=SimpleNamespace(shape=BatchShape(64, 8, 8, 1)))
+        train_accelerate.take_largest_batch(args, Accelerator(cpu=True), data, compiled)
+        assert compiled._orig_mod is wrapped
+        assert compiled.no_sync == wrapped.no_sync
+    finally:
+        dist.destroy_process_group()
+    assert args.per_device_train_batch_size == data.batches.shape.micro_batch_rows == 2

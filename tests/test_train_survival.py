@@ -13,9 +13,11 @@ import time
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from toy_runs import CPU_FP32, RECIPE, ROOT, ROWS, as_flags, rows_of, train_here
 
 import train_accelerate
+from modeling_gpt2repro.hub.run_log import read_metrics
 from modeling_gpt2repro.training import launcher as launchers
 from modeling_gpt2repro.training.launcher import command_that_goes_on, processes_asked_for
 from modeling_gpt2repro.training.stop import StopRequest
@@ -45,7 +47,7 @@ def signalled(number):
     return action
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"])
 def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on_bit_for_bit(
     finished, shards, tmp_path, monkeypatch, capsys, name
 ):
@@ -123,6 +125,16 @@ def test_a_step_that_is_no_number_is_skipped_and_named(finished, shards, tmp_pat
     assert steps == [f"step-{step:06d}" for step in (5, 15, 20, 25, 30)]
 
 
+def test_a_skipped_step_is_told_wherever_the_numbers_are_read(shards, tmp_path, monkeypatch, capsys):
+    """Step 10 is followed by an evaluation and a save, which read what the log would have read at step 14."""
+    at_step(monkeypatch, 10, made_nan)
+    assert train_here(tmp_path / "run", shards, logging_steps=7) == 0
+    assert "step     10: skipped" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "step-000010").exists()
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if row.get("event") == "skipped"] == [10]
+    assert len(rows_of(tmp_path / "run")) == 30  # every step has its row, whenever it was read
+
+
 def test_too_many_skipped_steps_end_a_run_with_advice(shards, tmp_path, capsys):
     assert train_here(tmp_path / "run", shards, learning_rate=1e20, eval_steps=0, max_skipped=4) == 1
     told = capsys.readouterr().err
@@ -181,7 +193,6 @@ def test_the_last_checkpoint_waits_for_room(finished, shards, tmp_path, monkeypa
 
 
 def test_rows_of_the_log_wait_for_a_disk_that_is_full(tmp_path):
-    from modeling_gpt2repro.hub.run_log import read_metrics
     from modeling_gpt2repro.training.metrics import MetricsLog
 
     log = MetricsLog(tmp_path, None, enabled=True)
@@ -301,6 +312,42 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(shards, t
     (tmp_path / "file").write_text("no folder")
     assert train_here(tmp_path / "file" / "run", shards) == 2
     assert "cannot be written (Not a directory): give another" in capsys.readouterr().err
+
+
+def test_a_signal_before_the_first_step_leaves_nothing_to_go_wrong(finished, shards, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        original = train_accelerate.introduce
+        patch.setattr(train_accelerate, "introduce", lambda run: (os.kill(os.getpid(), signal.SIGTERM), original(run)))
+        assert train_here(tmp_path / "run", shards) == 143
+    assert not list((tmp_path / "run").glob("step-*"))
+    assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest") == 0
+    assert rows_of(tmp_path / "run") == rows_of(finished[0])
+
+
+def test_a_terminal_that_is_gone_ends_no_run(finished, shards, tmp_path, monkeypatch):
+    class Gone:
+        encoding = "utf-8"
+
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+        flush = isatty = lambda self: False
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda go_on, model: (patch.setattr(sys, "stdout", Gone()), go_on())[1])
+        assert train_here(tmp_path / "run", shards) == 0
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
+
+
+def test_trackers_get_arguments_that_every_one_of_them_takes(shards, tmp_path, monkeypatch):
+    given, logged = {}, []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config: given.update(config))
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append((step, values)))
+    assert train_here(tmp_path / "run", shards, report_to="all") == 0
+    assert given["sample_prompts"] == '["Hello, I\'m a language model,"]'
+    assert {type(value) for value in given.values()} <= {bool, int, float, str}
+    assert [step for step, values in logged if "loss" in values] == list(range(1, 31))
+    assert all(isinstance(value, int | float) for _, values in logged for value in values.values())
 
 
 @pytest.mark.slow

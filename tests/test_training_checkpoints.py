@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from modeling_gpt2repro.hub.folder import save_tokenizer
 from modeling_gpt2repro.training import checkpoints, sealed_folder
 from modeling_gpt2repro.training.checkpoints import Keep, find_resume_checkpoint
 from modeling_gpt2repro.training.optimizer import build_optimizer
@@ -221,6 +222,49 @@ def test_a_checkpoint_of_another_run_is_refused_with_every_difference(save):
     with pytest.raises(ValueError, match="made with seed 1, not 2") as error:
         checkpoints.read_state(folder, {"seed": 2, "block_size": 64})
     assert "made with block_size None, not 64" in str(error.value)
+
+
+def test_a_kill_between_the_renames_of_a_checkpoint_written_again_costs_nothing(save, tmp_path, monkeypatch):
+    save(5)
+
+    def killed(aside, folder):
+        if aside.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        rename(aside, folder)
+
+    rename = sealed_folder.os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(sealed_folder.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(5)
+    assert names(tmp_path) == [".step-000005.old", ".step-000005.partial"]
+    assert find_resume_checkpoint("latest", tmp_path) == (tmp_path / "step-000005", [])
+
+
+def test_a_checkpoint_that_was_being_deleted_does_not_come_back(save, tmp_path, monkeypatch):
+    save(5)
+
+    def killed(folder, **options):
+        if folder.exists():
+            (folder / "model.safetensors").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sealed_folder.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sealed_folder.remove(tmp_path / "step-000005")
+    assert find_resume_checkpoint("latest", tmp_path) == (None, [])
+    checkpoints.clear_remains(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_tokenizer_that_finds_the_disk_full_is_told_like_any_other_file(save, tmp_path, tiny_tokenizer, monkeypatch):
+    def full(self, path, **options):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(type(tiny_tokenizer), "save_pretrained", full)
+    assert "No space left" in save(6, write_model=lambda aside: save_tokenizer(tiny_tokenizer, aside))
+    assert names(tmp_path) == []
 
 
 def test_what_a_killed_save_left_is_cleared(save, tmp_path):

@@ -63,7 +63,7 @@ def save_hub_folder(
         pad_token_id=model.config.eos_token_id,
     )
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     card = CARD.format(
         license="license: mit\n" if origin == FROM_SCRATCH else "",
         parameters=model.num_parameters(),
@@ -72,3 +72,13 @@ def save_hub_folder(
         trust=", trust_remote_code=True" if isinstance(model, GPT2ReproForCausalLM) else "",
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path):
+    """Write a tokenizer; what the system refuses is an OSError, which tokenizers tells by its text only."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is Exception and "os error" in str(error):
+            raise OSError(str(error)) from error
+        raise

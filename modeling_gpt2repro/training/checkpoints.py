@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from .sealed_folder import put_in_place, remove, seal, what_is_wrong
+from .sealed_folder import bring_back, put_in_place, remove, seal, what_is_wrong
 from .state_tensors import OPTIMIZER_FILE, RANDOM_FILE, save_tensors
 
 STATE_FOLDER = "training_state"
@@ -49,6 +49,7 @@ def find_resume_checkpoint(resume_from: str | None, output_dir: Path) -> tuple[P
     """
     if resume_from is None:
         return None, []
+    bring_back(output_dir, "step-*")
     found = find_checkpoints(output_dir)
     if resume_from == "latest":
         damaged = []
@@ -157,7 +158,7 @@ def save_checkpoint(
 
 def clear_remains(output_dir: Path):
     """Remove what a killed save left half-written."""
-    for pattern in (".step-*.partial", ".step-*.old", ".model.partial", ".model.old"):
+    for pattern in (".step-*.partial", ".step-*.old", ".step-*.gone", ".model.partial", ".model.old"):
         for path in output_dir.glob(pattern):
             shutil.rmtree(path)
 

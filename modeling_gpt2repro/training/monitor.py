@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from accelerate import Accelerator
@@ -62,10 +62,11 @@ class Monitor:
             sys.stdout.reconfigure(errors="replace")
 
     def say(self, text: str):
-        """Print above the bar, on the main process."""
+        """Print above the bar, on the main process; a terminal or a pipe that is gone ends no run."""
         if self.accelerator.is_main_process:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with suppress(OSError):
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
     def trained(self, numbers: StepNumbers, learning_rate: float, data_seconds: float) -> list[int]:
         """Note the training step that was just done; every `logging_steps` read and log those that were noted.

@@ -63,12 +63,20 @@ def put_in_place(aside: Path, folder: Path):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def bring_back(folder: Path, pattern: str):
+    """Give folders their name back that were about to be replaced when the process was killed."""
+    for old in folder.glob(f".{pattern}.old"):
+        name = old.name.removeprefix(".").removesuffix(".old")
+        if not (folder / name).exists():
+            os.replace(old, folder / name)
+
+
 def remove(folder: Path):
     """Delete a folder that is never seen half-deleted under its name."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(folder, old)
-    shutil.rmtree(old, ignore_errors=True)
+    gone = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def flush_names(folder: Path):

@@ -1,7 +1,7 @@
 """Being told to stop: the step is finished, a checkpoint written, and the command shown that goes on.
 
 SIGTERM is what schedulers, containers and launchers send before they kill; SIGUSR1 is the warning that Slurm can be
-asked for; Ctrl-C is a person.
+asked for; SIGHUP says that the terminal is gone; Ctrl-C is a person.
 """
 
 import signal
@@ -31,9 +31,9 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo")  # between CPUs: a GPU is not waited for
-        for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                number = getattr(signal, name)
+        for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"):
+            number = getattr(signal, name, None)  # Windows has not all of them
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._before[number] = signal.signal(number, self._note)
         end_with_launcher()
         return self
