@@ -60,6 +60,11 @@ class EvalHellaSwagArguments:
                 problems.append(
                     f"--output {self.output}: let it end in .json; what the model says to each row goes beside it."
                 )
+            if self.compare is None and self.rows_file.absolute() == Path(self.data).absolute():
+                problems.append(
+                    f"--output {self.output}: what the model says to each row would replace the data ({self.data}): "
+                    "give another name."
+                )
         if problems:
             raise ValueError("\n".join(problems))
 

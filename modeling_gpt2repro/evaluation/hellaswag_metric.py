@@ -1,5 +1,6 @@
 """HellaSwag's accuracy as a metric of `evaluate`. Importing this file imports `evaluate`, which takes seconds."""
 
+import math
 import tempfile
 from collections.abc import Sequence
 
@@ -60,6 +61,8 @@ class HellaSwagAccuracy(evaluate.Metric):
                     f"row {number} has {len(totals)} log-likelihoods, {len(sizes)} lengths and the reference {label}: "
                     "give as many of the one as of the other, and one of their numbers, from 0."
                 )
+            if any(map(math.isnan, totals)):
+                raise ValueError(f"row {number} has a log-likelihood that is no number: {totals}; look at the model.")
             rows.append(EndingScores(number, "", label, tuple(totals), tuple(sizes)))
         return summary_of(count_rows(rows))
 

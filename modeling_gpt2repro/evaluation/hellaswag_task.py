@@ -84,8 +84,10 @@ def tokens_of_row(
     """Tokenize a row's endings as the protocol's own code does; what exceeds `max_length` is cut off on the left."""
 
     def encode(*texts: str) -> list[list[int]]:
-        # A literal <|endoftext|> is text here, not the token.
-        return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        # A literal <|endoftext|> is text here, not the token. The harness keeps what a tokenizer puts around any text,
+        # such as Llama's <s>; GPT-2's puts nothing.
+        options = {"add_special_tokens": protocol == "lm-eval", "split_special_tokens": True, "verbose": False}
+        return tokenizer(list(texts), **options)["input_ids"]
 
     context, endings = texts_of_row(row, protocol)
     if protocol == "completion":
@@ -94,6 +96,7 @@ def tokens_of_row(
     else:
         # GPT-2's tokens begin with a space: where the context ends in one, it is the ending's.
         start, *wholes = encode(context.rstrip(), *(f"{context} {ending}" for ending in endings))
+        wholes = [start + whole[len(start) :] for whole in wholes]  # the context's tokens are those it has by itself
     choices = []
     for ending, whole in zip(endings, wholes, strict=True):
         tokens = array("i", whole if max_length is None else whole[-max_length - 1 :])

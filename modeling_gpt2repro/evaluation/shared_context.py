@@ -5,7 +5,6 @@ itself alone, and its positions begin where the context ends; so each gets the n
 Shapes: B rows, T tokens a row, N places that predict scored tokens, C channels, V vocabulary.
 """
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+# Families whose trees are tested against one ending at a time (tests/test_evaluation_hellaswag.py). Others are scored
+# ending by ending: a recurrent or convolutional layer mixes the endings, ALiBi and GPT-Neo's local attention count
+# places instead of positions, GPT-1 takes no such mask, and nothing in a config says so for all of them.
+TREE_FAMILIES = (
+    "gpt2repro", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "codegen", "opt", "biogpt", "llama", "qwen2",
+    "qwen3", "gemma", "phi", "stablelm", "olmo2", "granite", "mixtral", "smollm3", "persimmon",
+)  # fmt: skip
 CONTEXT, PADDING = 0, -1  # in place of the number of an ending, which begin at 1
 
 
@@ -41,11 +47,16 @@ def grow_tree(tokens: Sequence[Sequence[int]], scored: Sequence[int]) -> Tree:
 
 
 def takes_trees(model: nn.Module) -> bool:
-    """Whether a model can be scored so: its attention obeys a mask, and it names the layer that makes its logits."""
-    wanted = {"attention_mask", "position_ids"} <= set(inspect.signature(type(model).forward).parameters)
-    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return wanted and implementation in ("sdpa", "eager") and head is not None
+    """Whether a model can be scored so: of a family that was tested, with an attention that obeys a mask.
+
+    Not with a sliding window: transformers takes a mask of four dimensions as it is, and the window is gone.
+    """
+    config = getattr(model, "config", None)
+    return (
+        getattr(config, "model_type", None) in TREE_FAMILIES
+        and config._attn_implementation in ("sdpa", "eager")
+        and getattr(config, "sliding_window", None) is None
+    )
 
 
 @torch.no_grad()
