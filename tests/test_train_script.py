@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -147,6 +148,7 @@ def test_a_run_leaves_what_it_says(finished):
     }
     assert (output_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "guessing evenly, ln(vocabulary) 5.70" in printed
+    assert re.search(r"HellaSwag: completion_acc 0\.\d{4} \[0\.\d{4}, 0\.\d{4}\], .* s of it\)", printed)
     assert f'model="{(output_dir / "model").as_posix()}", trust_remote_code=True' in printed
     validation = rows_of(output_dir, "validation_loss")
     assert len(validation) == 4  # steps 0, 10, 20 and, on the saved weights, 30

@@ -145,8 +145,14 @@ class Monitor:
         shown = [f"validation loss {numbers['validation_loss']:.4f}"]
         if "validation_bits_per_byte" in numbers:
             shown.append(f"{numbers['validation_bits_per_byte']:.3f} bits per byte")
-        shown += [f"{name} {value:.4f}" for name, value in numbers.items() if name.endswith(("_acc", "_acc_norm"))]
         self.say(f"step {self.progress.step:>6}: {', '.join(shown)} ({numbers['evaluation_seconds']:.1f} s)")
+        accuracies = [
+            f"{name.removeprefix('hellaswag_')} {value:.4f} [{numbers[f'{name}_low']:.4f}, {numbers[f'{name}_high']:.4f}]"
+            for name, value in numbers.items()
+            if name.endswith(("_acc", "_acc_norm"))
+        ]
+        if accuracies:
+            self.say(f"    HellaSwag: {', '.join(accuracies)} ({numbers['hellaswag_seconds']:.1f} s of it)")
 
     def sampled(self, prompt: str, texts: list[str]):
         """Log the samples to samples.jsonl, and show them, each on a line."""
