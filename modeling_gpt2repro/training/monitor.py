@@ -146,11 +146,10 @@ class Monitor:
         if "validation_bits_per_byte" in numbers:
             shown.append(f"{numbers['validation_bits_per_byte']:.3f} bits per byte")
         self.say(f"step {self.progress.step:>6}: {', '.join(shown)} ({numbers['evaluation_seconds']:.1f} s)")
-        accuracies = [
-            f"{name.removeprefix('hellaswag_')} {value:.4f} [{numbers[f'{name}_low']:.4f}, {numbers[f'{name}_high']:.4f}]"
-            for name, value in numbers.items()
-            if name.endswith(("_acc", "_acc_norm"))
-        ]
+        accuracies = []
+        for name in [name for name in numbers if name.endswith(("_acc", "_acc_norm"))]:
+            low, high = numbers[f"{name}_low"], numbers[f"{name}_high"]
+            accuracies.append(f"{name.removeprefix('hellaswag_')} {numbers[name]:.4f} [{low:.4f}, {high:.4f}]")
         if accuracies:
             self.say(f"    HellaSwag: {', '.join(accuracies)} ({numbers['hellaswag_seconds']:.1f} s of it)")
 
