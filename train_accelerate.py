@@ -52,7 +52,7 @@ from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.batch_size import find_batch_size
 from modeling_gpt2repro.training.command_line import Problems, bad_input_exits, parse_command_line
 from modeling_gpt2repro.training.hardware import flops_and_peak, hardware_record, peak_memory_gb
-from modeling_gpt2repro.training.launch import main_process_first, start_accelerator
+from modeling_gpt2repro.training.launch import main_process_first, start_accelerator, told_by_main_process
 from modeling_gpt2repro.training.metrics import MetricsLog
 from modeling_gpt2repro.training.monitor import Monitor
 from modeling_gpt2repro.training.optimizer import build_optimizer
@@ -70,6 +70,7 @@ from modeling_gpt2repro.training.stop import EXIT_CODE, StopRequest
 from modeling_gpt2repro.training.words import (
     cannot_save,
     end_block,
+    not_usable,
     out_of_memory_is_told,
     start_block,
     too_many_skipped,
@@ -79,7 +80,6 @@ from modeling_gpt2repro.training.words import (
 FAILED_SAVES = 3  # in a row, after which a run stops
 TRIES_OF_THE_LAST_SAVE, SECONDS_BETWEEN_TRIES = 20, 30  # ten minutes in which a person may make room
 EVALUATED_PART = 100  # HellaSwag's rows, and batches of validation, from which a preflight reckons an evaluation
-PREFLIGHT_CHECKPOINT = "step-preflight"
 
 
 def main(argv: list[str] | None = None):
@@ -121,8 +121,8 @@ class Run:
     guard: StepGuard
     monitor: Monitor
     origin: str  # where the weights come from, for the model card
+    saved_step: int | None  # the last step whose checkpoint stands in the run's folder; 0 needs none
     stop: StopRequest = field(default_factory=StopRequest)
-    saved_step: int = 0
     failed_saves: int = 0  # in a row
     yardsticks: dict[str, float] = field(default_factory=dict)
 
@@ -193,7 +193,8 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
         checkpoints.clear_remains(output_dir)
         write_run_record(args, hardware_record(accelerator), data.identity)
     parts = (model, optimizer, progress, guard, monitor, origin)
-    return Run(args, accelerator, data, task, *parts, saved_step=progress.step)
+    here = checkpoint is None or checkpoint.parent.resolve() == output_dir.resolve()
+    return Run(args, accelerator, data, task, *parts, saved_step=progress.step if here else None)
 
 
 def open_monitor(
@@ -214,9 +215,11 @@ def open_monitor(
 def open_checkpoint(args: TrainArguments, accelerator: Accelerator) -> Path | None:
     """What `--resume_from_checkpoint` names, every file of it checked; what had to be passed over is said."""
     find = partial(checkpoints.find_resume_checkpoint, args.resume_from_checkpoint, Path(args.output_dir))
-    checkpoint, passed_over = main_process_first(accelerator, find)
+    checkpoint, passed_over = told_by_main_process(accelerator, find)
     for sentence in passed_over:
         accelerator.print(sentence)
+    if checkpoint and not checkpoint.is_dir():  # another machine, with a cache of its own
+        checkpoint = checkpoints.open_named_checkpoint(args.resume_from_checkpoint)
     return checkpoint
 
 
@@ -322,6 +325,8 @@ def build_model(
 def take_largest_batch(args: TrainArguments, accelerator: Accelerator, data: TrainingData, model: nn.Module):
     """Put the largest batch that fits into the arguments and the data; the rows of a step stay as they are."""
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    if is_sharded(bare):  # one process that runs out of memory would leave the others waiting for its part
+        raise ValueError("find_batch_size needs whole models: with FSDP give --per_device_train_batch_size.")
     # Compiled anew: accelerate, asked to keep the compiled one, takes DDP out of it for good.
     module = torch.compile(bare) if is_compiled_module(model) else bare
     most = -(-args.rows_per_step // accelerator.num_processes)
@@ -375,7 +380,8 @@ def evaluate(run: Run):
         started, module = time.perf_counter(), run.whole_model()
         micro_batch_rows = args.per_device_eval_batch_size or args.per_device_train_batch_size
         batches = run.data.validation_batches(args.eval_tokens, micro_batch_rows)
-        loss, tokens = validation_loss(accelerator, module, batches)
+        with accelerator.autocast():  # which a copy of a sharded model does not bring along
+            loss, tokens = validation_loss(accelerator, module, batches)
         numbers = {**validation_numbers(loss, run.data.bytes_per_token), "validation_tokens": tokens}
         if run.hellaswag and not run.stop.agreed():
             accuracies, results = evaluate_hellaswag(accelerator, module, run.hellaswag)
@@ -414,6 +420,8 @@ def save(run: Run, must: bool = False):
     """
     accelerator, progress = run.accelerator, run.progress
     note_skipped(run, run.monitor.read())
+    if run.saved_step == progress.step:
+        return
     with run.monitor.apart():
         if not must and progress.last_skipped == progress.step:
             run.monitor.say(f"step {progress.step:>6}: no checkpoint, because this step was skipped")
@@ -458,8 +466,7 @@ def write_checkpoint(run: Run, folder: Path, keep: checkpoints.Keep) -> str | No
 
 def leave(run: Run):
     """End early, as a signal asked for, with a checkpoint and the command that goes on."""
-    if run.saved_step != run.progress.step:
-        save(run, must=True)
+    save(run, must=True)
     by = run.stop.asked_by or "a signal to another process"
     command = run.stop.command_that_goes_on
     run.monitor.say(f"\nStopped by {by} after step {run.progress.step}. Go on with:\n\n    {command}\n")
@@ -474,16 +481,19 @@ def preflight(run: Run):
     with closing(run.data.batches), closing(monitor), out_of_memory_is_told(args):
         introduce(run)
 
+        skipped = []
+
         def step() -> float:
             numbers, _, waited = take_step(run)
-            numbers.loss.item()  # waits for the device
+            skipped.append(bool(numbers.skipped))  # waits for the device
             return waited
 
         first, median, waited = time_steps(step)
         started, module = time.perf_counter(), run.whole_model()
         rows = args.per_device_eval_batch_size or args.per_device_train_batch_size
         part = min(args.eval_tokens, EVALUATED_PART * rows * args.block_size * accelerator.num_processes)
-        validation_loss(accelerator, module, run.data.validation_batches(part, rows))
+        with accelerator.autocast():
+            validation_loss(accelerator, module, run.data.validation_batches(part, rows))
         evaluation = (time.perf_counter() - started) * args.eval_tokens / part
         if run.hellaswag:
             few = run.hellaswag.rows[:EVALUATED_PART]
@@ -491,7 +501,7 @@ def preflight(run: Run):
             hellaswag_accuracies(accelerator, module, run.data.tokenizer, few)
             evaluation += (time.perf_counter() - started) * len(run.hellaswag.rows) / len(few)
         memory = peak_memory_gb(accelerator.device)
-        started, folder = time.perf_counter(), run.output_dir / PREFLIGHT_CHECKPOINT
+        started, folder = time.perf_counter(), run.output_dir / checkpoints.PREFLIGHT
         problem = write_checkpoint(run, folder, checkpoints.Keep())
         seconds = time.perf_counter() - started
         if accelerator.is_main_process:
@@ -502,6 +512,7 @@ def preflight(run: Run):
             report, problems = preflight_report(args, measured, monitor.flops_per_token, monitor.peak_flops, epochs)
             shutil.rmtree(folder, ignore_errors=True)
             problems += [cannot_save(args, problem)] if problem else []
+            problems += [not_usable(args, sum(skipped), len(skipped))] if any(skipped) else []
             monitor.say("\n".join([report, *problems]))
             if problems:
                 raise SystemExit(1)

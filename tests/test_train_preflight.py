@@ -63,6 +63,11 @@ def test_a_preflight_of_a_run_that_goes_on_leaves_its_checkpoints(finished, shar
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
+def test_a_preflight_says_where_the_numbers_are_none(shards, tmp_path, capsys):
+    assert train_here(tmp_path / "run", shards, preflight=True, learning_rate=1e20) == 1
+    assert "of 13 steps was not usable: try a lower --learning_rate than 1e+20" in capsys.readouterr().out
+
+
 def test_a_preflight_that_cannot_write_says_so(shards, tmp_path, monkeypatch, capsys):
     def full(*arguments):
         raise OSError(28, "No space left on device")

@@ -66,6 +66,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on_bit_for_bit
 
 
 def test_a_second_ctrl_c_ends_at_once():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # the same one, passed on by a launcher
@@ -116,7 +117,7 @@ def test_a_step_that_is_no_number_is_skipped_and_named(finished, shards, tmp_pat
     (numbers,) = event["rows_by_process"]
     assert len(set(numbers)) == ROWS
     losses = rows_of(tmp_path / "run")
-    assert math.isnan(losses[9])
+    assert losses[9] is None  # JSON has no NaN
     assert losses[:9] == rows_of(finished[0])[:9]
     assert all(math.isfinite(loss) for loss in losses[10:])
     assert losses[10] != rows_of(finished[0])[10]
@@ -290,8 +291,26 @@ def test_when_one_of_two_processes_dies_the_other_ends_within_a_minute(shards, t
 def test_the_command_that_goes_on_is_the_one_that_was_given(monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python3", "train_accelerate.py", "--preset", "quickstart"])
     assert command_that_goes_on() == "python3 train_accelerate.py --preset quickstart --resume_from_checkpoint latest"
-    monkeypatch.setattr(sys, "orig_argv", ["python", "t.py", "--resume_from_checkpoint", "step-000005", "--seed", "1"])
-    assert command_that_goes_on() == "python t.py --seed 1 --resume_from_checkpoint latest"
+    monkeypatch.setattr(
+        sys, "orig_argv", ["python", "a/t.py", "--resume_from_checkpoint", "step-000005", "--seed", "1"]
+    )
+    assert command_that_goes_on() == "python a/t.py --seed 1 --resume_from_checkpoint latest"
+
+
+def test_a_renamed_checkpoint_in_the_runs_folder_can_be_gone_on_from(finished, shards, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("step-000030", "model"))
+    (tmp_path / "run" / "step-000020").rename(tmp_path / "run" / "best")
+    assert train_here(tmp_path / "run", shards, resume_from_checkpoint=tmp_path / "run" / "best") == 0
+    assert "going on from step 20" in capsys.readouterr().out
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
+
+
+def test_a_finished_run_that_is_started_again_writes_no_checkpoint_again(finished, shards, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    listing = tmp_path / "run" / "step-000030" / "training_state" / "files.json"
+    written = listing.stat().st_ino
+    assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest") == 0
+    assert listing.stat().st_ino == written
 
 
 def test_one_process_where_several_were_asked_for_is_noticed(shards, tmp_path, monkeypatch, capsys):

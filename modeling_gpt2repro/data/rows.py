@@ -171,7 +171,8 @@ def as_batch(ids: np.ndarray, end_of_text: int | None = None, fill_to: int = 0) 
     """
     rows, missing = len(ids), max(0, fill_to - len(ids))
     ids = torch.from_numpy(np.pad(ids, ((0, missing), (0, 0))))
-    batch = {"input_ids": ids[:, :-1].contiguous(), "shift_labels": ids[:, 1:].contiguous()}
+    # Cloned: of a single row either would be a view of the same memory.
+    batch = {"input_ids": ids[:, :-1].clone(), "shift_labels": ids[:, 1:].clone()}
     batch["shift_labels"][rows:] = -100
     if end_of_text is not None:
         batch["position_ids"] = document_positions(batch["input_ids"], end_of_text)

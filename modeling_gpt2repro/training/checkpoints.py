@@ -18,6 +18,7 @@ from .state_tensors import OPTIMIZER_FILE, RANDOM_FILE, save_tensors
 
 STATE_FOLDER = "training_state"
 STATE_FILE = f"{STATE_FOLDER}/state.json"
+PREFLIGHT = "step-preflight"  # a checkpoint for a trial, not to be gone on from
 LISTING = f"{STATE_FOLDER}/files.json"  # sizes and hashes of all others; written last, so it says that all are there
 HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
@@ -62,7 +63,7 @@ def find_resume_checkpoint(resume_from: str | None, output_dir: Path) -> tuple[P
             raise ValueError("\n".join([*damaged, f"{output_dir} has no checkpoint left: give another --output_dir."]))
         return None, []
     checkpoint = open_named_checkpoint(resume_from)
-    here = checkpoint.parent.resolve() == output_dir.resolve()
+    here = checkpoint.resolve() in [path.resolve() for path in found]
     later = [path.name for path in found if here and step_of(path) > step_of(checkpoint)]
     if later:
         raise ValueError(
@@ -158,7 +159,7 @@ def save_checkpoint(
 
 def clear_remains(output_dir: Path):
     """Remove what a killed save left half-written."""
-    for pattern in (".step-*.partial", ".step-*.old", ".step-*.gone", ".model.partial", ".model.old"):
+    for pattern in (".step-*.partial", ".step-*.old", ".step-*.gone", ".model.partial", ".model.old", PREFLIGHT):
         for path in output_dir.glob(pattern):
             shutil.rmtree(path)
 

@@ -2,11 +2,18 @@
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
 from torch.utils._triton import has_triton
 from transformers.utils.logging import disable_progress_bar
 
@@ -15,6 +22,7 @@ from .hardware import cpu_lacks_bf16, usable_cores
 from .launcher import processes_asked_for
 
 Result = TypeVar("Result")
+LONGEST_SAVE = timedelta(hours=1)  # 1558M: 19 GB are written, hashed and flushed; the default is ten minutes
 
 
 def start_accelerator(args: TrainArguments) -> Accelerator:
@@ -30,7 +38,7 @@ def start_accelerator(args: TrainArguments) -> Accelerator:
     disable_progress_bar()  # transformers' bars for each save, not ours
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     on_cuda = torch.cuda.is_available() and not on_cpu
-    if args.deterministic if args.deterministic is not None else not on_cuda:
+    if args.deterministic if args.deterministic is not None else on_cpu:
         be_deterministic()
     compiled = args.torch_compile if args.torch_compile is not None else on_cuda and has_triton()
     emulated = on_cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and cpu_lacks_bf16()
@@ -40,7 +48,10 @@ def start_accelerator(args: TrainArguments) -> Accelerator:
             num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
         ),
         dynamo_backend="inductor" if compiled else None,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=LONGEST_SAVE),  # for which the other processes wait
+        ],
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
     )
@@ -70,6 +81,24 @@ def be_deterministic():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it, before its first use
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+
+
+def told_by_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """What `work` gives on the main process, where alone it is called; what it raises is raised on all.
+
+    Raises:
+        ValueError: As `work`, or for its OSError.
+    """
+    result, problem = None, None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except (OSError, ValueError) as error:
+            problem = str(error)
+    result, problem = broadcast_object_list([result, problem])
+    if problem is not None:
+        raise ValueError(problem)
+    return result
 
 
 def main_process_first(accelerator: Accelerator, work: Callable[[], Result]) -> Result:

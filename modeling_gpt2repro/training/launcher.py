@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-LAUNCHERS = ("accelerate", "torchrun", "accelerate.commands.launch", "torch.distributed.run")
+LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun", "accelerate.commands.launch", "torch.distributed.run")
 
 
 def launcher() -> list[str] | None:
@@ -22,10 +22,10 @@ def launcher() -> list[str] | None:
 
 def command_that_goes_on() -> str:
     """The command that this run was started by, with `--resume_from_checkpoint latest`."""
-    words = launcher() or list(sys.orig_argv)
-    words = [Path(word).name if place < 2 else word for place, word in enumerate(words)]
-    if words[1:2] and words[1] in LAUNCHERS[:2]:
+    words = list(launcher() or sys.orig_argv)
+    if words[1:2] and Path(words[1]).name in LAUNCHERS:
         del words[0]  # the interpreter of an installed launcher
+    words[0] = Path(words[0]).name
     if "--resume_from_checkpoint" in words:
         place = words.index("--resume_from_checkpoint")
         del words[place : place + 2]

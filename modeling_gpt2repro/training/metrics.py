@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 METRICS_FILE = "metrics.jsonl"
+INFINITE = (float("inf"), float("-inf"))  # with NaN, what JSON cannot say: null in the file
 
 
 class MetricsLog:
@@ -26,7 +27,8 @@ class MetricsLog:
         """Write one row and flush it, so that a killed run has lost none."""
         assert "step" in row, "every row has its step"
         if self.enabled:
-            self._waiting.append(json.dumps(row))
+            known = {name: None if value != value or value in INFINITE else value for name, value in row.items()}
+            self._waiting.append(json.dumps(known))
             self.flush()
 
     def flush(self):

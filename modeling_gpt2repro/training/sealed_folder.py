@@ -22,6 +22,8 @@ def seal(folder: Path, listing: str):
     for path in [*files.values(), folder / listing]:
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
+    for inner in {path.parent for path in [*files.values(), folder / listing]}:
+        flush_names(inner)
 
 
 def what_is_wrong(folder: Path, listing: str) -> str | None:
@@ -80,7 +82,7 @@ def remove(folder: Path):
 
 
 def flush_names(folder: Path):
-    """Bring a rename inside `folder` to disk, where the system can."""
+    """Bring the names in `folder` to disk, where the system can."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

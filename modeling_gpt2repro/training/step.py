@@ -50,7 +50,7 @@ def train_step(
     share = tokens / (accelerator.gradient_accumulation_steps * accelerator.num_processes)
     losses = []
     for micro_batch in micro_batches:
-        micro_batch = {name: ids.to(accelerator.device, non_blocking=True) for name, ids in micro_batch.items()}
+        micro_batch = {name: on_device(ids, accelerator.device) for name, ids in micro_batch.items()}
         with accelerator.accumulate(model):
             loss = model(**micro_batch, num_items_in_batch=share, use_cache=False, return_logits=False).loss
             accelerator.backward(loss)
@@ -62,6 +62,11 @@ def train_step(
     step_unless(skipped, optimizer)
     optimizer.zero_grad()
     return StepNumbers(loss, grad_norm, skipped)
+
+
+def on_device(ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy that a GPU is not waited for: from pinned memory only does it go on by itself."""
+    return (ids.pin_memory() if device.type == "cuda" else ids).to(device, non_blocking=True)
 
 
 def step_unless(skipped: torch.Tensor, optimizer: Optimizer):

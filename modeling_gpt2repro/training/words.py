@@ -63,7 +63,7 @@ def start_block(
         "tokenizer": f"{config.vocab_size:,} ids",
         "training": f"{args.total_steps:,} steps of {args.tokens_per_step:,} tokens: "
         + " x ".join(f"{count} {one if count == 1 else many}" for count, one, many in batch)
-        + (f", less {empty} rows left empty to divide evenly" if empty else ""),
+        + (f", less {empty} {'row' if empty == 1 else 'rows'} left empty to divide evenly" if empty else ""),
         "yardsticks": "; ".join(f"{name} {loss:.2f}" for name, loss in yardsticks.items()) + " (nats per token)",
         "writing to": args.output_dir + (f", going on from step {step}" if step else ""),
     }
@@ -101,6 +101,14 @@ def too_many_skipped(args: TrainArguments, progress: TrainProgress) -> str:
         f"loss or the gradient's norm was not usable; their rows stand in {args.output_dir}/metrics.jsonl. Go on from "
         f"the last checkpoint with --resume_from_checkpoint latest and a lower --learning_rate than "
         f"{args.learning_rate}; if only these rows are at fault, with a larger --max_skipped than {args.max_skipped}."
+    )
+
+
+def not_usable(args: TrainArguments, skipped: int, steps: int) -> str:
+    """What a preflight says of steps that would have been skipped."""
+    return (
+        f"the loss or the gradient's norm of {skipped} of {steps} steps was not usable: try a lower --learning_rate "
+        f"than {args.learning_rate}, or look at the data."
     )
 
 
