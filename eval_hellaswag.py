@@ -10,7 +10,6 @@ Two protocols share the name HellaSwag and give different numbers; modeling_gpt2
 """
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -86,7 +85,7 @@ def score(args: EvalHellaSwagArguments, state: PartialState, rows: Sequence[Hell
             raise ValueError(
                 f"--batch_tokens {task.batch_tokens} is more than {device} has memory for: halve it."
             ) from error
-    if not all(math.isfinite(sum(result.log_likelihoods)) for result in results):
+    if not all(result.answered for result in results):
         raise ValueError(f"--model {args.model} gives NaN or infinite scores: try float32, or check its weights.")
     return results
 

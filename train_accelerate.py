@@ -12,7 +12,7 @@ import shutil
 import time
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -37,12 +37,13 @@ from modeling_gpt2repro.data.training_data import (
     python_prose_shards,
 )
 from modeling_gpt2repro.evaluation.distributed import evaluate_hellaswag, hellaswag_accuracies, validation_loss
-from modeling_gpt2repro.evaluation.hellaswag import BASELINES
+from modeling_gpt2repro.evaluation.hellaswag_accuracy import BASELINES
 from modeling_gpt2repro.evaluation.hellaswag_results import write_results
 from modeling_gpt2repro.evaluation.hellaswag_rows import PROTOCOLS, HellaSwagRow, load_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag_task import HellaSwagTask, prepare_hellaswag
 from modeling_gpt2repro.evaluation.samples import check_prompt, sample_continuations
 from modeling_gpt2repro.evaluation.validation import unigram_entropy, validation_numbers
+from modeling_gpt2repro.evaluation.validation_text import bytes_per_token
 from modeling_gpt2repro.hub.conversion import load_as_ours
 from modeling_gpt2repro.hub.figures import plot_loss
 from modeling_gpt2repro.hub.folder import origin_of, save_hub_folder
@@ -135,6 +136,12 @@ class Run:
     def bare_model(self) -> GPT2ReproForCausalLM:
         """The model without compile and DDP, autocast kept: ragged evaluation batches recompile nothing."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @cached_property
+    def bytes_per_token(self) -> float:
+        """Of the validation text that is scored; decoded once."""
+        rows = self.data.validation
+        return bytes_per_token(rows.shards, self.data.tokenizer, self.args.eval_tokens, rows.block_size)
 
     def whole_model(self) -> GPT2ReproForCausalLM:
         """The bare model; where its parameters are spread over processes, a copy that has them all."""
@@ -382,7 +389,7 @@ def evaluate(run: Run):
         batches = run.data.validation_batches(args.eval_tokens, micro_batch_rows)
         with accelerator.autocast():  # which a copy of a sharded model does not bring along
             loss, tokens = validation_loss(accelerator, module, batches)
-        numbers = {**validation_numbers(loss, run.data.bytes_per_token), "validation_tokens": tokens}
+        numbers = {**validation_numbers(loss, run.bytes_per_token), "validation_tokens": tokens}
         if run.hellaswag and not run.stop.agreed():
             accuracies, results = evaluate_hellaswag(accelerator, module, run.hellaswag)
             numbers |= accuracies

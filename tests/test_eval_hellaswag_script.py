@@ -17,7 +17,7 @@ from accelerate import PartialState
 import eval_hellaswag
 from modeling_gpt2repro.evaluation import hellaswag_official
 from modeling_gpt2repro.evaluation.hellaswag import score_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag_accuracy import summarize
+from modeling_gpt2repro.evaluation.hellaswag_accuracy import count_correct, summary_of
 from modeling_gpt2repro.evaluation.hellaswag_arguments import EvalHellaSwagArguments
 from modeling_gpt2repro.evaluation.hellaswag_results import read_results
 
@@ -54,6 +54,10 @@ def assert_same_scores(results, expected):
     assert [replace(r, log_likelihoods=()) for r in results] == [replace(r, log_likelihoods=()) for r in expected]
     for one, other in zip(results, expected, strict=True):
         assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-4)
+
+
+def summarize(results):
+    return {protocol: summary_of(count) for protocol, count in count_correct(results).items()}
 
 
 def as_json(value):
@@ -142,6 +146,12 @@ def test_two_saved_results_are_compared(
     assert "a.jsonl has 7 rows, c.jsonl 3: a paired difference" in problems_of(
         capsys, "--compare", "a.jsonl", "c.jsonl"
     )
+    report = (tmp_path / "a.json").read_bytes()
+    for output in ("a.json", "runs/../b.json"):
+        assert "the comparison would replace the numbers that go with" in problems_of(
+            capsys, "--compare", "a.jsonl", "b.jsonl", "--output", output
+        )
+    assert (tmp_path / "a.json").read_bytes() == report
     assert "--compare takes two .jsonl files of results, not 1" in problems_of(capsys, "--compare", "a.jsonl")
     assert "leave out --model, --limit." in problems_of(
         capsys, "--compare", "a.jsonl", "b.jsonl", "--limit", "3", "--model", "gpt2"
@@ -277,6 +287,10 @@ def broken_tokenizer(folder, tokenizer, make_model):
     (folder / "tokenizer.json").unlink()
 
 
+def json_of_something_else(folder, tokenizer, make_model):
+    (folder / "tokenizer.json").write_text("{}")
+
+
 def broken_weights(folder, tokenizer, make_model):
     (folder / "model.safetensors").write_bytes(b"no")
 
@@ -301,6 +315,7 @@ def not_a_number(folder, tokenizer, make_model):
     ("spoil", "sentence"),
     [
         (broken_tokenizer, "its tokenizer could not be loaded: "),
+        (json_of_something_else, "its tokenizer could not be loaded: KeyError: "),
         (broken_weights, "its model could not be loaded: "),
         (other_tokenizer, "its tokenizer has 320 tokens, its embedding 319"),
         (incomplete_weights, "12 of its weights are missing (transformer.h.1.attn.c_attn.bias, ...)"),

@@ -63,6 +63,13 @@ def test_scores_of_a_family_equal_one_ending_at_a_time(family, shape, hellaswag_
         assert result.log_likelihoods == pytest.approx(expected, abs=1e-3)
 
 
+def test_an_attention_that_takes_no_mask_of_scores_gets_no_trees(make_model):
+    model = make_model("stock", 97)
+    assert takes_trees(model)
+    model.config._attn_implementation = "flash_attention_2"
+    assert not takes_trees(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_log_probabilities_of_a_tree_are_taken_in_fp32(dtype, make_model, hellaswag_tokenizer, hellaswag_rows):
     model = make_model("stock", len(hellaswag_tokenizer)).to(dtype)

@@ -11,9 +11,9 @@ from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
 from modeling_gpt2repro.evaluation.hellaswag import score_hellaswag, score_task
-from modeling_gpt2repro.evaluation.hellaswag_accuracy import count_correct, summarize, summary_of
+from modeling_gpt2repro.evaluation.hellaswag_accuracy import count_correct, summary_of
 from modeling_gpt2repro.evaluation.hellaswag_rows import PROTOCOLS, HellaSwagRow, load_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag_task import prepare_hellaswag, tokens_of_row
+from modeling_gpt2repro.evaluation.hellaswag_task import default_batch_tokens, prepare_hellaswag, tokens_of_row
 from modeling_gpt2repro.evaluation.shared_context import grow_tree
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -156,7 +156,7 @@ def test_processes_together_score_what_one_does(hellaswag_tokenizer, num_process
         assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-4, rel=1e-6)
     counts = [count_correct(share) for share in shares]
     added = {p: {name: sum(count[p][name] for count in counts) for name in counts[0][p]} for p in PROTOCOLS}
-    assert {protocol: summary_of(count) for protocol, count in added.items()} == summarize(alone)
+    assert added == count_correct(alone)
     assert added["lm-eval"]["rows"] == len(hellaswag_rows)
 
 
@@ -203,11 +203,15 @@ def test_rows_are_tokenized_once_and_scored_as_often_as_wanted(hellaswag_tokeniz
     model = make_model("ours", len(hellaswag_tokenizer))
     texts = []
 
-    def counting_tokenizer(batch, **options):
-        texts.extend(batch)
-        return hellaswag_tokenizer(batch, **options)
+    class CountingTokenizer:
+        def __call__(self, batch, **options):
+            texts.extend(batch)
+            return hellaswag_tokenizer(batch, **options)
 
-    task = prepare_hellaswag(model, counting_tokenizer, hellaswag_rows)
+        def __len__(self):
+            return len(hellaswag_tokenizer)
+
+    task = prepare_hellaswag(model, CountingTokenizer(), hellaswag_rows)
     assert len(texts) == len(hellaswag_rows) * len(PROTOCOLS) * 5
     assert score_task(model, task) == score_hellaswag(model, hellaswag_tokenizer, hellaswag_rows)
     with torch.no_grad():
@@ -215,6 +219,16 @@ def test_rows_are_tokenized_once_and_scored_as_often_as_wanted(hellaswag_tokeniz
     assert score_task(model, task) == score_hellaswag(model, hellaswag_tokenizer, hellaswag_rows)
     assert len(texts) == len(hellaswag_rows) * len(PROTOCOLS) * 5
     assert task.batch_tokens == 512  # on a CPU
+
+
+def test_a_batch_fills_an_accelerator_but_not_its_memory_with_logits():
+    cpu, *accelerators = map(torch.device, ("cpu", "cuda", "mps"))
+    assert default_batch_tokens(cpu, 256_000) == 512
+    for device in accelerators:
+        assert default_batch_tokens(device, 2_048) == 16_384
+        for vocab_size in (50_257, 256_000):
+            logits_bytes = default_batch_tokens(device, vocab_size) * vocab_size * 4  # fp32
+            assert 1.9e9 < logits_bytes <= 2e9
 
 
 def test_a_model_under_autocast_is_scored_in_its_weights_own_precision(make_model, hellaswag_tokenizer, hellaswag_rows):
@@ -238,7 +252,8 @@ def test_a_model_under_autocast_is_scored_in_its_weights_own_precision(make_mode
     assert scored == results
     seconds, expected = numbers.pop("hellaswag_seconds"), {}
     assert 0 < seconds < 60
-    for protocol, summary in summarize(results).items():
+    for protocol, count in count_correct(results).items():
+        summary = summary_of(count)
         for name in ("acc", "acc_norm"):
             full_name = f"hellaswag_{protocol.replace('-', '_')}_{name}"
             low, high = summary[f"{name}_interval"]

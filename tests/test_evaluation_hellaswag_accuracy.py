@@ -1,27 +1,46 @@
 """HellaSwag's accuracies: worked by hand, their intervals, the metric for evaluate, the place among published ones."""
 
+import math
 import socket
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from modeling_gpt2repro.evaluation.hellaswag import BASELINES, EndingScores
-from modeling_gpt2repro.evaluation.hellaswag_accuracy import standing, summarize, wilson_interval
+from modeling_gpt2repro.evaluation.hellaswag import EndingScores
+from modeling_gpt2repro.evaluation.hellaswag_accuracy import (
+    BASELINES,
+    count_correct,
+    standing,
+    summary_of,
+    wilson_interval,
+)
 from modeling_gpt2repro.evaluation.hellaswag_report import standing_sentence
 
-# By sum the first ending is best; by length the second (-8 / 4 = -2), then an empty one must not win.
-SCORES = EndingScores(0, "lm-eval", 1, (-5.0, -8.0, -9.0, -6.0), (2, 4, 3, 0))
+# By sum the last ending is best; by length the second (-8 / 4 = -2), as an empty one must not win.
+SCORES = EndingScores(0, "lm-eval", 1, (-5.0, -8.0, -9.0, -1.5), (2, 4, 3, 0))
 
 
 def test_a_summary_worked_by_hand():
     assert (SCORES.correct, SCORES.correct_norm) == (False, True)
     results = [SCORES, replace(SCORES, row=1, label=0), replace(SCORES, row=2), replace(SCORES, row=3, label=3)]
-    summary = summarize(results)["lm-eval"]
+    summary = summary_of(count_correct(results)["lm-eval"])
     assert (summary["rows"], summary["acc"], summary["acc_norm"]) == (4, 0.25, 0.5)
     # Wilson's interval of 2 of 4: (2 + z²/2 ± z sqrt(1 + z²/4)) / (4 + z²), z = 1.96.
     assert summary["acc_norm_interval"] == pytest.approx((0.1500, 0.8500), abs=1e-4)
     assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+
+
+@pytest.mark.parametrize("said", [math.nan, math.inf, -math.inf])
+def test_a_row_with_a_score_that_is_no_number_is_wrong(said):
+    for place in range(4):
+        totals = [-5.0, -8.0, -9.0, -6.0]
+        totals[place] = said
+        for label in range(4):
+            scores = EndingScores(0, "completion", label, tuple(totals), (2, 4, 3, 2))
+            assert (scores.prediction, scores.prediction_norm) == (None, None)
+            assert not scores.correct
+            assert not scores.correct_norm
 
 
 def test_a_model_is_placed_among_the_published_numbers_of_its_protocol():
@@ -29,17 +48,28 @@ def test_a_model_is_placed_among_the_published_numbers_of_its_protocol():
     assert standing_sentence("completion", place) == "completion: passed gpt2 (0.2955); next GPT-3 124M (0.3370)"
     place = standing("completion", 0.2960, (0.2871, 0.3050))
     assert standing_sentence("completion", place) == (
-        "completion: passed gpt2 (0.2955, within the interval: not significant); next GPT-3 124M (0.3370)"
+        "completion: passed gpt2 (0.2955, inside the 95 % interval); next GPT-3 124M (0.3370)"
     )
     # Two figures are published for gpt2: the higher one is to be passed.
     assert standing("completion", 0.2950, (0.2861, 0.3039)).passed == []
+    assert standing("completion", 0.2955, (0.2866, 0.3044)).passed == []  # as good is not better
     place = standing("lm-eval", 0.51, (0.5002, 0.5198))
-    assert standing_sentence("lm-eval", place).endswith(
-        "gpt2-xl (0.5089, within the interval: not significant); next none"
-    )
+    assert standing_sentence("lm-eval", place).endswith("gpt2-xl (0.5089, inside the 95 % interval); next none")
     assert place.as_json()["next"] is None
     assert place.as_json()["passed"][0] == {"model": "gpt2", "acc_norm": 0.3114, "within_interval": False}
-    assert all(protocol in ("completion", "lm-eval") and acc_norm < 1 for _, protocol, _, acc_norm, _ in BASELINES)
+
+
+def test_the_published_numbers_are_those_that_were_published():
+    assert [baseline[:4] for baseline in BASELINES] == [
+        ("gpt2", "completion", 0.2859, 0.2955),
+        ("gpt2", "completion", None, 0.294463),
+        ("gpt2-medium", "completion", None, 0.375224),
+        ("gpt2-large", "completion", None, 0.431986),
+        ("gpt2-xl", "completion", 0.3842, 0.4893),
+        ("GPT-3 124M", "completion", None, 0.337),
+        ("gpt2", "lm-eval", 0.2892, 0.3114),
+        ("gpt2-xl", "lm-eval", 0.4004, 0.5089),
+    ]
 
 
 @pytest.fixture
@@ -99,3 +129,11 @@ def test_the_metric_refuses_rows_that_do_not_fit_together(metric):
         metric.compute(predictions=[[-1.0] * 4], lengths=[[1] * 3], references=[1])
     with pytest.raises(ValueError, match="4 lengths and the reference 4"):
         metric.compute(predictions=[[-1.0] * 4], lengths=[[1] * 4], references=[4])
+    with pytest.raises(ValueError, match=r"row 0 has log-likelihoods \[nan, .*\]: NaN and infinity are no scores"):
+        metric.compute(predictions=[[np.nan, -1.0, -1.0, -1.0]], lengths=[[1] * 4], references=[0])
+
+
+def test_no_rows_have_no_accuracy(metric, one_sentence):
+    with pytest.raises(ValueError, match="there are no rows to take an accuracy of") as error:
+        metric.compute(predictions=[], lengths=[], references=[])
+    one_sentence(error)

@@ -41,12 +41,17 @@ def server(tmp_path, monkeypatch, hellaswag_rows):
         server.body = "".join(json.dumps(asdict(row)) + "\n" for row in hellaswag_rows).encode()
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(hellaswag_official, "OFFICIAL_URL", f"http://127.0.0.1:{server.server_port}/val.jsonl")
         monkeypatch.setattr(hellaswag_official, "OFFICIAL_SHA256", hashlib.sha256(server.body).hexdigest())
         monkeypatch.setattr(hellaswag_official, "OFFICIAL_ROWS", len(hellaswag_rows))
         monkeypatch.setattr(hellaswag_official, "cached_assets_path", lambda *_: tmp_path)
         yield server
         server.shutdown()
+
+
+def test_the_checksum_is_the_published_one():
+    assert hellaswag_official.OFFICIAL_SHA256 == "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 
 
 def kept(folder):

@@ -61,7 +61,25 @@ def test_results_come_back_and_say_what_they_are_of(tmp_path, hellaswag_rows):
         "correct_norm": True,
     }
     assert fingerprint(hellaswag_rows[0]) == fingerprint(replace(hellaswag_rows[0], ind=25))
-    assert fingerprint(hellaswag_rows[0]) != fingerprint(replace(hellaswag_rows[0], label=2))
+    endings = (*hellaswag_rows[0].endings[:3], "falls.")
+    for change in ({"label": 2}, {"ctx": "A cat"}, {"endings": endings}):
+        assert fingerprint(hellaswag_rows[0]) != fingerprint(replace(hellaswag_rows[0], **change))
+
+
+def test_scores_that_are_no_numbers_are_null_and_no_answers(tmp_path, hellaswag_rows):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    [result] = results_of(hellaswag_rows[:1], protocols=("completion",))
+    write_results(
+        tmp_path / "a.jsonl", [replace(result, log_likelihoods=(math.nan, -1.0, -math.inf, -2.0))], hellaswag_rows
+    )
+    line = json.loads((tmp_path / "a.jsonl").read_text(), parse_constant=refuse)
+    assert line["log_likelihoods"] == [None, -1.0, None, -2.0]
+    assert [line[name] for name in ("prediction", "correct", "prediction_norm")] == [None, False, None]
+    [saved] = read_results(tmp_path / "a.jsonl")
+    assert not saved.scores.correct
+    assert [math.isnan(total) for total in saved.scores.log_likelihoods] == [True, False, True, False]
 
 
 def test_a_writer_that_fails_leaves_what_was_there(tmp_path, hellaswag_rows):
@@ -74,7 +92,12 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path, hellaswag_rows):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("line", ["{}", "[1]", "<html>", '{"row": 0', "", "\xff"])
+THREE_ENDINGS = '{"row": 0, "question": "6a", "protocol": "completion", "label": 1, "log_likelihoods": [-1, -2, -3], '
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", "[1]", "<html>", '{"row": 0', "", "\xff", THREE_ENDINGS + '"lengths": [1, 1, 1]}']
+)
 def test_a_file_of_other_things_is_refused(tmp_path, line, one_sentence):
     (tmp_path / "a.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=r"a.jsonl, line 1: .* is no result of a row") as error:

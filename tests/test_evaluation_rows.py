@@ -38,6 +38,8 @@ def test_rows_of_a_file_come_back(tmp_path, hellaswag_rows):
     path = str(file)
     assert load_hellaswag(path) == hellaswag_rows
     assert load_hellaswag(path, limit=2) == hellaswag_rows[:2]
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # a byte-order mark, as Windows writes it
+    assert load_hellaswag(path) == hellaswag_rows
     with pytest.raises(ValueError, match=r"limit \(0\) must be at least 1"):
         load_hellaswag(path, limit=0)
 

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.rows import TokenRows, validation_batches
 from modeling_gpt2repro.data.tokenizer import train_tokenizer
-from modeling_gpt2repro.evaluation.validation import main
+from modeling_gpt2repro.evaluation.validation import block_size_of, main, summed_loss
+from modeling_gpt2repro.evaluation.validation_arguments import ValidationArguments
 from modeling_gpt2repro.evaluation.validation_text import (
     ValidationText,
+    bytes_per_token,
     encode_again,
     first_rows,
     open_validation_text,
@@ -76,8 +79,7 @@ def test_the_command_gives_the_number_that_the_training_loop_logged(finished, sh
     found = validate(finished[0] / "model", "--eval_tokens", str(last["validation_tokens"]), shards=shards)["results"]
     assert found["validation_tokens"] == last["validation_tokens"] == 320
     assert found["validation_loss"] == pytest.approx(last["validation_loss"], rel=1e-6)
-    # The loop takes the bytes of the whole split, the command those of what it scores.
-    assert found["validation_bits_per_byte"] == pytest.approx(last["validation_bits_per_byte"], rel=0.05)
+    assert found["validation_bits_per_byte"] == pytest.approx(last["validation_bits_per_byte"], rel=1e-6)
 
 
 def test_the_rows_are_those_of_the_training_loop(token_shards):
@@ -124,6 +126,50 @@ def test_a_model_with_another_tokenizer_is_scored_on_the_same_text(
     assert found["validation_loss"] == pytest.approx(nats / (len(again) - 1), rel=1e-6)
     assert found["validation_bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
     assert "own tokens, of the text of 640 tokens of the shards" in capsys.readouterr().out
+
+
+class Bigrams(torch.nn.Module):
+    """Next-token logits from a table in bfloat16, with dropout; refuses id 9."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(10, 10, generator=torch.Generator().manual_seed(0)))
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, input_ids, use_cache):
+        if (input_ids == 9).any():
+            raise RuntimeError("no such id")
+        return SimpleNamespace(logits=self.dropout(self.table.to(torch.bfloat16)[input_ids]))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_losses_are_taken_in_fp32_without_dropout_and_the_mode_comes_back(mode):
+    model, ids = Bigrams().train(mode), torch.arange(9).view(1, 9)
+    log_probs = model.table.detach().to(torch.bfloat16).double().log_softmax(-1)
+    expected = -sum(log_probs[a, a + 1].item() for a in range(8))
+    total, tokens = summed_loss(model, [{"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:]}], torch.device("cpu"))
+    assert (total.item(), tokens) == (pytest.approx(expected, rel=1e-6), 8)
+    assert model.training == mode
+    with pytest.raises(RuntimeError, match="no such id"):
+        summed_loss(model, [{"input_ids": ids + 1, "shift_labels": ids}], torch.device("cpu"))
+    assert model.training == mode
+
+
+def test_a_row_is_the_models_context_at_most_gpt2s_if_nobody_says_otherwise():
+    def model(context):
+        return SimpleNamespace(config=SimpleNamespace(**({"max_position_embeddings": context} if context else {})))
+
+    assert [block_size_of(model(context), None) for context in (None, 64, 1024, 8192)] == [1024, 64, 1024, 1024]
+    assert [block_size_of(model(context), 2048) for context in (None, 8192)] == [2048, 2048]
+    assert ValidationArguments(shards=".", device="cpu").eval_tokens == 10_485_760  # 20 x 2**19, as the training loop
+
+
+def test_bytes_per_token_are_those_of_the_scored_text(token_shards, tiny_tokenizer, all_ids):
+    ids = all_ids(token_shards, "validation")[: 10 * T + 1]
+    assert len(np.flatnonzero(ids == tiny_tokenizer.eos_token_id)) > 1
+    scored = [i for i in ids.tolist() if i != tiny_tokenizer.eos_token_id]
+    expected = len("".join(tiny_tokenizer.convert_ids_to_tokens(scored))) / (10 * T)  # a character a byte
+    assert bytes_per_token(token_shards.shards("validation"), tiny_tokenizer, 10 * T + 5, T) == expected
 
 
 def test_encoding_again_gives_the_same_ids_where_the_merges_are_the_same(tiny_tokenizer):

@@ -1,4 +1,4 @@
-"""The `lm-eval` protocol against lm-evaluation-harness itself: same model, same rows, the same answer to each."""
+"""The `lm-eval` protocol against lm-evaluation-harness itself: same model, same rows; tokens, scores and answers."""
 
 import json
 import os
@@ -9,14 +9,15 @@ import venv
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_gpt2repro.evaluation.hellaswag import score_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag_rows import load_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag_task import tokens_of_row
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 HARNESS = "0.4.13"
-ROWS = 200  # of them 17 of WikiHow, whose tags the harness removes
 # The harness's own task, its process_docs included; only where the rows come from is told.
 PROGRAM = """
 import json, sys
@@ -35,6 +36,8 @@ options = {"tasks": ["hellaswag_here"], "task_manager": tasks, "bootstrap_iters"
 found = lm_eval.simple_evaluate(model, **options)
 samples = [
     {"ind": sample["doc"]["ind"], "scores": [response[0] for response in sample["filtered_resps"]],
+     "tokens": [model._encode_pair(*texts) for texts in sample["arguments"]],
+     "lengths": [len(ending) for ending in sample["doc"]["choices"]],
      "acc": sample["acc"], "acc_norm": sample["acc_norm"]}
     for sample in found["samples"]["hellaswag_here"]
 ]
@@ -43,43 +46,69 @@ Path(place, "found.json").write_text(json.dumps(told))
 """
 
 
-def run_harness(folder: Path, rows: Path, place: Path) -> dict:
-    """What the harness says, installed into a fresh virtual environment that sees this one's packages."""
-    python = place / "venv" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-    venv.create(place / "venv", with_pip=True)
-    library = sysconfig.get_path("purelib", vars={"base": str(place / "venv")})
+@pytest.fixture(scope="module")
+def python(tmp_path_factory) -> Path:
+    """Of a fresh virtual environment that holds the harness and sees this one's packages."""
+    place = tmp_path_factory.mktemp("harness")
+    venv.create(place, with_pip=True)
+    python = place / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    library = sysconfig.get_path("purelib", vars={"base": str(place)})
     (Path(library) / "packages_from_here.pth").write_text(sysconfig.get_path("purelib"))
     subprocess.run([python, "-m", "pip", "install", "-q", f"lm_eval=={HARNESS}"], check=True)
+    return python
+
+
+def run_harness(python: Path, folder: Path, rows: Path, place: Path) -> dict:
+    """What the harness says of a model in a folder; `place` is a folder for its files."""
     home = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "home"), "HF_DATASETS_CACHE": str(place / "home/datasets")}
     subprocess.run(
         [python, "-I", "-c", PROGRAM, str(folder), str(rows), str(place)],
         env={**os.environ, **home},
         cwd=place,
         check=True,
-        timeout=600,
+        timeout=1800,
     )
     return json.loads((place / "found.json").read_text())
 
 
+def with_start_of_text(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same, but it puts a token before every text, as Llama's does."""
+    start = tokenizer.eos_token
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A", special_tokens=[(start, tokenizer.eos_token_id)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=start, eos_token=start)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="needs ../shared/data: real HellaSwag rows and GPT-2's tokenizer")
-def test_every_score_and_answer_is_that_of_lm_evaluation_harness(make_model, tmp_path):
+@pytest.mark.parametrize(("start_of_text", "count"), [(False, 1000), (True, 100)])
+def test_every_token_score_and_answer_is_that_of_lm_evaluation_harness(
+    start_of_text, count, python, make_model, tmp_path
+):
     tokenizer = AutoTokenizer.from_pretrained(REAL_DATA / "gpt2_tokenizer")
+    tokenizer = with_start_of_text(tokenizer) if start_of_text else tokenizer
     model = make_model("ours", len(tokenizer), n_positions=256)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     lines = (REAL_DATA / "hellaswag_val_1000.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (tmp_path / "rows.jsonl").write_text("".join(lines[:: len(lines) // ROWS]), encoding="utf-8")
-    found = run_harness(tmp_path / "model", tmp_path / "rows.jsonl", tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(lines[:: len(lines) // count]), encoding="utf-8")
+    found = run_harness(python, tmp_path / "model", tmp_path / "rows.jsonl", tmp_path)
 
     rows = load_hellaswag(str(tmp_path / "rows.jsonl"))
     ours = score_hellaswag(model, tokenizer, rows, ("lm-eval",))
-    assert len(found["samples"]) == len(rows) == ROWS
+    assert len(found["samples"]) == len(rows) == count
     for row, result, sample in zip(rows, ours, found["samples"], strict=True):
         assert sample["ind"] == row.ind
+        choices = tokens_of_row(row, "lm-eval", tokenizer)
+        for choice, (context, continuation) in zip(choices, sample["tokens"], strict=True):
+            assert (list(choice.tokens), choice.scored) == (context + continuation, len(continuation))
+            assert (context[0] == tokenizer.eos_token_id) == start_of_text
+        assert list(result.lengths) == sample["lengths"]
         assert result.log_likelihoods == pytest.approx(sample["scores"], rel=1e-5)
         assert (result.correct, result.correct_norm) == (sample["acc"], sample["acc_norm"])
     for name, correct in (("acc", "correct"), ("acc_norm", "correct_norm")):
-        count = sum(getattr(result, correct) for result in ours)
-        assert found["results"][f"{name},none"] == pytest.approx(count / ROWS)
-        assert 0.1 < count / ROWS < 0.5  # chance is 0.25: there was something to get wrong
+        share = sum(getattr(result, correct) for result in ours) / count
+        assert found["results"][f"{name},none"] == pytest.approx(share)
+        assert 0.1 < share < 0.5  # chance is 0.25: there was something to get wrong

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_gpt2repro.evaluation.hellaswag import BASELINES
+from modeling_gpt2repro.evaluation.hellaswag_accuracy import BASELINES
 from modeling_gpt2repro.hub import figures
 from modeling_gpt2repro.hub.curves import mean_width, running_mean, shown_range, thinned
 from modeling_gpt2repro.hub.run_log import read_metrics, read_run, replay, write_yardsticks

@@ -74,13 +74,20 @@ def test_the_losses_equal_those_of_a_plain_loop_around_stock_gpt2(finished, shar
     assert losses == pytest.approx(expected, abs=1e-5)
 
 
-def test_three_processes_and_uneven_micro_batches_equal_one_process(finished, shards, tmp_path):
-    """8 rows a step: three micro-batches of one row on each process, the last of which has none on the third."""
-    result = train(tmp_path / "three", shards, processes=3, per_device_train_batch_size=1)
-    assert "3 processes x 3 micro-batches x 1 row x 32 tokens, less 1 row left empty" in result.stdout
+@pytest.mark.parametrize(
+    ("processes", "rows", "words"),
+    [
+        # 8 rows a step: three micro-batches of one row on each process, the last of which has none on the third.
+        (3, 1, "3 processes x 3 micro-batches x 1 row x 32 tokens, less 1 row left empty"),
+        pytest.param(2, 3, "2 processes x 2 micro-batches x 2 rows x 32 tokens\n", marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_equal_one(finished, shards, tmp_path, processes, rows, words):
+    result = train(tmp_path / "run", shards, processes=processes, per_device_train_batch_size=rows)
+    assert words in result.stdout
     hellaswag = ("hellaswag_completion_acc_norm", "hellaswag_lm_eval_acc")
     for name in ("loss", "grad_norm", "validation_loss", *hellaswag):
-        assert rows_of(tmp_path / "three", name) == pytest.approx(rows_of(finished[0], name), abs=1e-5), name
+        assert rows_of(tmp_path / "run", name) == pytest.approx(rows_of(finished[0], name), abs=1e-5), name
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5])

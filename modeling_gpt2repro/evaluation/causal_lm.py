@@ -4,6 +4,7 @@ import os
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -28,7 +29,7 @@ def load_causal_lm(
         model, loading = AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, dtype), output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"--model {name}: its {part} could not be loaded: {first_line(error)}") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
@@ -42,12 +43,12 @@ def load_causal_lm(
             f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embedding {vocabulary}: they do not "
             "belong together."
         )
-    return model.to(device).eval(), tokenizer
+    return model.to(device), tokenizer
 
 
-def longest_context(model: PreTrainedModel) -> int | None:
-    """Tokens that the model reads at most; None where its config sets no limit."""
-    return getattr(model.config, "max_position_embeddings", None)
+def longest_context(model: nn.Module) -> int | None:
+    """Tokens that the model reads at most; None where no config sets a limit."""
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
 
 def best_device() -> str:
@@ -88,5 +89,7 @@ def output_problem(path: str) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message; its kind where there is none."""
+    """Of its message; with its kind where the message is a bare key, its kind where there is none."""
+    if isinstance(error, KeyError):
+        return f"{type(error).__name__}: {error}"
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

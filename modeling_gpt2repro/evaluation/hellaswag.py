@@ -9,6 +9,9 @@ Two protocols share the name, and their numbers do not compare (GPT-2 124M: acc_
 | tokens    | context and ending encoded apart      | encoded together, cut after the context's tokens         |
 | acc       | largest log-likelihood of the ending  | the same                                                 |
 | acc_norm  | the same per token of the ending      | the same per character of the ending                     |
+
+"completion" is defined for GPT-2's tokenizer: one that puts a space before every text (Llama 2's) doubles that of the
+endings and scores it, so use "lm-eval" there.
 """
 
 import math
@@ -23,41 +26,33 @@ from .hellaswag_rows import PROTOCOLS, HellaSwagRow
 from .hellaswag_task import Choice, HellaSwagTask, Key, prepare_hellaswag
 from .shared_context import tree_log_likelihoods
 
-# model, protocol, acc, acc_norm, source. All on the 10,042 validation rows, without examples in the context.
-BASELINES = (
-    ("gpt2", "completion", 0.2859, 0.2955, "build-nanogpt, hellaswag.py"),
-    ("gpt2", "completion", None, 0.294463, "build-nanogpt, notebook"),
-    ("gpt2-medium", "completion", None, 0.375224, "build-nanogpt, notebook"),
-    ("gpt2-large", "completion", None, 0.431986, "build-nanogpt, notebook"),
-    ("gpt2-xl", "completion", 0.3842, 0.4893, "build-nanogpt, hellaswag.py"),
-    # By OpenAI's unpublished code; build-nanogpt sets it beside its own numbers.
-    ("GPT-3 124M", "completion", None, 0.337, "Brown et al. 2020"),
-    ("gpt2", "lm-eval", 0.2892, 0.3114, "lm-evaluation-harness"),
-    ("gpt2-xl", "lm-eval", 0.4004, 0.5089, "lm-evaluation-harness"),
-)
-
 
 @dataclass(frozen=True)
 class EndingScores:
-    """What a model says to one row under one protocol. `row` is the row's position in the list that was scored."""
+    """What a model says to one row under one protocol: no answer, which is wrong, where a score is NaN or infinite."""
 
-    row: int
+    row: int  # its position in the list that was scored
     protocol: str
     label: int
     log_likelihoods: tuple[float, ...]  # nats, summed over an ending's tokens
     lengths: tuple[int, ...]  # tokens or characters, by protocol
 
     @property
-    def prediction(self) -> int:
-        """The likeliest ending."""
-        return self.log_likelihoods.index(max(self.log_likelihoods))
+    def answered(self) -> bool:
+        """Whether every score is a number."""
+        return all(map(math.isfinite, self.log_likelihoods))
 
     @property
-    def prediction_norm(self) -> int:
+    def prediction(self) -> int | None:
+        """The likeliest ending."""
+        return self.log_likelihoods.index(max(self.log_likelihoods)) if self.answered else None
+
+    @property
+    def prediction_norm(self) -> int | None:
         """The likeliest ending by its length."""
         # An ending of tags only has no character left: it can never be the best one.
         means = [a / b if b else -math.inf for a, b in zip(self.log_likelihoods, self.lengths, strict=True)]
-        return means.index(max(means))
+        return means.index(max(means)) if self.answered else None
 
     @property
     def correct(self) -> bool:

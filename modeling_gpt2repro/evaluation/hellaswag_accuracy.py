@@ -4,9 +4,21 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from .hellaswag import BASELINES, EndingScores
+from .hellaswag import EndingScores
 from .hellaswag_rows import PROTOCOLS
 
+# model, protocol, acc, acc_norm, source. All on the 10,042 validation rows, without examples in the context.
+BASELINES = (
+    ("gpt2", "completion", 0.2859, 0.2955, "build-nanogpt, hellaswag.py"),
+    ("gpt2", "completion", None, 0.294463, "build-nanogpt, notebook"),
+    ("gpt2-medium", "completion", None, 0.375224, "build-nanogpt, notebook"),
+    ("gpt2-large", "completion", None, 0.431986, "build-nanogpt, notebook"),
+    ("gpt2-xl", "completion", 0.3842, 0.4893, "build-nanogpt, hellaswag.py"),
+    # By OpenAI's unpublished code; build-nanogpt sets it beside its own numbers.
+    ("GPT-3 124M", "completion", None, 0.337, "Brown et al. 2020"),
+    ("gpt2", "lm-eval", 0.2892, 0.3114, "lm-evaluation-harness"),
+    ("gpt2-xl", "lm-eval", 0.4004, 0.5089, "lm-evaluation-harness"),
+)
 Z95 = 1.959964  # the normal distribution's 97.5 % point
 
 
@@ -30,12 +42,6 @@ def summary_of(count: Mapping[str, int]) -> dict[str, float | int | tuple[float,
     return summary
 
 
-def summarize(results: Sequence[EndingScores]) -> dict[str, dict]:
-    """{protocol: `summary_of` its results}, of the protocols that occur."""
-    protocols = dict.fromkeys(result.protocol for result in results)
-    return {protocol: summary_of(count) for protocol, count in count_correct(results, list(protocols)).items()}
-
-
 def wilson_interval(correct: int, rows: int) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927), sound for 0 of n too: 3000 of 10000 -> 0.2911, 0.3091."""
     z = Z95
@@ -45,7 +51,10 @@ def wilson_interval(correct: int, rows: int) -> tuple[float, float]:
 
 
 class Yardstick(NamedTuple):
-    """A published acc_norm; `within_interval` where what was measured does not differ from it significantly."""
+    """A published acc_norm; `within_interval`: it lies in the 95 % interval of what was measured.
+
+    That interval is of one model alone. Both are of the same rows, so whether two models differ, only --compare says.
+    """
 
     model: str
     acc_norm: float

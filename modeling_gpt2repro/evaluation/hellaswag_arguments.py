@@ -31,8 +31,8 @@ class EvalHellaSwagArguments:
     )
     batch_tokens: int | None = HfArg(
         default=None,
-        help="Tokens in a batch, padding included; if not given, 512 on a CPU and 16384 elsewhere. Lower it where "
-        "memory runs out.",
+        help="Tokens in a batch, padding included; if not given, 512 on a CPU, elsewhere 16384 or as many "
+        "as have 2 GB of logits (GPT-2: 9,948). Lower it where memory runs out.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = HfArg(
         default="float32", help="Of the weights and the forward; log-probabilities are float32 in any case."
@@ -60,9 +60,14 @@ class EvalHellaSwagArguments:
                 problems.append(
                     f"--output {self.output}: let it end in .json; what the model says to each row goes beside it."
                 )
-            if self.compare is None and self.rows_file.absolute() == Path(self.data).absolute():
+            if self.compare is None and self.rows_file.resolve() == Path(self.data).resolve():
                 problems.append(
                     f"--output {self.output}: what the model says to each row would replace the data ({self.data}): "
+                    "give another name."
+                )
+            if self.compare is not None and self.rows_file.resolve() in [Path(path).resolve() for path in self.compare]:
+                problems.append(
+                    f"--output {self.output}: the comparison would replace the numbers that go with {self.rows_file}: "
                     "give another name."
                 )
         if problems:

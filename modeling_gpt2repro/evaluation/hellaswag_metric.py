@@ -1,6 +1,5 @@
 """HellaSwag's accuracy as a metric of `evaluate`. Importing this file imports `evaluate`, which takes seconds."""
 
-import math
 import tempfile
 from collections.abc import Sequence
 
@@ -32,8 +31,8 @@ CITATION = "Zellers et al. 2019, HellaSwag: Can a Machine Really Finish Your Sen
 class HellaSwagAccuracy(evaluate.Metric):
     """acc and acc_norm from log-likelihoods, lengths and labels; asks no network.
 
-    Of several processes each counts its own rows, and the counts are added up (see distributed.py): evaluate's own way
-    leans on lock files in a folder that all of them share.
+    For one process that has all rows: eval_hellaswag.py gathers them, the training loop adds up counts
+    (distributed.py). evaluate's own way with several leans on lock files in a folder that all of them share.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -54,6 +53,8 @@ class HellaSwagAccuracy(evaluate.Metric):
     def _compute(
         self, predictions: list[list[float]], lengths: list[list[int]], references: list[int]
     ) -> dict[str, float | int | tuple[float, float]]:
+        if not predictions:
+            raise ValueError("there are no rows to take an accuracy of: give the log-likelihoods of at least one.")
         rows = []
         for number, (totals, sizes, label) in enumerate(zip(predictions, lengths, references, strict=True)):
             if not 0 <= label < len(totals) == len(sizes):
@@ -61,9 +62,9 @@ class HellaSwagAccuracy(evaluate.Metric):
                     f"row {number} has {len(totals)} log-likelihoods, {len(sizes)} lengths and the reference {label}: "
                     "give as many of the one as of the other, and one of their numbers, from 0."
                 )
-            if any(map(math.isnan, totals)):
-                raise ValueError(f"row {number} has a log-likelihood that is no number: {totals}; look at the model.")
             rows.append(EndingScores(number, "", label, tuple(totals), tuple(sizes)))
+            if not rows[-1].answered:
+                raise ValueError(f"row {number} has log-likelihoods {totals}: NaN and infinity are no scores.")
         return summary_of(count_rows(rows))
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from tqdm import tqdm
 
-from .hellaswag import BASELINES, EndingScores
-from .hellaswag_accuracy import Standing, Yardstick, count_correct
+from .hellaswag import EndingScores
+from .hellaswag_accuracy import BASELINES, Standing, Yardstick, count_correct
 from .hellaswag_compare import PairedDifference
 from .hellaswag_official import OFFICIAL_ROWS
 
@@ -29,7 +29,7 @@ def results_table(title: str, results: Mapping[str, Mapping]) -> str:
     """Each protocol's accuracies with their 95 % intervals, then the published numbers that they compare with.
 
     Args:
-        results: As from `summarize`.
+        results: {protocol: `summary_of` its counts}.
     """
     lines = [
         f"{title}, with 95 % intervals (Wilson)",
@@ -52,7 +52,7 @@ def standing_sentence(protocol: str, place: Standing) -> str:
     """'completion: passed gpt2 (0.2955); next GPT-3 124M (0.3370)', by acc_norm."""
 
     def words(yardstick: Yardstick) -> str:
-        doubt = ", within the interval: not significant" if yardstick.within_interval else ""
+        doubt = ", inside the 95 % interval" if yardstick.within_interval else ""
         return f"{yardstick.model} ({yardstick.acc_norm:.4f}{doubt})"
 
     passed = ", ".join(map(words, place.passed)) or "none"

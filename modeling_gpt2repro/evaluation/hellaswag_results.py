@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ def write_results(path: Path, results: Iterable[EndingScores], rows: Sequence[He
     Example, on one line: {"row": 0, "ind": 24, "question": "6a2e51c09b7f", "protocol": "completion", "label": 3,
     "log_likelihoods": [-31.2, -28.9, -40.0, -30.1], "lengths": [7, 6, 9, 7], "prediction": 1, "correct": false,
     "prediction_norm": 3, "correct_norm": true}. `ind` is the row's number in HellaSwag's sources, which may repeat.
+    What is NaN or infinite is null, as JSON has neither, and so are the predictions of that row.
     """
     with whole_file(path) as file:
         for scores in results:
@@ -35,7 +37,7 @@ def write_results(path: Path, results: Iterable[EndingScores], rows: Sequence[He
                 "question": fingerprint(row),
                 "protocol": scores.protocol,
                 "label": scores.label,
-                "log_likelihoods": scores.log_likelihoods,
+                "log_likelihoods": [total if math.isfinite(total) else None for total in scores.log_likelihoods],
                 "lengths": scores.lengths,
                 "prediction": scores.prediction,
                 "correct": scores.correct,
@@ -52,7 +54,7 @@ def fingerprint(row: HellaSwagRow) -> str:
 
 
 def read_results(path: str | Path) -> list[SavedScores]:
-    """The lines of `write_results`.
+    """The lines of `write_results`; null is read as NaN.
 
     Raises:
         OSError: It cannot be read.
@@ -63,8 +65,9 @@ def read_results(path: str | Path) -> list[SavedScores]:
         for number, line in enumerate(file, start=1):
             try:
                 found = json.loads(line)
-                numbers = tuple(map(float, found["log_likelihoods"])), tuple(map(int, found["lengths"]))
-                scores = EndingScores(int(found["row"]), str(found["protocol"]), int(found["label"]), *numbers)
+                totals = tuple(math.nan if total is None else float(total) for total in found["log_likelihoods"])
+                lengths = tuple(map(int, found["lengths"]))
+                scores = EndingScores(int(found["row"]), str(found["protocol"]), int(found["label"]), totals, lengths)
                 if not len(scores.log_likelihoods) == len(scores.lengths) == 4:
                     raise ValueError
                 saved.append(SavedScores(str(found["question"]), scores))

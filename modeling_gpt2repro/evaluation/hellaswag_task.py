@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .causal_lm import longest_context
 from .hellaswag_rows import PROTOCOLS, HellaSwagRow, texts_of_row
 from .shared_context import Tree, grow_tree, takes_trees
 
+LOGITS_BYTES = 2 * 10**9  # of a batch, so that a GPU of 8 GB has room: 9,948 tokens of GPT-2's vocabulary
 Key = tuple[int, str]  # a row's position in the list of rows, and the protocol
 
 
@@ -61,12 +63,12 @@ def prepare_hellaswag(
     Args:
         model: Says how long its context is, and whether four endings can share theirs; its weights may change later.
         batch_tokens: Tokens that a batch B * T may have, padding included; a single sequence may be longer, and is then
-            a batch of its own. By the model's device if None.
+            a batch of its own. By the model's device and vocabulary if None.
 
     Raises:
         ValueError: If nothing of an ending can be scored.
     """
-    max_length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    max_length = longest_context(model)
     keys = [(row, protocol) for row in range(process_index, len(rows), num_processes) for protocol in protocols]
     as_trees = takes_trees(model)
     lengths, queue = {}, []
@@ -74,7 +76,7 @@ def prepare_hellaswag(
         choices = tokens_of_row(rows[key[0]], key[1], tokenizer, max_length)
         lengths[key] = tuple(choice.length for choice in choices)
         queue += items_of_row(key, choices, as_trees)
-    batch_tokens = batch_tokens or default_batch_tokens(next(model.parameters()).device)
+    batch_tokens = batch_tokens or default_batch_tokens(next(model.parameters()).device, len(tokenizer))
     return HellaSwagTask(rows, tuple(protocols), lengths, fill_batches(queue, batch_tokens), batch_tokens, as_trees)
 
 
@@ -131,6 +133,9 @@ def fill_batches(items: Sequence[Item], batch_tokens: int) -> list[list[Item]]:
     return batches
 
 
-def default_batch_tokens(device: torch.device) -> int:
-    """What a batch may hold where nobody says: on a CPU more only pads more, an accelerator wants to be filled."""
-    return 512 if device.type == "cpu" else 16384
+def default_batch_tokens(device: torch.device, vocab_size: int) -> int:
+    """What a batch may hold where nobody says: on a CPU more only pads more, an accelerator wants to be filled.
+
+    But its logits, were each token to predict one, stay below 2 GB in fp32; their softmax takes as much again.
+    """
+    return 512 if device.type == "cpu" else min(16384, LOGITS_BYTES // (4 * vocab_size))

@@ -50,14 +50,16 @@ def summed_loss(
     model.eval()
     total = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     tokens = 0
-    for batch in batches:
-        inputs = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
-        labels = inputs.pop("shift_labels")
-        logits = model(**inputs, use_cache=False).logits
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-        total += losses.to(total.dtype).sum()
-        tokens += labels.numel()
-    model.train(was_training)
+    try:
+        for batch in batches:
+            inputs = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+            labels = inputs.pop("shift_labels")
+            logits = model(**inputs, use_cache=False).logits
+            losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+            total += losses.to(total.dtype).sum()
+            tokens += labels.numel()
+    finally:
+        model.train(was_training)
     return total, tokens
 
 
@@ -154,10 +156,10 @@ def block_size_of(model: nn.Module, asked: int | None) -> int:
     Raises:
         ValueError: If the model cannot read so many.
     """
-    longest = longest_context(model) or LARGEST_BLOCK
-    if asked is not None and asked > longest and longest_context(model):
+    longest = longest_context(model)
+    if asked and longest and asked > longest:
         raise ValueError(f"--block_size ({asked}) must be at most the model's context ({longest}).")
-    return asked or min(longest, LARGEST_BLOCK)
+    return asked or min(longest or LARGEST_BLOCK, LARGEST_BLOCK)
 
 
 def table(report: dict) -> str:

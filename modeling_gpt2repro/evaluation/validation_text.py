@@ -72,6 +72,18 @@ def open_validation_text(
     return ValidationText(ids, block_size, text_bytes, split_tokens, bool(parts))
 
 
+def bytes_per_token(
+    shards: Sequence[np.ndarray], shards_tokenizer: PreTrainedTokenizerBase, tokens: int, block_size: int
+) -> float:
+    """Bytes of text that a scored one of the first `tokens` tokens of a split stands for, as the command counts them.
+
+    Raises:
+        ValueError: If the split holds less than one row.
+    """
+    text = open_validation_text(shards, shards_tokenizer, tokens, block_size)
+    return text.text_bytes / text.tokens
+
+
 def first_rows(shards: Sequence[np.ndarray], tokens: int, block_size: int) -> np.ndarray:
     """The first ids of a split, (R * T + 1,) int64, for the R = `tokens` // T rows there, at least 1 and at most all.
 

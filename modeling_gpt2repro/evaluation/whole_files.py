@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all; data/written_aside.py is the data room's own, as rooms share no code."""
 
 import os
 from collections.abc import Iterator
