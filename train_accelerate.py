@@ -7,6 +7,7 @@ The first takes minutes on a laptop and downloads nothing; the second reproduces
 FineWeb-Edu. Both end with a folder that `from_pretrained` and `pipeline` load.
 """
 
+import gc
 import math
 import shutil
 import time
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None):
         save(run, must=True)
         evaluate(run)  # the weights that were saved
         run.monitor.say(end_block(args, progress, export(run)))
-    accelerator.end_training()
+    end(run)
 
 
 @dataclass
@@ -116,8 +117,8 @@ class Run:
     accelerator: Accelerator
     data: TrainingData
     hellaswag: HellaSwagTask | None
-    model: nn.Module
-    optimizer: Optimizer
+    model: nn.Module | None
+    optimizer: Optimizer | None
     progress: TrainProgress
     guard: StepGuard
     monitor: Monitor
@@ -478,8 +479,20 @@ def leave(run: Run):
     command = run.stop.command_that_goes_on
     run.monitor.say(f"\nStopped by {by} after step {run.progress.step}. Go on with:\n\n    {command}\n")
     run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
+    end(run)
     raise SystemExit(EXIT_CODE)
+
+
+def end(run: Run):
+    """Close the trackers and let the processes part.
+
+    DDP goes before the process group: as the last to hold it, it would end the group's threads while it keeps them from
+    running Python, and one of them may have a tensor to free (torch 2.13 with gloo; seen in one of seven runs).
+    """
+    run.model = run.optimizer = None
+    run.accelerator.free_memory()
+    gc.collect()
+    run.accelerator.end_training()
 
 
 def preflight(run: Run):
@@ -523,7 +536,7 @@ def preflight(run: Run):
             monitor.say("\n".join([report, *problems]))
             if problems:
                 raise SystemExit(1)
-    accelerator.end_training()
+    end(run)
 
 
 def export(run: Run) -> Path:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from test_train_script import plain_start
 from toy_runs import CPU_FP32, RECIPE, ROOT, ROWS, as_flags, rows_of, train_here
 
 import train_accelerate
@@ -114,8 +115,8 @@ def test_a_step_that_is_no_number_is_skipped_and_named(finished, shards, tmp_pat
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     event = next(row for row in rows if row.get("event") == "skipped")
     assert event["step"] == 10
-    (numbers,) = event["rows_by_process"]
-    assert len(set(numbers)) == ROWS
+    _, _, order = plain_start(shards)
+    assert event["rows_by_process"] == [order[9 * ROWS : 10 * ROWS]]
     losses = rows_of(tmp_path / "run")
     assert losses[9] is None  # JSON has no NaN
     assert losses[:9] == rows_of(finished[0])[:9]
@@ -134,6 +135,62 @@ def test_a_skipped_step_is_told_wherever_the_numbers_are_read(shards, tmp_path, 
     assert not (tmp_path / "run" / "step-000010").exists()
     assert [row["step"] for row in read_metrics(tmp_path / "run") if row.get("event") == "skipped"] == [10]
     assert len(rows_of(tmp_path / "run")) == 30  # every step has its row, whenever it was read
+
+
+def test_a_last_step_that_is_skipped_is_saved_all_the_same(shards, tmp_path, monkeypatch):
+    at_step(monkeypatch, 30, made_nan)
+    assert train_here(tmp_path / "run", shards) == 0
+    assert (tmp_path / "run" / "step-000030").exists()
+
+
+def test_window_random_numbers_and_time_go_on_where_they_stood(shards, tmp_path, monkeypatch):
+    seen = []
+
+    def look(go_on, model):
+        seen.append((torch.get_rng_state(), torch.are_deterministic_algorithms_enabled()))
+        return go_on()
+
+    def draw(go_on, model):
+        torch.rand(7)
+        return go_on()
+
+    def state(step):
+        return json.loads((tmp_path / "run" / f"step-0000{step}/training_state/state.json").read_text())
+
+    options = {"skip_outliers": True, "save_total_limit": 0}
+    with monkeypatch.context() as patch:
+        at_step(patch, 8, draw)
+        at_step(patch, 11, look)
+        assert train_here(tmp_path / "run", shards, **options) == 0
+    uninterrupted = state(30)
+    for step in (20, 30):
+        shutil.rmtree(tmp_path / "run" / f"step-0000{step}")
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, look)
+        assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest", **options) == 0
+    assert torch.equal(seen[0][0], seen[1][0])
+    assert seen[0][1] is seen[1][1] is True  # on a CPU, without a flag
+    assert state(30)["guard"] == uninterrupted["guard"]
+    assert state(30)["guard"]["good_steps"] == 30
+    seconds = sum(rows_of(tmp_path / "run", "step_seconds"))
+    assert state(30)["progress"]["train_seconds"] == pytest.approx(seconds, rel=1e-3)
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, look)
+        assert train_here(tmp_path / "other", shards, deterministic=False) == 0
+    assert seen[2][1] is False
+
+
+def test_saves_that_fail_count_only_in_a_row(shards, tmp_path, monkeypatch):
+    calls, save = [], train_accelerate.save_hub_folder
+
+    def now_and_then(*arguments):
+        calls.append(1)
+        if len(calls) in (1, 2, 4, 5):
+            raise OSError(28, "No space left on device")
+        return save(*arguments)
+
+    monkeypatch.setattr(train_accelerate, "save_hub_folder", now_and_then)
+    assert train_here(tmp_path / "run", shards, save_steps=5) == 0
 
 
 def test_too_many_skipped_steps_end_a_run_with_advice(shards, tmp_path, capsys):

@@ -90,6 +90,15 @@ def test_an_outlier_of_either_number_is_rejected(loss, norm):
     assert rejected(full_guard(), loss, norm)
 
 
+def test_the_limit_is_six_robust_deviations_above_the_median():
+    guard = StepGuard(CPU, skip_outliers=True)
+    for step in range(WINDOW_STEPS):  # median 2, median absolute deviation 0.1 for the loss; all equal for the norm
+        rejected(guard, 2.0 + 0.1 * (step % 3 - 1), 1.0)
+    loss_limit, norm_limit = guard.limits().tolist()
+    assert loss_limit == pytest.approx(2.0 + 6 * 1.4826 * 0.1, abs=1e-5)
+    assert norm_limit == pytest.approx(1.0 + 6 * 0.01, abs=1e-5)
+
+
 def test_the_rule_rests_until_the_window_is_full():
     assert not rejected(full_guard(WINDOW_STEPS - 1), 50.0, 50.0)
     assert rejected(full_guard(WINDOW_STEPS), 50.0, 50.0)

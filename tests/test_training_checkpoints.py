@@ -102,6 +102,11 @@ def test_milestones_stay_beside_the_newest(save, tmp_path):
     assert names(tmp_path) == ["step-000020", "step-000040", "step-000050", "step-000060", "step-000070"]
 
 
+def test_the_places_of_all_processes_are_joined():
+    states = [{"next_step": 3, "lanes": {"0": [1, 2]}}, {"next_step": 3, "lanes": {"1": [0, 5]}}]
+    assert checkpoints.join_states(states) == {"next_step": 3, "lanes": {"0": [1, 2], "1": [0, 5]}}
+
+
 def test_a_half_written_folder_is_no_checkpoint(save, tmp_path):
     save(5)
     (tmp_path / ".step-000006.partial" / "training_state").mkdir(parents=True)
