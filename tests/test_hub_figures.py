@@ -1,5 +1,6 @@
 """Figures of runs: what is read of a run's folder, what is drawn of it, and what cannot be."""
 
+import contextlib
 import json
 import math
 import random
@@ -229,21 +230,23 @@ def test_a_long_run_is_drawn_in_seconds(tmp_path):
     assert time.process_time() - started < 2.5  # 0.3 s there
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def no_room():
-    """Files of this process can be no longer than 1,000 bytes: what a full disk does to a larger one."""
+    """Inside, files of this process can be no longer than 1,000 bytes: what a full disk does to a larger one."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:  # before pytest writes, whose output may be a file, too
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_raises_and_leaves_the_picture_that_was_there(run, no_room, capsys):
+def test_a_full_disk_raises_and_leaves_the_picture_that_was_there(run, capsys):
     (run / "loss.png").write_bytes(b"old")
-    with pytest.raises(OSError, match="File too large"):
+    with no_room(), pytest.raises(OSError, match="File too large"):
         figures.plot_loss(run)
     assert (run / "loss.png").read_bytes() == b"old"
-    with pytest.raises(SystemExit) as end:
+    with no_room(), pytest.raises(SystemExit) as end:
         figures.main([str(run)])
     assert end.value.code == 2
     assert capsys.readouterr().err == (
