@@ -40,6 +40,17 @@ def at_step(monkeypatch, step: int, action):
     monkeypatch.setattr(train_accelerate, "train_step", step_with_action)
 
 
+@pytest.fixture
+def usual_signals():
+    """As in a terminal: a job in the background ignores SIGINT, one under nohup SIGHUP."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def signalled(number):
     def action(go_on, model):
         os.kill(os.getpid(), number)
@@ -50,7 +61,7 @@ def signalled(number):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"])
 def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on_bit_for_bit(
-    finished, shards, tmp_path, monkeypatch, capsys, name
+    finished, shards, tmp_path, monkeypatch, capsys, usual_signals, name
 ):
     with monkeypatch.context() as patch:
         at_step(patch, 17, signalled(getattr(signal, name)))
@@ -66,8 +77,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on_bit_for_bit
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
 
 
-def test_a_second_ctrl_c_ends_at_once():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+def test_a_second_ctrl_c_ends_at_once(usual_signals):
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # the same one, passed on by a launcher
@@ -424,6 +434,13 @@ def test_trackers_get_arguments_that_every_one_of_them_takes(shards, tmp_path, m
     assert {type(value) for value in given.values()} <= {bool, int, float, str}
     assert [step for step, values in logged if "loss" in values] == list(range(1, 31))
     assert all(isinstance(value, int | float) for _, values in logged for value in values.values())
+
+
+def test_a_signal_that_is_ignored_stays_so(shards, tmp_path, monkeypatch, usual_signals):
+    """Under nohup a terminal that closes ends nothing."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    at_step(monkeypatch, 5, signalled(signal.SIGHUP))
+    assert train_here(tmp_path / "run", shards) == 0
 
 
 @pytest.mark.slow
