@@ -54,7 +54,12 @@ from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.batch_size import find_batch_size
 from modeling_gpt2repro.training.command_line import Problems, bad_input_exits, parse_command_line
 from modeling_gpt2repro.training.hardware import flops_and_peak, hardware_record, peak_memory_gb
-from modeling_gpt2repro.training.launch import main_process_first, start_accelerator, told_by_main_process
+from modeling_gpt2repro.training.launch import (
+    main_process_first,
+    start_accelerator,
+    told_by_main_process,
+    without_determinism,
+)
 from modeling_gpt2repro.training.metrics import MetricsLog
 from modeling_gpt2repro.training.monitor import Monitor
 from modeling_gpt2repro.training.optimizer import build_optimizer
@@ -500,7 +505,6 @@ def preflight(run: Run):
     args, accelerator, monitor = run.args, run.accelerator, run.monitor
     with closing(run.data.batches), closing(monitor), out_of_memory_is_told(args):
         introduce(run)
-
         skipped = []
 
         def step() -> float:
@@ -509,6 +513,10 @@ def preflight(run: Run):
             return waited
 
         first, median, waited = time_steps(step)
+        plain = None
+        if torch.are_deterministic_algorithms_enabled():
+            with without_determinism(is_compiled_module(run.model)):
+                _, plain, _ = time_steps(step)
         started, module = time.perf_counter(), run.whole_model()
         rows = args.per_device_eval_batch_size or args.per_device_train_batch_size
         part = min(args.eval_tokens, EVALUATED_PART * rows * args.block_size * accelerator.num_processes)
@@ -526,7 +534,7 @@ def preflight(run: Run):
         seconds = time.perf_counter() - started
         if accelerator.is_main_process:
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            measured = Measured(first, median, waited, evaluation, seconds, size, memory)
+            measured = Measured(first, median, waited, evaluation, seconds, size, memory, plain)
             rows_per_epoch = getattr(run.data.batches, "rows_per_epoch", None)
             epochs = rows_per_epoch and args.total_steps * args.rows_per_step / rows_per_epoch
             report, problems = preflight_report(args, measured, monitor.flops_per_token, monitor.peak_flops, epochs)

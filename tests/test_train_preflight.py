@@ -47,9 +47,18 @@ def test_the_report_says_speed_cost_and_what_is_missing(tmp_path, monkeypatch):
 def test_a_preflight_leaves_nothing_behind_and_the_run_is_as_without(finished, shards, tmp_path, capsys):
     assert train_here(tmp_path / "run", shards, preflight=True, save_steps=5) == 0
     said = capsys.readouterr().out
-    for expected in ("tokens/s", "whole run", "a checkpoint", "training data", "memory"):
+    for expected in (
+        "without --deterministic a step takes",
+        "tokens/s",
+        "whole run",
+        "a checkpoint",
+        "training data",
+        "memory",
+    ):
         assert expected in said
     assert list((tmp_path / "run").iterdir()) == []
+    assert train_here(tmp_path / "run", shards, preflight=True, deterministic=False) == 0
+    assert "without --deterministic" not in capsys.readouterr().out
     assert train_here(tmp_path / "run", shards, find_batch_size=True) == 0
     assert rows_of(tmp_path / "run") == pytest.approx(rows_of(finished[0]), abs=1e-5)
 
@@ -65,7 +74,7 @@ def test_a_preflight_of_a_run_that_goes_on_leaves_its_checkpoints(finished, shar
 
 def test_a_preflight_says_where_the_numbers_are_none(shards, tmp_path, capsys):
     assert train_here(tmp_path / "run", shards, preflight=True, learning_rate=1e20) == 1
-    assert "of 13 steps was not usable: try a lower --learning_rate than 1e+20" in capsys.readouterr().out
+    assert "of 26 steps was not usable: try a lower --learning_rate than 1e+20" in capsys.readouterr().out
 
 
 def test_a_preflight_that_cannot_write_says_so(shards, tmp_path, monkeypatch, capsys):

@@ -1,7 +1,8 @@
 """Starting the accelerator: accumulation, compile and precision as the arguments and the machine ask for them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -81,6 +82,20 @@ def be_deterministic():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it, before its first use
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+
+
+@contextmanager
+def without_determinism(compiled: bool) -> Iterator[None]:
+    """Inside, operations may give other bits each time: to measure what `be_deterministic` costs."""
+    torch.use_deterministic_algorithms(False)
+    if compiled:
+        torch.compiler.reset()  # code was made for the other way
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True)
+        if compiled:
+            torch.compiler.reset()
 
 
 def told_by_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Result:

@@ -24,6 +24,7 @@ class Measured:
         save: Of one checkpoint.
         checkpoint_bytes: Its size.
         memory_gb: The most that one process has used, in 10**9 bytes.
+        step_not_deterministic: A step without --deterministic; None where the run goes without it.
     """
 
     first_step: float
@@ -33,6 +34,7 @@ class Measured:
     save: float
     checkpoint_bytes: int
     memory_gb: float
+    step_not_deterministic: float | None = None
 
 
 def time_steps(take_step: Callable[[], float]) -> tuple[float, float, float]:
@@ -92,6 +94,10 @@ def preflight_report(
         "whole run": f"{readable_duration(total)}: "
         + ", ".join(f"{name} {readable_duration(seconds)}" for name, seconds in parts.items()),
     }
+    if measured.step_not_deterministic:
+        lines["bits"] = (
+            f"the same each time; without --deterministic a step takes {1000 * measured.step_not_deterministic:,.0f} ms"
+        )
     if args.price_per_hour:
         lines["cost"] = f"{total / 3600 * args.price_per_hour:,.2f} at {args.price_per_hour:g} an hour"
     problems = []
