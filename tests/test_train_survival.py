@@ -445,7 +445,7 @@ def test_a_signal_that_is_ignored_stays_so(shards, tmp_path, monkeypatch, usual_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_to_accelerate_launch_reaches_the_run(shards, tmp_path, name):
+def test_a_signal_to_accelerate_launch_reaches_the_run(shards, tmp_path, usual_signals, name):
     """Its launcher of one process passes nothing on; the run notices that it has died."""
     launcher = start(tmp_path / "run", shards, 1, ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"))
     wait_for_step(tmp_path / "run", 12)
