@@ -1,5 +1,6 @@
 """Hardware configurations: what accelerate makes of them, and the Slurm script with stand-ins for Slurm's commands."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -106,12 +107,19 @@ def cluster(tmp_path, monkeypatch):
     for name, value in {**variables, **{f"SLURM_{name}": value for name, value in slurm.items()}}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("CONFIG", raising=False)
-    return tmp_path
+    yield tmp_path
+    for job in lines(tmp_path / "jobs"):  # nothing of a job outlives its test
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(job), signal.SIGKILL)
 
 
 def start_job(cluster, *arguments):
-    log = (cluster / "log").open("w")
-    return subprocess.Popen(["bash", str(SBATCH), *arguments], cwd=cluster, stdout=log, stderr=log)
+    with (cluster / "log").open("w") as log:
+        command = ["bash", str(SBATCH), *arguments]
+        job = subprocess.Popen(command, cwd=cluster, stdout=log, stderr=log, start_new_session=True)
+    with (cluster / "jobs").open("a") as jobs:
+        jobs.write(f"{job.pid}\n")
+    return job
 
 
 def wait_for(cluster, pattern, count):
