@@ -492,7 +492,7 @@ def end(run: Run):
     """Close the trackers and let the processes part.
 
     DDP goes before the process group: as the last to hold it, it would end the group's threads while it keeps them from
-    running Python, and one of them may have a tensor to free (torch 2.13 with gloo; seen in one of seven runs).
+    running Python, and one of them may have a tensor to free (torch 2.13 with gloo: 3 of 9 runs hung on a busy core).
     """
     run.model = run.optimizer = None
     run.accelerator.free_memory()
