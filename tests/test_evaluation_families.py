@@ -91,3 +91,9 @@ def test_a_start_of_text_belongs_to_lm_eval_alone(hellaswag_tokenizer, hellaswag
     for one, other in zip(with_start["lm-eval"], plain["lm-eval"], strict=True):
         assert list(one.tokens) == [0, *other.tokens]
         assert one[1:] == other[1:]
+
+
+def test_a_sliding_window_takes_no_trees(hellaswag_tokenizer):
+    shape = FAMILIES["mixtral"]
+    assert takes_trees(built("mixtral", hellaswag_tokenizer, **shape))
+    assert not takes_trees(built("mixtral", hellaswag_tokenizer, **shape, sliding_window=16))

@@ -207,3 +207,33 @@ def test_the_run_record_can_be_read_back(tmp_path):
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["arguments"]["train_tokens"] == 10_000_000_000
     assert record["versions"]["torch"] == torch.__version__
+
+
+def test_mfu_is_the_share_of_the_peak_that_training_alone_reaches(tmp_path, monkeypatch):
+    from modeling_gpt2repro.training import monitor
+    from modeling_gpt2repro.training.progress import TrainProgress
+
+    clock = iter([0.0, 100.0, 104.0])  # begun; an evaluation until 100; two steps until 104
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: next(clock))
+    progress, log = TrainProgress(), MetricsLog(tmp_path, None, enabled=True)
+    watch = monitor.Monitor(Accelerator(cpu=True), 2, 2, progress, log, flops_per_token=50, peak_flops=1e6)
+    with watch.apart():
+        pass
+    for _ in range(2):
+        progress.advance(1_000)
+        watch.trained(StepNumbers(torch.tensor(3.0), torch.tensor(1.0), torch.tensor(False)), 1e-3, 0.0)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert {(row["step_seconds"], row["tokens_per_second"], row["mfu"]) for row in rows} == {(2.0, 500.0, 0.025)}
+    assert progress.train_seconds == 4.0
+
+
+def test_a_gpu_is_known_by_a_word_of_its_name(monkeypatch):
+    device = torch.device("cuda")
+    for name, flops in (("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12)):
+        monkeypatch.setattr(hardware, "device_name", lambda device, name=name: name)
+        assert hardware.peak_flops.__wrapped__(device) == (flops, "data sheet")
+    monkeypatch.setattr(hardware, "device_name", lambda device: "NVIDIA RTX A4000")  # no A40
+    monkeypatch.setattr(hardware, "measured_flops", lambda device, dtype: 7e12)
+    assert hardware.peak_flops.__wrapped__(device) == (7e12, "measured")
+    assert hardware.peak_flops.__wrapped__(torch.device("cpu")) is None
