@@ -45,12 +45,14 @@ from modeling_gpt2repro.evaluation.hellaswag_task import HellaSwagTask, prepare_
 from modeling_gpt2repro.evaluation.samples import check_prompt, sample_continuations
 from modeling_gpt2repro.evaluation.validation import unigram_entropy, validation_numbers
 from modeling_gpt2repro.evaluation.validation_text import bytes_per_token
+from modeling_gpt2repro.hub.card import origin_of
 from modeling_gpt2repro.hub.conversion import load_as_ours
 from modeling_gpt2repro.hub.figures import plot_loss
-from modeling_gpt2repro.hub.folder import origin_of, save_hub_folder
+from modeling_gpt2repro.hub.folder import save_hub_folder
+from modeling_gpt2repro.hub.pushes import Pushes
 from modeling_gpt2repro.hub.run_log import write_yardsticks
 from modeling_gpt2repro.training import checkpoints
-from modeling_gpt2repro.training.arguments import TrainArguments
+from modeling_gpt2repro.training.arguments import RUN_RECORD, TrainArguments
 from modeling_gpt2repro.training.batch_size import find_batch_size
 from modeling_gpt2repro.training.command_line import Problems, bad_input_exits, parse_command_line
 from modeling_gpt2repro.training.hardware import flops_and_peak, hardware_record, peak_memory_gb
@@ -98,7 +100,7 @@ def main(argv: list[str] | None = None):
     progress = run.progress
     if args.preflight:
         return preflight(run)
-    with closing(run.data.batches), closing(run.monitor), run.stop, out_of_memory_is_told(args):
+    with closing(run.data.batches), closing(run.monitor), closing(run.pushes), run.stop, out_of_memory_is_told(args):
         introduce(run)
         while progress.step < args.total_steps and not run.stop.agreed():
             if is_due(progress.step, args.eval_steps):
@@ -111,7 +113,8 @@ def main(argv: list[str] | None = None):
         save(run, must=True)
         evaluate(run)  # the weights that were saved
         run.monitor.say(end_block(args, progress, export(run)))
-    end(run)
+        code = publish(run)
+    end(run, code)
 
 
 @dataclass
@@ -127,6 +130,7 @@ class Run:
     progress: TrainProgress
     guard: StepGuard
     monitor: Monitor
+    pushes: Pushes
     origin: str  # where the weights come from, for the model card
     saved_step: int | None  # the last step whose checkpoint stands in the run's folder; 0 needs none
     stop: StopRequest = field(default_factory=StopRequest)
@@ -167,6 +171,8 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
     warn_of_slow_cpu(args, accelerator)
     data, hellaswag, problems = None, [], Problems()
     with problems.collected():
+        pushes = open_pushes(args, accelerator)
+    with problems.collected():
         checkpoint = open_checkpoint(args, accelerator)
         weights, their_tokenizer = open_weights(args, accelerator, checkpoint)
     with problems.collected():
@@ -205,9 +211,25 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
     if accelerator.is_main_process and not args.preflight:
         checkpoints.clear_remains(output_dir)
         write_run_record(args, hardware_record(accelerator), data.identity)
-    parts = (model, optimizer, progress, guard, monitor, origin)
+    parts = (model, optimizer, progress, guard, monitor, pushes, origin)
     here = checkpoint is None or checkpoint.parent.resolve() == output_dir.resolve()
     return Run(args, accelerator, data, task, *parts, saved_step=progress.step if here else None)
+
+
+def open_pushes(args: TrainArguments, accelerator: Accelerator) -> Pushes:
+    """What pushes to the Hub, on the main process; whether it can was tried.
+
+    Raises:
+        ValueError: If it cannot, or the Hub is away and the run has not begun yet.
+    """
+    pushes = Pushes(None, "end", Path(args.output_dir))
+    if args.push_to_hub:
+        if accelerator.is_main_process:
+            pushes = Pushes(args.hub_repository, args.hub_strategy, Path(args.output_dir), args.hub_private_repo)
+        goes_on = (Path(args.output_dir) / RUN_RECORD).exists()
+        found = told_by_main_process(accelerator, lambda: pushes.check(goes_on))
+        accelerator.print(f"Hub          {found}")
+    return pushes
 
 
 def open_monitor(
@@ -367,8 +389,10 @@ def introduce(run: Run):
 
 
 def train(run: Run):
-    """One optimizer step, logged and shown."""
+    """One optimizer step, logged and shown; and what was pushed meanwhile."""
     note_skipped(run, run.monitor.trained(*take_step(run)))
+    for sentence in run.pushes.news():
+        run.monitor.say(sentence)
 
 
 def take_step(run: Run) -> tuple[StepNumbers, float, float]:
@@ -441,11 +465,13 @@ def save(run: Run, must: bool = False):
             return
         started = time.perf_counter()
         keep = checkpoints.Keep(run.args.save_total_limit, run.args.keep_every)
-        problem = write_checkpoint(run, run.output_dir / checkpoints.checkpoint_name(progress.step), keep)
+        folder = run.output_dir / checkpoints.checkpoint_name(progress.step)
+        problem = write_checkpoint(run, folder, keep)
         run.monitor.record({"save_seconds": time.perf_counter() - started})
     run.failed_saves = run.failed_saves + 1 if problem else 0
     if not problem:
         run.saved_step = progress.step
+        run.pushes.offer(folder)
     else:
         run.monitor.say(f"step {progress.step:>6}: no checkpoint ({problem}); the one before stays")
         if run.failed_saves >= (TRIES_OF_THE_LAST_SAVE if must else FAILED_SAVES):
@@ -469,7 +495,7 @@ def write_checkpoint(run: Run, folder: Path, keep: checkpoints.Keep) -> str | No
     return checkpoints.save_checkpoint(
         accelerator,
         folder,
-        lambda folder: save_hub_folder(module, run.data.tokenizer, folder, run.origin),
+        lambda folder: save_hub_folder(module, run.data.tokenizer, folder, run.origin, run.output_dir),
         optimizer_tensors(run.bare_model, run.optimizer, keep=accelerator.is_main_process),
         random_tensors(accelerator),
         state,
@@ -479,17 +505,17 @@ def write_checkpoint(run: Run, folder: Path, keep: checkpoints.Keep) -> str | No
 
 def leave(run: Run):
     """End early, as a signal asked for, with a checkpoint and the command that goes on."""
+    run.pushes.close()  # there may be seconds left only
     save(run, must=True)
     by = run.stop.asked_by or "a signal to another process"
     command = run.stop.command_that_goes_on
     run.monitor.say(f"\nStopped by {by} after step {run.progress.step}. Go on with:\n\n    {command}\n")
     run.accelerator.wait_for_everyone()
-    end(run)
-    raise SystemExit(EXIT_CODE)
+    end(run, EXIT_CODE)
 
 
-def end(run: Run):
-    """Close the trackers and let the processes part.
+def end(run: Run, code: int = 0):
+    """Close the trackers, let the processes part, and leave with the exit code if there is one.
 
     DDP goes before the process group: as the last to hold it, it would end the group's threads while it keeps them from
     running Python, and one of them may have a tensor to free (torch 2.13 with gloo: 3 of 9 runs hung on a busy core).
@@ -498,6 +524,8 @@ def end(run: Run):
     run.accelerator.free_memory()
     gc.collect()
     run.accelerator.end_training()
+    if code:
+        raise SystemExit(code)
 
 
 def preflight(run: Run):
@@ -552,12 +580,18 @@ def export(run: Run) -> Path:
     module, folder, aside = run.whole_model(), run.output_dir / "model", run.output_dir / ".model.partial"
     if run.accelerator.is_main_process:
         try:
-            save_hub_folder(module, run.data.tokenizer, aside, run.origin)
+            save_hub_folder(module, run.data.tokenizer, aside, run.origin, run.output_dir)
+            shutil.copyfile(run.monitor.log.path, aside / run.monitor.log.path.name)  # all that it is known by
             put_in_place(aside, folder)
         except (OSError, SafetensorError) as error:
             raise SystemExit(cannot_save(run.args, str(error))) from error
     run.accelerator.wait_for_everyone()
     return folder
+
+
+def publish(run: Run) -> int:
+    """Push the final model, if that was asked for; returns the exit code, which is not 0 where it is not on the Hub."""
+    return run.pushes.finish(run.output_dir / "model", run.monitor.say, lambda: run.stop.asked_by is not None)
 
 
 if __name__ == "__main__":

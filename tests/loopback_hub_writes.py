@@ -44,6 +44,7 @@ class WritableHub(HubHandler):
         "POST /api/validate-yaml": "validate_yaml",
         "POST /api/repos/create": "create",
         rf"POST {MODEL}/branch/(?P<branch>[^/]+)": "create_branch",
+        rf"DELETE {MODEL}/branch/(?P<branch>[^/]+)": "delete_branch",
         rf"POST {MODEL}/preupload/{REVISION}": "preupload",
         rf"POST /{NAME}\.git/info/lfs/objects/batch": "lfs_batch",
         rf"POST /{NAME}\.git/info/lfs/objects/verify": "lfs_verify",
@@ -101,6 +102,14 @@ class WritableHub(HubHandler):
         start = self.find_repository(json.loads(self.body).get("startingPoint", "main"))
         folder = self.server.state.root / "branches" / self.kind / self.name / quote(branch, safe="")
         shutil.copytree(start.folder, folder)
+        raise Reply(200, {})
+
+    def delete_branch(self) -> None:
+        self.require_write(self.name)
+        branch = self.parts["branch"]
+        if branch == "main" or branch not in self.branches():
+            raise refusal(404 if branch != "main" else 403, f"Reference refs/heads/{branch} cannot be deleted")
+        shutil.rmtree(self.branches()[branch])
         raise Reply(200, {})
 
     def preupload(self) -> None:

@@ -215,12 +215,12 @@ def full_disk(times: int):
     """save_hub_folder that finds the disk full so many times, after having written half a file."""
     original, calls = train_accelerate.save_hub_folder, []
 
-    def save(model, tokenizer, folder, origin):
+    def save(model, tokenizer, folder, *others):
         calls.append(1)
         if len(calls) <= times:
             (folder / "model.safetensors").write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        return original(model, tokenizer, folder, origin)
+        return original(model, tokenizer, folder, *others)
 
     return save
 

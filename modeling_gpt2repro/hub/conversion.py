@@ -74,8 +74,9 @@ def convert_folder(source: str, target: Path, revision: str | None = None) -> Pr
     origin = f"Converted from {Path(source).name if Path(source).exists() else source}."
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target.parent) as aside:
-        save_hub_folder(converted, tokenizer, Path(aside) / "whole", origin, model.generation_config)
-        (Path(aside) / "whole").rename(target)
+        whole = Path(aside) / "whole"
+        save_hub_folder(converted, tokenizer, whole, origin, generation_config=model.generation_config)
+        whole.rename(target)
     return converted
 
 

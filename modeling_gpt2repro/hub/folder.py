@@ -1,39 +1,11 @@
 """Hub folders: everything that `from_pretrained` and `pipeline` need, in one place."""
 
+import shutil
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..modeling_gpt2repro import GPT2ReproForCausalLM
-
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-{license}tags:
-- gpt2
-- gpt2repro
----
-# GPT-2, {parameters:,} parameters
-
-{origin} {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context {config.n_positions}, vocabulary
-{config.vocab_size}.
-
-```python
-from transformers import pipeline
-
-folder = "."  # where this folder lies, or its name on the Hub
-generator = pipeline("text-generation", model=folder{trust})
-print(generator("Hello, I'm a language model,", max_new_tokens=30)[0]["generated_text"])
-```
-"""
-FROM_SCRATCH = "A GPT-2 trained from scratch."
-
-
-def origin_of(init_from: str | None) -> str:
-    """A card's first sentence: where the weights come from; of a folder the name alone."""
-    if not init_from:
-        return FROM_SCRATCH
-    return f"A GPT-2 trained on from {Path(init_from).name if Path(init_from).exists() else init_from}."
+from .card import FROM_SCRATCH, LOSS_PICTURE, model_card
 
 
 def save_hub_folder(
@@ -41,6 +13,7 @@ def save_hub_folder(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     origin: str = FROM_SCRATCH,
+    run_folder: Path | None = None,
     generation_config: GenerationConfig | None = None,
 ):
     """Write weights, config, generation config, tokenizer, a card and, for ours, both code files into `folder`.
@@ -48,6 +21,7 @@ def save_hub_folder(
     Args:
         model: Ours, or a stock GPT-2.
         origin: The card's first sentence.
+        run_folder: The run whose numbers the card tells and whose picture of the loss lies beside it.
         generation_config: How the model generates where nothing else is said; greedy if it is not given.
 
     Raises:
@@ -64,14 +38,9 @@ def save_hub_folder(
     )
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
-    card = CARD.format(
-        license="license: mit\n" if origin == FROM_SCRATCH else "",
-        parameters=model.num_parameters(),
-        origin=origin,
-        config=model.config,
-        trust=", trust_remote_code=True" if isinstance(model, GPT2ReproForCausalLM) else "",
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    if run_folder and (run_folder / LOSS_PICTURE).is_file():
+        shutil.copyfile(run_folder / LOSS_PICTURE, folder / LOSS_PICTURE)
+    (folder / "README.md").write_text(model_card(model, origin, run_folder), encoding="utf-8")
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path):

@@ -49,20 +49,27 @@ class RunLog:
         """Tokens (n,) at which an update was skipped."""
         return np.array([step * self._tokens_per_step() for step in sorted(self._skipped_steps())], dtype=float)
 
+    def dataset(self) -> str | None:
+        """The Hub dataset that was trained on, streamed or from shards that are still there; None of any other text."""
+        return self._dataset_and_tokenizer()[0]
+
     def reads_fineweb_edu(self) -> bool:
-        """Whether its losses are of GPT-2's tokens of FineWeb-Edu, streamed or from shards that are still there."""
+        """Whether its losses are of GPT-2's tokens of FineWeb-Edu."""
+        dataset, tokenizer = self._dataset_and_tokenizer()
+        return dataset == FINEWEB_EDU and tokenizer in (None, "gpt2", "openai-community/gpt2")
+
+    def _dataset_and_tokenizer(self) -> tuple[str | None, str | None]:
         arguments = self.record.get("arguments", {})
         if arguments.get("mix"):
-            return False
+            return None, None
         dataset, tokenizer = arguments.get("dataset_name"), arguments.get("tokenizer")
         if arguments.get("shards"):
             folder = Path(arguments["shards"])
             manifest = _read_json(folder / "manifest.json")
-            dataset, tokenizer = (manifest.get(key, {}) for key in ("source", "tokenizer"))
-            dataset, tokenizer = dataset.get("dataset"), tokenizer.get("name")
+            dataset, tokenizer = manifest.get("source", {}).get("dataset"), manifest.get("tokenizer", {}).get("name")
             if not manifest and any(folder.glob("edufineweb_val_*.npy")):  # the lecture's own shards
                 dataset = FINEWEB_EDU
-        return dataset == FINEWEB_EDU and tokenizer in (None, "gpt2", "openai-community/gpt2")
+        return (dataset if "/" in (dataset or "") else None), tokenizer
 
     def _skipped_steps(self) -> set[int]:
         return {row["step"] for row in self.rows if row.get("event") == "skipped"}

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate.tracking import get_available_trackers
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers.hf_argparser import HfArg
 
 from .checkpoints import HUB_NAME
 from .presets import PRESETS
 
 RUN_RECORD = "run.json"
+HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 
 
 @dataclass
@@ -106,6 +109,19 @@ class TrainArguments:
         default="none", help="A tracker beside metrics.jsonl: tensorboard, wandb, trackio, ..., or 'all' there are."
     )
 
+    push_to_hub: bool = HfArg(
+        default=False, help="Push the model to the Hub, with the token of `hf auth login` or HF_TOKEN."
+    )
+    hub_model_id: str | None = HfArg(
+        default=None, help="owner/name on the Hub, or the name of one of yours; the name of output_dir by default."
+    )
+    hub_strategy: str = HfArg(
+        default="every_save",
+        help="Before the final model: 'end' nothing, 'every_save' each checkpoint's model, 'checkpoint' and the newest "
+        "one with its training state, on a branch last-checkpoint, 'all_checkpoints' or each on a branch of its own.",
+    )
+    hub_private_repo: bool | None = HfArg(default=None, help="Of a new repository; by default as its owner has set it.")
+
     def __post_init__(self):
         if self.dataset_config_name is None and self.dataset_name == "HuggingFaceFW/fineweb-edu":
             self.dataset_config_name = "sample-10BT"
@@ -122,6 +138,11 @@ class TrainArguments:
     def warmup_steps(self) -> int:
         """Whole optimizer steps in `warmup_tokens`: 715 by default."""
         return self.warmup_tokens // self.tokens_per_step
+
+    @property
+    def hub_repository(self) -> str | None:
+        """Where the model is pushed to; None where it is not."""
+        return (self.hub_model_id or Path(self.output_dir).resolve().name) if self.push_to_hub else None
 
     @property
     def rows_per_step(self) -> int:
@@ -189,6 +210,7 @@ class TrainArguments:
         if self.tokenizer is not None and (prepared or self.dataset_name == "python-prose"):
             yield f"tokenizer ({self.tokenizer}) must be left out: shards and python-prose bring their own."
         yield from self._output_dir_problems()
+        yield from self._hub_problems()
         trackers = [str(tracker) for tracker in get_available_trackers()]
         if self.report_to not in ("none", "all", *trackers):
             yield (
@@ -198,6 +220,20 @@ class TrainArguments:
         resume = self.resume_from_checkpoint
         if resume not in (None, "latest") and not Path(resume).is_dir() and not HUB_NAME.fullmatch(resume):
             yield f"there is no checkpoint folder {resume}."
+
+    def _hub_problems(self):
+        if self.hub_strategy not in HUB_STRATEGIES:
+            yield f"hub_strategy ({self.hub_strategy}) must be one of {', '.join(HUB_STRATEGIES)}."
+        if not self.push_to_hub and self.hub_model_id is not None:
+            yield f"hub_model_id ({self.hub_model_id}) says where to push to, but nothing is pushed: add --push_to_hub."
+        if self.push_to_hub:
+            try:
+                validate_repo_id(self.hub_repository)
+            except HFValidationError:
+                yield (
+                    f"{self.hub_repository!r} cannot be the name of a repository on the Hub: give --hub_model_id "
+                    "owner/name, of letters, digits and -_. between them."
+                )
 
     def _output_dir_problems(self):
         output_dir, resume = Path(self.output_dir), self.resume_from_checkpoint

@@ -159,7 +159,15 @@ def save_checkpoint(
 
 def clear_remains(output_dir: Path):
     """Remove what a killed save left half-written."""
-    for pattern in (".step-*.partial", ".step-*.old", ".step-*.gone", ".model.partial", ".model.old", PREFLIGHT):
+    for pattern in (
+        ".step-*.partial",
+        ".step-*.old",
+        ".step-*.gone",
+        ".model.partial",
+        ".model.old",
+        ".push-*",
+        PREFLIGHT,
+    ):
         for path in output_dir.glob(pattern):
             shutil.rmtree(path)
 

@@ -1,0 +1,204 @@
+"""Push a folder to the Hub: one commit, checked afterwards, patient with a Hub that is away.
+
+    python -m modeling_gpt2repro.hub.push runs/gpt2-124m/model --hub_model_id owner/name
+    python -m modeling_gpt2repro.hub.push --check --hub_model_id owner/name
+
+The same command again goes on where it stood: what has arrived is not sent twice. The second only finds out whether
+the first could work. A training pushes by this command, too, in a process of its own, so that an upload neither slows
+it down nor ends it.
+"""
+
+import argparse
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.constants import is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+NEEDS_A_PERSON, HUB_IS_AWAY = 2, 3  # exit codes
+TRAINING_STATE = "training_state/*"
+# What weights replace as a whole: an earlier model may have lain in more files than this one.
+REPLACED = ["*.safetensors", "*.safetensors.index.json", TRAINING_STATE]
+CHECK_BRANCH = "write-check"
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
+# Too early, a commit of somebody else in between, too many; and whatever is the server's own fault.
+PASSING = {408, 409, 412, 425, 429, *range(500, 600)}
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="What from_pretrained loads: model/ or step-... of a run.")
+    parser.add_argument("--hub_model_id", required=True, help="owner/name; a name alone is one of yours.")
+    parser.add_argument("--branch", default="main", help="Made from main if it is not there.")
+    parser.add_argument("--message", help="Of the commit.")
+    parser.add_argument("--private", action=argparse.BooleanOptionalAction, help="Where the repository has to be made.")
+    parser.add_argument("--with_training_state", action="store_true", help="A whole checkpoint, to go on from.")
+    parser.add_argument("--check", action="store_true", help="Push nothing that stays, only find out whether it works.")
+    parser.add_argument("--patience_seconds", type=float, default=1800, help="How long to wait for a Hub that is away.")
+    args = parser.parse_args(argv)
+
+    if (args.folder is None) != args.check:
+        parser.error("give a folder, or --check")
+
+    def attempt() -> str:
+        if args.check:
+            return f"can be written: {check_rights(args.hub_model_id, args.private)}"
+        what = (args.folder, args.hub_model_id, args.branch, args.message, args.private, args.with_training_state)
+        return f"pushed to {push(*what)}"
+
+    try:
+        print(with_patience(attempt, args.patience_seconds, print_now))
+    except (HTTPError, OSError, RuntimeError) as error:
+        if not is_passing(error):
+            parser.exit(NEEDS_A_PERSON, f"{in_words(error, args.hub_model_id)}\n")
+        parser.exit(HUB_IS_AWAY, f"the Hub cannot be reached ({reason_of(error)}): try again later.\n")
+    except ValueError as error:
+        parser.exit(NEEDS_A_PERSON, f"{' '.join(str(error).split())}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{args.folder} was not pushed: the same command goes on.\n")
+
+
+def push(
+    folder: Path,
+    repository: str,
+    branch: str = "main",
+    message: str | None = None,
+    private: bool | None = None,
+    with_training_state: bool = False,
+) -> str:
+    """Make the repository and the branch where they are missing, and bring them to what the folder holds.
+
+    Args:
+        repository: 'owner/name'; a name alone is one of the token's user.
+        private: Of a new repository; None leaves it to the owner's settings.
+        with_training_state: Whether `training_state/`, from which a training goes on, is pushed as well.
+
+    Returns:
+        The address of what was pushed, and its commit.
+
+    Raises:
+        ValueError: If it cannot work, whenever it is tried.
+        HTTPError, OSError, RuntimeError: By the client; see `is_passing`.
+    """
+    if not (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"{folder} is no folder with something in it: give model/ or step-... of a run.")
+    api, repository = open_repository(repository, private)
+    if branch != "main":
+        api.create_branch(repository, branch=branch, exist_ok=True)
+    left_out = [] if with_training_state else [TRAINING_STATE]
+    commit = api.upload_folder(
+        repo_id=repository,
+        folder_path=folder,
+        revision=branch,
+        commit_message=message or f"Push {folder.name}",
+        ignore_patterns=left_out,
+        delete_patterns=REPLACED if any(folder.glob("*.safetensors")) else None,
+    )
+    found = api.verify_repo_checksums(repository, revision=branch, local_dir=folder)
+    other = [mismatch["path"] for mismatch in found.mismatches]
+    missing = [path for path in found.extra_paths if with_training_state or not Path(path).match(TRAINING_STATE)]
+    if other or missing:
+        raise RuntimeError(f"these files on the Hub are not those of {folder}: {', '.join(other + missing)}")
+    return f"{api.endpoint}/{repository}{'' if branch == 'main' else f'/tree/{branch}'} (commit {commit.oid[:7]})"
+
+
+def check_rights(repository: str, private: bool | None = None) -> str:
+    """Find out whether this token may push: by a commit, to a branch that is then deleted. Less proves nothing, because
+    making a repository that is there "succeeds" for a token that may only read.
+
+    Returns:
+        The repository's address. It is made if it was not there.
+
+    Raises:
+        ValueError, HTTPError, OSError, RuntimeError: As `push`.
+    """
+    api, repository = open_repository(repository, private)
+    api.create_branch(repository, branch=CHECK_BRANCH, exist_ok=True)
+    new = uuid.uuid4().hex.encode()
+    api.upload_file(path_or_fileobj=new, path_in_repo="check.txt", repo_id=repository, revision=CHECK_BRANCH)
+    api.delete_branch(repository, branch=CHECK_BRANCH)
+    return f"{api.endpoint}/{repository}"
+
+
+def open_repository(repository: str, private: bool | None) -> tuple[HfApi, str]:
+    """The client, and the repository's full name; it is made if it is not there.
+
+    Raises:
+        ValueError: Without a network that may be used, or without a token.
+    """
+    if is_offline_mode():
+        raise ValueError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it, or do not push.")
+    if get_token() is None:
+        raise ValueError("there is no token to push with: `hf auth login` keeps one, or set HF_TOKEN.")
+    api = HfApi()
+    return api, api.create_repo(repository, private=private, exist_ok=True).repo_id
+
+
+def with_patience(attempt: Callable[[], str], patience_seconds: float, say: Callable[[str], None]) -> str:
+    """Call `attempt` until it succeeds, what it raises will not pass, or the time is over; then that is raised."""
+    deadline = time.monotonic() + patience_seconds
+    for pause in pauses():
+        try:
+            return attempt()
+        except (HTTPError, OSError, RuntimeError) as error:
+            if not is_passing(error) or time.monotonic() + pause > deadline:
+                raise
+            say(f"the Hub cannot be reached ({reason_of(error)}); it is tried again in {pause:.0f} s.")
+            time.sleep(pause)
+
+
+def pauses() -> Iterator[float]:
+    """1, 2, 4, ... seconds, at most a minute, for ever."""
+    pause = FIRST_PAUSE_SECONDS
+    while True:
+        yield pause
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same request may succeed later: the connection's fault, or the server's."""
+    refused = refusal(error)
+    return refused is None or refused.response.status_code in PASSING
+
+
+def refusal(error: BaseException | None) -> HfHubHTTPError | None:
+    """What the Hub answered; None where it did not. The client wraps what happens while a file is uploaded."""
+    while error is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    return error
+
+
+def in_words(error: BaseException, repository: str) -> str:
+    """What a person has to change where the Hub refuses."""
+    refused = refusal(error)
+    status = refused.response.status_code if refused else None
+    if status == 401:
+        return "the Hub does not know this token: `hf auth login` takes another, or set HF_TOKEN."
+    if status in (403, 404):
+        return (
+            f"this token may not write to {repository} ({reason_of(error)}): take one that may (role 'write'), or "
+            "another --hub_model_id."
+        )
+    return f"the Hub refuses {repository} ({reason_of(error)})."
+
+
+def reason_of(error: BaseException) -> str:
+    """The Hub's words, or what lay at the bottom of it, in a line."""
+    refused = refusal(error)
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = (refused and refused.server_message) or str(error)
+    return next(iter(said.strip().splitlines()), type(error).__name__)
+
+
+def print_now(text: str):
+    """For whoever reads along in a file."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

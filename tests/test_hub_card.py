@@ -1,0 +1,98 @@
+"""A model's card: for the Hub's readers and its machines."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+from huggingface_hub import ModelCard
+
+from modeling_gpt2repro.hub.card import FROM_SCRATCH, model_card, origin_of
+from modeling_gpt2repro.training.arguments import TrainArguments
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """What a finished run of the defaults leaves, in numbers that are easily told apart."""
+    evaluation = {"step": 19073, "tokens": 9_999_220_736, "validation_loss": 3.25, "validation_perplexity": 25.79}
+    evaluation |= {"validation_bits_per_byte": 0.9876, "validation_tokens": 10_485_760}
+    for protocol, value in (("completion", 0.3001), ("lm_eval", 0.3155)):
+        name = f"hellaswag_{protocol}_acc_norm"
+        evaluation |= {name: value, f"{name}_low": value - 0.009, f"{name}_high": value + 0.009}
+    earlier = {**evaluation, "step": 0, "tokens": 0, "validation_loss": 10.9}
+    steps = [{"step": step, "tokens": step * 2**19, "loss": 4.0, "step_seconds": 1800.0} for step in (1, 2)]
+    rows = [earlier, *steps, evaluation]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = {
+        "arguments": asdict(TrainArguments()),
+        "data": {"data": "0123456789abcdef"},
+        "hardware": {"device": "NVIDIA H100", "processes": 8, "precision": "bf16"},
+        "versions": {"python": "3.12.1", "torch": "2.13.0"},
+        "commit": "c0ffee",
+    }
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    yardsticks = {"completion": {"gpt2": 0.2955}, "lm-eval": {"gpt2": 0.3114}}
+    (tmp_path / "yardsticks.json").write_text(json.dumps({"hellaswag_yardsticks": yardsticks}))
+    (tmp_path / "loss.png").write_bytes(b"a picture")
+    return tmp_path
+
+
+def change_arguments(run_folder, **arguments):
+    record = json.loads((run_folder / "run.json").read_text())
+    record["arguments"] |= arguments
+    (run_folder / "run.json").write_text(json.dumps(record))
+
+
+def test_the_card_tells_the_last_numbers_and_the_recipe(run_folder, tiny_model):
+    card = model_card(tiny_model, run_folder=run_folder)
+    for line in (
+        "| after | step 19,073, 9,999,220,736 tokens |",
+        "| validation loss | 3.2500 nats per token (perplexity 25.79, 0.988 bits per byte) on 10,485,760 tokens |",
+        "| HellaSwag acc_norm, completion | 0.3001 (95 %: 0.2911 to 0.3091); OpenAI's gpt2 has 0.2955 |",
+        "| HellaSwag acc_norm, lm-eval | 0.3155 (95 %: 0.3065 to 0.3245); OpenAI's gpt2 has 0.3114 |",
+        "| data | HuggingFaceFW/fineweb-edu, shards with fingerprint 0123456789ab |",
+        "| tokens | 10,000,000,000, 524,288 a step |",
+        "| learning rate | 0.0006 after 375,000,000 tokens of warm-up, then cosine to 10% of it |",
+        "| hardware | 8 x NVIDIA H100, bf16; 1.00 hours of training |",
+        "| code | gpt2repro, commit c0ffee |",
+        "![loss against tokens](loss.png)",
+    ):
+        assert f"{line}\n" in card
+
+
+def test_the_hub_reads_the_numbers_of_public_data(run_folder, tiny_model):
+    data = ModelCard(model_card(tiny_model, run_folder=run_folder)).data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text-generation", "mit")
+    assert data.datasets == ["HuggingFaceFW/fineweb-edu"]
+    found = [(result.dataset_type, result.metric_name, result.metric_value) for result in data.eval_results]
+    assert found == [
+        ("HuggingFaceFW/fineweb-edu", "validation loss, nats per token", 3.25),
+        ("Rowan/hellaswag", "acc_norm (completion)", 0.3001),
+        ("Rowan/hellaswag", "acc_norm (lm-eval)", 0.3155),
+    ]
+
+
+def test_numbers_of_data_that_nobody_else_has_are_no_results_on_the_hub(run_folder, tiny_model):
+    change_arguments(run_folder, shards=str(run_folder), hellaswag="a-few-rows.jsonl")
+    card = model_card(tiny_model, run_folder=run_folder)
+    data = ModelCard(card).data
+    assert (data.datasets, data.eval_results) == (None, None)
+    assert "OpenAI's gpt2" not in card
+    assert "| data | of its own, shards with fingerprint 0123456789ab |" in card
+    assert "0.3001 (95 %" in card
+
+
+def test_a_card_without_a_run_or_before_its_first_evaluation(run_folder, tiny_model, stock):
+    assert "## " not in model_card(tiny_model)
+    assert "trust_remote_code" in model_card(tiny_model)
+    assert "trust_remote_code" not in model_card(stock, "Converted from a.")
+    assert ModelCard(model_card(stock, "Converted from a.")).data.license is None
+    (run_folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 5, "loss": 2.0}\n')
+    card = model_card(tiny_model, run_folder=run_folder)
+    assert "## Results" not in card
+    assert "## Training" in card
+
+
+def test_where_the_weights_come_from(tmp_path):
+    assert origin_of(None) == FROM_SCRATCH
+    assert origin_of(str(tmp_path)) == f"A GPT-2 trained on from {tmp_path.name}."
+    assert origin_of("openai-community/gpt2") == "A GPT-2 trained on from openai-community/gpt2."

@@ -1,0 +1,296 @@
+"""Pushing to the Hub: the command, the pushes of a run beside it, and a training that pushes."""
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from toy_runs import ROOT, rows_of, train_here
+
+from modeling_gpt2repro.hub import pushes
+from modeling_gpt2repro.hub.push import pauses, with_patience
+from modeling_gpt2repro.hub.pushes import Pushes
+from modeling_gpt2repro.training.arguments import TrainArguments
+
+AWAY = "http://127.0.0.1:9"  # nobody listens there
+
+
+@pytest.fixture
+def on_hub(hub, tmp_path, monkeypatch):
+    """The processes that this one starts talk to the loopback Hub, and may write to it."""
+    for name, value in {**hub.environment(tmp_path / "home"), "HF_TOKEN": hub.token}.items():
+        monkeypatch.setenv(name, value)
+    return hub
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder as a checkpoint has it, in small."""
+    made = tmp_path / "step-000010"
+    (made / "training_state").mkdir(parents=True)
+    (made / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    (made / "model.safetensors").write_bytes(b"weights" * 1000)
+    (made / "training_state" / "optimizer.safetensors").write_bytes(b"moments" * 2000)
+    return made
+
+
+def run_push(*words) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "modeling_gpt2repro.hub.push", *map(str, words)]
+    return subprocess.run(command, env=pushes.environment(), cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: content for name, content in files.items() if name != ".gitattributes"}
+
+
+def commits(hub, name: str) -> int:
+    return sum(bool(re.search(f"{name}/commit/", line["path"])) and line["status"] == 200 for line in hub.log())
+
+
+def test_a_pushed_folder_is_what_lies_there_and_takes_the_place_of_earlier_weights(on_hub, folder):
+    repository = on_hub.new_repository("models/user/taken")
+    (repository / "model-00001-of-00002.safetensors").write_bytes(b"half of other weights")
+    (repository / "notes.md").write_text("of a person")
+    result = run_push(folder, "--hub_model_id", "taken", "--message", "the tenth")
+    assert result.returncode == 0, result.stderr
+    assert re.fullmatch(rf"pushed to {on_hub.endpoint}/user/taken \(commit \w{{7}}\)\n", result.stdout)
+    model = {name: content for name, content in files_in(folder).items() if not name.startswith("training_state")}
+    assert files_in(repository) == {**model, "notes.md": b"of a person"}
+    assert commits(on_hub, "user/taken") == 1
+    assert run_push(folder, "--hub_model_id", "user/taken").returncode == 0
+    assert commits(on_hub, "user/taken") == 1  # nothing is sent twice
+
+
+def test_a_whole_checkpoint_goes_to_a_branch_and_leaves_main_alone(on_hub, folder):
+    words = ("--hub_model_id", "user/branched", "--branch", "last-checkpoint", "--with_training_state")
+    result = run_push(folder, *words)
+    assert result.returncode == 0, result.stderr
+    assert files_in(on_hub.root / "branches/models/user/branched/last-checkpoint") == files_in(folder)
+    assert files_in(on_hub.root / "models/user/branched") == {}
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "said"),
+    [
+        ({"HF_TOKEN": "hf_reader"}, "user/there", "this token may not write to user/there"),
+        ({"HF_TOKEN": "hf_reader"}, "user/not-there", "this token may not write to user/not-there"),
+        ({}, "somebody/else", "another --hub_model_id"),
+        ({"HF_TOKEN": "hf_nonsense"}, "user/there", "does not know this token"),
+        ({"HF_TOKEN": ""}, "user/there", "no token"),
+        ({"HF_HUB_OFFLINE": "1"}, "user/there", "HF_HUB_OFFLINE is set"),
+        ({}, "user/no such name", "alphanumeric"),
+    ],
+)
+def test_what_cannot_be_pushed_to_is_found_out_by_a_check(on_hub, monkeypatch, environment, words, said):
+    on_hub.new_repository("models/user/there")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = run_push("--check", "--hub_model_id", words)
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "hf_" not in result.stderr + result.stdout
+    assert files_in(on_hub.root / "models/user/there") == {}
+
+
+def test_a_check_leaves_nothing_behind_but_the_repository(on_hub):
+    result = run_push("--check", "--hub_model_id", "checked")
+    assert (result.returncode, result.stdout) == (0, f"can be written: {on_hub.endpoint}/user/checked\n")
+    assert files_in(on_hub.root / "models/user/checked") == {}
+    assert not list((on_hub.root / "branches/models/user/checked").glob("*"))
+    assert commits(on_hub, "user/checked") == 1  # only a commit proves it
+
+
+@pytest.mark.parametrize("where", ["repos/create", "validate-yaml", "commit/main", "drop the answer"])
+def test_a_hub_that_is_away_for_a_moment_is_waited_for(on_hub, folder, where):
+    rule = {"match": "commit/main", "drop": 0} if where == "drop the answer" else {"match": where, "status": 503}
+    name = f"user/patient-{len(where)}"
+    with on_hub.faults({**rule, "times": 1}):
+        result = run_push(folder, "--hub_model_id", name)
+    assert result.returncode == 0, result.stderr
+    assert "it is tried again in 1 s" in result.stderr
+    assert "model.safetensors" in files_in(on_hub.root / "models" / name)
+    assert commits(on_hub, name) == (0 if where == "drop the answer" else 1)  # an answer that is lost has no status
+
+
+def test_a_hub_that_stays_away_is_told_from_a_refusal(folder, on_hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", AWAY)
+    result = run_push(folder, "--hub_model_id", "user/away", "--patience_seconds", 0)
+    assert result.returncode == 3
+    assert "the Hub cannot be reached (" in result.stderr
+
+
+def test_patience_ends_and_refusals_are_not_tried_again(monkeypatch):
+    now, said, tried = [0.0], [], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+    def attempt():
+        tried.append(now[0])
+        raise ConnectionError("no route")
+
+    with pytest.raises(ConnectionError):
+        with_patience(attempt, 200, said.append)
+    assert tried == [0, 1, 3, 7, 15, 31, 63, 123, 183]
+    assert len(said) == len(tried) - 1
+    endless = pauses()
+    assert [next(endless) for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def waits(seconds: float):
+    """In place of a push: a process that takes its time, then names the folder's files."""
+    program = "import sys, time, os; time.sleep(float(sys.argv[1])); print(sorted(os.listdir(sys.argv[2])))"
+    return lambda self, *words: [sys.executable, "-c", program, str(seconds), *words]
+
+
+def news_of(running: Pushes) -> list[str]:
+    news = []
+    while running._running or running._waiting:
+        news += running.news()
+        time.sleep(0.01)
+    return news + running.news()
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    return Path(shutil.copytree(folder, folder.parent / "run" / f"step-{step:06d}"))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("end", []),
+        ("every_save", ["step 10: main", "step 30: main"]),
+        ("checkpoint", ["step 10: main", "step 30: last-checkpoint", "step 30: main"]),
+        (
+            "all_checkpoints",
+            ["step 10: main", *(f"step {n}0: step-0000{n}0" for n in (1, 2)), "step 30: main", "step 30: step-000030"],
+        ),
+    ],
+)
+def test_the_newest_waits_what_it_outdates_does_not(folder, tmp_path, monkeypatch, strategy, expected):
+    started = []
+    stand_in = waits(0.1)
+
+    def command(self, place, *words):
+        started.append(words)
+        return stand_in(self, place)
+
+    monkeypatch.setattr(Pushes, "_command", command)
+    running = Pushes("user/any", strategy, tmp_path)
+    for step in (10, 20, 30):
+        made = checkpoint(folder, step)
+        running.offer(made)
+        shutil.rmtree(made)  # as --save_total_limit does, while it is being pushed
+    news = news_of(running)
+    told = [f"{words[3].removeprefix('Training in progress, ')}: {words[1]}" for words in started]
+    assert sorted(told) == expected
+    with_state = [("--with_training_state" in words) for words in started]
+    assert with_state == [words[1] == "last-checkpoint" for words in started]
+    assert len(news) == len(expected)
+    assert all("'model.safetensors'" in sentence for sentence in news)  # whole, although the checkpoint is gone
+    assert all(("training_state" in line) == state for line, state in zip(news, with_state, strict=True))
+    assert not list(tmp_path.glob(".push-*"))
+
+
+def test_a_push_beside_the_run_never_ends_it(folder, tmp_path, monkeypatch):
+    running = Pushes("user/any", "every_save", tmp_path)
+    monkeypatch.setattr(Pushes, "_command", lambda self, *words: ["/there/is/no/such/program"])
+    running.offer(folder)
+    assert running.news() == ["Training in progress, step 10: not pushed to main (No such file or directory)"]
+    monkeypatch.setattr(Pushes, "_command", lambda self, *words: [sys.executable, "-c", "exit('no rights')"])
+    running.offer(folder)
+    assert news_of(running) == ["Training in progress, step 10: not pushed, because no rights"]
+    monkeypatch.setattr(pushes, "link_or_copy", lambda source, target: (_ for _ in ()).throw(OSError(28, "disk full")))
+    running.offer(folder)
+    assert "not pushed to main (" in running.news()[0]
+    assert not list(tmp_path.glob(".push-*"))
+
+
+def test_the_final_model_does_not_wait_for_what_it_makes_up_for(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Pushes, "_command", waits(60))
+    running = Pushes("user/any", "every_save", tmp_path)
+    running.offer(folder)
+    (_, process, _) = running._running
+    monkeypatch.setattr(Pushes, "_command", waits(0))
+    assert running.finish(folder, print, lambda: False) == 0
+    assert process.returncode == -15
+    assert not list(tmp_path.glob(".push-*"))
+
+
+def test_who_is_told_to_stop_waits_for_no_push(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Pushes, "_command", waits(60))
+    said = []
+    running = Pushes("user/any", "all_checkpoints", tmp_path)
+    running.offer(folder)
+    assert running.finish(folder, said.append, lambda: True) == 3
+    assert "Push it with" in said[-1]
+    assert str(folder) in said[-1]
+    running.close()
+    assert running._running is None
+    assert not list(tmp_path.glob(".push-*"))
+
+
+def test_a_run_that_goes_on_does_not_wait_for_the_hub(on_hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", AWAY)
+    monkeypatch.setattr(pushes, "CHECK_SECONDS", 0)
+    running = Pushes("user/any", "every_save", tmp_path)
+    assert "The run goes on, and pushes when it is back." in running.check(goes_on=True)
+    with pytest.raises(ValueError, match="push_to_hub: the Hub cannot be reached"):
+        running.check(goes_on=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"hub_strategy": "often"}, "hub_strategy (often) must be one of end, every_save, checkpoint, all_checkpoints"),
+        ({"hub_model_id": "me/mine"}, "add --push_to_hub"),
+        ({"push_to_hub": True, "output_dir": "runs/my run"}, "'my run' cannot be the name"),
+        ({"push_to_hub": True, "hub_model_id": "a/b/c"}, "'a/b/c' cannot be the name"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_told(given, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        TrainArguments(**given)
+
+
+def test_a_preflight_says_whether_the_hub_can_be_written(on_hub, shards, tmp_path, monkeypatch, capsys):
+    given = {"preflight": True, "push_to_hub": True, "hub_model_id": "user/preflight"}
+    assert train_here(tmp_path / "run", shards, **given) == 0
+    assert f"Hub          can be written: {on_hub.endpoint}/user/preflight" in capsys.readouterr().out
+    assert files_in(on_hub.root / "models/user/preflight") == {}
+    monkeypatch.setenv("HF_TOKEN", on_hub.read_only_token)
+    assert train_here(tmp_path / "run", shards, **given) == 2
+    assert "push_to_hub: this token may not write to user/preflight" in capsys.readouterr().err
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_training_pushes_what_it_saves_a_checkpoint_to_go_on_from_too(on_hub, shards, tmp_path, capsys):
+    run = tmp_path / "trained"
+    assert train_here(run, shards, push_to_hub=True, hub_strategy="checkpoint", train_tokens=20 * 256) == 0
+    said = capsys.readouterr().out
+    assert "Training in progress, step 20: pushed to" in said
+    assert f"pushed to {on_hub.endpoint}/user/trained (commit" in (run / "push.log").read_text()
+    assert files_in(on_hub.root / "models/user/trained") == files_in(run / "model")
+    assert files_in(on_hub.root / "branches/models/user/trained/last-checkpoint") == files_in(run / "step-000020")
+    card = (run / "model" / "README.md").read_text()
+    assert f"validation loss | {rows_of(run, 'validation_loss')[-1]:.4f} nats per token" in card
+    assert "after | step 20, 5,120 tokens" in card
+    assert on_hub.token not in "".join(path.read_text(errors="replace") for path in run.rglob("*.json*"))
+
+
+def test_a_model_that_cannot_be_pushed_is_there_and_the_command_too(
+    on_hub, finished, shards, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(pushes, "LAST_SECONDS", 0)
+    with on_hub.faults({"match": "POST .*commit/main", "status": 503}):
+        assert train_here(tmp_path / "unlucky", shards, push_to_hub=True, hub_strategy="end") == 3
+    said = capsys.readouterr().out
+    command = re.search(r"^    python (-m modeling_gpt2repro.hub.push .*)$", said, re.MULTILINE)[1]
+    assert rows_of(tmp_path / "unlucky") == rows_of(finished[0])  # nothing of the training is lost
+    result = run_push(*command.replace("'", "").split()[2:3], "--hub_model_id", "user/unlucky")
+    assert result.returncode == 0, result.stderr
+    assert files_in(on_hub.root / "models/user/unlucky") == files_in(tmp_path / "unlucky" / "model")
