@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from toy_runs import ROOT, rows_of, train_here
 
+from modeling_gpt2repro.hub import push as push_command
 from modeling_gpt2repro.hub import pushes
 from modeling_gpt2repro.hub.push import pauses, with_patience
 from modeling_gpt2repro.hub.pushes import Pushes
@@ -115,6 +117,32 @@ def test_a_hub_that_is_away_for_a_moment_is_waited_for(on_hub, folder, where):
     assert "it is tried again in 1 s" in result.stderr
     assert "model.safetensors" in files_in(on_hub.root / "models" / name)
     assert commits(on_hub, name) == (0 if where == "drop the answer" else 1)  # an answer that is lost has no status
+
+
+@pytest.mark.parametrize(
+    ("mismatches", "extra", "told"),
+    [
+        ([{"path": "model.safetensors"}], [], "model.safetensors"),
+        ([], ["README.md", "training_state/optimizer.safetensors"], "README.md"),
+        ([], ["training_state/optimizer.safetensors"], None),
+    ],
+)
+def test_what_arrived_otherwise_is_found_out(folder, monkeypatch, mismatches, extra, told):
+    class Api:
+        endpoint = "https://hub"
+
+        def upload_folder(self, **given):
+            return SimpleNamespace(oid="0" * 40)
+
+        def verify_repo_checksums(self, *given, **more):
+            return SimpleNamespace(mismatches=mismatches, extra_paths=extra)
+
+    monkeypatch.setattr(push_command, "open_repository", lambda name, private: (Api(), name))
+    if told is None:
+        assert push_command.push(folder, "user/any") == "https://hub/user/any (commit 0000000)"
+    else:
+        with pytest.raises(RuntimeError, match=f"are not those of .*: {told}$"):
+            push_command.push(folder, "user/any")
 
 
 def test_a_hub_that_stays_away_is_told_from_a_refusal(folder, on_hub, monkeypatch):
