@@ -72,7 +72,7 @@ from modeling_gpt2repro.training.progress import TimedIterator, TrainProgress, i
 from modeling_gpt2repro.training.record import changed_arguments, make_writable, write_run_record
 from modeling_gpt2repro.training.schedule import learning_rate_at, set_learning_rate
 from modeling_gpt2repro.training.sealed_folder import put_in_place
-from modeling_gpt2repro.training.sharding import copy_whole, is_sharded
+from modeling_gpt2repro.training.sharding import fill_whole, is_sharded
 from modeling_gpt2repro.training.state_tensors import load_optimizer, load_random, optimizer_tensors, random_tensors
 from modeling_gpt2repro.training.step import StepNumbers, train_step
 from modeling_gpt2repro.training.stop import EXIT_CODE, StopRequest
@@ -153,11 +153,23 @@ class Run:
         rows = self.data.validation
         return bytes_per_token(rows.shards, self.data.tokenizer, self.args.eval_tokens, rows.block_size)
 
-    def whole_model(self) -> GPT2ReproForCausalLM:
-        """The bare model; where its parameters are spread over processes, a copy that has them all."""
+    def whole_model(self, device: torch.device | str, keep: bool = True) -> GPT2ReproForCausalLM:
+        """The bare model; where its parameters are spread over processes, a copy on the device that has them all.
+
+        Args:
+            keep: Whether this process needs it; all must ask.
+        """
         if not is_sharded(self.bare_model):
             return self.bare_model
-        return copy_whole(self.bare_model, GPT2ReproForCausalLM(self.bare_model.config).to(self.accelerator.device))
+        with torch.device("meta"):
+            whole = GPT2ReproForCausalLM(self.bare_model.config)
+        fill_whole(whole, self.bare_model, keep, device)
+        whole.tie_weights()
+        return whole
+
+    def model_to_save(self) -> GPT2ReproForCausalLM:
+        """The whole model, on the process that writes it, without taking memory from the training."""
+        return self.whole_model("cpu", keep=self.accelerator.is_main_process)
 
 
 def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
@@ -414,7 +426,7 @@ def evaluate(run: Run):
     args, accelerator = run.args, run.accelerator
     note_skipped(run, run.monitor.read())
     with run.monitor.apart():
-        started, module = time.perf_counter(), run.whole_model()
+        started, module = time.perf_counter(), run.whole_model(accelerator.device)
         micro_batch_rows = args.per_device_eval_batch_size or args.per_device_train_batch_size
         batches = run.data.validation_batches(args.eval_tokens, micro_batch_rows)
         with accelerator.autocast():  # which a copy of a sharded model does not bring along
@@ -484,7 +496,7 @@ def save(run: Run, must: bool = False):
 
 def write_checkpoint(run: Run, folder: Path, keep: checkpoints.Keep) -> str | None:
     """Write everything that a run goes on from; why it could not be written, if so."""
-    accelerator, module = run.accelerator, run.whole_model()
+    accelerator, module = run.accelerator, run.model_to_save()
     state = {
         "progress": run.progress.state_dict(),
         "data": checkpoints.join_states(gather_object([run.data.batches.state_dict()])),
@@ -545,7 +557,7 @@ def preflight(run: Run):
         if torch.are_deterministic_algorithms_enabled():
             with without_determinism(is_compiled_module(run.model)):
                 _, plain, _ = time_steps(step)
-        started, module = time.perf_counter(), run.whole_model()
+        started, module = time.perf_counter(), run.whole_model(accelerator.device)
         rows = args.per_device_eval_batch_size or args.per_device_train_batch_size
         part = min(args.eval_tokens, EVALUATED_PART * rows * args.block_size * accelerator.num_processes)
         with accelerator.autocast():
@@ -577,7 +589,7 @@ def preflight(run: Run):
 
 def export(run: Run) -> Path:
     """The final model: the last checkpoint's Hub folder without the training state."""
-    module, folder, aside = run.whole_model(), run.output_dir / "model", run.output_dir / ".model.partial"
+    module, folder, aside = run.model_to_save(), run.output_dir / "model", run.output_dir / ".model.partial"
     if run.accelerator.is_main_process:
         try:
             save_hub_folder(module, run.data.tokenizer, aside, run.origin, run.output_dir)

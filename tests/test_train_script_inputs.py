@@ -86,6 +86,12 @@ def test_a_folder_that_is_not_of_a_run_is_left_alone(shards, tmp_path, capsys):
     assert (tmp_path / "model" / "mine.txt").read_text() == "precious"
 
 
+def test_deepspeed_is_refused_with_what_takes_its_place(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # what its launcher sets
+    assert "launch with accelerate_configs/fsdp2.yaml" in refused(capsys, tmp_path / "run", shards)
+    assert not (tmp_path / "run").exists()
+
+
 def test_processes_that_do_not_see_each_other_are_stopped(shards, tmp_path):
     environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0", "ACCELERATE_MIXED_PRECISION": "no"}
     environment.pop("ACCELERATE_USE_CPU", None)

@@ -32,8 +32,13 @@ def start_accelerator(args: TrainArguments) -> Accelerator:
     Compiles on CUDA, where Triton is, unless told otherwise; takes fp32 on a CPU that would only emulate bf16.
 
     Raises:
-        ValueError: If the launcher started several processes that do not see each other, or asked for fp16.
+        ValueError: If the launcher started several processes that do not see each other, or asks for fp16 or DeepSpeed.
     """
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "DeepSpeed steps by an engine of its own, whose state checkpoints here do not hold: launch with "
+            "accelerate_configs/fsdp2.yaml, which shards as ZeRO-3 (with fsdp_reshard_after_forward: false, as ZeRO-2)."
+        )
     torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     disable_progress_bar()  # transformers' bars for each save, not ours

@@ -25,23 +25,26 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def gathered(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-    """Whole tensors on the CPU, one after the other; only where `keep`, but all processes must call."""
+def gathered(
+    tensors: Mapping[str, torch.Tensor], keep: bool, device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Whole tensors on the device, one after the other; only where `keep`, but all processes must call."""
     result = {}
     for name, tensor in tensors.items():
         whole = full(tensor.detach())
         if keep:
-            result[name] = whole.cpu()
+            result[name] = whole.to(device)
     return result
 
 
-@torch.no_grad()
-def copy_whole(sharded: nn.Module, plain: nn.Module) -> nn.Module:
-    """Fill a plain model with the parameters of a spread one; all processes must call.
+def fill_whole(plain: nn.Module, sharded: nn.Module, keep: bool, device: torch.device | str):
+    """Give a plain model the parameters of a spread one, on the device; only where `keep`, but all processes must call.
 
-    Each can then use it at its own pace, where the spread one's forward passes need all of them.
+    Each process can then use it at its own pace, where the spread one's forward passes need all of them.
+
+    Args:
+        plain: Its own parameters may be on the meta device; those that were tied no longer are.
     """
-    targets = plain.state_dict()
-    for name, tensor in sharded.state_dict().items():
-        targets[name].copy_(full(tensor))
-    return plain
+    weights = gathered(sharded.state_dict(), keep, device)
+    if keep:
+        plain.load_state_dict(weights, assign=True)
