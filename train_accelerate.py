@@ -92,7 +92,10 @@ EVALUATED_PART = 100  # HellaSwag's rows, and batches of validation, from which 
 
 
 def main(argv: list[str] | None = None):
-    """One training run, from the command line to the folder that talks."""
+    """One training run, from the command line to the folder that talks.
+
+    Below stand what it shares, what happens in it, how its parts are opened, and the preflight.
+    """
     args = parse_command_line(TrainArguments, argv, PRESETS, __doc__)  # field default < preset < command line
     with bad_input_exits():
         accelerator = start_accelerator(args)
@@ -170,217 +173,6 @@ class Run:
     def model_to_save(self) -> GPT2ReproForCausalLM:
         """The whole model, on the process that writes it, without taking memory from the training."""
         return self.whole_model("cpu", keep=self.accelerator.is_main_process)
-
-
-def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
-    """Open everything that the arguments name, and go on where the checkpoint stood, if there is one.
-
-    Raises:
-        ValueError: With every problem of the inputs, one a line.
-    """
-    output_dir = Path(args.output_dir)
-    make_writable(output_dir)
-    warn_of_slow_cpu(args, accelerator)
-    data, hellaswag, problems = None, [], Problems()
-    with problems.collected():
-        pushes = open_pushes(args, accelerator)
-    with problems.collected():
-        checkpoint = open_checkpoint(args, accelerator)
-        weights, their_tokenizer = open_weights(args, accelerator, checkpoint)
-    with problems.collected():
-        hellaswag = open_hellaswag(args, accelerator)
-    with problems.collected():
-        data = open_data(args, accelerator)
-    for prompt in args.sample_prompts if data else ():
-        with problems.collected():
-            check_prompt(prompt, data.tokenizer, args.block_size)
-    problems.raise_if_any()
-
-    model = build_model(args, data, weights, their_tokenizer)
-    betas = (args.adam_beta1, args.adam_beta2)
-    optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    model.train()
-    if args.find_batch_size:
-        take_largest_batch(args, accelerator, data, model)
-    accelerator.gradient_accumulation_steps, _ = data.batches.micro_batch_shape
-    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
-    place = (accelerator.process_index, accelerator.num_processes)
-    task = prepare_hellaswag(bare, data.tokenizer, hellaswag, PROTOCOLS, None, *place) if hellaswag else None
-
-    progress, guard = TrainProgress(), StepGuard(accelerator.device, args.skip_outliers)
-    origin = origin_of(args.init_from)
-    if checkpoint:
-        state = checkpoints.read_state(checkpoint, data.identity)
-        origin = state["origin"]
-        progress.load_state_dict(state["progress"])
-        data.batches.load_state_dict(state["data"])
-        guard.load_state_dict(state["guard"])
-        with checkpoints.damage_is_told(checkpoint):
-            load_optimizer(checkpoint / checkpoints.STATE_FOLDER, bare, optimizer)
-            load_random(checkpoint / checkpoints.STATE_FOLDER, accelerator)
-    monitor = open_monitor(args, accelerator, progress, flops_and_peak(bare, args.block_size, accelerator))
-    if accelerator.is_main_process and not args.preflight:
-        checkpoints.clear_remains(output_dir)
-        write_run_record(args, hardware_record(accelerator), data.identity)
-    parts = (model, optimizer, progress, guard, monitor, pushes, origin)
-    here = checkpoint is None or checkpoint.parent.resolve() == output_dir.resolve()
-    return Run(args, accelerator, data, task, *parts, saved_step=progress.step if here else None)
-
-
-def open_pushes(args: TrainArguments, accelerator: Accelerator) -> Pushes:
-    """What pushes to the Hub, on the main process; whether it can was tried.
-
-    Raises:
-        ValueError: If it cannot, or the Hub is away and the run has not begun yet.
-    """
-    pushes = Pushes(None, "end", Path(args.output_dir))
-    if args.push_to_hub:
-        if accelerator.is_main_process:
-            pushes = Pushes(args.hub_repository, args.hub_strategy, Path(args.output_dir), args.hub_private_repo)
-        goes_on = (Path(args.output_dir) / RUN_RECORD).exists()
-        found = told_by_main_process(accelerator, lambda: pushes.check(goes_on))
-        accelerator.print(f"Hub          {found}")
-    return pushes
-
-
-def open_monitor(
-    args: TrainArguments, accelerator: Accelerator, progress: TrainProgress, speed: tuple[int, float | None]
-) -> Monitor:
-    """The log and what is shown of it; a run that goes on says what has changed in its arguments."""
-    output_dir, changed = Path(args.output_dir), changed_arguments(args)
-    for name, (then, now) in changed.items():
-        accelerator.print(f"This run began with {name} {then} and goes on with {now}.")
-    resumed_step = progress.step if args.resume_from_checkpoint and not args.preflight else None
-    log = MetricsLog(output_dir, resumed_step, accelerator.is_main_process, changed)
-    if args.report_to != "none" and not args.preflight:
-        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in vars(args).items()}
-        accelerator.init_trackers("gpt2repro", config=plain)  # TensorBoard takes no lists
-    return Monitor(accelerator, args.total_steps, args.logging_steps, progress, log, *speed)
-
-
-def open_checkpoint(args: TrainArguments, accelerator: Accelerator) -> Path | None:
-    """What `--resume_from_checkpoint` names, every file of it checked; what had to be passed over is said."""
-    find = partial(checkpoints.find_resume_checkpoint, args.resume_from_checkpoint, Path(args.output_dir))
-    checkpoint, passed_over = told_by_main_process(accelerator, find)
-    for sentence in passed_over:
-        accelerator.print(sentence)
-    if checkpoint and not checkpoint.is_dir():  # another machine, with a cache of its own
-        checkpoint = checkpoints.open_named_checkpoint(args.resume_from_checkpoint)
-    return checkpoint
-
-
-def open_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
-    """Prepared shards, one folder or a mix of several, the text that Python carries, or a Hub dataset streamed."""
-    shape = BatchShape(
-        args.block_size,
-        args.rows_per_step,
-        args.per_device_train_batch_size,
-        args.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-        args.document_mask,
-    )
-    if args.shards is not None:
-        return data_from_shards(open_shards(args.shards), shape)
-    if args.mix is not None:
-        return data_from_mix(parse_mix(args.mix), shape, args.eval_tokens)
-    if args.dataset_name == PYTHON_PROSE:
-        folder = Path(args.output_dir) / "data"
-        recipe = (folder, args.tokenizer_vocab_size, args.block_size, args.validation_share)
-        shards = main_process_first(accelerator, lambda: python_prose_shards(*recipe))
-        return data_from_shards(shards, shape)
-    source = hub_source(args.dataset_name, args.dataset_config_name, "train", args.dataset_revision, args.text_column)
-    tokenizer = load_tokenizer(args.tokenizer or "gpt2")
-    return data_from_stream(source, tokenizer, shape, args.validation_share, args.eval_tokens)
-
-
-def open_hellaswag(args: TrainArguments, accelerator: Accelerator) -> list[HellaSwagRow]:
-    """HellaSwag's validation rows; none where it is switched off or cannot be reached, which is said."""
-    if args.hellaswag == "none":
-        return []
-    rows = []
-    try:
-        rows = main_process_first(accelerator, lambda: load_hellaswag(args.hellaswag))
-    except ConnectionError as error:
-        accelerator.print(f"HellaSwag is left out: {error}")
-    found = accelerator.reduce(torch.tensor(len(rows), device=accelerator.device), reduction="sum")
-    return rows if int(found) == len(rows) * accelerator.num_processes else []
-
-
-def open_weights(
-    args: TrainArguments, accelerator: Accelerator, checkpoint: Path | None
-) -> tuple[GPT2ReproForCausalLM | None, PreTrainedTokenizerBase | None]:
-    """What the weights start from: the checkpoint, else `--init_from` with its tokenizer, else nothing.
-
-    Raises:
-        ValueError: If it is damaged, no GPT-2, or of another shape than the arguments'.
-    """
-    if checkpoint:
-        with checkpoints.damage_is_told(checkpoint):
-            model, tokenizer = GPT2ReproForCausalLM.from_pretrained(checkpoint), None
-    elif args.init_from:
-        model, tokenizer = main_process_first(accelerator, lambda: load_as_ours(args.init_from))
-    else:
-        return None, None
-    source = checkpoint or args.init_from
-    shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
-    if any(getattr(args, name) != size for name, size in shape.items()):
-        flags = " ".join(f"--{name} {size}" for name, size in shape.items())
-        raise ValueError(f"{source} has another shape than was asked for: give {flags}.")
-    positions = model.config.n_positions
-    if args.block_size > positions:
-        raise ValueError(f"block_size ({args.block_size}) must be at most the {positions} positions of {source}.")
-    return model.float(), tokenizer  # whatever it was saved in: a small update is lost in bf16
-
-
-def build_model(
-    args: TrainArguments,
-    data: TrainingData,
-    model: GPT2ReproForCausalLM | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> GPT2ReproForCausalLM:
-    """The model that was opened, or one with fresh weights, the same on every process.
-
-    Raises:
-        ValueError: If its tokenizer is not the data's, or the attention implementation is not there.
-    """
-    if tokenizer is not None and tokenizer_sha256(tokenizer) != tokenizer_sha256(data.tokenizer):
-        raise ValueError(
-            f"init_from ({args.init_from}) has another tokenizer than the data: prepare the data with --tokenizer "
-            f"{args.init_from}."
-        )
-    if model is None:
-        torch.manual_seed(args.seed)
-        config = GPT2ReproConfig(
-            vocab_size=len(data.tokenizer),
-            n_positions=args.block_size,
-            n_embd=args.n_embd,
-            n_layer=args.n_layer,
-            n_head=args.n_head,
-            bos_token_id=data.tokenizer.bos_token_id,
-            eos_token_id=data.tokenizer.eos_token_id,
-        )
-        model = GPT2ReproForCausalLM(config)
-    try:
-        model.set_attn_implementation(args.attn_implementation)
-    except ImportError as error:
-        raise ValueError(f"attn_implementation ({args.attn_implementation}) is not installed: {error}") from error
-    return model
-
-
-def take_largest_batch(args: TrainArguments, accelerator: Accelerator, data: TrainingData, model: nn.Module):
-    """Put the largest batch that fits into the arguments and the data; the rows of a step stay as they are."""
-    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
-    if is_sharded(bare):  # one process that runs out of memory would leave the others waiting for its part
-        raise ValueError("find_batch_size needs whole models: with FSDP give --per_device_train_batch_size.")
-    # Compiled anew: accelerate, asked to keep the compiled one, takes DDP out of it for good.
-    module = torch.compile(bare) if is_compiled_module(model) else bare
-    most = -(-args.rows_per_step // accelerator.num_processes)
-    rows = find_batch_size(accelerator, module, args.block_size, bare.config.vocab_size, most)
-    args.per_device_train_batch_size = rows
-    data.batches.shape = replace(data.batches.shape, micro_batch_rows=rows)
-    accelerator.print(f"The largest batch that fits: --per_device_train_batch_size {rows}.")
 
 
 def introduce(run: Run):
@@ -526,6 +318,25 @@ def leave(run: Run):
     end(run, EXIT_CODE)
 
 
+def export(run: Run) -> Path:
+    """The final model: the last checkpoint's Hub folder without the training state."""
+    module, folder, aside = run.model_to_save(), run.output_dir / "model", run.output_dir / ".model.partial"
+    if run.accelerator.is_main_process:
+        try:
+            save_hub_folder(module, run.data.tokenizer, aside, run.origin, run.output_dir)
+            shutil.copyfile(run.monitor.log.path, aside / run.monitor.log.path.name)  # all that it is known by
+            put_in_place(aside, folder)
+        except (OSError, SafetensorError) as error:
+            raise SystemExit(cannot_save(run.args, str(error))) from error
+    run.accelerator.wait_for_everyone()
+    return folder
+
+
+def publish(run: Run) -> int:
+    """Push the final model, if that was asked for; returns the exit code, which is not 0 where it is not on the Hub."""
+    return run.pushes.finish(run.output_dir / "model", run.monitor.say, lambda: run.stop.asked_by is not None)
+
+
 def end(run: Run, code: int = 0):
     """Close the trackers, let the processes part, and leave with the exit code if there is one.
 
@@ -538,6 +349,217 @@ def end(run: Run, code: int = 0):
     run.accelerator.end_training()
     if code:
         raise SystemExit(code)
+
+
+def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
+    """Open everything that the arguments name, and go on where the checkpoint stood, if there is one.
+
+    Raises:
+        ValueError: With every problem of the inputs, one a line.
+    """
+    output_dir = Path(args.output_dir)
+    make_writable(output_dir)
+    warn_of_slow_cpu(args, accelerator)
+    data, hellaswag, problems = None, [], Problems()
+    with problems.collected():
+        pushes = open_pushes(args, accelerator)
+    with problems.collected():
+        checkpoint = open_checkpoint(args, accelerator)
+        weights, their_tokenizer = open_weights(args, accelerator, checkpoint)
+    with problems.collected():
+        hellaswag = open_hellaswag(args, accelerator)
+    with problems.collected():
+        data = open_data(args, accelerator)
+    for prompt in args.sample_prompts if data else ():
+        with problems.collected():
+            check_prompt(prompt, data.tokenizer, args.block_size)
+    problems.raise_if_any()
+
+    model = build_model(args, data, weights, their_tokenizer)
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+    if args.find_batch_size:
+        take_largest_batch(args, accelerator, data, model)
+    accelerator.gradient_accumulation_steps, _ = data.batches.micro_batch_shape
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    place = (accelerator.process_index, accelerator.num_processes)
+    task = prepare_hellaswag(bare, data.tokenizer, hellaswag, PROTOCOLS, None, *place) if hellaswag else None
+
+    progress, guard = TrainProgress(), StepGuard(accelerator.device, args.skip_outliers)
+    origin = origin_of(args.init_from)
+    if checkpoint:
+        state = checkpoints.read_state(checkpoint, data.identity)
+        origin = state["origin"]
+        progress.load_state_dict(state["progress"])
+        data.batches.load_state_dict(state["data"])
+        guard.load_state_dict(state["guard"])
+        with checkpoints.damage_is_told(checkpoint):
+            load_optimizer(checkpoint / checkpoints.STATE_FOLDER, bare, optimizer)
+            load_random(checkpoint / checkpoints.STATE_FOLDER, accelerator)
+    monitor = open_monitor(args, accelerator, progress, flops_and_peak(bare, args.block_size, accelerator))
+    if accelerator.is_main_process and not args.preflight:
+        checkpoints.clear_remains(output_dir)
+        write_run_record(args, hardware_record(accelerator), data.identity)
+    parts = (model, optimizer, progress, guard, monitor, pushes, origin)
+    here = checkpoint is None or checkpoint.parent.resolve() == output_dir.resolve()
+    return Run(args, accelerator, data, task, *parts, saved_step=progress.step if here else None)
+
+
+def open_pushes(args: TrainArguments, accelerator: Accelerator) -> Pushes:
+    """What pushes to the Hub, on the main process; whether it can was tried.
+
+    Raises:
+        ValueError: If it cannot, or the Hub is away and the run has not begun yet.
+    """
+    pushes = Pushes(None, "end", Path(args.output_dir))
+    if args.push_to_hub:
+        if accelerator.is_main_process:
+            pushes = Pushes(args.hub_repository, args.hub_strategy, Path(args.output_dir), args.hub_private_repo)
+        goes_on = (Path(args.output_dir) / RUN_RECORD).exists()
+        found = told_by_main_process(accelerator, lambda: pushes.check(goes_on))
+        accelerator.print(f"Hub          {found}")
+    return pushes
+
+
+def open_checkpoint(args: TrainArguments, accelerator: Accelerator) -> Path | None:
+    """What `--resume_from_checkpoint` names, every file of it checked; what had to be passed over is said."""
+    find = partial(checkpoints.find_resume_checkpoint, args.resume_from_checkpoint, Path(args.output_dir))
+    checkpoint, passed_over = told_by_main_process(accelerator, find)
+    for sentence in passed_over:
+        accelerator.print(sentence)
+    if checkpoint and not checkpoint.is_dir():  # another machine, with a cache of its own
+        checkpoint = checkpoints.open_named_checkpoint(args.resume_from_checkpoint)
+    return checkpoint
+
+
+def open_weights(
+    args: TrainArguments, accelerator: Accelerator, checkpoint: Path | None
+) -> tuple[GPT2ReproForCausalLM | None, PreTrainedTokenizerBase | None]:
+    """What the weights start from: the checkpoint, else `--init_from` with its tokenizer, else nothing.
+
+    Raises:
+        ValueError: If it is damaged, no GPT-2, or of another shape than the arguments'.
+    """
+    if checkpoint:
+        with checkpoints.damage_is_told(checkpoint):
+            model, tokenizer = GPT2ReproForCausalLM.from_pretrained(checkpoint), None
+    elif args.init_from:
+        model, tokenizer = main_process_first(accelerator, lambda: load_as_ours(args.init_from))
+    else:
+        return None, None
+    source = checkpoint or args.init_from
+    shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
+    if any(getattr(args, name) != size for name, size in shape.items()):
+        flags = " ".join(f"--{name} {size}" for name, size in shape.items())
+        raise ValueError(f"{source} has another shape than was asked for: give {flags}.")
+    positions = model.config.n_positions
+    if args.block_size > positions:
+        raise ValueError(f"block_size ({args.block_size}) must be at most the {positions} positions of {source}.")
+    return model.float(), tokenizer  # whatever it was saved in: a small update is lost in bf16
+
+
+def open_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
+    """Prepared shards, one folder or a mix of several, the text that Python carries, or a Hub dataset streamed."""
+    shape = BatchShape(
+        args.block_size,
+        args.rows_per_step,
+        args.per_device_train_batch_size,
+        args.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+        args.document_mask,
+    )
+    if args.shards is not None:
+        return data_from_shards(open_shards(args.shards), shape)
+    if args.mix is not None:
+        return data_from_mix(parse_mix(args.mix), shape, args.eval_tokens)
+    if args.dataset_name == PYTHON_PROSE:
+        folder = Path(args.output_dir) / "data"
+        recipe = (folder, args.tokenizer_vocab_size, args.block_size, args.validation_share)
+        shards = main_process_first(accelerator, lambda: python_prose_shards(*recipe))
+        return data_from_shards(shards, shape)
+    source = hub_source(args.dataset_name, args.dataset_config_name, "train", args.dataset_revision, args.text_column)
+    tokenizer = load_tokenizer(args.tokenizer or "gpt2")
+    return data_from_stream(source, tokenizer, shape, args.validation_share, args.eval_tokens)
+
+
+def open_hellaswag(args: TrainArguments, accelerator: Accelerator) -> list[HellaSwagRow]:
+    """HellaSwag's validation rows; none where it is switched off or cannot be reached, which is said."""
+    if args.hellaswag == "none":
+        return []
+    rows = []
+    try:
+        rows = main_process_first(accelerator, lambda: load_hellaswag(args.hellaswag))
+    except ConnectionError as error:
+        accelerator.print(f"HellaSwag is left out: {error}")
+    found = accelerator.reduce(torch.tensor(len(rows), device=accelerator.device), reduction="sum")
+    return rows if int(found) == len(rows) * accelerator.num_processes else []
+
+
+def build_model(
+    args: TrainArguments,
+    data: TrainingData,
+    model: GPT2ReproForCausalLM | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> GPT2ReproForCausalLM:
+    """The model that was opened, or one with fresh weights, the same on every process.
+
+    Raises:
+        ValueError: If its tokenizer is not the data's, or the attention implementation is not there.
+    """
+    if tokenizer is not None and tokenizer_sha256(tokenizer) != tokenizer_sha256(data.tokenizer):
+        raise ValueError(
+            f"init_from ({args.init_from}) has another tokenizer than the data: prepare the data with --tokenizer "
+            f"{args.init_from}."
+        )
+    if model is None:
+        torch.manual_seed(args.seed)
+        config = GPT2ReproConfig(
+            vocab_size=len(data.tokenizer),
+            n_positions=args.block_size,
+            n_embd=args.n_embd,
+            n_layer=args.n_layer,
+            n_head=args.n_head,
+            bos_token_id=data.tokenizer.bos_token_id,
+            eos_token_id=data.tokenizer.eos_token_id,
+        )
+        model = GPT2ReproForCausalLM(config)
+    try:
+        model.set_attn_implementation(args.attn_implementation)
+    except ImportError as error:
+        raise ValueError(f"attn_implementation ({args.attn_implementation}) is not installed: {error}") from error
+    return model
+
+
+def take_largest_batch(args: TrainArguments, accelerator: Accelerator, data: TrainingData, model: nn.Module):
+    """Put the largest batch that fits into the arguments and the data; the rows of a step stay as they are."""
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    if is_sharded(bare):  # one process that runs out of memory would leave the others waiting for its part
+        raise ValueError("find_batch_size needs whole models: with FSDP give --per_device_train_batch_size.")
+    # Compiled anew: accelerate, asked to keep the compiled one, takes DDP out of it for good.
+    module = torch.compile(bare) if is_compiled_module(model) else bare
+    most = -(-args.rows_per_step // accelerator.num_processes)
+    rows = find_batch_size(accelerator, module, args.block_size, bare.config.vocab_size, most)
+    args.per_device_train_batch_size = rows
+    data.batches.shape = replace(data.batches.shape, micro_batch_rows=rows)
+    accelerator.print(f"The largest batch that fits: --per_device_train_batch_size {rows}.")
+
+
+def open_monitor(
+    args: TrainArguments, accelerator: Accelerator, progress: TrainProgress, speed: tuple[int, float | None]
+) -> Monitor:
+    """The log and what is shown of it; a run that goes on says what has changed in its arguments."""
+    output_dir, changed = Path(args.output_dir), changed_arguments(args)
+    for name, (then, now) in changed.items():
+        accelerator.print(f"This run began with {name} {then} and goes on with {now}.")
+    resumed_step = progress.step if args.resume_from_checkpoint and not args.preflight else None
+    log = MetricsLog(output_dir, resumed_step, accelerator.is_main_process, changed)
+    if args.report_to != "none" and not args.preflight:
+        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in vars(args).items()}
+        accelerator.init_trackers("gpt2repro", config=plain)  # TensorBoard takes no lists
+    return Monitor(accelerator, args.total_steps, args.logging_steps, progress, log, *speed)
 
 
 def preflight(run: Run):
@@ -585,25 +607,6 @@ def preflight(run: Run):
             if problems:
                 raise SystemExit(1)
     end(run)
-
-
-def export(run: Run) -> Path:
-    """The final model: the last checkpoint's Hub folder without the training state."""
-    module, folder, aside = run.model_to_save(), run.output_dir / "model", run.output_dir / ".model.partial"
-    if run.accelerator.is_main_process:
-        try:
-            save_hub_folder(module, run.data.tokenizer, aside, run.origin, run.output_dir)
-            shutil.copyfile(run.monitor.log.path, aside / run.monitor.log.path.name)  # all that it is known by
-            put_in_place(aside, folder)
-        except (OSError, SafetensorError) as error:
-            raise SystemExit(cannot_save(run.args, str(error))) from error
-    run.accelerator.wait_for_everyone()
-    return folder
-
-
-def publish(run: Run) -> int:
-    """Push the final model, if that was asked for; returns the exit code, which is not 0 where it is not on the Hub."""
-    return run.pushes.finish(run.output_dir / "model", run.monitor.say, lambda: run.stop.asked_by is not None)
 
 
 if __name__ == "__main__":
