@@ -89,6 +89,18 @@ def test_logits_are_equal_both_ways(stock, random_ids, activation):
         assert largest_difference(to_stock(ours), ours, some) < 1e-6
 
 
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh"])
+def test_with_weights_as_gpt2_begins_no_logit_differs_by_a_millionth(stock, random_ids, activation):
+    """Not relative to anything: logits are around 1 then. Large ones have no such digits in fp32."""
+    torch.manual_seed(6)
+    changed = {"activation_function": activation, "initializer_range": 0.02}
+    model = GPT2LMHeadModel(GPT2Config(**{**stock.config.to_dict(), **changed})).eval()
+    ours, ids = from_stock(model), random_ids(3, 40)
+    for some in (ids, ids[:1, :1], ids[:1, :7]):
+        assert (ours(some).logits - model(some).logits).abs().max() <= 1e-6
+        assert (to_stock(ours)(some).logits - ours(some).logits).abs().max() <= 1e-6
+
+
 @pytest.mark.parametrize(
     "shape",
     [(12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600)],
