@@ -309,7 +309,6 @@ def write_checkpoint(run: Run, folder: Path, keep: checkpoints.Keep) -> str | No
 
 def leave(run: Run):
     """End early, as a signal asked for, with a checkpoint and the command that goes on."""
-    run.pushes.close()  # there may be seconds left only
     save(run, must=True)
     by = run.stop.asked_by or "a signal to another process"
     command = run.stop.command_that_goes_on

@@ -304,6 +304,8 @@ def test_a_training_pushes_what_it_saves_a_checkpoint_to_go_on_from_too(on_hub, 
     assert f"pushed to {on_hub.endpoint}/user/trained (commit" in (run / "push.log").read_text()
     assert files_in(on_hub.root / "models/user/trained") == files_in(run / "model")
     assert files_in(on_hub.root / "branches/models/user/trained/last-checkpoint") == files_in(run / "step-000020")
+    for name in ("metrics.jsonl", "loss.png"):
+        assert (run / "model" / name).read_bytes()
     card = (run / "model" / "README.md").read_text()
     assert f"validation loss | {rows_of(run, 'validation_loss')[-1]:.4f} nats per token" in card
     assert "after | step 20, 5,120 tokens" in card
