@@ -7,13 +7,16 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_gpt2repro.data.rows import as_batch
+from modeling_gpt2repro.data.rows import BatchShape, ShuffledBatches, TokenRows, as_batch
 from modeling_gpt2repro.hub.run_log import read_metrics
 from modeling_gpt2repro.training import hardware
 from modeling_gpt2repro.training.arguments import TrainArguments
@@ -62,6 +65,11 @@ def test_only_matrices_and_embeddings_are_decayed(tiny_model):
     assert len(decay) == len(list(tiny_model.parameters()))
 
 
+def test_the_optimizer_is_fused_where_torch_can(tiny_model):
+    assert build_optimizer(tiny_model, 1e-3).defaults["fused"]
+    assert not build_optimizer(tiny_model.to("meta"), 1e-3).defaults["fused"]
+
+
 @pytest.mark.parametrize("small", [2, 3, 5])
 def test_micro_batches_of_two_three_or_five_rows_equal_one_of_eight(tiny_config, small):
     from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -96,6 +104,72 @@ def test_one_batch_is_learned_by_heart(tiny_model):
     losses = [step_of(accelerator, model, optimizer, random_rows(4), 4).loss.item() for _ in range(200)]
     assert losses[0] == pytest.approx(math.log(97), abs=0.1)
     assert losses[-1] < 0.1
+
+
+class CopiesBetweenDevices(TorchDispatchMode):
+    """Notes each: shape, and whether the host goes on meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        tensors = [value for value in (result, *arguments) if isinstance(value, torch.Tensor)]
+        if "copy" in str(operation) and len({tensor.device for tensor in tensors}) > 1:
+            self.seen.append((tuple(result.shape), (options or {}).get("non_blocking", False)))
+        return result
+
+
+@pytest.fixture
+def run_without_numbers(tiny_config, tmp_path, monkeypatch):
+    """run(skip_outliers) on torch's meta device, which holds no numbers: reading one, so waiting, is an error."""
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+    from modeling_gpt2repro.training.monitor import Monitor
+    from modeling_gpt2repro.training.progress import TrainProgress
+
+    meta, tiny_config.n_layer = torch.device("meta"), 1
+    monkeypatch.setattr(Accelerator, "device", meta)
+    # Kernels only tell the shape of their result there, the fused optimizer's too, which torch does not offer.
+    monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"])
+
+    def run(skip_outliers: bool) -> SimpleNamespace:
+        with meta:
+            model = GPT2ReproForCausalLM(tiny_config).train()
+        accelerator, progress = accelerator_for(2), TrainProgress()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, False])
+        rows = TokenRows([np.arange(1000) % 97], 32)
+        return SimpleNamespace(
+            args=TrainArguments(block_size=32, tokens_per_step=4 * 32),
+            accelerator=accelerator,
+            data=SimpleNamespace(batches=ShuffledBatches(rows, BatchShape(32, 4, 2, seed=1))),
+            model=model,
+            optimizer=optimizer,
+            progress=progress,
+            guard=StepGuard(meta, skip_outliers),
+            monitor=Monitor(accelerator, 100, 2, progress, MetricsLog(tmp_path, None, enabled=True)),
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("skip_outliers", [False, True])
+def test_the_device_is_waited_for_at_logging_steps_only(run_without_numbers, skip_outliers, monkeypatch):
+    from train_accelerate import take_step
+
+    run, reads = run_without_numbers(skip_outliers), []
+
+    def read(numbers: torch.Tensor) -> list[list[float]]:
+        reads.append(tuple(numbers.shape))
+        return [[3.0, 1.0, 0.0]] * len(numbers)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", read)
+    with CopiesBetweenDevices() as copies:
+        for step in range(1, 6):
+            run.monitor.trained(*take_step(run))
+            assert reads == [(2, 3)] * (step // 2)  # loss, norm and whether it was skipped, of two steps at once
+    assert copies.seen == [((2, 32), True)] * (5 * 2 * 2)  # steps, micro-batches of each, tensors of those
 
 
 def test_due_at_the_start_and_at_multiples():
