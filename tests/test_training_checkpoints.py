@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, checked to the last byte, kept and deleted in the right order."""
 
 import json
+import os
 import re
 import shutil
 
@@ -82,6 +83,33 @@ def test_every_file_is_listed_with_its_size_and_hash(save):
     assert set(listed) == files - {checkpoints.LISTING}
     assert listed["model.safetensors"]["bytes"] == 700
     assert all(re.fullmatch("[0-9a-f]{64}", entry["sha256"]) for entry in listed.values())
+
+
+def test_all_of_it_is_on_disk_before_it_gets_its_name(save, tmp_path, monkeypatch):
+    happened, flush, rename = [], os.fsync, os.replace
+
+    def flushed(descriptor):
+        happened.append((os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+        flush(descriptor)
+
+    def renamed(old, new):
+        happened.append((old.name, new.name))
+        rename(old, new)
+
+    monkeypatch.setattr(sealed_folder.os, "fsync", flushed)
+    monkeypatch.setattr(sealed_folder.os, "replace", renamed)
+    folder = save(5)
+    named = happened.index((".step-000005.partial", "step-000005"))
+    for path in (folder, *folder.rglob("*")):  # whole, and the names in folders, too
+        assert (path.stat().st_ino, path.stat().st_size) in happened[:named], path
+    assert [number for number, _ in happened[named + 1 :]] == [tmp_path.stat().st_ino]
+
+
+def test_what_a_killed_save_left_is_no_part_of_the_next_one(save, tmp_path):
+    left = tmp_path / ".step-000005.partial" / "training_state"
+    left.mkdir(parents=True)
+    (left / "of_another_time.json").write_text("{}")
+    assert not [path for path in save(5).rglob("*") if path.name == "of_another_time.json"]
 
 
 def test_old_checkpoints_go_after_the_new_one_stands(save, tmp_path, monkeypatch):
