@@ -4,6 +4,7 @@ import math
 import shutil
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -123,6 +124,27 @@ def test_the_batch_is_found_where_memory_runs_out_and_weights_stay(tiny_model, m
     with pytest.raises(ValueError, match="not even one row of block_size 64 fits") as error:
         find_batch_size(Accelerator(cpu=True), tiny_model, 64, 97, most=4)
     one_sentence(error)
+
+
+class OneLargeParameter(torch.nn.Module):
+    """40 MB, which a system takes back as soon as they are free; `note()` is called in each forward pass."""
+
+    def __init__(self, note):
+        super().__init__()
+        self.weight, self.note = torch.nn.Parameter(torch.ones(10**7)), note
+
+    def forward(self, **inputs):
+        self.note()
+        return SimpleNamespace(loss=self.weight[0])
+
+
+def test_two_moments_and_a_gradient_a_parameter_are_held_while_batches_are_tried():
+    resident, held = psutil.Process().memory_info, []
+    model = OneLargeParameter(lambda: held.append((resident().rss - before) / 40e6))
+    before = resident().rss
+    find_batch_size(Accelerator(cpu=True), model, 64, 97, most=2)
+    assert held == pytest.approx([3, 3], abs=0.4)
+    assert (resident().rss - before) / 40e6 == pytest.approx(0, abs=0.4)
 
 
 def test_on_a_cpu_less_than_half_of_the_free_memory_is_taken(tiny_model, monkeypatch):

@@ -24,7 +24,10 @@ def find_batch_size(accelerator: Accelerator, model: nn.Module, block_size: int,
     Raises:
         ValueError: If not even one row fits.
     """
-    moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+    # Written to: what is only reserved takes no memory of a CPU.
+    moments = [torch.ones_like(parameter) for parameter in model.parameters() for _ in range(2)]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
 
     def fits(rows: int) -> bool:
         fitted = torch.tensor(float(one_pass_fits(model, rows, block_size, vocab_size, accelerator.device)))
@@ -32,6 +35,7 @@ def find_batch_size(accelerator: Accelerator, model: nn.Module, block_size: int,
 
     found = largest(fits, most)
     del moments
+    model.zero_grad()
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     if hasattr(model, "_orig_mod"):  # compiled: graphs of the sizes that were tried, some of them for any size
@@ -62,7 +66,7 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 def one_pass_fits(model: nn.Module, rows: int, block_size: int, vocab_size: int, device: torch.device) -> bool:
-    """Whether a forward and backward pass of so many rows fits.
+    """Whether a forward and backward pass of so many rows fits; its gradients are added to those that are there.
 
     On a CPU it must take less than half of what is free, so that trying twice as many cannot end the process.
     """
@@ -79,7 +83,6 @@ def one_pass_fits(model: nn.Module, rows: int, block_size: int, vocab_size: int,
             raise
         return False
     finally:
-        model.zero_grad(set_to_none=True)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
