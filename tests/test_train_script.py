@@ -74,6 +74,12 @@ def test_the_losses_equal_those_of_a_plain_loop_around_stock_gpt2(finished, shar
     assert losses == pytest.approx(expected, abs=1e-5)
 
 
+def test_who_may_read_the_record_of_a_run_may_read_all_of_it(finished):
+    files = [path for path in finished[0].rglob("*") if path.is_file()]
+    modes = {path.relative_to(finished[0]).as_posix(): oct(path.stat().st_mode) for path in files}
+    assert set(modes.values()) == {modes["run.json"]}, modes
+
+
 @pytest.mark.parametrize(
     ("processes", "rows", "words"),
     [

@@ -105,6 +105,17 @@ def test_all_of_it_is_on_disk_before_it_gets_its_name(save, tmp_path, monkeypatc
     assert [number for number, _ in happened[named + 1 :]] == [tmp_path.stat().st_ino]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a umask")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_a_checkpoint_may_be_read_by_whom_the_umask_lets(save, umask, mode):
+    before = os.umask(umask)
+    try:
+        folder = save(5)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {mode}
+
+
 def test_what_a_killed_save_left_is_no_part_of_the_next_one(save, tmp_path):
     left = tmp_path / ".step-000005.partial" / "training_state"
     left.mkdir(parents=True)

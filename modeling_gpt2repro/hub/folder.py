@@ -37,6 +37,8 @@ def save_hub_folder(
         pad_token_id=model.config.eos_token_id,
     )
     model.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):  # which are written for their owner alone, whatever the umask
+        shutil.copymode(folder / "config.json", weights)
     save_tokenizer(tokenizer, folder)
     if run_folder and (run_folder / LOSS_PICTURE).is_file():
         shutil.copyfile(run_folder / LOSS_PICTURE, folder / LOSS_PICTURE)

@@ -10,7 +10,8 @@ from pathlib import Path
 def seal(folder: Path, listing: str):
     """Write sizes and hashes of all files in `folder` into its file `listing`, the last one, and flush all to disk.
 
-    A README.md is not listed: people edit cards.
+    A README.md is not listed: people edit cards. Each may be read by whom the umask lets read the listing: safetensors
+    are their owner's alone when they are written.
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     known = {
@@ -20,6 +21,7 @@ def seal(folder: Path, listing: str):
     }
     (folder / listing).write_text(json.dumps(known, indent=1), encoding="utf-8")
     for path in [*files.values(), folder / listing]:
+        shutil.copymode(folder / listing, path)
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
     for inner in {path.parent for path in [*files.values(), folder / listing]}:
