@@ -166,7 +166,6 @@ def test_the_data_of_a_run_says_who_it_is(token_shards):
     again = data_from_shards(open_shards(token_shards.folder), shape(block_size=64, process_index=1, num_processes=2))
     assert data.identity == again.identity
     assert data.identity != data_from_shards(token_shards, shape(block_size=64, seed=2)).identity
-    assert data.bytes_per_token == token_shards.bytes_per_token("validation")
     assert sum(len(batch["input_ids"]) for batch in data.validation_batches(640, 4)) == 10
 
 
@@ -212,11 +211,16 @@ def test_an_epoch_of_a_stream_uses_each_unit_once_and_never_one_of_validation(st
     assert {u for u, _ in epochs[0][:4]} != set(range(4))  # units are shuffled
     assert {epoch.index((u, 0)) < epoch.index((u, 1)) for epoch in epochs for u, _ in wanted} == {True, False}
 
-    validation, bytes_per_token = batches.validation_rows(10**6)
-    text = tiny_tokenizer.decode(np.concatenate(validation.shards)).split(END)[1:]
+    text = tiny_tokenizer.decode(np.concatenate(batches.validation_rows(10**6).shards)).split(END)[1:]
     assert {int(found[9:11]) for found in text} == held_out
     assert len(held_out) == 1
-    assert bytes_per_token == pytest.approx(len(text[0]) / batches.shape.block_size)
+    batches.close()
+
+
+def test_no_more_units_are_read_for_validation_than_its_tokens_take(streamed):
+    batches = streamed(validation_share=0.5)  # 8 units of 2 T tokens; n tokens to predict take n + 1
+    T = batches.shape.block_size
+    assert [len(batches.validation_rows(tokens).shards) for tokens in (1, 2 * T - 1, 2 * T, 99 * T)] == [1, 1, 2, 8]
     batches.close()
 
 

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from .documents import Unit
-from .prepare import TokenizedUnit, tokenize_documents
+from .prepare import tokenize_documents
 from .rows import BatchShape, TokenRows, as_batch, divide_evenly
 from .sources import Source
 from .tokenizer import text_encoder
@@ -107,17 +107,15 @@ class StreamedBatches:
         """Which rows this process took in a recent step: [unit, its token] where each begins."""
         return [[self._unit(lane, unit)[0].name, token] for lane, unit, token in self._names.get(step, [])]
 
-    def validation_rows(self, tokens: int) -> tuple[TokenRows, float]:
-        """Rows over the held-out units (as many as `tokens` tokens take), and bytes of text per token in them."""
-        parts, held, text_bytes = [], 0, 0
+    def validation_rows(self, tokens: int) -> TokenRows:
+        """Rows over the held-out units, as many of them as `tokens` tokens take."""
+        parts, held = [], 0
         for unit in self.validation_units:
-            tokenized = self._tokenize(unit)
-            parts.append(tokenized.ids["train"])
+            parts.append(self._tokenize(unit))
             held += len(parts[-1])
-            text_bytes += tokenized.text_bytes["train"]
             if held > tokens:
                 break
-        return TokenRows(parts, self.shape.block_size, name="validation"), text_bytes / max(1, held)
+        return TokenRows(parts, self.shape.block_size, name="validation")
 
     def state_dict(self) -> dict:
         """The places of this process's lanes; the union over processes is the state of the run."""
@@ -161,7 +159,7 @@ class StreamedBatches:
 
     def _read(self, lane: int, number: int) -> np.ndarray:
         unit, shuffle = self._unit(lane, number)
-        return self._tokenize(unit, shuffle).ids["train"]
+        return self._tokenize(unit, shuffle)
 
     def _unit(self, lane: int, number: int) -> tuple[Unit, tuple[int, int, int]]:
         """The lane's unit number `number`, and what seeds the order of its documents."""
@@ -169,10 +167,10 @@ class StreamedBatches:
         draws = np.random.PCG64(np.random.SeedSequence([self.shape.seed, epoch])).random_raw(len(self.units))
         return self.units[int(np.argsort(draws, kind="stable")[within])], (self.shape.seed, epoch, within)
 
-    def _tokenize(self, unit: Unit, shuffle: tuple[int, ...] | None = None) -> TokenizedUnit:
+    def _tokenize(self, unit: Unit, shuffle: tuple[int, ...] | None = None) -> np.ndarray:
         documents = list(self.source.read(unit))
         # Pieces of one text stay in their order; documents of their own are shuffled.
         if shuffle and not any(document.continues for document in documents):
             draws = np.random.PCG64(np.random.SeedSequence(shuffle)).random_raw(len(documents))
             documents = [documents[i] for i in np.argsort(draws, kind="stable")]
-        return tokenize_documents(documents, self.encode, self.end_of_text, validation_share=0.0)
+        return tokenize_documents(documents, self.encode, self.end_of_text, validation_share=0.0).ids["train"]

@@ -23,7 +23,6 @@ class TrainingData:
     Args:
         batches: `micro_batches(step)`, `state_dict()`, `load_state_dict(state)`.
         validation: Rows that are never trained on.
-        bytes_per_token: Of the validation text; None where nobody counted.
         identity: Equal for two runs that read the same rows in the same order.
         summary: One line for a person.
     """
@@ -31,7 +30,6 @@ class TrainingData:
     tokenizer: PreTrainedTokenizerFast
     batches: ShuffledBatches | StreamedBatches  # MixedBatches are shuffled ones, too
     validation: TokenRows
-    bytes_per_token: float | None
     identity: dict
     summary: str
 
@@ -61,7 +59,6 @@ def data_from_shards(shards: PreparedShards, shape: BatchShape) -> TrainingData:
         shards.tokenizer,
         ShuffledBatches(rows["train"], shape, shards.manifest["end_of_text_id"]),
         rows["validation"],
-        shards.bytes_per_token("validation"),
         {"data": shards.fingerprint, **order_identity(shape)},
         f"{train:,} training tokens in {shards.folder}, {validation:,} for validation",
     )
@@ -75,13 +72,10 @@ def data_from_mix(shares: dict[str, float], shape: BatchShape, validation_tokens
     """
     mix, weights = open_mix(shares), list(shares.values())
     rows = [TokenRows(shards.shards("train"), shape.block_size, f"training ({shards.folder})") for shards in mix]
-    bytes_per_token = [shards.bytes_per_token("validation") for shards in mix]
-    known = all(bytes_per_token)
     return TrainingData(
         mix[0].tokenizer,
         MixedBatches(rows, weights, shape, mix[0].manifest["end_of_text_id"]),
         mixed_validation(mix, weights, shape.block_size, validation_tokens),
-        sum(share * count for share, count in zip(weights, bytes_per_token, strict=True)) if known else None,
         {
             "data": [[shards.fingerprint, share] for shards, share in zip(mix, weights, strict=True)],
             **order_identity(shape),
@@ -103,7 +97,6 @@ def data_from_stream(
         ValueError: See `StreamedBatches` and `TokenRows`.
     """
     batches = StreamedBatches(source, tokenizer, shape, validation_share)
-    validation, bytes_per_token = batches.validation_rows(validation_tokens)
     identity = {
         "data": source.description,
         "validation_share": validation_share,
@@ -112,7 +105,7 @@ def data_from_stream(
     }
     name = source.description.get("dataset", "files")
     summary = f"{name}, streamed: {len(batches.units):,} units in {batches.lanes} lanes"
-    return TrainingData(tokenizer, batches, validation, bytes_per_token, identity, summary)
+    return TrainingData(tokenizer, batches, batches.validation_rows(validation_tokens), identity, summary)
 
 
 def order_identity(shape: BatchShape) -> dict:
