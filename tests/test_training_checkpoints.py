@@ -313,7 +313,7 @@ def test_a_tokenizer_that_finds_the_disk_full_is_told_like_any_other_file(save, 
 
 def test_what_a_killed_save_left_is_cleared(save, tmp_path):
     save(5)
-    for name in (".step-000006.partial", ".step-000004.old", ".model.partial"):
+    for name in (".step-000006.partial", ".step-000004.old", ".model.partial", ".push-main-step-000005"):
         (tmp_path / name).mkdir()
     checkpoints.clear_remains(tmp_path)
     assert names(tmp_path) == ["step-000005"]
