@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def seal(folder: Path, listing: str):
-    """Write sizes and hashes of all files in `folder` into its file `listing`, the last one, and flush all to disk.
+    """Write sizes and hashes of all files in `folder` into its file `listing`, the last one.
 
     A README.md is not listed: people edit cards. Each may be read by whom the umask lets read the listing: safetensors
     are their owner's alone when they are written.
@@ -20,12 +20,8 @@ def seal(folder: Path, listing: str):
         if name != "README.md"
     }
     (folder / listing).write_text(json.dumps(known, indent=1), encoding="utf-8")
-    for path in [*files.values(), folder / listing]:
+    for path in files.values():
         shutil.copymode(folder / listing, path)
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    for inner in {path.parent for path in [*files.values(), folder / listing]}:
-        flush_names(inner)
 
 
 def what_is_wrong(folder: Path, listing: str) -> str | None:
@@ -57,7 +53,8 @@ def sha256_of(path: Path) -> str:
 
 
 def put_in_place(aside: Path, folder: Path):
-    """Rename a finished folder to its name; one that had it stays until then."""
+    """Rename a finished folder to its name, once all of it is on disk; one that had the name stays until then."""
+    flush(aside)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -81,6 +78,16 @@ def remove(folder: Path):
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(folder, gone)
     shutil.rmtree(gone, ignore_errors=True)
+
+
+def flush(folder: Path):
+    """Bring a folder's files and names to disk."""
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            flush_names(path)
+        else:
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
 
 
 def flush_names(folder: Path):
