@@ -32,7 +32,8 @@ from .configuration_gpt2repro import GPT2ReproConfig
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(GPT2ReproConfig.model_type, "GPT2ReproForCausalLM")
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+# Under this name older versions of transformers look for it in this file, before they let a model change its attention.
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """softmax(q k' / sqrt(D) + mask) v, written out. The other implementations are transformers' own.
 
     Args:
@@ -92,7 +93,7 @@ class GPT2ReproAttention(nn.Module):
         )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         mixed, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         return self.c_proj(mixed.reshape(B, T, C)), weights
 

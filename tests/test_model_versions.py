@@ -1,5 +1,6 @@
 """A saved folder on other versions of transformers: whoever loads it has one of his own."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from modeling_gpt2repro import GPT2ReproForCausalLM
 
 PROGRAM = """
 import sys, torch
@@ -23,6 +26,8 @@ outputs = model(ids, labels=ids, output_hidden_states=True)
 found = {"logits": outputs.logits, "loss": outputs.loss, "hidden_states": outputs.hidden_states}
 found["padded"] = model(ids, attention_mask=mask).logits[:, 5:]
 found["greedy"] = model.generate(ids, max_new_tokens=20, do_sample=False)
+model.set_attn_implementation("eager")
+found["attentions"] = model(ids, output_attentions=True).attentions  # of no other implementation
 model.train()(ids, labels=ids, use_cache=False).loss.backward()
 found["gradient"] = model.transformer.wte.weight.grad
 AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -51,6 +56,12 @@ def run_on(version: str, folder: Path, place: Path) -> subprocess.CompletedProce
     )
 
 
+def test_the_model_file_has_the_names_by_which_5_5_lets_the_attention_be_changed():
+    source = inspect.getsource(sys.modules[GPT2ReproForCausalLM.__module__])
+    assert "eager_attention_forward" in source
+    assert "ALL_ATTENTION_FUNCTIONS.get_interface(" in source
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["5.5.0", "5.10.0", "5.17.0"])
 def test_a_saved_folder_gives_the_same_on_other_versions(carried, tmp_path, version):
@@ -64,6 +75,8 @@ def test_a_saved_folder_gives_the_same_on_other_versions(carried, tmp_path, vers
     here = carried(ids, labels=ids, output_hidden_states=True)
     expected = {"logits": here.logits, "loss": here.loss, "hidden_states": here.hidden_states}
     expected["padded"] = carried(ids, attention_mask=mask).logits[:, 5:]
+    carried.set_attn_implementation("eager")
+    expected["attentions"] = carried(ids, output_attentions=True).attentions
     carried.train()(ids, labels=ids, use_cache=False).loss.backward()
     expected["gradient"] = carried.transformer.wte.weight.grad
     for name, value in expected.items():
