@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpt2repro import GPT2ReproConfig
@@ -62,6 +62,18 @@ def gelu(x):
         return nn.functional.gelu(x, approximate="tanh")
     # The same by 1 + tanh u = 2 sigmoid(2u): in a fused kernel on a CPU, exp takes half the time of tanh.
     return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
+
+
+def parts_of_packed_rows(position_ids, B: int) -> dict[str, torch.Tensor | int]:
+    """Tell flash-attention, which takes no mask, where the parts of packed rows start, B rows of T tokens laid end to
+    end. By itself transformers sees parts in a batch of one row only, and of that none before the first position 0.
+
+    position_ids (B, T) or (1, T): [[0, 1, 0], [4, 5, 6]] -> starts and end [0, 2, 3, 6], longest part 3.
+    """
+    starts = position_ids.diff(prepend=position_ids[:, :1]).expand(B, -1) != 1  # (B, T)
+    bounds = nn.functional.pad(starts.flatten().nonzero().flatten(), (0, 1), value=starts.numel()).int()
+    longest = int(bounds.diff().max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
 def residual_projection(in_features: int, config: GPT2ReproConfig) -> nn.Linear:
@@ -261,6 +273,10 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
             )
+        flash = is_flash_attention_requested(self.config)
+        maybe_packed = position_ids is not None and attention_mask is None and past_key_values is None
+        if flash and maybe_packed and kwargs.get("cu_seq_lens_q") is None:  # which a collator may have found before
+            kwargs |= parts_of_packed_rows(position_ids, len(inputs_embeds))
         if use_cache and past_key_values is None:  # after the mask, which keeps packed rows apart only without a cache
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -284,7 +300,8 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 hidden_states,
                 attention_mask=causal_mask,
                 past_key_values=past_key_values,
-                position_ids=position_ids,
+                # Flash-attention has its parts; it would look for them again in every layer, for which a GPU waits.
+                position_ids=None if flash else position_ids,
                 use_cache=use_cache,
                 **kwargs,
             )
