@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import CompileConfig, set_seed
+from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig, set_seed
 
 GREEDY = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": 0}
 
@@ -51,6 +51,15 @@ def test_assisted_text_is_the_greedy_text(carried, random_ids):
     assert assistant.generate(ids, **GREEDY).tolist() != expected
     assert carried.generate(ids, assistant_model=assistant, **GREEDY).tolist() == expected
     assert carried.generate(ids, prompt_lookup_num_tokens=3, **GREEDY).tolist() == expected
+
+
+def test_continuous_batching_gives_the_greedy_text(carried, random_ids):
+    prompts = [random_ids(1, 8)[0].tolist(), random_ids(1, 5)[0].tolist()]
+    options = {**GREEDY, "max_new_tokens": 6, "eos_token_id": -1}
+    expected = [carried.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist() for prompt in prompts]
+    memory = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # else it takes most of what there is
+    found = carried.generate_batch(prompts, GenerationConfig(**options), memory, warmup=False)
+    assert [found[name].generated_tokens for name in sorted(found)] == expected
 
 
 def test_no_id_beyond_the_vocabulary_is_sampled(tiny_model, random_ids):
