@@ -37,7 +37,12 @@ from modeling_gpt2repro.data.training_data import (
     data_from_stream,
     python_prose_shards,
 )
-from modeling_gpt2repro.evaluation.distributed import evaluate_hellaswag, hellaswag_accuracies, validation_loss
+from modeling_gpt2repro.evaluation.distributed import (
+    evaluate_hellaswag,
+    hellaswag_accuracies,
+    in_own_precision,
+    validation_loss,
+)
 from modeling_gpt2repro.evaluation.hellaswag_accuracy import BASELINES
 from modeling_gpt2repro.evaluation.hellaswag_results import write_results
 from modeling_gpt2repro.evaluation.hellaswag_rows import PROTOCOLS, HellaSwagRow, load_hellaswag
@@ -234,7 +239,8 @@ def evaluate(run: Run):
         run.monitor.evaluated(numbers)
         if args.num_samples and accelerator.is_main_process and not run.stop.asked_by:
             lengths = (args.num_samples, args.sample_tokens, args.seed)
-            texts = sample_continuations(module, run.data.tokenizer, args.sample_prompts, *lengths)
+            with accelerator.autocast():
+                texts = sample_continuations(module, run.data.tokenizer, args.sample_prompts, *lengths)
             for prompt, of_prompt in zip(args.sample_prompts, texts, strict=True):
                 run.monitor.sampled(prompt, of_prompt)
         if accelerator.is_main_process:
@@ -384,7 +390,8 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
     accelerator.gradient_accumulation_steps, _ = data.batches.micro_batch_shape
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     place = (accelerator.process_index, accelerator.num_processes)
-    task = prepare_hellaswag(bare, data.tokenizer, hellaswag, PROTOCOLS, None, *place) if hellaswag else None
+    with in_own_precision(bare):
+        task = prepare_hellaswag(bare, data.tokenizer, hellaswag, PROTOCOLS, None, *place) if hellaswag else None
 
     progress, guard = TrainProgress(), StepGuard(accelerator.device, args.skip_outliers)
     origin = origin_of(args.init_from)

@@ -232,7 +232,7 @@ def test_a_batch_fills_an_accelerator_but_not_its_memory_with_logits():
 
 
 def test_a_model_under_autocast_is_scored_in_its_weights_own_precision(make_model, hellaswag_tokenizer, hellaswag_rows):
-    from modeling_gpt2repro.evaluation.distributed import evaluate_hellaswag, without_autocast
+    from modeling_gpt2repro.evaluation.distributed import evaluate_hellaswag, in_own_precision
 
     AcceleratorState._reset_state(reset_partial_state=True)  # other tests have made one without mixed precision
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
@@ -242,7 +242,7 @@ def test_a_model_under_autocast_is_scored_in_its_weights_own_precision(make_mode
         expected = plain(ids).logits
         prepared = accelerator.prepare_model(plain, evaluation_mode=True)
         assert not torch.equal(prepared(ids).logits, expected)
-        with without_autocast(prepared):
+        with in_own_precision(prepared):
             assert torch.equal(prepared(ids).logits, expected)
         assert not torch.equal(prepared(ids).logits, expected)
     task = prepare_hellaswag(prepared, hellaswag_tokenizer, hellaswag_rows)

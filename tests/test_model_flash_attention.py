@@ -10,7 +10,10 @@ from types import ModuleType
 
 import pytest
 import torch
+import toy_runs
 from transformers import DataCollatorWithFlattening, modeling_flash_attention_utils
+
+from modeling_gpt2repro.training import launch
 
 
 def attend(q, k, v, softmax_scale, causal):
@@ -241,3 +244,20 @@ def test_flash_attention_is_one_graph_also_for_a_single_row(carried, random_ids,
     carried.set_attn_implementation(flash[0])
     compiled = torch.compile(carried, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, eager, atol=0.02, rtol=0)
+
+
+def test_a_training_with_flash_attention_is_evaluated_too(shards, flash, tmp_path, monkeypatch):
+    """In mixed precision, as the kernels take 16 bits only; HellaSwag, in the fp32 of the weights, by sdpa."""
+    name, calls = flash
+    monkeypatch.setitem(toy_runs.CPU_FP32, "ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setattr(launch, "cpu_lacks_bf16", lambda: False)
+    runs = {}
+    for attention in ("sdpa", name):
+        runs[attention] = tmp_path / attention
+        given = {"attn_implementation": attention, "train_tokens": 3 * 256, "eval_steps": 2, "eval_tokens": 320}
+        assert toy_runs.train_here(runs[attention], shards, **given, num_samples=1) == 0
+        assert ("rows" in calls) == (attention == name)
+    for number, most in (("loss", 0.01), ("validation_loss", 0.01), ("hellaswag_lm_eval_acc_norm", 1 / 7)):
+        first, second = (toy_runs.rows_of(folder, number) for folder in runs.values())
+        assert len(first) == 3
+        assert second == pytest.approx(first, abs=most)

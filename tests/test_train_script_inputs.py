@@ -86,6 +86,11 @@ def test_a_folder_that_is_not_of_a_run_is_left_alone(shards, tmp_path, capsys):
     assert (tmp_path / "model" / "mine.txt").read_text() == "precious"
 
 
+def test_flash_attention_without_mixed_precision_is_refused(shards, tmp_path, capsys):
+    assert train_here(tmp_path / "run", shards, attn_implementation="flash_attention_2") == 2
+    assert "takes 16 bits only: launch with --mixed_precision bf16, or take sdpa." in capsys.readouterr().err
+
+
 def test_deepspeed_is_refused_with_what_takes_its_place(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # what its launcher sets
     assert "launch with accelerate_configs/fsdp2.yaml" in refused(capsys, tmp_path / "run", shards)

@@ -33,15 +33,22 @@ def validation_loss(
 
 
 @contextmanager
-def without_autocast(model: nn.Module) -> Iterator[None]:
+def in_own_precision(model: nn.Module) -> Iterator[None]:
     """Compute in the weights' own precision: with bf16 logits about 1 % of HellaSwag's answers change.
 
-    Accelerate sets its autocast on the instance, in front of the class's forward.
+    Accelerate sets its autocast on the instance, in front of the class's forward. Flash-attention, which takes 16 bits
+    only, gives way to sdpa.
     """
-    forward = model.__dict__.pop("forward", None)
+    forward, config = model.__dict__.pop("forward", None), getattr(model, "config", None)
+    attention = getattr(config, "_attn_implementation", None) or ""
+    too_wide = "flash" in attention and next(model.parameters()).dtype == torch.float32
     try:
+        if too_wide:
+            config._attn_implementation = "sdpa"
         yield
     finally:
+        if too_wide:
+            config._attn_implementation = attention
         if forward is not None:
             model.forward = forward
 
@@ -60,7 +67,7 @@ def evaluate_hellaswag(
         `hellaswag_seconds`; and the rows of all processes.
     """
     started = time.perf_counter()
-    with without_autocast(model):
+    with in_own_precision(model):
         results = score_task(model, task)
     numbers = {}
     for protocol, count in count_correct(results, task.protocols).items():
@@ -83,4 +90,6 @@ def hellaswag_accuracies(
 ) -> dict[str, float]:
     """`evaluate_hellaswag` for once: a caller that scores again keeps the task."""
     place = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
-    return evaluate_hellaswag(accelerator, model, prepare_hellaswag(model, tokenizer, rows, **place))[0]
+    with in_own_precision(model):
+        task = prepare_hellaswag(model, tokenizer, rows, **place)
+    return evaluate_hellaswag(accelerator, model, task)[0]

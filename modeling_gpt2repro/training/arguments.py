@@ -197,8 +197,8 @@ class TrainArguments:
                 yield f"train_tokens ({self.train_tokens}) must be at least one step ({self.tokens_per_step})."
         if self.document_mask and self.attn_implementation.startswith("flash"):
             yield (
-                f"attn_implementation ({self.attn_implementation}) keeps documents apart in batches of one row only: "
-                "with --document_mask, take sdpa."
+                f"attn_implementation ({self.attn_implementation}) waits for the device in each micro-batch to keep "
+                "documents apart, and breaks the compiled step into pieces: with --document_mask, take sdpa."
             )
         if self.shards is not None and not Path(self.shards).is_dir():
             yield f"there is no folder {self.shards}: prepare it with prepare_data.py --output_dir {self.shards}."

@@ -32,7 +32,8 @@ def start_accelerator(args: TrainArguments) -> Accelerator:
     Compiles on CUDA, where Triton is, unless told otherwise; takes fp32 on a CPU that would only emulate bf16.
 
     Raises:
-        ValueError: If the launcher started several processes that do not see each other, or asks for fp16 or DeepSpeed.
+        ValueError: If the launcher started several processes that do not see each other, or asks for fp16,
+            DeepSpeed, or flash-attention in fp32.
     """
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
@@ -67,6 +68,11 @@ def start_accelerator(args: TrainArguments) -> Accelerator:
         accelerator.print("Nothing is compiled: Triton is missing here.")
     if accelerator.mixed_precision == "fp16":
         raise ValueError("mixed precision fp16 needs a loss scale that checkpoints do not hold: use bf16, or no.")
+    if "flash" in args.attn_implementation and accelerator.mixed_precision == "no":
+        raise ValueError(
+            f"attn_implementation ({args.attn_implementation}) takes 16 bits only: launch with --mixed_precision bf16, "
+            "or take sdpa."
+        )
     if accelerator.num_processes != args.num_processes:
         raise ValueError(
             f"the launcher started {args.num_processes} processes, but each sees {accelerator.num_processes}: they "
