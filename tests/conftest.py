@@ -12,14 +12,16 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from warm_python import ROOT, WarmPython
 
 
 @dataclass(frozen=True)
 class LoopbackHub:
     """A Hub on 127.0.0.1 (`loopback_hub.py`) that serves the folders below `root / "models"` and `root / "datasets"`.
 
-    The clients read HF_ENDPOINT when they are imported: what talks to it runs in a subprocess with `environment`, and
-    to push to "user/<any name>" also with HF_TOKEN set to `token`. What was pushed lies below `root` in its turn.
+    The clients read HF_ENDPOINT when they are imported: what talks to it runs by `warm_python`, or in a subprocess with
+    `environment`, and to push to "user/<any name>" also with HF_TOKEN set to `token`. What was pushed lies below `root`
+    in its turn.
     """
 
     endpoint: str
@@ -78,6 +80,14 @@ def hub(tmp_path_factory) -> Iterator[LoopbackHub]:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         yield LoopbackHub(**json.loads(server.stdout.readline()), root=root)
         server.stdin.close()  # which ends it
+
+
+@pytest.fixture(scope="session")
+def warm_python(hub, tmp_path_factory) -> WarmPython:
+    """Processes on one thread that see the loopback Hub, and no cache but this run's."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = hub.environment(tmp_path_factory.mktemp("home"))
+    return WarmPython(environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
 
 
 @pytest.fixture
@@ -167,6 +177,21 @@ def tiny_tokenizer(tiny_texts):
     from modeling_gpt2repro.data.tokenizer import train_tokenizer
 
     return train_tokenizer(tiny_texts, vocab_size=300)
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer(tmp_path_factory):
+    """GPT-2's own, from the files that tiktoken would download."""
+    from modeling_gpt2repro.data.tokenizer import load_tokenizer
+
+    shared = ROOT / "../shared/data"
+    if not shared.is_dir():
+        pytest.skip("GPT-2's vocabulary is not in ../shared/data")
+    folder = tmp_path_factory.mktemp("gpt2") / "tiktoken"
+    shutil.copytree(shared / "tiktoken_cache", folder)  # tiktoken deletes what it finds damaged
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+        return load_tokenizer("gpt2")
 
 
 @pytest.fixture(scope="session")
@@ -275,9 +300,9 @@ def shards(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(shards, tmp_path_factory) -> tuple[Path, str]:
+def finished(shards, warm_python, tmp_path_factory) -> tuple[Path, str]:
     """One whole toy run on one process, and what it printed; tests read it and leave it as it is."""
-    from toy_runs import train
+    from toy_runs import CPU_FP32, SCRIPT, toy_flags
 
     output_dir = tmp_path_factory.mktemp("runs") / "one"
-    return output_dir, train(output_dir, shards).stdout
+    return output_dir, warm_python.run(SCRIPT, *toy_flags(output_dir, shards), **CPU_FP32).stdout

@@ -21,14 +21,11 @@ SHARED = REPOSITORY / "../shared/data"
 
 
 @pytest.fixture(scope="module")
-def benchmark_run(tmp_path_factory) -> tuple[Path, str]:
+def benchmark_run(warm_python, tmp_path_factory) -> tuple[Path, str]:
     """The file that a toy run wrote, and what it printed."""
     output = tmp_path_factory.mktemp("benchmark") / "results" / "training_step.json"
     flags = ["--shape", "toy", "--device", "cpu", "--rounds", "2", "--steps", "2", "--micro_batches", "2"]
-    command = [sys.executable, "-m", "benchmarks.training_step", *flags, "--output", str(output)]
-    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    return output, ran.stdout
+    return output, warm_python.run("-m", "benchmarks.training_step", *flags, "--output", output).stdout
 
 
 def test_our_step_and_the_plain_loop_have_the_same_losses(benchmark_run):

@@ -1,9 +1,7 @@
 """Whatever a document holds, its ids decode to it, and nothing but us marks where documents begin."""
 
 import json
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +14,7 @@ from modeling_gpt2repro.data.prepare import prepare_shards
 from modeling_gpt2repro.data.rows import BatchShape, TokenRows
 from modeling_gpt2repro.data.sources import local_source
 from modeling_gpt2repro.data.stream import StreamedBatches
-from modeling_gpt2repro.data.tokenizer import load_tokenizer
 
-SHARED = Path(__file__).parents[1] / "../shared/data"
 END = "<|endoftext|>"
 
 TEXTS = {
@@ -56,17 +52,9 @@ before_any_tokenizer = pytest.mark.parametrize("tokenizer", ["trained"], indirec
 
 
 @pytest.fixture(scope="module", params=["gpt2", "trained"])
-def tokenizer(request, tmp_path_factory):
+def tokenizer(request):
     """GPT-2's own, by tiktoken, and a trained one, by `tokenizers`, for where there is no GPT-2."""
-    if request.param == "trained":
-        return request.getfixturevalue("tiny_tokenizer")
-    if not SHARED.is_dir():
-        pytest.skip("GPT-2's vocabulary is not in ../shared/data")
-    folder = tmp_path_factory.mktemp("gpt2") / "tiktoken"
-    shutil.copytree(SHARED / "tiktoken_cache", folder)  # tiktoken deletes what it finds damaged
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
-        return load_tokenizer("gpt2")
+    return request.getfixturevalue("tiny_tokenizer" if request.param == "trained" else "gpt2_tokenizer")
 
 
 def write_parquet(path, texts):

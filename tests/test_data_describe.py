@@ -1,10 +1,7 @@
 """Looking at prepared data: the figures are those of the documents, and what is cut is said to be cut."""
 
 import json
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,8 +132,6 @@ def test_what_cannot_be_described_is_a_sentence_and_exit_code_2(tmp_path, token_
         assert message.endswith(".\n")
 
 
-def test_it_runs_as_a_command(token_shards):
-    command = [sys.executable, "-m", "modeling_gpt2repro.data.describe", str(token_shards.folder)]
-    ran = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+def test_it_runs_as_a_command(token_shards, warm_python):
+    ran = warm_python.run("-m", "modeling_gpt2repro.data.describe", token_shards.folder)
     assert "its first document" in ran.stdout

@@ -104,11 +104,9 @@ def told_by(capsys, folder, arguments, *more):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked, to import once")
-def test_killed_before_or_after_any_file_it_goes_on_to_the_same_bytes(tmp_path, texts):
+def test_killed_before_or_after_any_file_it_goes_on_to_the_same_bytes(tmp_path, texts, warm_python):
     arguments, expected = texts
-    command = [sys.executable, "-c", KILLED_EVERYWHERE, str(tmp_path), *arguments]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    done = warm_python.run("-c", KILLED_EVERYWHERE, tmp_path, *arguments)
     results = json.loads(done.stdout.splitlines()[-1])
     shards = [name for name in expected if name.endswith(".npy")]
     assert len(results) == 1 + 5 + len(shards) + 1  # plan, units, shards, manifest
@@ -127,9 +125,9 @@ def test_two_processes_killed_in_the_middle_leave_nothing_behind_and_one_goes_on
 ):
     """Also: two workers make the bytes that one makes."""
     pq.write_table(
-        pa.table({"text": [f"{i}: {text}" for i, text in enumerate(tiny_texts * 200)]}),
+        pa.table({"text": [f"{i}: {text}" for i, text in enumerate(tiny_texts * 100)]}),
         tmp_path / "texts.parquet",
-        row_group_size=1600,
+        row_group_size=800,
     )
     arguments = ["--train_files", str(tmp_path / "texts.parquet"), *texts[0][2:6]]
     command = [sys.executable, "prepare_data.py", "--output_dir", str(tmp_path / "out"), *arguments, "--workers", "2"]

@@ -32,8 +32,8 @@ def gpt2_files(tmp_path, monkeypatch):
 
 
 @needs_shared
-def test_gpt2_from_tiktokens_files_is_the_published_tokenizer(gpt2_files):
-    ours, published = load_tokenizer("gpt2"), AutoTokenizer.from_pretrained(SHARED / "gpt2_tokenizer")
+def test_gpt2_from_tiktokens_files_is_the_published_tokenizer(gpt2_tokenizer):
+    ours, published = gpt2_tokenizer, AutoTokenizer.from_pretrained(SHARED / "gpt2_tokenizer")
     text = (SHARED / "text/wikitext2_valid.txt").read_text(encoding="utf-8")[:50_000]
     assert tokenizer_sha256(ours) == tokenizer_sha256(published) == GPT2_SHA256
     assert ours(text)["input_ids"] == published(text)["input_ids"]
@@ -43,10 +43,10 @@ def test_gpt2_from_tiktokens_files_is_the_published_tokenizer(gpt2_files):
 
 
 @needs_shared
-def test_the_encoder_gives_tiktokens_ids_and_marks_no_documents(gpt2_files):
+def test_the_encoder_gives_tiktokens_ids_and_marks_no_documents(gpt2_files, gpt2_tokenizer):
     import tiktoken
 
-    encode, reference = text_encoder(load_tokenizer("gpt2")), tiktoken.get_encoding("gpt2")
+    encode, reference = text_encoder(gpt2_tokenizer), tiktoken.get_encoding("gpt2")
     real = (SHARED / "text/tinyshakespeare.txt").read_text(encoding="utf-8")
     for text in (real, f"before{END} {END}after", "\x1c\n 中文 \u2028 \U0001f600's  \t\r\n", real[:999] + END + real):
         assert encode(text).tolist() == reference.encode_ordinary(text)
@@ -54,9 +54,9 @@ def test_the_encoder_gives_tiktokens_ids_and_marks_no_documents(gpt2_files):
 
 
 @needs_shared
-def test_the_encoder_survives_what_overflows_tiktoken(gpt2_files):
-    gpt2, blanks = load_tokenizer("gpt2"), " " * 1_100_000 + "x"
-    assert gpt2.decode(text_encoder(gpt2)(blanks)) == blanks
+def test_the_encoder_survives_what_overflows_tiktoken(gpt2_tokenizer):
+    blanks = " " * 1_100_000 + "x"
+    assert gpt2_tokenizer.decode(text_encoder(gpt2_tokenizer)(blanks)) == blanks
 
 
 def test_the_encoder_gives_the_tokenizers_ids_and_spells_a_literal_end_of_text(tiny_tokenizer, tiny_texts):

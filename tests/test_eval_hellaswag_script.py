@@ -3,10 +3,6 @@
 import hashlib
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -203,30 +199,9 @@ eval_hellaswag.main(["--model", model, "--data", data, "--device", "cpu", "--out
 """
 
 
-def test_two_processes_give_and_save_what_one_does(tmp_path, model_folder, hellaswag_rows, expected):
+def test_two_processes_give_and_save_what_one_does(tmp_path, warm_python, model_folder, hellaswag_rows, expected):
     data = write_rows(tmp_path / "rows.jsonl", hellaswag_rows)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(model_folder), data],
-            env={
-                **os.environ,
-                **meeting,
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(ROOT),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    said = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    both = warm_python.run_together(2, "-c", TWO_PROCESSES, model_folder, data, cwd=tmp_path)
     summary = summarize(expected)
     for rank in (0, 1):
         numbers = json.loads((tmp_path / f"numbers-{rank}.json").read_text())
@@ -235,8 +210,8 @@ def test_two_processes_give_and_save_what_one_does(tmp_path, model_folder, hella
     assert json.loads((tmp_path / "script.json").read_text())["results"] == as_json(summary)
     for name in ("training-1.jsonl", "script.jsonl"):
         assert_same_scores([saved.scores for saved in read_results(tmp_path / name)], expected)
-    assert "95 % intervals" in said[0][0]
-    assert said[1][0] == ""
+    assert "95 % intervals" in both[0].stdout
+    assert both[1].stdout == ""
 
 
 def problems_of(capsys, *arguments):
@@ -358,7 +333,9 @@ except SystemExit as exit:
 """
 
 
-def test_data_and_model_may_come_from_the_hub(hub, tmp_path, hellaswag_tokenizer, hellaswag_rows, make_model):
+def test_data_and_model_may_come_from_the_hub(
+    hub, warm_python, tmp_path, hellaswag_tokenizer, hellaswag_rows, make_model
+):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -369,15 +346,7 @@ def test_data_and_model_may_come_from_the_hub(hub, tmp_path, hellaswag_tokenizer
     model_repository = hub.new_repository("models/ns/tiny")
     make_model("stock", len(hellaswag_tokenizer)).save_pretrained(model_repository)
     hellaswag_tokenizer.save_pretrained(model_repository)
-    done = subprocess.run(
-        [sys.executable, "-c", CLIENT, str(tmp_path / "result.json")],
-        env=hub.environment(tmp_path / "home"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    done = warm_python.run("-c", CLIENT, tmp_path / "result.json")
     expected = summarize(
         score_hellaswag(make_model("stock", len(hellaswag_tokenizer)), hellaswag_tokenizer, hellaswag_rows[:2])
     )

@@ -225,16 +225,14 @@ def write_tokenizer(folder):
 
 
 @pytest.fixture(scope="module")
-def answers(hub, tmp_path_factory):
+def answers(hub, warm_python):
     """What `CLIENTS` got, and the requests it made as "log"."""
     write_fineweb(hub.new_repository("datasets/ns/text"))
     write_hellaswag(hub.new_repository("datasets/Rowan/hellaswag"))
     write_tokenizer(hub.new_repository("models/ns/tok"))
     seen = len(hub.log())
-    environment = hub.environment(tmp_path_factory.mktemp("home"))
-    run = subprocess.run([sys.executable, "-c", CLIENTS], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1]) | {"log": hub.log()[seen:]}
+    told = warm_python.run("-c", CLIENTS).stdout
+    return json.loads(told.splitlines()[-1]) | {"log": hub.log()[seen:]}
 
 
 def requests_of(answers, origin, text):

@@ -39,7 +39,8 @@ def tokenizer_folder(tmp_path, tiny_tokenizer):
     return str(tmp_path / "tiny")
 
 
-def test_local_text_becomes_shards_and_is_told(tmp_path, capsys, tiny_texts):
+def test_local_text_becomes_shards_and_is_told(tmp_path, capsys, tiny_texts, monkeypatch):
+    monkeypatch.setenv("GPT2REPRO_LAZY", "1")  # for the workers, as the script does
     (tmp_path / "a.txt").write_text("\n".join(tiny_texts[:100]))
     write_jsonl(tmp_path / "b.jsonl", tiny_texts[100:])
     out = tmp_path / "deep/down/out"
@@ -115,11 +116,14 @@ def test_a_finished_folder_is_left_alone(tmp_path, capsys, token_shards, tokeniz
 
 FILES = ["sample/10BT/000_00000.parquet", "sample/10BT/001_00000.parquet"]
 
-# What would be retried inside the Hub's client for 23 seconds comes back to us at once.
+# What would be retried inside the Hub's client for 23 seconds comes back to us at once, and we do not wait either.
 IMPATIENT = """
 import functools
+from types import SimpleNamespace
 import huggingface_hub.hf_file_system as hub
+from modeling_gpt2repro.data import hub_files
 hub.http_backoff = functools.partial(hub.http_backoff, max_retries=0)
+hub_files.time = SimpleNamespace(sleep=lambda seconds: None)
 """
 
 PREPARE = """
@@ -127,6 +131,7 @@ import sys
 import prepare_data
 prepare_data.main(sys.argv[1:])
 """
+SCRIPT = REPOSITORY / "prepare_data.py"
 
 # Streams in one process and in two, and prints the rows.
 STREAM = """
@@ -174,12 +179,6 @@ def fineweb(hub, tiny_texts):
     return folder
 
 
-def run(hub, home, code, *argv):
-    command = [sys.executable, "-c", code, *map(str, argv)]
-    environment = hub.environment(home)
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
-
-
 def hub_arguments(out, tokenizer_folder, *more):
     dataset = ["--dataset_name", "ns/fineweb", "--dataset_config_name", "sample-10BT", "--validation_share", "0.1"]
     return ["--output_dir", out, *dataset, "--tokenizer", tokenizer_folder, "--workers", "1", *more]
@@ -193,11 +192,10 @@ def local_shards(out, fineweb, tokenizer_folder):
 
 
 def test_a_hub_dataset_becomes_the_shards_of_its_files_and_only_two_columns_travel(
-    tmp_path, hub, fineweb, tokenizer_folder
+    tmp_path, hub, warm_python, fineweb, tokenizer_folder
 ):
     seen = len(hub.log())
-    done = run(hub, tmp_path / "home", PREPARE, *hub_arguments(tmp_path / "out", tokenizer_folder))
-    assert done.returncode == 0, done.stderr
+    warm_python.run(SCRIPT, *hub_arguments(tmp_path / "out", tokenizer_folder))
     shards = open_shards(tmp_path / "out")
     assert shards.fingerprint == local_shards(tmp_path / "local", fineweb, tokenizer_folder).fingerprint
     source = shards.manifest["source"]
@@ -217,7 +215,7 @@ def test_a_hub_dataset_becomes_the_shards_of_its_files_and_only_two_columns_trav
         assert downloaded < size / 5
 
 
-def test_a_busy_hub_is_survived(tmp_path, hub, fineweb, tokenizer_folder):
+def test_a_busy_hub_is_survived(tmp_path, hub, warm_python, fineweb, tokenizer_folder):
     """Errors where the client gives up at once, and where it would try again: refused, too many, cut off, dropped."""
     first, second = (f"GET /lfs/.*{name}" for name in FILES)
     rules = [
@@ -229,14 +227,13 @@ def test_a_busy_hub_is_survived(tmp_path, hub, fineweb, tokenizer_folder):
         {"match": second, "drop": 0, "times": 1},
     ]
     with hub.faults(*rules):
-        done = run(hub, tmp_path / "home", IMPATIENT + PREPARE, *hub_arguments(tmp_path / "out", tokenizer_folder))
-    assert done.returncode == 0, done.stderr
+        warm_python.run("-c", IMPATIENT + PREPARE, *hub_arguments(tmp_path / "out", tokenizer_folder))
     local = local_shards(tmp_path / "local", fineweb, tokenizer_folder)
     assert open_shards(tmp_path / "out").fingerprint == local.fingerprint
 
 
 def test_a_hub_that_is_gone_is_told_with_the_unit_and_what_is_finished_is_not_read_again(
-    tmp_path, hub, fineweb, tokenizer_folder
+    tmp_path, hub, warm_python, fineweb, tokenizer_folder
 ):
     second = f"GET /lfs/.*{FILES[1]}"
     rules = [
@@ -245,10 +242,10 @@ def test_a_hub_that_is_gone_is_told_with_the_unit_and_what_is_finished_is_not_re
         {"match": second, "drop": 700},
     ]
     two_retries = "from modeling_gpt2repro.data import documents\nretry = documents.retrying\n"
-    two_retries += "documents.retrying = lambda work: retry(work, retries=2, wait_seconds=0.01)\n"
+    two_retries += "documents.retrying = lambda work: retry(work, retries=2)\n"
     with hub.faults(*rules):
-        code = IMPATIENT + two_retries + PREPARE
-        done = run(hub, tmp_path / "home", code, *hub_arguments(tmp_path / "out", tokenizer_folder))
+        program = IMPATIENT + two_retries + PREPARE
+        done = warm_python.run("-c", program, *hub_arguments(tmp_path / "out", tokenizer_folder), check=False)
     assert done.returncode == 2
     told = done.stderr.splitlines()[-1]
     assert "row group 0 of hf://datasets/ns/fineweb@" in told
@@ -257,20 +254,15 @@ def test_a_hub_that_is_gone_is_told_with_the_unit_and_what_is_finished_is_not_re
     assert sorted(finished_units(tmp_path / "out")) == [0, 1, 2, 3]
 
     seen = len(hub.log())
-    command = [sys.executable, "prepare_data.py", *hub_arguments(tmp_path / "out", tokenizer_folder), "--workers", "2"]
-    environment = hub.environment(tmp_path / "home")
-    done = subprocess.run(list(map(str, command)), cwd=REPOSITORY, env=environment, capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    warm_python.run(SCRIPT, *hub_arguments(tmp_path / "out", tokenizer_folder), "--workers", "2")
     asked = [line["path"] for line in hub.log()[seen:] if line["origin"] == "cdn"]
     assert sum(path.endswith(FILES[0]) for path in asked) == 1  # the footer
     local = local_shards(tmp_path / "local", fineweb, tokenizer_folder)
     assert open_shards(tmp_path / "out").fingerprint == local.fingerprint
 
 
-def test_a_stream_from_the_hub_gives_the_same_rows_to_one_process_and_to_two(tmp_path, hub, fineweb, tokenizer_folder):
-    done = run(hub, tmp_path / "home", STREAM, tokenizer_folder)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
+def test_a_stream_from_the_hub_gives_the_same_rows_to_one_process_and_to_two(warm_python, fineweb, tokenizer_folder):
+    answer = json.loads(warm_python.run("-c", STREAM, tokenizer_folder).stdout)
     assert answer["rows"]["1"] == answer["rows"]["2"]
     assert len(answer["rows"]["1"]) == 24
     assert answer["summary"] == "ns/fineweb, streamed: 7 units in 4 lanes"
@@ -278,7 +270,7 @@ def test_a_stream_from_the_hub_gives_the_same_rows_to_one_process_and_to_two(tmp
     assert len(answer["identity"]["data"]["revision"]) == 40
 
 
-def test_what_the_hub_does_not_have_is_a_sentence(tmp_path, hub, fineweb, tokenizer_folder):
+def test_what_the_hub_does_not_have_is_a_sentence(hub, warm_python, fineweb):
     (hub.new_repository("datasets/ns/csv") / "train.csv").write_text("body\nthe sea\n")
     code = """
 import sys
@@ -290,7 +282,7 @@ for names in (("ns/nothing", None), ("ns/fineweb", "sample-1T"), ("ns/fineweb", 
     except ValueError as error:
         print(error)
 """
-    told = run(hub, tmp_path / "home", code).stdout.splitlines()
+    told = warm_python.run("-c", code).stdout.splitlines()
     assert [line.split(" does not open: ")[0] for line in told] == [
         "the Hub's dataset ns/nothing",
         "the Hub's dataset ns/fineweb (sample-1T)",
@@ -304,16 +296,17 @@ for names in (("ns/nothing", None), ("ns/fineweb", "sample-1T"), ("ns/fineweb", 
     assert told[4].endswith("it has no text column 'text'; it has body: name one by --text_column.")
 
 
-def test_a_hub_dataset_that_is_not_parquet_gives_the_same_ids_as_its_files(tmp_path, hub, tiny_texts, tokenizer_folder):
+def test_a_hub_dataset_that_is_not_parquet_gives_the_same_ids_as_its_files(
+    tmp_path, hub, warm_python, tiny_texts, tokenizer_folder
+):
     folder = hub.new_repository("datasets/ns/lines")
     for number in range(3):
         rows = [{"id": f"{number}-{row}", "text": text, "more": row} for row, text in enumerate(tiny_texts[:60])]
         rows[7]["text"] = "" if number else "  "
         (folder / f"train-{number}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = ["--tokenizer", tokenizer_folder, "--validation_share", "0.2"]
-    hub_options = ["--dataset_name", "ns/lines", "--workers", "2", "--output_dir", tmp_path / "hub"]
-    done = run(hub, tmp_path / "home", PREPARE, *hub_options, *options)
-    assert done.returncode == 0, done.stderr
+    hub_options = ["--dataset_name", "ns/lines", "--workers", "1", "--output_dir", tmp_path / "hub"]
+    warm_python.run(SCRIPT, *hub_options, *options)
     prepare_data.main(["--output_dir", str(tmp_path / "local"), "--train_files", f"{folder}/*.jsonl", *options])
     from_hub, local = open_shards(tmp_path / "hub"), open_shards(tmp_path / "local")
     assert from_hub.fingerprint == local.fingerprint
@@ -322,13 +315,10 @@ def test_a_hub_dataset_that_is_not_parquet_gives_the_same_ids_as_its_files(tmp_p
 
 
 def test_no_network_is_a_sentence_and_soon(tmp_path, hub, tokenizer_folder):
-    class NoHub:
-        @staticmethod
-        def environment(home):
-            return hub.environment(home) | {"HF_ENDPOINT": "http://127.0.0.1:9"}  # the port for discarding
-
+    command = [sys.executable, str(SCRIPT), *map(str, hub_arguments(tmp_path / "out", tokenizer_folder))]
+    environment = hub.environment(tmp_path / "home") | {"HF_ENDPOINT": "http://127.0.0.1:9"}  # the port for discarding
     started = time.monotonic()
-    done = run(NoHub, tmp_path / "home", PREPARE, *hub_arguments(tmp_path / "out", tokenizer_folder))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, time.monotonic() - started < 25) == (2, True)  # nearly all of it is for imports
     assert "the Hub cannot be reached for ns/fineweb (sample-10BT)" in done.stderr
     assert "Traceback" not in done.stderr

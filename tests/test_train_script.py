@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toy_runs import ROOT, ROWS, SHAPE, STEPS, as_flags, rows_of, train, train_here
+from toy_runs import CPU_FP32, ROOT, ROWS, SCRIPT, SHAPE, STEPS, as_flags, rows_of, toy_flags, train, train_here
 
 
 def plain_start(shards: Path) -> tuple[nn.Module, np.ndarray, list[int]]:
@@ -80,20 +80,26 @@ def test_who_may_read_the_record_of_a_run_may_read_all_of_it(finished):
     assert set(modes.values()) == {modes["run.json"]}, modes
 
 
-@pytest.mark.parametrize(
-    ("processes", "rows", "words"),
-    [
-        # 8 rows a step: three micro-batches of one row on each process, the last of which has none on the third.
-        (3, 1, "3 processes x 3 micro-batches x 1 row x 32 tokens, less 1 row left empty"),
-        pytest.param(2, 3, "2 processes x 2 micro-batches x 2 rows x 32 tokens\n", marks=pytest.mark.slow),
-    ],
-)
-def test_several_processes_equal_one(finished, shards, tmp_path, processes, rows, words):
-    result = train(tmp_path / "run", shards, processes=processes, per_device_train_batch_size=rows)
-    assert words in result.stdout
+def assert_equal_curves(run, other):
     hellaswag = ("hellaswag_completion_acc_norm", "hellaswag_lm_eval_acc")
     for name in ("loss", "grad_norm", "validation_loss", *hellaswag):
-        assert rows_of(tmp_path / "run", name) == pytest.approx(rows_of(finished[0], name), abs=1e-5), name
+        assert rows_of(run, name) == pytest.approx(rows_of(other, name), abs=1e-5), name
+
+
+def test_three_processes_equal_one(finished, shards, warm_python, tmp_path):
+    """8 rows a step: three micro-batches of one row on each process, the last of which has none on the third."""
+    flags = toy_flags(tmp_path / "run", shards, per_device_train_batch_size=1)
+    first, *others = warm_python.run_together(3, SCRIPT, *flags, **CPU_FP32)
+    assert "3 processes x 3 micro-batches x 1 row x 32 tokens, less 1 row left empty" in first.stdout
+    assert [process.stdout for process in others] == ["", ""]
+    assert_equal_curves(tmp_path / "run", finished[0])
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchs_launcher_equal_one(finished, shards, tmp_path):
+    result = train(tmp_path / "run", shards, processes=2, per_device_train_batch_size=3)
+    assert "2 processes x 2 micro-batches x 2 rows x 32 tokens\n" in result.stdout
+    assert_equal_curves(tmp_path / "run", finished[0])
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5])
@@ -210,7 +216,7 @@ for number, folder in enumerate(sys.argv[3:]):
 
 
 def test_the_quickstart_needs_nothing_but_python(tmp_path):
-    short = {"train_tokens": 60 * 1024, "warmup_tokens": 10 * 1024, "eval_steps": 0, "sample_tokens": 5}
+    short = {"train_tokens": 40 * 1024, "warmup_tokens": 5 * 1024, "eval_steps": 0, "sample_tokens": 5}
     short["eval_tokens"] = 8192
     flags = as_flags({"preset": "quickstart", "output_dir": tmp_path / "run", **short})
     result = subprocess.run(
@@ -229,7 +235,7 @@ def test_the_quickstart_needs_nothing_but_python(tmp_path):
     assert len(rows_of(tmp_path / "run", "validation_bits_per_byte")) == 2
 
 
-def test_a_stream_from_the_hub_goes_on_with_the_very_next_row(shards, hub, tmp_path, monkeypatch):
+def test_a_stream_from_the_hub_goes_on_with_the_very_next_row(shards, hub, warm_python, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -237,18 +243,14 @@ def test_a_stream_from_the_hub_goes_on_with_the_very_next_row(shards, hub, tmp_p
     texts = [json.loads(line)["text"] for line in lines]
     table = pa.table({"text": texts, "id": [f"doc-{i}" for i in range(len(texts))]})
     pq.write_table(table, hub.new_repository("datasets/toy/prose") / "train.parquet", row_group_size=8)
-    environment = hub.environment(tmp_path / "home")
-    for name in set(os.environ) - set(environment):
-        monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
     stream = {"dataset_name": "toy/prose", "tokenizer": shards / "tokenizer", "train_tokens": 12 * ROWS * 32}
     stream |= {"save_steps": 5, "eval_steps": 0, "num_samples": 0}
-    train(tmp_path / "one", None, **stream)
+    command = [SCRIPT, *toy_flags(tmp_path / "one", None, **stream)]
+    warm_python.run(*command, **CPU_FP32)
     never_stopped = rows_of(tmp_path / "one")
     shutil.rmtree(tmp_path / "one" / "step-000012")
     shutil.rmtree(tmp_path / "one" / "step-000010")
-    again = train(tmp_path / "one", None, resume_from_checkpoint="latest", **stream)
+    again = warm_python.run(*command, "--resume_from_checkpoint", "latest", **CPU_FP32)
     assert "going on from step 5" in again.stdout
     assert rows_of(tmp_path / "one") == never_stopped
 

@@ -1,14 +1,11 @@
 """What train_accelerate.py says where it cannot go on, and what it leaves alone."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from toy_runs import RECIPE, ROOT, as_flags, train, train_here
+from toy_runs import CPU_FP32, RECIPE, as_flags, toy_flags, train_here
 
 import train_accelerate
 
@@ -73,10 +70,15 @@ def test_weights_that_do_not_fit_are_refused_in_words(finished, shards, tiny_tok
     assert "weights that cannot be read" in refused(capsys, tmp_path / "4", shards, init_from=tmp_path / "other")
 
 
-def test_two_processes_end_together_on_weights_that_are_not_there(shards, tmp_path):
-    result = train(tmp_path / "run", shards, processes=2, check=False, init_from=tmp_path / "nowhere")
-    assert result.returncode != 0
-    assert "no model that can be read" in result.stderr
+def test_two_processes_end_together_on_weights_that_are_not_there(shards, warm_python, tmp_path):
+    program = (  # the second does not wait for a launcher to end it
+        "from modeling_gpt2repro.training import command_line; command_line.SECONDS_FOR_THE_FIRST_PROCESS = 0\n"
+        "import sys, train_accelerate; train_accelerate.main(sys.argv[1:])"
+    )
+    flags = toy_flags(tmp_path / "run", shards, init_from=tmp_path / "nowhere")
+    both = warm_python.run_together(2, "-c", program, *flags, check=False, **CPU_FP32)
+    assert [process.returncode for process in both] == [2, 2]
+    assert all("no model that can be read" in process.stderr for process in both)
 
 
 def test_a_folder_that_is_not_of_a_run_is_left_alone(shards, tmp_path, capsys):
@@ -97,17 +99,13 @@ def test_deepspeed_is_refused_with_what_takes_its_place(shards, tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_that_do_not_see_each_other_are_stopped(shards, tmp_path):
-    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0", "ACCELERATE_MIXED_PRECISION": "no"}
-    environment.pop("ACCELERATE_USE_CPU", None)
-    recipe = {**RECIPE, "per_device_train_batch_size": 2, "hellaswag": "none"}
-    flags = as_flags({"shards": shards, "output_dir": tmp_path / "run", **recipe})
+def test_processes_that_do_not_see_each_other_are_stopped(shards, warm_python, tmp_path):
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "ACCELERATE_MIXED_PRECISION": "no"}  # no ACCELERATE_USE_CPU
+    flags = toy_flags(tmp_path / "run", shards, per_device_train_batch_size=2, hellaswag="none")
     program = (
         "import torch; torch.cuda.is_available = lambda: False\nimport sys, train_accelerate as t; t.main(sys.argv[1:])"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
+    result = warm_python.run("-c", program, *flags, check=False, **environment)
     assert result.returncode == 2, result.stderr
     assert "started 2 processes, but each sees 1" in result.stderr
     assert not (tmp_path / "run").exists()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from test_train_script import plain_start
-from toy_runs import CPU_FP32, RECIPE, ROOT, ROWS, as_flags, rows_of, train_here
+from toy_runs import CPU_FP32, RECIPE, ROWS, SCRIPT, as_flags, rows_of, train_here
 
 import train_accelerate
 from modeling_gpt2repro.hub.run_log import read_metrics
@@ -303,7 +303,7 @@ def start(output_dir, shards, processes: int, launcher: tuple[str, ...] = (), **
     recipe = RECIPE | {"train_tokens": 100_000 * ROWS * 32, "eval_steps": 0, "num_samples": 0, "hellaswag": "none"}
     flags = as_flags({"shards": shards, "output_dir": output_dir, **recipe, **overrides})
     return subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "train_accelerate.py"), *flags],
+        [sys.executable, *launcher, str(SCRIPT), *flags],
         env={**os.environ, **CPU_FP32},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -465,21 +465,17 @@ def test_a_signal_to_accelerate_launch_reaches_the_run(shards, tmp_path, usual_s
     launcher.wait(timeout=10)
 
 
-def test_a_checkpoint_on_the_hub_at_a_revision_is_gone_on_from(finished, shards, hub, tmp_path):
+def test_a_checkpoint_on_the_hub_at_a_revision_is_gone_on_from(finished, shards, hub, warm_python, tmp_path):
     repository = hub.new_repository("models/toy/run")
     shutil.copytree(finished[0] / "step-000020", repository, dirs_exist_ok=True)
     program = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
 from toy_runs import train_here
 shards = Path({str(shards)!r})
 print("code", train_here(Path({str(tmp_path / "run")!r}), shards, resume_from_checkpoint="toy/run@main"))
 print("code", train_here(Path({str(tmp_path / "none")!r}), shards, resume_from_checkpoint="toy/nowhere@v9"))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program], env=hub.environment(tmp_path / "home"), capture_output=True, text=True
-    )
+    result = warm_python.run("-c", program)
     assert "going on from step 20" in result.stdout, result.stderr[-2000:]
     assert result.stdout.count("code 0") == 1
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()

@@ -3,9 +3,7 @@
 import itertools
 import json
 import math
-import os
 import platform
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -263,12 +261,11 @@ def test_an_unknown_preset_is_named_with_those_there_are(capsys):
     assert "there is no preset 'gpt5'; there are gpt2-124m" in capsys.readouterr().err
 
 
-def test_emulated_bf16_is_noticed():
+def test_emulated_bf16_is_noticed(warm_python):
     if platform.machine() not in ("x86_64", "AMD64") or hardware.cpu_lacks_bf16():
         pytest.skip("needs an x86 processor with bf16 instructions, which can be told to do without them")
     program = f"import runpy; print(runpy.run_path({hardware.__file__!r})['cpu_lacks_bf16']())"
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    result = warm_python.run("-c", program, ONEDNN_MAX_CPU_ISA="AVX2")  # which is read at the first product
     assert result.stdout == "True\n", result.stderr
 
 

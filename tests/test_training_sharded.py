@@ -1,13 +1,10 @@
 """Parameters spread over two processes by torch's own `fully_shard`, as accelerate shards on GPUs only; through the
 script itself: its step, its evaluation, its checkpoints."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
-from toy_runs import CPU_FP32, RECIPE, ROOT, as_flags, rows_of, train_here
+from toy_runs import CPU_FP32, rows_of, toy_flags, train_here
 
 SHARDED = """
 import sys
@@ -37,21 +34,13 @@ train_accelerate.main(sys.argv[1:])
 """
 
 
-def test_a_sharded_run_equals_a_whole_one_and_each_goes_on_from_the_others_checkpoint(finished, shards, tmp_path):
+def test_a_sharded_run_equals_a_whole_one_and_each_goes_on_from_the_others_checkpoint(
+    finished, shards, warm_python, tmp_path
+):
     whole = shutil.ignore_patterns("step-000020", "step-000030", "model")
     shutil.copytree(finished[0], tmp_path / "run", ignore=whole)
-    (tmp_path / "sharded.py").write_text(SHARDED)
-    flags = {"shards": shards, "hellaswag": shards.parent / "hellaswag.jsonl", "output_dir": tmp_path / "run"}
-    flags |= {**RECIPE, "per_device_train_batch_size": 2, "resume_from_checkpoint": "latest"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = subprocess.run(
-        [sys.executable, *launcher, str(tmp_path / "sharded.py"), *as_flags(flags)],
-        env={**os.environ, **CPU_FP32, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    flags = toy_flags(tmp_path / "run", shards, per_device_train_batch_size=2, resume_from_checkpoint="latest")
+    result = warm_python.run_together(2, "-c", SHARDED, *flags, **CPU_FP32)[0]
     assert "sharded: (150, 32) of (300, 32)" in result.stdout
     assert "going on from step 10" in result.stdout
     for name in ("loss", "grad_norm", "validation_loss", "hellaswag_completion_acc_norm"):

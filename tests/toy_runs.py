@@ -1,5 +1,6 @@
 """Toy runs of train_accelerate.py in processes of their own: what several test files compare."""
 
+import gc
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "train_accelerate.py"
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "seed": 11}
 STEPS, ROWS = 30, 8
 RECIPE = {
@@ -59,35 +61,32 @@ def as_flags(recipe: dict) -> list[str]:
     return [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
 
 
+def toy_flags(output_dir: Path, shards: Path | None, **overrides) -> list[str]:
+    """The command line of a toy run; without shards the overrides say where its data are."""
+    data = {"shards": shards, "hellaswag": shards.parent / "hellaswag.jsonl"} if shards else {"hellaswag": "none"}
+    return as_flags({**data, "output_dir": output_dir, **RECIPE, **overrides})
+
+
 CPU_FP32 = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
 
 
 def train(
     output_dir: Path,
-    shards: Path | None,
+    shards: Path,
     processes: int = 1,
-    check: bool = True,
     environment: dict[str, str] = CPU_FP32,
     **overrides,
 ) -> subprocess.CompletedProcess:
-    """Run the script in processes of its own; by `environment` in fp32 on the CPU with one thread."""
+    """Run the script as people do, in fresh processes; by `environment` in fp32 on the CPU with one thread."""
     launcher = [sys.executable]
     if processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    flags = as_flags(
-        {
-            **({"shards": shards, "hellaswag": shards.parent / "hellaswag.jsonl"} if shards else {"hellaswag": "none"}),
-            "output_dir": output_dir,
-            **RECIPE,
-            **overrides,
-        }
-    )
     return subprocess.run(
-        [*launcher, str(ROOT / "train_accelerate.py"), *flags],
+        [*launcher, str(SCRIPT), *toy_flags(output_dir, shards, **overrides)],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        check=check,
+        check=True,
         timeout=240,
     )
 
@@ -108,16 +107,17 @@ def train_here(output_dir: Path, shards: Path, **overrides) -> int:
     threads = torch.get_num_threads()
     before = {name: os.environ.get(name) for name in CPU_FP32}
     os.environ.update(CPU_FP32)
-    flags = {"shards": shards, "hellaswag": shards.parent / "hellaswag.jsonl", "output_dir": output_dir}
+    gc.freeze()  # the script looks for garbage twice, and need not look through all that the tests have imported
     try:
         torch.set_num_threads(1)
-        train_accelerate.main(as_flags({**flags, **RECIPE, **overrides}))
+        train_accelerate.main(toy_flags(output_dir, shards, **overrides))
     except SystemExit as end:
         if isinstance(end.code, str):  # as the interpreter does
             print(end.code, file=sys.stderr)
             return 1
         return end.code
     finally:
+        gc.unfreeze()
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
         for state in (AcceleratorState, PartialState, GradientState):

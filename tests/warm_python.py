@@ -1,0 +1,115 @@
+"""Python processes that begin with their imports done, for what has to run in a process of its own.
+
+A fresh interpreter takes four seconds to import what the scripts need, and the tests start some thirty. The fork server
+of multiprocessing imports it once and forks them; elsewhere than on Linux each one imports for itself.
+"""
+
+import gc
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parents[1]
+IMPORTED = [
+    "pytest",  # multiprocessing imports the main program of its parent
+    "datasets",
+    "torch.distributed.fsdp",
+    "eval_hellaswag",
+    "modeling_gpt2repro.data.executors",
+    "prepare_data",
+    "train_accelerate",
+]
+
+
+@dataclass(frozen=True)
+class WarmPython:
+    """Runs Python's command lines: -c PROGRAM, -m MODULE or a script, and its arguments.
+
+    Each has `environment`, and what a test adds; but what is read while importing, as HF_* are, a test cannot change.
+    A claim about imports needs a fresh interpreter instead.
+    """
+
+    environment: dict[str, str]
+
+    def run(self, *words, cwd: Path = ROOT, check: bool = True, **more: str) -> subprocess.CompletedProcess:
+        """One process; `more` is added to its environment. `check`: it must end well."""
+        return self.run_together(1, *words, cwd=cwd, check=check, **more)[0]
+
+    def run_together(
+        self, processes: int, *words, cwd: Path = ROOT, check: bool = True, timeout: float = 120, **more: str
+    ) -> list[subprocess.CompletedProcess]:
+        """The same in several processes, which find each other as those of torchrun do; by rank."""
+        words = list(map(str, words))
+        with TemporaryDirectory() as folder:
+            # `spawn` hands on the environment of this moment, the fork server keeps the one of its start.
+            with patch.dict(os.environ, self.environment, clear=True):
+                started = [
+                    _start(words, str(cwd), more | ranked, str(Path(folder, f"{rank}")))
+                    for rank, ranked in enumerate(_ranks(processes))
+                ]
+            for process in started:
+                process.join(timeout)
+            late = [process for process in started if process.is_alive()]
+            for process in late:
+                process.kill()
+                process.join()
+            ended = [
+                subprocess.CompletedProcess(words, process.exitcode, *_told(Path(folder, f"{rank}")))
+                for rank, process in enumerate(started)
+            ]
+        assert not late, f"still there after {timeout} seconds: {ended}"
+        assert not check or not any(process.returncode for process in ended), "\n".join(p.stderr for p in ended)
+        return ended
+
+
+def _ranks(processes: int) -> list[dict[str, str]]:
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    return [meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def _start(words: list[str], cwd: str, environment: dict[str, str], told: str) -> multiprocessing.Process:
+    forks = sys.platform == "linux"  # macOS can, but not safely with its own libraries loaded
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload(IMPORTED)
+    process = context.Process(target=_run, args=(words, cwd, environment, told))
+    process.start()
+    return process
+
+
+def _told(place: Path) -> list[str]:
+    return [place.with_suffix(kind).read_text(encoding="utf-8") for kind in (".out", ".err")]
+
+
+def _run(words: list[str], cwd: str, environment: dict[str, str], told: str):
+    """In the new process: what `python WORDS...` does."""
+    for descriptor, kind in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(told + kind, os.O_WRONLY | os.O_CREAT), descriptor)
+    gc.freeze()  # the imports are no garbage
+    os.environ.update(environment)
+    os.chdir(cwd)
+    kind, *arguments = words
+    if kind not in ("-c", "-m"):
+        sys.argv[:] = words
+        sys.path.insert(0, os.path.dirname(kind))
+        runpy.run_path(kind, run_name="__main__")
+        return
+    sys.argv[:] = [kind, *arguments[1:]]
+    sys.path.insert(0, cwd)
+    if kind == "-m":
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    else:
+        main = sys.modules["__main__"] = ModuleType("__main__")
+        exec(compile(arguments[0], "<string>", "exec"), main.__dict__)
