@@ -434,6 +434,7 @@ def test_trackers_get_arguments_that_every_one_of_them_takes(shards, tmp_path, m
     assert {type(value) for value in given.values()} <= {bool, int, float, str}
     assert [step for step, values in logged if "loss" in values] == list(range(1, 31))
     assert all(isinstance(value, int | float) for _, values in logged for value in values.values())
+    assert not any("step" in values for _, values in logged)  # which Trackio reserves
 
 
 def test_a_signal_that_is_ignored_stays_so(shards, tmp_path, monkeypatch, usual_signals):

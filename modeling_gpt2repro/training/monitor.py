@@ -165,7 +165,8 @@ class Monitor:
         step = self.progress.step if step is None else step
         row = {"step": step, "tokens": self.progress.tokens if tokens is None else tokens, **numbers}
         self.log.append(row)
-        self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
+        shown = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+        self.accelerator.log(shown, step=step)  # trackers have a name of their own for it, some reserve ours
 
     def close(self):
         """Write what is not yet written, as far as the disk takes it, and end the bar."""
