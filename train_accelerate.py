@@ -329,7 +329,9 @@ def export(run: Run) -> Path:
     if run.accelerator.is_main_process:
         try:
             save_hub_folder(module, run.data.tokenizer, aside, run.origin, run.output_dir)
-            shutil.copyfile(run.monitor.log.path, aside / run.monitor.log.path.name)  # all that it is known by
+            shutil.copyfile(
+                run.monitor.log.path, aside / run.monitor.log.path.name
+            )  # the numbers that its card draws on
             put_in_place(aside, folder)
         except (OSError, SafetensorError) as error:
             raise SystemExit(cannot_save(run.args, str(error))) from error
@@ -569,7 +571,7 @@ def open_monitor(
 
 
 def preflight(run: Run):
-    """Ten steps, a part of an evaluation and a checkpoint, none of which is kept; then what the whole run will take."""
+    """A few steps, part of an evaluation and a checkpoint, none of which is kept; then what the whole run will take."""
     args, accelerator, monitor = run.args, run.accelerator, run.monitor
     with closing(run.data.batches), closing(monitor), out_of_memory_is_told(args):
         introduce(run)

@@ -103,6 +103,7 @@ def cluster(tmp_path, monkeypatch):
         (tmp_path / name).write_text(program, encoding="utf-8")
         (tmp_path / name).chmod(0o755)
     slurm = {"JOB_ID": "17", "JOB_NODELIST": "node[07-08]", "JOB_NUM_NODES": "2", "CPUS_PER_TASK": "64"}
+    slurm["GPUS_ON_NODE"] = "8"
     variables = {"CLUSTER": str(tmp_path), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "ENDS_WITH": ""}
     for name, value in {**variables, **{f"SLURM_{name}": value for name, value in slurm.items()}}.items():
         monkeypatch.setenv(name, value)
@@ -157,8 +158,10 @@ def test_each_machine_launches_with_its_rank_and_the_first_ones_address(cluster,
         assert parsed.training_script_args == ["--resume_from_checkpoint", "latest", "--output_dir", "two words"]
     assert "--cpus-per-task=64" in lines(cluster / "srun_options")[0]
     monkeypatch.setenv("CONFIG", "accelerate_configs/fsdp2.yaml")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
     start_job(cluster).wait(60)
-    assert "accelerate_configs/fsdp2.yaml" in lines(cluster / "launched.0")
+    parsed = launch_command_parser().parse_args(lines(cluster / "launched.0")[1:])
+    assert (parsed.config_file, parsed.num_processes) == ("accelerate_configs/fsdp2.yaml", 8)
 
 
 def test_a_warned_job_saves_on_all_machines_and_queues_again_once(cluster):

@@ -1,5 +1,6 @@
 """Tokenizers: GPT-2's own and trained ones, their encoders, their hashes, and those that are refused."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -82,6 +83,14 @@ def test_a_trained_tokenizer_survives_the_disk_and_another_one_has_another_hash(
     assert loaded(tiny_texts[0])["input_ids"] == tiny_tokenizer(tiny_texts[0])["input_ids"]
     assert tokenizer_sha256(train_tokenizer(tiny_texts, 301)) != saved
     assert tokenizer_sha256(train_tokenizer(["other words entirely " * 20, *tiny_texts[:100]], 300)) != saved
+
+
+def test_code_that_lies_beside_a_tokenizer_is_neither_run_nor_asked_about(tmp_path, tiny_tokenizer, capfd):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    strange = {"model_type": "strange", "auto_map": {"AutoConfig": "configuration_strange.StrangeConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(strange))
+    assert tokenizer_sha256(load_tokenizer(str(tmp_path))) == tokenizer_sha256(tiny_tokenizer)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_unusable_tokenizers_are_refused(tmp_path, monkeypatch, tiny_tokenizer, tiny_texts, one_sentence):

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_gpt2repro.data.rows import BatchShape, ShuffledBatches, TokenRows, as_batch
 from modeling_gpt2repro.hub.run_log import read_metrics
-from modeling_gpt2repro.training import hardware
+from modeling_gpt2repro.training import hardware, words
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.command_line import parse_command_line
 from modeling_gpt2repro.training.metrics import MetricsLog
@@ -308,3 +308,16 @@ def test_a_gpu_is_known_by_a_word_of_its_name(monkeypatch):
     monkeypatch.setattr(hardware, "measured_flops", lambda device, dtype: 7e12)
     assert hardware.peak_flops.__wrapped__(device) == (7e12, "measured")
     assert hardware.peak_flops.__wrapped__(torch.device("cpu")) is None
+
+
+def test_a_slow_cpu_is_told_of_by_the_size_of_the_model_that_is_trained(monkeypatch):
+    said, operations = [], []
+    monkeypatch.setattr(words, "estimate_cpu_seconds", lambda flops, dtype: (operations.append(flops), flops / 1e9)[1])
+    on_cpu = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", print=said.append)
+    for preset in ("quickstart", "gpt2-124m"):
+        words.warn_of_slow_cpu(TrainArguments(preset=preset, **PRESETS[preset]), on_cpu)
+    # 6 operations a parameter and token, and those of attention: 12 * layers * width * context.
+    assert operations[0] == pytest.approx(2_867_200 * (6 * 675_328 + 12 * 2 * 128 * 128), rel=0.03)
+    assert operations[1] == pytest.approx(1e10 * (6 * 124_439_808 + 12 * 12 * 768 * 1024), rel=0.03)
+    assert "With fewer --train_tokens it is done sooner." in said[0]
+    assert "--preset quickstart trains a small GPT-2 in minutes" in said[1]

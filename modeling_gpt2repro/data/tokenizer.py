@@ -26,13 +26,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     if name == "gpt2":
         return gpt2_tokenizer()
     from transformers import AutoTokenizer  # late: it imports torch
+    from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of the kind of model that lies beside a tokenizer, even of ours
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # else it asks whether to run code
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"tokenizer {name!r} is neither 'gpt2' nor a folder or Hub id that loads ({' '.join(str(error).split())})."
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name!r} must be a fast tokenizer with an end-of-text (eos) token.")
     largest = max(tokenizer.get_vocab().values())

@@ -105,8 +105,11 @@ def training_lines(run: RunLog) -> dict[str, str]:
     hardware, versions = record["hardware"], record["versions"]
     seconds = sum(row["step_seconds"] for row in run.rows if "step_seconds" in row)
     fingerprint = record["data"]["data"]
+    own = "of its own"
+    if arguments["dataset_name"] == "python-prose" and not (arguments["shards"] or arguments["mix"]):
+        own = "the English prose in Python's documentation"
     lines = {
-        "data": run.dataset() or "of its own",
+        "data": run.dataset() or own,
         "tokens": f"{arguments['train_tokens']:,}, {arguments['tokens_per_step']:,} a step",
         "learning rate": f"{arguments['learning_rate']:g} after {arguments['warmup_tokens']:,} tokens of warm-up, then "
         f"cosine to {arguments['final_learning_rate_ratio']:.0%} of it",

@@ -17,14 +17,15 @@ def warn_of_slow_cpu(args: TrainArguments, accelerator: Accelerator):
     """Say at once what a large run would take on a CPU, before anything is read or downloaded."""
     if accelerator.device.type != "cpu":
         return
-    parameters = args.n_layer * 12 * args.n_embd**2 + 50257 * args.n_embd  # GPT-2's vocabulary; biases left out
+    ids = args.tokenizer_vocab_size if args.dataset_name == "python-prose" else 50257  # GPT-2's, as most data have
+    parameters = args.n_layer * 12 * args.n_embd**2 + ids * args.n_embd  # biases left out
     flops = args.train_tokens * flops_per_token(parameters, args.n_layer, args.n_embd, args.block_size)
     seconds = estimate_cpu_seconds(flops, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32)
     if seconds > 3600:
-        accelerator.print(
-            f"On this CPU that takes at least {readable_duration(seconds)}. --preset quickstart trains a small GPT-2 "
-            "in minutes; for this one use a GPU.\n"
-        )
+        advice = "--preset quickstart trains a small GPT-2 in minutes; for this one use a GPU."
+        if args.preset == "quickstart":
+            advice = "With fewer --train_tokens it is done sooner."
+        accelerator.print(f"On this CPU that takes at least {readable_duration(seconds)}. {advice}\n")
 
 
 def start_block(
