@@ -92,6 +92,18 @@ def test_a_card_without_a_run_or_before_its_first_evaluation(run_folder, tiny_mo
     assert "## Training" in card
 
 
+def test_a_card_can_be_written_of_any_numbers(run_folder, tiny_model):
+    """A diverged model's loss is null in metrics.jsonl; an older version's HellaSwag had no interval."""
+    row = {"step": 5, "tokens": 50, "validation_loss": None, "validation_perplexity": None, "validation_tokens": 320}
+    row |= {"validation_bits_per_byte": None, "hellaswag_completion_acc_norm": 0.25}
+    with open(run_folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    card = model_card(tiny_model, run_folder=run_folder)
+    assert "| validation loss | no number on 320 tokens |\n" in card
+    assert "| HellaSwag acc_norm, completion | 0.2500; OpenAI's gpt2 has 0.2955 |\n" in card
+    assert [result.metric_value for result in ModelCard(card).data.eval_results] == [0.25]
+
+
 def test_where_the_weights_come_from(tmp_path):
     assert origin_of(None) == FROM_SCRATCH
     assert origin_of(str(tmp_path)) == f"A GPT-2 trained on from {tmp_path.name}."

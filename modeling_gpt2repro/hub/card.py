@@ -82,17 +82,23 @@ def table(lines: dict[str, str]) -> str:
 
 def result_lines(run: RunLog, evaluation: dict) -> dict[str, str]:
     """Name -> value: the run's last evaluation, and what its HellaSwag is to be measured by."""
-    loss = f"{evaluation['validation_loss']:.4f} nats per token (perplexity {evaluation['validation_perplexity']:.2f}"
-    if "validation_bits_per_byte" in evaluation:
-        loss += f", {evaluation['validation_bits_per_byte']:.3f} bits per byte"
+    loss = "no number"  # of a model that has diverged
+    if evaluation["validation_loss"] is not None:
+        loss = f"{evaluation['validation_loss']:.4f} nats per token"
+        loss += f" (perplexity {evaluation['validation_perplexity']:.2f}"
+        if "validation_bits_per_byte" in evaluation:
+            loss += f", {evaluation['validation_bits_per_byte']:.3f} bits per byte"
+        loss += ")"
     lines = {
         "after": f"step {evaluation['step']:,}, {evaluation['tokens']:,} tokens",
-        "validation loss": f"{loss}) on {evaluation['validation_tokens']:,} tokens",
+        "validation loss": f"{loss} on {evaluation['validation_tokens']:,} tokens",
     }
     for protocol, name in HELLASWAG.items():
         if name in evaluation:
-            low, high = evaluation[f"{name}_low"], evaluation[f"{name}_high"]
-            lines[f"HellaSwag acc_norm, {protocol}"] = f"{evaluation[name]:.4f} (95 %: {low:.4f} to {high:.4f})"
+            lines[f"HellaSwag acc_norm, {protocol}"] = f"{evaluation[name]:.4f}"
+            if f"{name}_low" in evaluation:  # not in rows that a run has from before there were intervals
+                low, high = evaluation[f"{name}_low"], evaluation[f"{name}_high"]
+                lines[f"HellaSwag acc_norm, {protocol}"] += f" (95 %: {low:.4f} to {high:.4f})"
             published = run.hellaswag_yardsticks.get(protocol, {}).get("gpt2")
             if published and is_whole_hellaswag(run):
                 lines[f"HellaSwag acc_norm, {protocol}"] += f"; OpenAI's gpt2 has {published:.4f}"
@@ -130,7 +136,8 @@ def hub_results(run: RunLog, evaluation: dict) -> list[EvalResult]:
     """The numbers as the Hub shows them beside a model; only those of public data, which others can repeat."""
     task = {"task_type": "text-generation", "task_name": "Text Generation"}
     results = []
-    if dataset := run.dataset():
+    dataset = run.dataset()
+    if dataset and evaluation["validation_loss"] is not None:
         about = {"dataset_type": dataset, "dataset_name": dataset.split("/")[-1]}
         results.append(
             EvalResult(
