@@ -13,12 +13,13 @@ import train_accelerate
 def test_changed_arguments_are_told_when_a_run_goes_on(finished, shards, tmp_path, capsys):
     shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "step-000030")
-    changed = {"learning_rate": 0.005, "eval_steps": 0}
+    changed = {"learning_rate": 0.005, "eval_steps": 0, "hellaswag": "none"}
     assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest", **changed) == 0
     assert "This run began with learning_rate 0.01 and goes on with 0.005." in capsys.readouterr().out
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     changed = next(row["changed"] for row in events if row.get("event") == "resume")
     assert changed["learning_rate"] == [0.01, 0.005]
+    assert changed["hellaswag"] == ["hellaswag.jsonl", "none"]  # not where it lies: the file is published
 
 
 def refused(capsys, output_dir, shards, **overrides) -> str:

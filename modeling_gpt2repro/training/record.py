@@ -59,16 +59,22 @@ def recorded_arguments(output_dir: Path) -> dict:
 def changed_arguments(args: TrainArguments) -> dict[str, tuple]:
     """Which arguments differ from those in the run's record: name -> (then, now); none where there is no record.
 
-    Where things are and what is shown may change freely and is left out.
+    Where things are and what is shown may change freely and is left out. Files go by their names alone: metrics.jsonl,
+    where this is noted, is published with the model.
     """
     then = recorded_arguments(Path(args.output_dir))
     return {
-        name: (then[name], now)
+        name: (without_folder(then[name]), without_folder(now))
         for name, now in asdict(args).items()
         if name in then
         and then[name] != now
-        and name not in ("output_dir", "resume_from_checkpoint", "report_to", "shards")
+        and name not in ("output_dir", "resume_from_checkpoint", "report_to", "shards", "mix")
     }
+
+
+def without_folder(value: object) -> object:
+    """'/home/me/rows.jsonl' -> 'rows.jsonl'; what is no path of this machine stays."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def current_commit() -> str | None:
