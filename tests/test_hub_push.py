@@ -2,13 +2,18 @@
 
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from threading import Timer
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import HfApi, close_session
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from toy_runs import ROOT, rows_of, train_here
 
 from modeling_gpt2repro.hub import push as push_command
@@ -34,6 +39,7 @@ def folder(tmp_path):
     made = tmp_path / "step-000010"
     (made / "training_state").mkdir(parents=True)
     (made / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    (made / "config.json").write_text("{}")
     (made / "model.safetensors").write_bytes(b"weights" * 1000)
     (made / "training_state" / "optimizer.safetensors").write_bytes(b"moments" * 2000)
     return made
@@ -55,13 +61,18 @@ def commits(hub, name: str) -> int:
 
 def test_a_pushed_folder_is_what_lies_there_and_takes_the_place_of_earlier_weights(on_hub, folder):
     repository = on_hub.new_repository("models/user/taken")
-    (repository / "model-00001-of-00002.safetensors").write_bytes(b"half of other weights")
-    (repository / "notes.md").write_text("of a person")
+    for earlier in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "training_state/state.json"):
+        (repository / earlier).parent.mkdir(exist_ok=True)
+        (repository / earlier).write_bytes(b"of other weights")
+    of_a_person = {"notes.md": b"1", "lora/adapter_model.safetensors": b"2"}
+    (repository / "lora").mkdir()
+    for name, content in of_a_person.items():
+        (repository / name).write_bytes(content)
     result = run_push(folder, "--hub_model_id", "taken", "--message", "the tenth")
     assert result.returncode == 0, result.stderr
     assert re.fullmatch(rf"pushed to {on_hub.endpoint}/user/taken \(commit \w{{7}}\)\n", result.stdout)
     model = {name: content for name, content in files_in(folder).items() if not name.startswith("training_state")}
-    assert files_in(repository) == {**model, "notes.md": b"of a person"}
+    assert files_in(repository) == {**model, **of_a_person}
     assert commits(on_hub, "user/taken") == 1
     assert run_push(folder, "--hub_model_id", "user/taken").returncode == 0
     assert commits(on_hub, "user/taken") == 1  # nothing is sent twice
@@ -78,7 +89,7 @@ def test_a_whole_checkpoint_goes_to_a_branch_and_leaves_main_alone(on_hub, folde
 @pytest.mark.parametrize(
     ("environment", "words", "said"),
     [
-        ({"HF_TOKEN": "hf_reader"}, "user/there", "this token may not write to user/there"),
+        ({"HF_TOKEN": "hf_reader"}, "user/there", "this token may not write to user/there (You don't have the rights"),
         ({"HF_TOKEN": "hf_reader"}, "user/not-there", "this token may not write to user/not-there"),
         ({}, "somebody/else", "another --hub_model_id"),
         ({"HF_TOKEN": "hf_nonsense"}, "user/there", "does not know this token"),
@@ -105,6 +116,65 @@ def test_a_check_leaves_nothing_behind_but_the_repository(on_hub):
     assert files_in(on_hub.root / "models/user/checked") == {}
     assert not list((on_hub.root / "branches/models/user/checked").glob("*"))
     assert commits(on_hub, "user/checked") == 1  # only a commit proves it
+    assert any("/lfs/user/checked/" in line["path"] for line in on_hub.log())  # and only data the way to their store
+    with on_hub.faults({"match": "commit/write-check", "status": 403}):
+        assert run_push("--check", "--hub_model_id", "checked").returncode == 2
+    assert not list((on_hub.root / "branches/models/user/checked").glob("*"))
+
+
+def test_a_repository_that_is_public_is_not_taken_for_a_private_one(monkeypatch):
+    asked = []
+
+    class Api:
+        def create_repo(self, name, private, exist_ok):
+            asked.append(private)
+            return SimpleNamespace(repo_id=name)
+
+        def repo_info(self, name):
+            return SimpleNamespace(private=False)
+
+    monkeypatch.setattr(push_command, "HfApi", Api)
+    monkeypatch.setattr(push_command, "get_token", lambda: "hf_any")
+    with pytest.raises(ValueError, match="user/any is there already, and public"):
+        push_command.check_rights("user/any", private=True)
+    assert asked == [True]
+
+
+@pytest.mark.parametrize(("status", "passing"), [(400, False), (409, True), (412, True), (429, True), (500, True)])
+def test_what_the_hub_refuses_for_now_is_told_from_what_it_refuses(status, passing):
+    error = HfHubHTTPError("no", response=SimpleNamespace(status_code=status, headers={}, request=None))
+    assert push_command.is_passing(error) is passing
+
+
+def test_a_folder_above_the_model_is_not_taken_for_it(folder):
+    with pytest.raises(ValueError, match="give model/ or step"):
+        push_command.push(folder.parent, "user/any")
+    with pytest.raises(SystemExit, match="2"):
+        push_command.main(["--hub_model_id", "user/any"])
+
+
+def raised(error: BaseException, cause: BaseException | None) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "passing"),
+    [
+        (
+            raised(RuntimeError("while uploading"), raised(HTTPError("no route"), OSError(113, "No route to host"))),
+            True,
+        ),
+        (ConnectionError("by Xet"), True),
+        (RuntimeError("by Xet"), True),
+        (PermissionError(13, "Permission denied", "model.safetensors"), False),
+        (raised(RuntimeError("while uploading"), OSError(5, "Input/output error")), False),
+    ],
+)
+def test_a_fault_of_this_machine_is_told_from_one_of_the_connection(error, passing):
+    assert push_command.is_passing(error) is passing
+    if not passing:
+        assert "because of this machine (" in push_command.in_words(error, "user/any")
 
 
 @pytest.mark.parametrize("where", ["repos/create", "validate-yaml", "commit/main", "drop the answer"])
@@ -124,7 +194,7 @@ def test_a_hub_that_is_away_for_a_moment_is_waited_for(on_hub, folder, where):
     [
         ([{"path": "model.safetensors"}], [], "model.safetensors"),
         ([], ["README.md", "training_state/optimizer.safetensors"], "README.md"),
-        ([], ["training_state/optimizer.safetensors"], None),
+        ([], ["training_state/optimizer.safetensors", ".cache/huggingface/download/x.lock"], None),
     ],
 )
 def test_what_arrived_otherwise_is_found_out(folder, monkeypatch, mismatches, extra, told):
@@ -150,6 +220,24 @@ def test_a_hub_that_stays_away_is_told_from_a_refusal(folder, on_hub, monkeypatc
     result = run_push(folder, "--hub_model_id", "user/away", "--patience_seconds", 0)
     assert result.returncode == 3
     assert "the Hub cannot be reached (" in result.stderr
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for_for_ever(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(push_command, "HfApi", partial(HfApi, endpoint=address))
+        monkeypatch.setattr(push_command, "get_token", lambda: "hf_any")
+        monkeypatch.setattr(push_command, "ANSWER_SECONDS", 0.1)
+        later = Timer(5, silent.close)  # so that this ends whatever the client does
+        later.start()
+        started = time.monotonic()
+        try:
+            with pytest.raises(HTTPError):
+                push_command.check_rights("user/any")
+        finally:
+            later.cancel()
+            close_session()
+    assert time.monotonic() - started < 4
 
 
 def test_patience_ends_and_refusals_are_not_tried_again(monkeypatch):
@@ -269,6 +357,9 @@ def test_a_run_that_goes_on_does_not_wait_for_the_hub(on_hub, tmp_path, monkeypa
     assert "The run goes on, and pushes when it is back." in running.check(goes_on=True)
     with pytest.raises(ValueError, match="push_to_hub: the Hub cannot be reached"):
         running.check(goes_on=False)
+    monkeypatch.setenv("HF_TOKEN", "")
+    with pytest.raises(ValueError, match="push_to_hub: there is no token"):  # which waiting does not mend
+        running.check(goes_on=True)
 
 
 @pytest.mark.parametrize(

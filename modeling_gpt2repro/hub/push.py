@@ -13,17 +13,21 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, get_session, get_token
 from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 NEEDS_A_PERSON, HUB_IS_AWAY = 2, 3  # exit codes
 TRAINING_STATE = "training_state/*"
-# What weights replace as a whole: an earlier model may have lain in more files than this one.
-REPLACED = ["*.safetensors", "*.safetensors.index.json", TRAINING_STATE]
+# What weights replace as a whole: an earlier model may have lain in more files than this one. In the Hub's patterns, *
+# goes into folders, too, where other weights may lie that are somebody's own.
+REPLACED = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", TRAINING_STATE]
+NEVER_PUSHED = [".git/*", ".cache/*"]  # what downloading leaves in a folder; by the client, too
 CHECK_BRANCH = "write-check"
+ANSWER_SECONDS = 120.0  # between two signs of life of the Hub, for which the client would wait for ever
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
 # Too early, a commit of somebody else in between, too many; and whatever is the server's own fault.
 PASSING = {408, 409, 412, 425, 429, *range(500, 600)}
@@ -84,23 +88,23 @@ def push(
         ValueError: If it cannot work, whenever it is tried.
         HTTPError, OSError, RuntimeError: By the client; see `is_passing`.
     """
-    if not (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"{folder} is no folder with something in it: give model/ or step-... of a run.")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no folder of a model (it has no config.json): give model/ or step-... of a run.")
     api, repository = open_repository(repository, private)
     if branch != "main":
         api.create_branch(repository, branch=branch, exist_ok=True)
-    left_out = [] if with_training_state else [TRAINING_STATE]
+    left_out = NEVER_PUSHED + ([] if with_training_state else [TRAINING_STATE])
     commit = api.upload_folder(
         repo_id=repository,
         folder_path=folder,
         revision=branch,
         commit_message=message or f"Push {folder.name}",
-        ignore_patterns=left_out,
+        ignore_patterns=list(left_out),  # to which the client adds
         delete_patterns=REPLACED if any(folder.glob("*.safetensors")) else None,
     )
     found = api.verify_repo_checksums(repository, revision=branch, local_dir=folder)
     other = [mismatch["path"] for mismatch in found.mismatches]
-    missing = [path for path in found.extra_paths if with_training_state or not Path(path).match(TRAINING_STATE)]
+    missing = [path for path in found.extra_paths if not any(fnmatchcase(path, pattern) for pattern in left_out)]
     if other or missing:
         raise RuntimeError(f"these files on the Hub are not those of {folder}: {', '.join(other + missing)}")
     return f"{api.endpoint}/{repository}{'' if branch == 'main' else f'/tree/{branch}'} (commit {commit.oid[:7]})"
@@ -108,7 +112,8 @@ def push(
 
 def check_rights(repository: str, private: bool | None = None) -> str:
     """Find out whether this token may push: by a commit, to a branch that is then deleted. Less proves nothing, because
-    making a repository that is there "succeeds" for a token that may only read.
+    making a repository that is there "succeeds" for a token that may only read. The file goes the way of weights, which
+    are not stored where the Hub itself is.
 
     Returns:
         The repository's address. It is made if it was not there.
@@ -117,10 +122,19 @@ def check_rights(repository: str, private: bool | None = None) -> str:
         ValueError, HTTPError, OSError, RuntimeError: As `push`.
     """
     api, repository = open_repository(repository, private)
+    if private and not api.repo_info(repository).private:
+        raise ValueError(
+            f"{repository} is there already, and public: make it private in its settings, or give another "
+            "--hub_model_id."
+        )
     api.create_branch(repository, branch=CHECK_BRANCH, exist_ok=True)
     new = uuid.uuid4().hex.encode()
-    api.upload_file(path_or_fileobj=new, path_in_repo="check.txt", repo_id=repository, revision=CHECK_BRANCH)
-    api.delete_branch(repository, branch=CHECK_BRANCH)
+    try:
+        api.upload_file(
+            path_or_fileobj=new, path_in_repo="check.safetensors", repo_id=repository, revision=CHECK_BRANCH
+        )
+    finally:
+        api.delete_branch(repository, branch=CHECK_BRANCH)
     return f"{api.endpoint}/{repository}"
 
 
@@ -134,6 +148,7 @@ def open_repository(repository: str, private: bool | None) -> tuple[HfApi, str]:
         raise ValueError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it, or do not push.")
     if get_token() is None:
         raise ValueError("there is no token to push with: `hf auth login` keeps one, or set HF_TOKEN.")
+    get_session().timeout = ANSWER_SECONDS
     api = HfApi()
     return api, api.create_repo(repository, private=private, exist_ok=True).repo_id
 
@@ -160,22 +175,33 @@ def pauses() -> Iterator[float]:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether the same request may succeed later: the connection's fault, or the server's."""
-    refused = refusal(error)
-    return refused is None or refused.response.status_code in PASSING
+    """Whether the same request may succeed later: the connection's fault, or the server's, not this machine's."""
+    if refused := refusal(error):
+        return refused.response.status_code in PASSING
+    below = causes(error)
+    of_connection = any(isinstance(cause, (HTTPError, ConnectionError, TimeoutError)) for cause in below)
+    return of_connection or not any(isinstance(cause, OSError) for cause in below)
 
 
-def refusal(error: BaseException | None) -> HfHubHTTPError | None:
-    """What the Hub answered; None where it did not. The client wraps what happens while a file is uploaded."""
-    while error is not None and not isinstance(error, HfHubHTTPError):
-        error = error.__cause__
-    return error
+def causes(error: BaseException) -> list[BaseException]:
+    """The error and what lies below it: the client wraps what happens while a file is uploaded."""
+    found = [error]
+    while found[-1].__cause__ is not None:
+        found.append(found[-1].__cause__)
+    return found
+
+
+def refusal(error: BaseException) -> HfHubHTTPError | None:
+    """What the Hub answered; None where it did not."""
+    return next((cause for cause in causes(error) if isinstance(cause, HfHubHTTPError)), None)
 
 
 def in_words(error: BaseException, repository: str) -> str:
-    """What a person has to change where the Hub refuses."""
+    """What a person has to change where the Hub refuses, or this machine."""
     refused = refusal(error)
-    status = refused.response.status_code if refused else None
+    if refused is None:
+        return f"the Hub was not asked, because of this machine ({reason_of(error)})."
+    status = refused.response.status_code
     if status == 401:
         return "the Hub does not know this token: `hf auth login` takes another, or set HF_TOKEN."
     if status in (403, 404):
@@ -188,11 +214,9 @@ def in_words(error: BaseException, repository: str) -> str:
 
 def reason_of(error: BaseException) -> str:
     """The Hub's words, or what lay at the bottom of it, in a line."""
-    refused = refusal(error)
-    while error.__cause__ is not None:
-        error = error.__cause__
-    said = (refused and refused.server_message) or str(error)
-    return next(iter(said.strip().splitlines()), type(error).__name__)
+    refused, lowest = refusal(error), causes(error)[-1]
+    said = (refused and refused.server_message) or str(lowest)
+    return next(iter(said.strip().splitlines()), type(lowest).__name__)
 
 
 def print_now(text: str):
