@@ -284,6 +284,7 @@ def save(run: Run, must: bool = False):
         run.pushes.offer(folder)
     else:
         run.monitor.say(f"step {progress.step:>6}: no checkpoint ({problem}); the one before stays")
+        run.pushes.make_room()
         if run.failed_saves >= (TRIES_OF_THE_LAST_SAVE if must else FAILED_SAVES):
             raise SystemExit(cannot_save(run.args, problem) if accelerator.is_main_process else 1)
         if must:

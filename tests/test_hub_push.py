@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, close_session
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from toy_runs import ROOT, rows_of, train_here
 
+import train_accelerate
 from modeling_gpt2repro.hub import push as push_command
 from modeling_gpt2repro.hub import pushes
 from modeling_gpt2repro.hub.push import pauses, with_patience
@@ -315,14 +316,20 @@ def test_the_newest_waits_what_it_outdates_does_not(folder, tmp_path, monkeypatc
 def test_a_push_beside_the_run_never_ends_it(folder, tmp_path, monkeypatch):
     running = Pushes("user/any", "every_save", tmp_path)
     monkeypatch.setattr(Pushes, "_command", lambda self, *words: ["/there/is/no/such/program"])
+    running.strategy = "checkpoint"
     running.offer(folder)
-    assert running.news() == ["Training in progress, step 10: not pushed to main (No such file or directory)"]
+    told = "Training in progress, step 10: not pushed to {} (No such file or directory)"
+    assert running.news() == [told.format(branch) for branch in ("main", "last-checkpoint")]  # none stops the next one
+    running.strategy = "every_save"
     monkeypatch.setattr(Pushes, "_command", lambda self, *words: [sys.executable, "-c", "exit('no rights')"])
     running.offer(folder)
     assert news_of(running) == ["Training in progress, step 10: not pushed, because no rights"]
+    monkeypatch.setattr(Pushes, "_command", lambda self, *words: ["sh", "-c", "kill -9 $$"])
+    running.offer(folder)
+    assert news_of(running) == ["Training in progress, step 10: not pushed, because it ended with -9"]
     monkeypatch.setattr(pushes, "link_or_copy", lambda source, target: (_ for _ in ()).throw(OSError(28, "disk full")))
     running.offer(folder)
-    assert "not pushed to main (" in running.news()[0]
+    assert running.news() == ["Training in progress, step 10: not pushed to main ([Errno 28] disk full)"]
     assert not list(tmp_path.glob(".push-*"))
 
 
@@ -333,8 +340,47 @@ def test_the_final_model_does_not_wait_for_what_it_makes_up_for(folder, tmp_path
     (_, process, _) = running._running
     monkeypatch.setattr(Pushes, "_command", waits(0))
     assert running.finish(folder, print, lambda: False) == 0
-    assert process.returncode == -15
+    assert process.returncode < 0
     assert not list(tmp_path.glob(".push-*"))
+
+
+def test_the_last_push_waits_for_a_slow_hub_but_not_for_each_push_that_finds_none(folder, tmp_path, monkeypatch):
+    said = []
+    running = Pushes("user/any", "all_checkpoints", tmp_path)
+    monkeypatch.setattr(Pushes, "_command", lambda self, *words: ["sh", "-c", "sleep 0.1; exit 3"])
+    for step in (10, 20, 30):
+        running.offer(checkpoint(folder, step))
+    assert running.finish(folder, said.append, lambda: False) == 3
+    given_up = [line for line in said if "but given up" in line]
+    assert [line.split()[-4] for line in given_up] == ["step-000020,", "step-000030,"]
+    assert not list(tmp_path.glob(".push-*"))
+
+
+def test_what_waits_to_be_pushed_gives_way_to_a_save_that_fails(folder, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(Pushes, "_command", waits(60))
+    running = Pushes("user/any", "all_checkpoints", tmp_path)
+    for step in (10, 20):
+        running.offer(checkpoint(folder, step))
+    running.make_room()
+    assert len(list(tmp_path.glob(".push-*"))) == 1  # of the one that is under way
+    running.close()
+
+    asked, write = [], train_accelerate.write_checkpoint
+    monkeypatch.setattr(train_accelerate, "write_checkpoint", lambda *given: None if asked else "No space left")
+    monkeypatch.setattr(Pushes, "make_room", lambda self: asked.append(write))
+    assert train_here(tmp_path / "run", shards, train_tokens=3 * 256, save_steps=1) == 0
+    assert len(asked) == 1
+
+
+def test_a_push_is_ended_by_whoever_ignores_signals_too(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Pushes, "_command", lambda self, *words: ["sh", "-c", "trap '' TERM; echo begun; sleep 60"])
+    running = Pushes("user/any", "every_save", tmp_path)
+    running.offer(folder)
+    while "begun" not in (tmp_path / "push.log").read_text():
+        time.sleep(0.01)
+    started = time.monotonic()
+    running.close()
+    assert time.monotonic() - started < 10
 
 
 def test_who_is_told_to_stop_waits_for_no_push(folder, tmp_path, monkeypatch):

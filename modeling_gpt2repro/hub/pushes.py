@@ -48,6 +48,7 @@ class Pushes:
         self._waiting: list[Push] = []
         self._running: tuple[Push, subprocess.Popen, int] | None = None  # with the place in the log where it begins
         self._news: list[str] = []
+        self._hub_is_away = False  # as the last push has found
 
     def check(self, goes_on: bool) -> str:
         """Find out before the first step whether pushing will work, and say so in a sentence.
@@ -91,16 +92,26 @@ class Pushes:
         if self._running and self._running[1].poll() is not None:
             push, process, begin = self._running
             self._running, said = None, f"{LOG} cannot be read"
+            self._hub_is_away = process.returncode == HUB_IS_AWAY
             with suppress(OSError):
                 said = last_line((self.output_dir / LOG).read_bytes()[begin:].decode(errors="replace"))
+            said = said or f"it ended with {process.returncode}"  # killed, by whoever wants its memory
             self._news.append(f"{push.message}: {said if process.returncode == 0 else f'not pushed, because {said}'}")
             shutil.rmtree(push.folder, ignore_errors=True)
             self._start_next()
         news, self._news = self._news, []
         return news
 
+    def make_room(self):
+        """The disk may be full: give up what waits, whose files may be those of checkpoints that are long gone."""
+        for push in self._waiting[:]:
+            self._news.append(f"{push.message}: not pushed to {push.branch}, but given up")
+            self._drop(push.branch)
+
     def finish(self, folder: Path, say: Callable[[str], None], stopped: Callable[[], bool]) -> int:
         """Push the final model, behind the checkpoints that have branches of their own; it makes up for those on main.
+
+        Those are waited for as long as the Hub is there: each may take its time, but not each wait for the Hub anew.
 
         Args:
             folder: The model's.
@@ -113,19 +124,27 @@ class Pushes:
         if self.repository is None:
             return 0
         self._drop("main")
+        for sentence in self.news():
+            say(sentence)
         if self._running and self._running[0].branch == "main":
             self._end_running()
             self._start_next()
-        while self._running and not stopped():
+        self._hub_is_away = False
+        while self._running and not (self._hub_is_away or stopped()):
             time.sleep(SECONDS_BETWEEN_LOOKS)
             for sentence in self.news():
                 say(sentence)
+        if self._running:
+            self._waiting.insert(0, self._end_running())
+        self.make_room()
+        for sentence in self.news():
+            say(sentence)
         command = self._command(str(folder), "--message", "End of training")
         say(f"Pushing {folder} to {self.repository}.")
         process = subprocess.Popen([*command, "--patience_seconds", str(LAST_SECONDS)], env=environment())
         while process.poll() is None and not stopped():
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        process.terminate()
+        process.kill()
         if process.wait() == 0:
             return 0
         again = shlex.join(["python", *command[1:]])
@@ -134,18 +153,19 @@ class Pushes:
 
     def close(self):
         """End what is under way; the Hub takes a commit as a whole or not at all."""
-        self._end_running()
+        if self._running:
+            self._end_running()
         for branch in {push.branch for push in self._waiting}:
             self._drop(branch)
         self.repository = None
 
-    def _end_running(self):
-        if self._running:
-            push, process, _ = self._running
-            process.terminate()
-            process.wait()
-            shutil.rmtree(push.folder, ignore_errors=True)
-            self._running = None
+    def _end_running(self) -> Push:
+        push, process, _ = self._running
+        process.kill()  # who ignores SIGTERM has let his children inherit that
+        process.wait()
+        shutil.rmtree(push.folder, ignore_errors=True)
+        self._running = None
+        return push
 
     def _drop(self, branch: str):
         for push in [push for push in self._waiting if push.branch == branch]:
@@ -153,24 +173,24 @@ class Pushes:
             self._waiting.remove(push)
 
     def _start_next(self):
-        if self._running or not self._waiting:
-            return
-        push = self._waiting.pop(0)
-        words = [str(push.folder), "--branch", push.branch, "--message", push.message]
-        words += ["--with_training_state"] if push.with_training_state else []
-        command = self._command(*words, "--patience_seconds", str(BESIDE_SECONDS))
-        quiet = {**environment(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        try:
-            with open(self.output_dir / LOG, "ab") as log:
-                begin = log.tell()
-                process = subprocess.Popen(command, env=quiet, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        except OSError as error:
-            self._fail(push, error)
-        else:
-            self._running = (push, process, begin)
+        while self._waiting and not self._running:
+            push = self._waiting.pop(0)
+            words = [str(push.folder), "--branch", push.branch, "--message", push.message]
+            words += ["--with_training_state"] if push.with_training_state else []
+            command = self._command(*words, "--patience_seconds", str(BESIDE_SECONDS))
+            quiet = {**environment(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+            try:
+                with open(self.output_dir / LOG, "ab") as log:
+                    begin = log.tell()
+                    process = subprocess.Popen(command, env=quiet, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            except OSError as error:
+                self._fail(push, error)
+            else:
+                self._running = (push, process, begin)
 
     def _fail(self, push: Push, error: OSError):
-        self._news.append(f"{push.message}: not pushed to {push.branch} ({error.strerror or error})")
+        reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else error.strerror  # of many files the first
+        self._news.append(f"{push.message}: not pushed to {push.branch} ({reason or error})")
         shutil.rmtree(push.folder, ignore_errors=True)
 
     def _command(self, *words: str) -> list[str]:
