@@ -104,6 +104,16 @@ def test_a_card_can_be_written_of_any_numbers(run_folder, tiny_model):
     assert [result.metric_value for result in ModelCard(card).data.eval_results] == [0.25]
 
 
+def test_a_streamed_run_in_fp32_has_no_shards_to_tell_of(run_folder, tiny_model):
+    record = json.loads((run_folder / "run.json").read_text())
+    record["data"]["data"] = {"dataset": "HuggingFaceFW/fineweb-edu", "files": 14}
+    record["hardware"]["precision"] = "no"
+    (run_folder / "run.json").write_text(json.dumps(record))
+    card = model_card(tiny_model, run_folder=run_folder)
+    assert "| data | HuggingFaceFW/fineweb-edu |\n" in card
+    assert "| hardware | 8 x NVIDIA H100, fp32; 1.00 hours of training |\n" in card
+
+
 def test_where_the_weights_come_from(tmp_path):
     assert origin_of(None) == FROM_SCRATCH
     assert origin_of(str(tmp_path)) == f"A GPT-2 trained on from {tmp_path.name}."

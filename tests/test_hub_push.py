@@ -313,6 +313,14 @@ def test_the_newest_waits_what_it_outdates_does_not(folder, tmp_path, monkeypatc
     assert not list(tmp_path.glob(".push-*"))
 
 
+def test_a_snapshot_takes_time_and_room_only_where_the_disk_has_no_hard_links(folder, tmp_path, monkeypatch):
+    pushes.take_snapshot(pushes.Push(folder, "main", "any"), tmp_path / "linked")
+    assert (tmp_path / "linked" / "model.safetensors").samefile(folder / "model.safetensors")
+    monkeypatch.setattr(pushes.os, "link", lambda source, target: (_ for _ in ()).throw(OSError(95, "not supported")))
+    pushes.take_snapshot(pushes.Push(folder, "main", "any"), tmp_path / "copied")
+    assert files_in(tmp_path / "copied") == files_in(tmp_path / "linked")
+
+
 def test_a_push_beside_the_run_never_ends_it(folder, tmp_path, monkeypatch):
     running = Pushes("user/any", "every_save", tmp_path)
     monkeypatch.setattr(Pushes, "_command", lambda self, *words: ["/there/is/no/such/program"])
@@ -422,11 +430,26 @@ def test_arguments_that_do_not_fit_are_told(given, said):
         TrainArguments(**given)
 
 
+def test_only_the_main_process_pushes_and_a_run_that_has_begun_waits_for_no_hub(tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(Pushes, "check", lambda self, goes_on: checked.append((self.repository, goes_on)))
+    monkeypatch.setattr(train_accelerate, "told_by_main_process", lambda accelerator, work: work())
+    args = TrainArguments(push_to_hub=True, hub_model_id="me/mine", output_dir=str(tmp_path))
+    main, other = (SimpleNamespace(is_main_process=is_main, print=print) for is_main in (True, False))
+    opened = [train_accelerate.open_pushes(args, accelerator) for accelerator in (main, other)]
+    (tmp_path / "run.json").touch()
+    train_accelerate.open_pushes(args, main)
+    assert [pushes.repository for pushes in opened] == ["me/mine", None]
+    assert checked == [("me/mine", False), (None, False), ("me/mine", True)]
+
+
 def test_a_preflight_says_whether_the_hub_can_be_written(on_hub, shards, tmp_path, monkeypatch, capsys):
     given = {"preflight": True, "push_to_hub": True, "hub_model_id": "user/preflight"}
     assert train_here(tmp_path / "run", shards, **given) == 0
     assert f"Hub          can be written: {on_hub.endpoint}/user/preflight" in capsys.readouterr().out
     assert files_in(on_hub.root / "models/user/preflight") == {}
+    assert train_here(tmp_path / "run", shards, **given, hub_private_repo=True) == 2
+    assert "push_to_hub: the Hub refuses user/preflight (The loopback Hub creates public" in capsys.readouterr().err
     monkeypatch.setenv("HF_TOKEN", on_hub.read_only_token)
     assert train_here(tmp_path / "run", shards, **given) == 2
     assert "push_to_hub: this token may not write to user/preflight" in capsys.readouterr().err
