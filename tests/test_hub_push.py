@@ -19,7 +19,7 @@ from toy_runs import ROOT, rows_of, train_here
 import train_accelerate
 from modeling_gpt2repro.hub import push as push_command
 from modeling_gpt2repro.hub import pushes
-from modeling_gpt2repro.hub.push import pauses, with_patience
+from modeling_gpt2repro.hub.patience import in_words, is_passing, pauses, with_patience
 from modeling_gpt2repro.hub.pushes import Pushes
 from modeling_gpt2repro.training.arguments import TrainArguments
 
@@ -144,7 +144,7 @@ def test_a_repository_that_is_public_is_not_taken_for_a_private_one(monkeypatch)
 @pytest.mark.parametrize(("status", "passing"), [(400, False), (409, True), (412, True), (429, True), (500, True)])
 def test_what_the_hub_refuses_for_now_is_told_from_what_it_refuses(status, passing):
     error = HfHubHTTPError("no", response=SimpleNamespace(status_code=status, headers={}, request=None))
-    assert push_command.is_passing(error) is passing
+    assert is_passing(error) is passing
 
 
 def test_a_folder_above_the_model_is_not_taken_for_it(folder):
@@ -173,9 +173,9 @@ def raised(error: BaseException, cause: BaseException | None) -> BaseException:
     ],
 )
 def test_a_fault_of_this_machine_is_told_from_one_of_the_connection(error, passing):
-    assert push_command.is_passing(error) is passing
+    assert is_passing(error) is passing
     if not passing:
-        assert "because of this machine (" in push_command.in_words(error, "user/any")
+        assert "because of this machine (" in in_words(error, "user/any")
 
 
 @pytest.mark.parametrize("where", ["repos/create", "validate-yaml", "commit/main", "drop the answer"])
