@@ -76,6 +76,16 @@ def parts_of_packed_rows(position_ids, B: int) -> dict[str, torch.Tensor | int]:
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
+def positions_to_keep(hidden_states, kept: int | torch.Tensor):
+    """(B, T, C) -> (B, N, C): the last `kept` positions (0: all), those of every row (N,) or of each row (B, N); or
+    (N, C), where a mask (B, T) is true."""
+    if isinstance(kept, int):
+        return hidden_states[:, slice(-kept, None)]
+    if kept.ndim == 1:
+        return hidden_states[:, kept]
+    return hidden_states[kept] if kept.dtype == torch.bool else torch.take_along_dim(hidden_states, kept[..., None], 1)
+
+
 def residual_projection(in_features: int, config: GPT2ReproConfig) -> nn.Linear:
     """The layer that writes into the residual stream: smaller at initialization, because 2 n_layer of them add up."""
     linear = nn.Linear(in_features, config.n_embd)
@@ -344,7 +354,8 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             kwargs: `shift_labels` (B, T), the token after each position, already shifted: all T positions are trained.
                 In both, -100 is left out of the loss. `num_items_in_batch`: what the summed loss is divided by in place
                 of the number of its tokens. `output_hidden_states`, `output_attentions`.
-            logits_to_keep: Compute logits of the last so many positions only (0: all), or of the positions in a tensor.
+            logits_to_keep: Compute logits of the last so many positions only (0: all), or of the positions in a tensor:
+                of every row (N,), of each row (B, N), or where a mask (B, T) is true, which gives (N, V).
             return_logits: False leaves the logits out of the output, where only the loss is wanted: a wrapper that
                 copies outputs to fp32, as accelerate's does, would otherwise copy B T V numbers for nothing.
 
@@ -362,8 +373,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (B, T, V)
+        logits = self.lm_head(positions_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
         loss = None
         if shift_labels is not None:
             shift_labels = shift_labels.contiguous()  # a slice of rows is not, and the loss views it

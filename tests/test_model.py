@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
@@ -174,6 +175,20 @@ def test_logits_to_keep_are_the_last_or_the_named(carried, random_ids):
     torch.testing.assert_close(carried(ids, logits_to_keep=3).logits, whole[:, -3:], atol=1e-5, rtol=0)
     named = carried(ids, logits_to_keep=torch.tensor([4, 11])).logits
     torch.testing.assert_close(named, whole[:, [4, 11]], atol=1e-5, rtol=0)
+    of_each_row = carried(ids, logits_to_keep=torch.tensor([[4, 11, 0], [19, 2, 2]])).logits
+    expected = torch.stack([whole[0, [4, 11, 0]], whole[1, [19, 2, 2]]])
+    torch.testing.assert_close(of_each_row, expected, atol=1e-5, rtol=0)
+    mask = ids > 40
+    torch.testing.assert_close(carried(ids, logits_to_keep=mask).logits, whole[mask], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kept", [2, torch.tensor([3]), torch.tensor([[3, 4], [0, 19]]), torch.ones(2, 20).bool()])
+def test_logits_are_kept_as_stock_does(stock, carried, random_ids, kept):
+    if getattr(kept, "ndim", 0) == 2 and not hasattr(transformers.modeling_utils, "slice_logits_to_keep"):
+        pytest.skip("stock takes no tensor of two dimensions before transformers 5.23")
+    ids = random_ids(2, 20)
+    ours, theirs = (model(ids, logits_to_keep=kept).logits for model in (carried, stock))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 def test_first_loss_is_that_of_guessing_evenly():
