@@ -79,7 +79,7 @@ def test_all_problems_of_a_command_line_are_told_together(tmp_path, capsys):
     )  # fmt: skip
     for part in ("file is a file", "no.txt", "nor.txt", "validation_share (1.5)", "workers (0)", "max_tokens (-1)"):
         assert told.count(part) == 1
-    assert "--shard_tokens takes a whole number, not 'many'" in told
+    assert "--shard_tokens takes a whole number, such as 12 or 1e9, not 'many'" in told
     assert "there is no flag --colour" in told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 

@@ -242,7 +242,7 @@ def test_all_problems_of_a_command_line_are_told_together(capsys, tmp_path):
     for expected in (
         "9 problems",
         "save_total_limit (-1) must not be negative",
-        "--n_layer takes a whole number, not 'three'",
+        "--n_layer takes a whole number, such as 12 or 1e9, not 'three'",
         "no flag --frobnicate",
         "n_embd (100) must be a multiple of n_head (12)",
         "tokens_per_step (500000) must be a multiple of block_size (1024): try 499712",
@@ -259,6 +259,39 @@ def test_an_unknown_preset_is_named_with_those_there_are(capsys):
         parse_command_line(TrainArguments, ["--preset", "gpt5"], PRESETS)
     assert exit_.value.code == 2
     assert "there is no preset 'gpt5'; there are gpt2-124m" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "question"),
+    [
+        ("--lerning_rate", ": did you mean --learning_rate?"),
+        ("--outptu-dir=x", ": did you mean --output_dir?"),
+        (
+            "--batch_size",
+            ": did you mean --per_device_train_batch_size or --find_batch_size or --per_device_eval_batch_size?",
+        ),
+        ("--tokens", ": did you mean --train_tokens or --tokens_per_step or --warmup_tokens?"),  # of five, the first
+        ("--max_steps", ";"),  # as many letters are those of --eval_steps, --save_steps and --logging_steps
+    ],
+)
+def test_an_unknown_flag_is_told_with_those_that_may_be_meant(capsys, given, question):
+    with pytest.raises(SystemExit):
+        parse_command_line(TrainArguments, [given, "8"], PRESETS)
+    assert f": there is no flag {given}{question} --help lists all.\n" in capsys.readouterr().err
+
+
+def test_help_begins_with_the_description_and_lists_each_flag_once(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse_command_line(TrainArguments, ["--preset", "quickstart", "--help"], PRESETS, "What it is for.")
+    assert exit_.value.code == 0
+    told = capsys.readouterr().out
+    assert told.splitlines()[1:3] == ["", "What it is for."]
+    assert "[flags]" in told.splitlines()[0]
+    assert "--tokens_per_step" in told
+    assert "--tokens-per-step" not in told
+    assert f"(default: {PRESETS['quickstart']['n_layer']})" in told
+    assert "default: None" not in " ".join(told.split())
+    assert parse_command_line(TrainArguments, ["--tokens-per-step", "2048"]).tokens_per_step == 2048
 
 
 def test_emulated_bf16_is_noticed(warm_python):

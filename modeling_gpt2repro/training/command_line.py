@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import NoReturn, TypeVar
 
 from transformers import HfArgumentParser
@@ -17,7 +18,10 @@ SECONDS_FOR_THE_FIRST_PROCESS = 20
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind each flag, and the description as it is written."""
+    """Defaults behind the flags that have one, and the description as it is written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class ProblemCollector(HfArgumentParser):
@@ -28,8 +32,11 @@ class ProblemCollector(HfArgumentParser):
 
     def __init__(self, arguments_class: type, description: str | None):
         self.problems: list[str] = []
-        super().__init__(arguments_class, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+        shown = {"usage": "%(prog)s [flags]", "description": description, "formatter_class": HelpFormatter}
+        super().__init__(arguments_class, allow_abbrev=False, **shown)
         for action in self._actions:
+            # --a-b is taken for --a_b, but not listed beside it.
+            action.option_strings = [flag for flag in action.option_strings if "-" not in flag[2:]]
             if action.type is string_to_bool and action.nargs is None:
                 action.nargs, action.const = "?", True  # the flag alone, where the default is None, too
             if action.option_strings and action.type is not None:
@@ -43,7 +50,7 @@ class ProblemCollector(HfArgumentParser):
             try:
                 value = whole_number(text) if convert is int else convert(text)
             except (ValueError, TypeError, argparse.ArgumentTypeError):
-                kind = {int: "a whole number", float: "a number"}.get(convert, "true or false")
+                kind = {int: "a whole number, such as 12 or 1e9", float: "a number"}.get(convert, "true or false")
                 self.problems.append(f"--{action.dest} takes {kind}, not {text!r}.")
                 return action.default
             if action.allowed and value not in action.allowed:
@@ -53,6 +60,15 @@ class ProblemCollector(HfArgumentParser):
             return value
 
         return converted
+
+    def unknown_flag(self, word: str) -> str:
+        """Told with the flags that may be meant: up to three that have its words, or one that is nearly it."""
+        name = word.partition("=")[0].lstrip("-").replace("-", "_")
+        names = [action.dest for action in self._actions]
+        meant = [other for other in names if set(name.split("_")) <= set(other.split("_"))][:3]
+        meant = meant or get_close_matches(name, names, n=1, cutoff=0.75)
+        question = f": did you mean {' or '.join(f'--{other}' for other in meant)}?" if meant else ";"
+        return f"there is no flag {word}{question} --help lists all."
 
     def error(self, message: str) -> NoReturn:
         exit_with_problems([*self.problems, message])
@@ -94,7 +110,7 @@ def parse_command_line(
         parser.set_defaults(**presets.get(chooser.parse_known_args(argv)[0].preset, {}))
     namespace, unknown = parser.parse_known_args(argv)
     problems = parser.problems
-    problems += [f"there is no flag {word}; --help lists all." for word in unknown if word.startswith("-")]
+    problems += [parser.unknown_flag(word) for word in unknown if word.startswith("-")]
     if unknown and not any(word.startswith("-") for word in unknown):
         problems.append(f"{' '.join(unknown)!r} stands alone: put the flag it belongs to before it.")
     arguments = None
