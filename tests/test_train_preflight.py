@@ -31,7 +31,7 @@ def test_the_whole_run_is_the_sum_of_its_parts():
 
 
 def test_the_report_says_speed_cost_and_what_is_missing(tmp_path, monkeypatch):
-    args = TrainArguments(output_dir=str(tmp_path), price_per_hour=10.0)
+    args = TrainArguments(output_dir=str(tmp_path), preflight=True, price_per_hour=10.0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 7_000_000_000))
     report, problems = preflight_report(args, MEASURED, flops_per_token=10**9, peak_flops=312e12 * 8, epochs=1.01)
     hours = sum(whole_run_seconds(args, MEASURED).values()) / 3600

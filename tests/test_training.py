@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_gpt2repro.data.rows import BatchShape, ShuffledBatches, TokenRows, as_batch
 from modeling_gpt2repro.hub.run_log import read_metrics
-from modeling_gpt2repro.training import hardware, words
+from modeling_gpt2repro.training import arguments, hardware, words
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.command_line import parse_command_line
 from modeling_gpt2repro.training.metrics import MetricsLog
@@ -259,6 +259,36 @@ def test_an_unknown_preset_is_named_with_those_there_are(capsys):
         parse_command_line(TrainArguments, ["--preset", "gpt5"], PRESETS)
     assert exit_.value.code == 2
     assert "there is no preset 'gpt5'; there are gpt2-124m" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "told"),
+    [
+        ("price_per_hour", "12", "price_per_hour (12) is for --preflight's cost: add --preflight."),
+        (
+            "resume_from_checkpoint",
+            "last",
+            "there is no checkpoint folder last: give 'latest', a step-... folder, or owner/name@revision.",
+        ),
+        (
+            "hellaswag",
+            "None",
+            "there is no file None for --hellaswag: give a jsonl, a Hub dataset owner/name, 'official', or 'none'.",
+        ),
+        ("report_to", "tensorbord", "report_to (tensorbord) must be 'none' or one of all, aim, tensorboard, wandb"),
+        ("report_to", "wandb", "report_to (wandb) is not installed: pip install it, or say 'none'."),
+    ],
+)
+def test_a_value_that_cannot_be_is_told_with_those_that_can(capsys, monkeypatch, tmp_path, flag, value, told):
+    monkeypatch.setattr(arguments, "get_available_trackers", list)
+    with pytest.raises(SystemExit):
+        parse_command_line(TrainArguments, [f"--{flag}", value, "--output_dir", str(tmp_path)], PRESETS)
+    assert f": {told}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("hellaswag", ["none", "official", "ns/name", __file__])
+def test_what_hellaswag_may_be(hellaswag, tmp_path):
+    assert TrainArguments(output_dir=str(tmp_path), hellaswag=hellaswag).hellaswag == hellaswag
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.hf_argparser import HfArg
@@ -73,7 +74,8 @@ class TrainArguments:
     adam_epsilon: float = HfArg(default=1e-8, help="AdamW, GPT-3 appendix B.")
     max_grad_norm: float = HfArg(default=1.0, help="Gradients are scaled down to this norm.")
     skip_outliers: bool = HfArg(
-        default=False, help="Skip steps whose loss or gradient norm is far above the last 128; not finite is always."
+        default=False,
+        help="Skip steps whose loss or gradient norm is far above the last 128; NaN and infinity always are.",
     )
     max_skipped: int = HfArg(default=10, help="Skipped steps in a row after which the run stops.")
     seed: int = HfArg(default=1337, help="Of the weights, the order of the data and the samples.")
@@ -95,7 +97,9 @@ class TrainArguments:
     )
     eval_steps: int = HfArg(default=250, help="Steps between evaluations; 0: at the start and the end only.")
     eval_tokens: int = HfArg(default=10_485_760, help="Validation tokens, the same on any number of processes.")
-    per_device_eval_batch_size: int | None = HfArg(default=None, help="Rows of one validation forward; as in training.")
+    per_device_eval_batch_size: int | None = HfArg(
+        default=None, help="Rows of one validation forward. By default as in training."
+    )
     hellaswag: str = HfArg(default="Rowan/hellaswag", help="A Hub dataset, a local jsonl, 'official', or 'none'.")
     sample_prompts: list[str] = HfArg(
         default_factory=lambda: ["Hello, I'm a language model,"], help="What samples go on from; each in quotes."
@@ -104,7 +108,7 @@ class TrainArguments:
     sample_tokens: int = HfArg(default=32, help="New tokens a sample.")
     save_steps: int = HfArg(default=1000, help="Steps between checkpoints; 0: at the end only.")
     save_total_limit: int | None = HfArg(default=3, help="Checkpoints kept; 0 keeps all.")
-    keep_every: int = HfArg(default=0, help="Checkpoints of steps that are a multiple stay beside those; 0 for none.")
+    keep_every: int = HfArg(default=0, help="Also keep every checkpoint whose step is a multiple of this; 0: none.")
     report_to: str = HfArg(
         default="none", help="A tracker beside metrics.jsonl: tensorboard, wandb, trackio, ..., or 'all' there are."
     )
@@ -117,10 +121,13 @@ class TrainArguments:
     )
     hub_strategy: str = HfArg(
         default="every_save",
-        help="Before the final model: 'end' nothing, 'every_save' each checkpoint's model, 'checkpoint' and the newest "
-        "one with its training state, on a branch last-checkpoint, 'all_checkpoints' or each on a branch of its own.",
+        help="What is pushed before the final model. 'end': nothing. 'every_save': each checkpoint's model. "
+        "'checkpoint': also the newest one with its training state, to go on from, on a branch last-checkpoint. "
+        "'all_checkpoints': also each checkpoint's model, on a branch of its own.",
     )
-    hub_private_repo: bool | None = HfArg(default=None, help="Of a new repository; by default as its owner has set it.")
+    hub_private_repo: bool | None = HfArg(
+        default=None, help="Make a new repository private; by default as its owner has set it."
+    )
 
     def __post_init__(self):
         if self.dataset_config_name is None and self.dataset_name == "HuggingFaceFW/fineweb-edu":
@@ -195,6 +202,8 @@ class TrainArguments:
                 )
             if 0 < self.train_tokens < self.tokens_per_step:
                 yield f"train_tokens ({self.train_tokens}) must be at least one step ({self.tokens_per_step})."
+        if self.price_per_hour is not None and not self.preflight:
+            yield f"price_per_hour ({self.price_per_hour:g}) is for --preflight's cost: add --preflight."
         if self.document_mask and self.attn_implementation.startswith("flash"):
             yield (
                 f"attn_implementation ({self.attn_implementation}) waits for the device in each micro-batch to keep "
@@ -204,22 +213,25 @@ class TrainArguments:
             yield f"there is no folder {self.shards}: prepare it with prepare_data.py --output_dir {self.shards}."
         if self.mix is not None and self.shards is not None:
             yield f"shards ({self.shards}) and mix ({self.mix}) exclude each other: give one."
-        if self.hellaswag.endswith(".jsonl") and not Path(self.hellaswag).is_file():
-            yield f"there is no file {self.hellaswag} for --hellaswag: give a jsonl, a Hub dataset, or 'none'."
+        may_be_on_hub = "/" in self.hellaswag and not self.hellaswag.endswith(".jsonl")
+        if not (self.hellaswag in ("official", "none") or may_be_on_hub or Path(self.hellaswag).is_file()):
+            yield (
+                f"there is no file {self.hellaswag} for --hellaswag: give a jsonl, a Hub dataset owner/name, "
+                "'official', or 'none'."
+            )
         prepared = self.shards is not None or self.mix is not None
         if self.tokenizer is not None and (prepared or self.dataset_name == "python-prose"):
             yield f"tokenizer ({self.tokenizer}) must be left out: shards and python-prose bring their own."
         yield from self._output_dir_problems()
         yield from self._hub_problems()
         trackers = [str(tracker) for tracker in get_available_trackers()]
-        if self.report_to not in ("none", "all", *trackers):
-            yield (
-                f"report_to ({self.report_to}) must be 'none', 'all' or a tracker that is installed "
-                f"({', '.join(trackers) or 'there is none'}): pip install it."
-            )
+        if self.report_to not in ("none", *LoggerType.list()):
+            yield f"report_to ({self.report_to}) must be 'none' or one of {', '.join(LoggerType.list())}."
+        elif self.report_to not in ("none", "all", *trackers):
+            yield f"report_to ({self.report_to}) is not installed: pip install it, or say 'none'."
         resume = self.resume_from_checkpoint
         if resume not in (None, "latest") and not Path(resume).is_dir() and not HUB_NAME.fullmatch(resume):
-            yield f"there is no checkpoint folder {resume}."
+            yield (f"there is no checkpoint folder {resume}: give 'latest', a step-... folder, or owner/name@revision.")
 
     def _hub_problems(self):
         if self.hub_strategy not in HUB_STRATEGIES:
