@@ -64,6 +64,7 @@ def test_a_period_is_shared_out_by_largest_remainders():
         ("a:x", "'a:x' has no share"),
         ("a:0,b:1", "shares greater than 0, not 'a:0'"),
         (":1", "folders and shares greater than 0, not ':1'"),
+        ("a/b:0.5,c:0.2,a//b/:0.3", "names a//b/ twice: give it once, with the sum"),
         ("a:1e-9,b:1", "gives a less than one row in 1000"),
     ],
 )

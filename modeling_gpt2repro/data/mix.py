@@ -18,11 +18,13 @@ def parse_mix(text: str) -> dict[str, float]:
     """'a:0.7,b:0.3' -> {'a': 0.7, 'b': 0.3}; shares that do not add up to 1 are scaled.
 
     Raises:
-        ValueError: If a part has no share, or a share that gives no row in PERIOD.
+        ValueError: If a part has no share, or a share that gives no row in PERIOD, or a folder stands there twice.
     """
     shares = {}
     for part in text.split(","):
         folder, _, share = part.strip().rpartition(":")
+        if Path(folder) in map(Path, shares):
+            raise ValueError(f"mix ({text}) names {folder} twice: give it once, with the sum of its shares.")
         try:
             shares[folder] = float(share)
         except ValueError:
