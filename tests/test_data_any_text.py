@@ -158,9 +158,9 @@ def test_halves_of_characters_in_bytes_are_no_text(tmp_path, kind, one_sentence)
     if kind == "parquet":
         pq.write_table(pa.table({"text": pa.array([half]).cast(pa.string(), safe=False)}), path)
     else:
-        path.write_bytes(b'{"text": "' + half + b'"}\n')
+        path.write_bytes(b'{"text": "a"}\n{"text": "' + half + b'"}\n')
     source = local_source([str(path)])
-    with pytest.raises(ValueError, match=r"is not a whole parquet file|is not UTF-8 \(byte 15 is 0xed\)") as error:
+    with pytest.raises(ValueError, match=r"is not a whole parquet file|is not UTF-8 \(byte 29 is 0xed\)") as error:
         list(source.read(source.units[0]))
     one_sentence(error)
 

@@ -155,7 +155,7 @@ BAD_FILES = {
     "latin.jsonl": (lambda path: path.write_bytes(b'{"text": "a"}\n{"text": "\xe9"}'), r"is not UTF-8 \(byte 24 is"),
     "bad.jsonl": (lambda path: path.write_text('{"text": "a"}\n{bad\n'), r"the line at byte 14 must be a JSON object"),
     "list.jsonl": (lambda path: path.write_text('["text"]\n'), r"the line at byte 0 must be a JSON object"),
-    "field.jsonl": (lambda path: path.write_text('{"txt": "a"}\n'), r"must be a JSON object with a 'text' field\."),
+    "field.jsonl": (lambda path: path.write_text('{"txt": "a"}\n'), r"byte 0 has no 'text' field; it has txt: name"),
     "number.jsonl": (lambda path: path.write_text('{"text": 7}\n'), r"'text' in the line at byte 0 is not text\."),
     "column.parquet": (
         lambda path: write_parquet(path, {"txt": ["a"], "id": ["b"]}),
@@ -192,6 +192,13 @@ def test_the_problems_of_all_files_are_told_together(tmp_path):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match=r"no\.txt\.\n.*empty\.txt is empty\.$"):
         list_units([str(tmp_path / "no.txt"), str(tmp_path / "empty.txt")])
+
+
+def test_a_missing_field_is_told_before_any_work(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"body": "the sea", "id": 1}])
+    with pytest.raises(ValueError, match=r"no 'text' field; it has body, id: name one by --text_column\.$"):
+        list_units([path])
+    assert len(list_units([path], "body")) == 1
 
 
 def test_units_are_named_the_same_on_every_machine():

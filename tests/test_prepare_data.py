@@ -98,6 +98,12 @@ def test_bad_input_is_a_sentence_and_exit_code_2(tmp_path, capsys, tokenizer_fol
     assert "there is no text in the source" in told("--train_files", tmp_path / "blank.txt", *tiny)
     assert "none of the text fell to the validation" in told("--train_files", tmp_path / "little.txt", *tiny)
     assert "--text_column" in told("--train_files", tmp_path / "a.parquet", *tiny)
+    write_jsonl(tmp_path / "late.jsonl", ["the sea"])
+    with open(tmp_path / "late.jsonl", "a") as file:
+        file.write('{"body": "the sea"}\n')
+    assert f"bytes 0 to 40 of {tmp_path / 'late.jsonl'}: the line at byte 20 has no 'text' field; it has body" in told(
+        "--train_files", tmp_path / "late.jsonl", *tiny
+    )
     assert "a.csv is not of a kind that can be read" in told("--train_files", tmp_path / "a.csv", *tiny)
     assert "there is no file" in told("--train_files", tmp_path / "*.jsonl", *tiny)
     assert "ask for fewer ids" in told("--train_files", tmp_path / "little.txt", "--tokenizer", "train")

@@ -66,7 +66,8 @@ def list_units(paths: list[str], text_column: str = "text") -> list[Unit]:
     """Cut files (local paths or `hf://` addresses of parquet files) into units, in their order.
 
     Raises:
-        ValueError: With every problem, one a line: not there, of an unknown kind, empty, without the text column.
+        ValueError: With every problem, one a line: not there, of an unknown kind, empty, without the text column (of
+            a .jsonl in its first line).
     """
 
     def units_or_problem(path: str) -> list[Unit] | str:
@@ -96,7 +97,10 @@ def _units_of(path: str, text_column: str) -> list[Unit]:
         return [Unit(path, group, group + 1, text_column, size) for group, size in enumerate(sizes)]
     size = Path(path).stat().st_size
     cuts = [*range(0, size, RANGE_BYTES), size]
-    return [Unit(path, start, stop, text_column, stop - start) for start, stop in pairwise(cuts)]
+    units = [Unit(path, start, stop, text_column, stop - start) for start, stop in pairwise(cuts)]
+    if path.endswith(".jsonl"):
+        next(_read_json_lines(units[0]), None)  # a wrong field is told before any work
+    return units
 
 
 def read_unit(unit: Unit, skipped: Counter | None = None) -> Iterator[Document]:
@@ -135,10 +139,13 @@ def _json_document(line: str, unit: Unit, place: int) -> Document:
     try:
         row = json.loads(line)
         text, name = row[unit.text_column], row.get("id")
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
         raise ValueError(
-            f"{unit.path}: the line at byte {place} must be a JSON object with a {unit.text_column!r} field."
+            f"{unit.path}: the line at byte {place} has no {unit.text_column!r} field; it has "
+            f"{', '.join(row) or 'none'}: name one by --text_column."
         ) from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{unit.path}: the line at byte {place} must be a JSON object.") from error
     if not isinstance(text, str | None):
         raise ValueError(f"{unit.path}: {unit.text_column!r} in the line at byte {place} is not text.")
     if text and "\\u" in line:  # JSON can spell halves of characters, which UTF-8 cannot: U+FFFD in their place

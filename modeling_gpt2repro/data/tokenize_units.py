@@ -56,7 +56,8 @@ class TokenizeUnits(PipelineStep):
             try:
                 tokenized = tokenize_unit(source, unit, encode, plan)
             except (ValueError, OSError, HTTPError) as error:
-                raise note_problem(folder, number, f"{unit.place}: {' '.join(str(error).split())}") from error
+                told = " ".join(str(error).split()).removeprefix(f"{unit.path}: ")
+                raise note_problem(folder, number, f"{unit.place}: {told}") from error
             write_unit(folder, number, tokenized)
             logger.info(f"{unit.place}: {len(tokenized.ids['train'])} training tokens")
             self.stat_update("tokens", value=len(tokenized.ids["train"]), unit="unit")
