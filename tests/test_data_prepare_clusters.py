@@ -76,6 +76,14 @@ def test_problems_with_clusters_are_told(tmp_path, arguments, capsys, monkeypatc
         (["--executor", "ray"], ("pip install ray",)),
         (["--executor", "nomad"], ("executor (nomad) must be one of local, slurm, ray",)),
         (["--layout", "mine"], ("layout (mine) must be one of plain, karpathy",)),
+        (
+            ["--slurm_partition", "cpu", "--slurm_time", "1:00:00", "--slurm_args", "account=me"],
+            (
+                "slurm_partition (cpu) is for --executor slurm only",
+                "slurm_time (1:00:00) is for",
+                "slurm_args (['account=me']) is for",
+            ),
+        ),
     ):
         with pytest.raises(SystemExit) as end:
             prepare_data.main(["--output_dir", str(tmp_path / "out"), *arguments, *more])

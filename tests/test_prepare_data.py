@@ -105,7 +105,9 @@ def test_bad_input_is_a_sentence_and_exit_code_2(tmp_path, capsys, tokenizer_fol
         "--train_files", tmp_path / "late.jsonl", *tiny
     )
     assert "a.csv is not of a kind that can be read" in told("--train_files", tmp_path / "a.csv", *tiny)
-    assert "there is no file" in told("--train_files", tmp_path / "*.jsonl", *tiny)
+    assert "none/*.txt for --train_files" in told("--train_files", tmp_path / "none" / "*.txt", *tiny)
+    assert "quick (True) is for --verify only: add that" in told("--train_files", tmp_path / "little.txt", "--quick")
+    assert "vocab_size (300) is for --tokenizer train only" in told("--vocab_size", 300)
     assert "ask for fewer ids" in told("--train_files", tmp_path / "little.txt", "--tokenizer", "train")
     assert "--tokenizer train works on --train_files only" in told("--tokenizer", "train")
     assert "nor a folder or Hub id" in told("--train_files", tmp_path / "little.txt", "--tokenizer", tmp_path)

@@ -3,6 +3,7 @@
 import os
 import shutil
 from dataclasses import dataclass
+from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -70,17 +71,29 @@ class PrepareArguments:
         if self.tokenizer == "train" and not self.train_files:
             yield "--tokenizer train works on --train_files only: it reads all of the text twice."
         for pattern in self.train_files or []:
-            if not any(character in pattern for character in "*?[") and not Path(pattern).is_file():
+            if not any(map(os.path.isfile, [pattern, *glob(pattern, recursive=True)])):
                 yield f"there is no file {pattern} for --train_files."
         for name, allowed in (("layout", LAYOUTS), ("executor", EXECUTORS)):
             if getattr(self, name) not in allowed:
                 yield f"{name} ({getattr(self, name)}) must be one of {', '.join(allowed)}."
+        yield from self._problems_of_unused_flags()
         yield from self._problems_of_clusters()
         if self.verify is None:
             try:
                 find_remains(Path(self.output_dir))
             except ValueError as error:
                 yield str(error)
+
+    def _problems_of_unused_flags(self):
+        for name, other, is_there in (
+            ("quick", "--verify", self.verify is not None),
+            ("vocab_size", "--tokenizer train", self.tokenizer == "train"),
+            ("slurm_partition", "--executor slurm", self.executor == "slurm"),
+            ("slurm_time", "--executor slurm", self.executor == "slurm"),
+            ("slurm_args", "--executor slurm", self.executor == "slurm"),
+        ):
+            if not is_there and getattr(self, name) != getattr(type(self), name):
+                yield f"{name} ({getattr(self, name)}) is for {other} only: add that, or leave it out."
 
     def _problems_of_clusters(self):
         if self.executor == "ray" and find_spec("ray") is None:
