@@ -44,6 +44,7 @@ from modeling_gpt2repro.training.launch import main_process_first
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Score one model and save what it said, or compare two such results."""
     args = parse_command_line(EvalHellaSwagArguments, argv, description=__doc__)
     with bad_input_exits():
         if args.compare:
@@ -102,7 +103,8 @@ def report(args: EvalHellaSwagArguments, rows: Sequence[HellaSwagRow], results: 
         print("\n".join(standing_sentence(protocol, place) for protocol, place in standings.items()))
     else:
         print(
-            f"These {len(rows)} rows are not the official {OFFICIAL_ROWS}: the published numbers do not measure them."
+            f"These {len(rows):,} rows are not the official {OFFICIAL_ROWS:,}: the published numbers do not measure "
+            "them."
         )
     write_results(args.rows_file, results, rows)
     write_json(

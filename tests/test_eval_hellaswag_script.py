@@ -75,7 +75,7 @@ def test_the_script_prints_a_table_and_saves_numbers_and_rows(tmp_path, model_fo
         low, high = result["acc_interval"]
         assert f"{protocol:12}{result['acc']:8.4f} [{low:.4f}, {high:.4f}]" in printed
     assert "0.3114   gpt2, lm-evaluation-harness" in printed
-    assert "These 5 rows are not the official 10042" in printed
+    assert "These 5 rows are not the official 10,042" in printed
     assert "passed" not in printed
     assert report["standings"] == {}
 
@@ -235,12 +235,17 @@ def test_the_script_tells_every_problem_of_a_command_line_at_once(tmp_path, caps
         "--batch_tokens (-1) must be at least 1",
         "--protocol takes one of completion, lm-eval, both, not 'other'",
         "--dtype takes one of float32, bfloat16, float16, not 'int8'",
-        "--device warp9 cannot be used here",
+        "--device warp9 cannot be used here (it is none of cuda, cuda:1, mps and cpu); leave it out or say cpu.",
         "make it first",
     ):
         assert sentence in error
     assert "has no config.json" in problems_of(capsys, "--model", str(tmp_path), "--data", __file__)
     assert "is a file" in problems_of(capsys, "--model", __file__, "--data", __file__)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    assert f"{tmp_path} is the folder of a run: give {tmp_path / 'model'}." in problems_of(
+        capsys, "--model", str(tmp_path), "--data", __file__
+    )
     assert "is a folder: give the name of a file" in problems_of(capsys, "--data", __file__, "--output", str(tmp_path))
     assert "let it end in .json" in problems_of(capsys, "--data", __file__, "--output", "rows.jsonl")
 
@@ -314,6 +319,7 @@ import sys
 import datasets
 import huggingface_hub
 import eval_hellaswag
+from modeling_gpt2repro.evaluation.causal_lm import load_causal_lm
 from modeling_gpt2repro.evaluation.hellaswag_rows import load_hellaswag
 
 eval_hellaswag.main(["--model", "ns/tiny", "--device", "cpu", "--output", sys.argv[1]])
@@ -330,6 +336,12 @@ try:
     eval_hellaswag.main(["--model", "ns/tiny", "--data", "ns/nothing"])
 except SystemExit as exit:
     print("exit code", exit.code)
+for offline in (False, True):
+    huggingface_hub.constants.HF_HUB_OFFLINE = offline
+    try:
+        load_causal_lm("runs/nope")
+    except ValueError as error:
+        print(f"ValueError: {error}")
 """
 
 
@@ -351,10 +363,13 @@ def test_data_and_model_may_come_from_the_hub(
         score_hellaswag(make_model("stock", len(hellaswag_tokenizer)), hellaswag_tokenizer, hellaswag_rows[:2])
     )
     assert json.loads((tmp_path / "result.json").read_text())["results"] == as_json(expected)
-    assert "These 2 rows are not the official 10042" in done.stdout
+    assert "These 2 rows are not the official 10,042" in done.stdout
     assert "ValueError: ns/unlabelled, row 2: label is ''" in done.stdout
     assert "ConnectionError: the dataset ns/nothing could not be reached on the Hub" in done.stdout
     assert "exit code 2" in done.stdout
+    nowhere = "there is no folder runs/nope here, and the Hub has no such model or cannot be reached"
+    assert f"--model runs/nope: {nowhere} (runs/nope is not a local folder and is not a valid model" in done.stdout
+    assert f"--model runs/nope: {nowhere} (We couldn't connect to " in done.stdout
     assert "--data: the dataset ns/nothing could not be reached on the Hub: check the connection, or name a local" in (
         done.stderr
     )

@@ -3,6 +3,7 @@
 import os
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +31,11 @@ def load_causal_lm(
             name, dtype=getattr(torch, dtype), output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, KeyError, TypeError) as error:
+        if isinstance(error.__cause__, (LocalEntryNotFoundError, RepositoryNotFoundError)):
+            raise ValueError(
+                f"--model {name}: there is no folder {name} here, and the Hub has no such model or cannot be reached "
+                f"({first_line(error).rstrip('.')})."
+            ) from error
         raise ValueError(f"--model {name}: its {part} could not be loaded: {first_line(error)}") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
@@ -63,13 +69,17 @@ def device_problem(device: str) -> str | None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        return f"--device {device} cannot be used here ({first_line(error)}); leave it out or say cpu."
+        known = device.partition(":")[0] in ("cuda", "mps", "cpu")
+        reason = first_line(error) if known else "it is none of cuda, cuda:1, mps and cpu"
+        return f"--device {device} cannot be used here ({reason}); leave it out or say cpu."
 
 
 def model_problem(name: str) -> str | None:
     """What is wrong with the name of a model, as far as it is seen without the network, in a sentence."""
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
+            if os.path.isfile(os.path.join(name, "model", "config.json")):
+                return f"--model {name} is the folder of a run: give {os.path.join(name, 'model')}."
             return f"--model {name} has no config.json: give a folder that save_pretrained has written."
     elif os.path.exists(name):
         return f"--model {name} is a file: give the folder it is in."
