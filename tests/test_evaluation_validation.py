@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from toy_runs import ROOT
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from modeling_gpt2repro.data.prepare_arguments import PrepareArguments
 from modeling_gpt2repro.data.rows import TokenRows, validation_batches
 from modeling_gpt2repro.data.tokenizer import train_tokenizer
 from modeling_gpt2repro.evaluation.validation import block_size_of, main, summed_loss
@@ -239,6 +240,10 @@ def test_what_cannot_be_is_told_at_once(capsys, tmp_path):
     assert f"there is no folder {tmp_path / 'none'}: prepare it with prepare_data.py" in told
     assert "--eval_tokens (0) must be at least 1." in told
     assert "make it first." in told
+
+
+def test_what_prepare_data_writes_by_default_is_read_by_default():
+    assert PrepareArguments.output_dir == ValidationArguments.shards == "data/edu"
 
 
 def test_inputs_that_do_not_fit_are_refused_in_words(capsys, save, tiny_tokenizer, token_shards):

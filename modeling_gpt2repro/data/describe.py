@@ -1,7 +1,7 @@
 """Look at prepared data before training on it: how much there is, how long documents are, what two of them say.
 
-python -m modeling_gpt2repro.data.describe data/fineweb-edu-10B
-python -m modeling_gpt2repro.data.describe data/fineweb-edu-10B --shard train_000007.npy
+python -m modeling_gpt2repro.data.describe data/edu
+python -m modeling_gpt2repro.data.describe data/edu --shard train_000007.npy
 """
 
 import argparse

@@ -27,7 +27,7 @@ class PrepareArguments:
         ValueError: On values that do not fit, every problem on a line of its own.
     """
 
-    output_dir: str = HfArg(default="data/fineweb-edu-10B", help="Folder for shards, tokenizer and manifest.")
+    output_dir: str = HfArg(default="data/edu", help="Folder for shards, tokenizer and manifest.")
     train_files: list[str] | None = HfArg(default=None, help="Local .txt, .jsonl or .parquet files instead of the Hub.")
     dataset_name: str = HfArg(default="HuggingFaceFW/fineweb-edu", help="Hub dataset.")
     dataset_config_name: str | None = HfArg(default=None, help="Its config; sample-10BT for FineWeb-Edu.")
