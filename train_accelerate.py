@@ -57,7 +57,8 @@ from modeling_gpt2repro.hub.folder import save_hub_folder
 from modeling_gpt2repro.hub.pushes import Pushes
 from modeling_gpt2repro.hub.run_log import write_yardsticks
 from modeling_gpt2repro.training import checkpoints
-from modeling_gpt2repro.training.arguments import RUN_RECORD, TrainArguments
+from modeling_gpt2repro.training.argument_checks import RUN_RECORD
+from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.batch_size import find_batch_size
 from modeling_gpt2repro.training.command_line import Problems, bad_input_exits, parse_command_line
 from modeling_gpt2repro.training.hardware import flops_and_peak, hardware_record, peak_memory_gb

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_gpt2repro.data.rows import BatchShape, ShuffledBatches, TokenRows, as_batch
 from modeling_gpt2repro.hub.run_log import read_metrics
-from modeling_gpt2repro.training import arguments, hardware, words
+from modeling_gpt2repro.training import argument_checks, hardware, words
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.command_line import parse_command_line
 from modeling_gpt2repro.training.metrics import MetricsLog
@@ -280,7 +280,7 @@ def test_an_unknown_preset_is_named_with_those_there_are(capsys):
     ],
 )
 def test_a_value_that_cannot_be_is_told_with_those_that_can(capsys, monkeypatch, tmp_path, flag, value, told):
-    monkeypatch.setattr(arguments, "get_available_trackers", list)
+    monkeypatch.setattr(argument_checks, "get_available_trackers", list)
     with pytest.raises(SystemExit):
         parse_command_line(TrainArguments, [f"--{flag}", value, "--output_dir", str(tmp_path)], PRESETS)
     assert f": {told}" in capsys.readouterr().err

@@ -5,17 +5,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers.hf_argparser import HfArg
 
-from .checkpoints import HUB_NAME
+from .argument_checks import problems_of
 from .presets import PRESETS
-
-RUN_RECORD = "run.json"
-HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 
 
 @dataclass
@@ -132,7 +125,7 @@ class TrainArguments:
     def __post_init__(self):
         if self.dataset_config_name is None and self.dataset_name == "HuggingFaceFW/fineweb-edu":
             self.dataset_config_name = "sample-10BT"
-        problems = list(self._problems())
+        problems = list(problems_of(self))
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -165,97 +158,3 @@ class TrainArguments:
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches of an optimizer step on each process; a stream may take more, see `stream.py`."""
         return -(-self.rows_per_step // (self.per_device_train_batch_size * self.num_processes))
-
-    def _problems(self):
-        if self.preset not in PRESETS:
-            yield f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}."
-        positive = ("n_layer", "n_head", "n_embd", "block_size", "train_tokens", "tokens_per_step", "eval_tokens")
-        positive += ("per_device_train_batch_size", "learning_rate", "max_grad_norm", "logging_steps")
-        positive += ("price_per_hour", "per_device_eval_batch_size", "tokenizer_vocab_size", "max_skipped")
-        for name in positive:
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                yield f"{name} ({getattr(self, name)}) must be greater than 0."
-        not_negative = (
-            "warmup_tokens",
-            "weight_decay",
-            "eval_steps",
-            "num_samples",
-            "sample_tokens",
-            "save_steps",
-            "seed",
-        )
-        not_negative += ("save_total_limit", "keep_every", "adam_epsilon")
-        for name in not_negative:
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                yield f"{name} ({getattr(self, name)}) must not be negative."
-        for name in ("adam_beta1", "adam_beta2", "final_learning_rate_ratio", "validation_share"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"{name} ({getattr(self, name)}) must be at least 0 and less than 1."
-        if self.n_head > 0 and self.n_embd % self.n_head:
-            yield f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})."
-        if min(self.block_size, self.tokens_per_step) > 0:
-            if self.tokens_per_step % self.block_size:
-                nearest = max(1, round(self.tokens_per_step / self.block_size)) * self.block_size
-                yield (
-                    f"tokens_per_step ({self.tokens_per_step}) must be a multiple of block_size ({self.block_size}): "
-                    f"try {nearest}."
-                )
-            if 0 < self.train_tokens < self.tokens_per_step:
-                yield f"train_tokens ({self.train_tokens}) must be at least one step ({self.tokens_per_step})."
-        if self.price_per_hour is not None and not self.preflight:
-            yield f"price_per_hour ({self.price_per_hour:g}) is for --preflight's cost: add --preflight."
-        if self.document_mask and self.attn_implementation.startswith("flash"):
-            yield (
-                f"attn_implementation ({self.attn_implementation}) waits for the device in each micro-batch to keep "
-                "documents apart, and breaks the compiled step into pieces: with --document_mask, take sdpa."
-            )
-        if self.shards is not None and not Path(self.shards).is_dir():
-            yield f"there is no folder {self.shards}: prepare it with prepare_data.py --output_dir {self.shards}."
-        if self.mix is not None and self.shards is not None:
-            yield f"shards ({self.shards}) and mix ({self.mix}) exclude each other: give one."
-        may_be_on_hub = "/" in self.hellaswag and not self.hellaswag.endswith(".jsonl")
-        if not (self.hellaswag in ("official", "none") or may_be_on_hub or Path(self.hellaswag).is_file()):
-            yield (
-                f"there is no file {self.hellaswag} for --hellaswag: give a jsonl, a Hub dataset owner/name, "
-                "'official', or 'none'."
-            )
-        prepared = self.shards is not None or self.mix is not None
-        if self.tokenizer is not None and (prepared or self.dataset_name == "python-prose"):
-            yield f"tokenizer ({self.tokenizer}) must be left out: shards and python-prose bring their own."
-        yield from self._output_dir_problems()
-        yield from self._hub_problems()
-        trackers = [str(tracker) for tracker in get_available_trackers()]
-        if self.report_to not in ("none", *LoggerType.list()):
-            yield f"report_to ({self.report_to}) must be 'none' or one of {', '.join(LoggerType.list())}."
-        elif self.report_to not in ("none", "all", *trackers):
-            yield f"report_to ({self.report_to}) is not installed: pip install it, or say 'none'."
-        resume = self.resume_from_checkpoint
-        if resume not in (None, "latest") and not Path(resume).is_dir() and not HUB_NAME.fullmatch(resume):
-            yield (f"there is no checkpoint folder {resume}: give 'latest', a step-... folder, or owner/name@revision.")
-
-    def _hub_problems(self):
-        if self.hub_strategy not in HUB_STRATEGIES:
-            yield f"hub_strategy ({self.hub_strategy}) must be one of {', '.join(HUB_STRATEGIES)}."
-        if not self.push_to_hub and self.hub_model_id is not None:
-            yield f"hub_model_id ({self.hub_model_id}) says where to push to, but nothing is pushed: add --push_to_hub."
-        if self.push_to_hub:
-            try:
-                validate_repo_id(self.hub_repository)
-            except HFValidationError:
-                yield (
-                    f"{self.hub_repository!r} cannot be the name of a repository on the Hub: give --hub_model_id "
-                    "owner/name, of letters, digits and -_. between them."
-                )
-
-    def _output_dir_problems(self):
-        output_dir, resume = Path(self.output_dir), self.resume_from_checkpoint
-        resumes_here = resume == "latest" or (resume and Path(resume).resolve().parent == output_dir.resolve())
-        if output_dir.exists() and not output_dir.is_dir():
-            yield f"output_dir ({output_dir}) is a file: give a folder."
-        elif (output_dir / RUN_RECORD).exists() and not resumes_here:
-            yield (
-                f"output_dir ({output_dir}) holds another run: go on with it by --resume_from_checkpoint latest, "
-                "or give another --output_dir."
-            )
-        elif not (output_dir / RUN_RECORD).exists() and (strange := sorted(output_dir.glob("model"))):
-            yield f"{strange[0]} is not of a run, and the result would take its place: give another --output_dir."

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from .arguments import RUN_RECORD, TrainArguments
+from .argument_checks import RUN_RECORD
+from .arguments import TrainArguments
 
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers", "tiktoken", "safetensors")
 
