@@ -331,9 +331,8 @@ def export(run: Run) -> Path:
     if run.accelerator.is_main_process:
         try:
             save_hub_folder(module, run.data.tokenizer, aside, run.origin, run.output_dir)
-            shutil.copyfile(
-                run.monitor.log.path, aside / run.monitor.log.path.name
-            )  # the numbers that its card draws on
+            numbers = run.monitor.log.path  # which its card draws on
+            shutil.copyfile(numbers, aside / numbers.name)
             put_in_place(aside, folder)
         except (OSError, SafetensorError) as error:
             raise SystemExit(cannot_save(run.args, str(error))) from error
