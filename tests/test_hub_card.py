@@ -104,6 +104,21 @@ def test_a_card_can_be_written_of_any_numbers(run_folder, tiny_model):
     assert [result.metric_value for result in ModelCard(card).data.eval_results] == [0.25]
 
 
+def test_a_run_that_went_on_otherwise_is_told_as_it_ended(run_folder, tiny_model):
+    """HellaSwag of another file is no number for the Hub, whatever the run began with."""
+    changes = [
+        {"seed": [1337, 7]},
+        {"train_tokens": [10**10, 2 * 10**10], "hellaswag": ["Rowan/hellaswag", "few.jsonl"]},
+    ]
+    ended = (run_folder / "metrics.jsonl").read_text()
+    resumed = [json.dumps({"step": 1, "event": "resume", "changed": changed}) + "\n" for changed in changes]
+    (run_folder / "metrics.jsonl").write_text("".join([*resumed, ended]))
+    card = model_card(tiny_model, run_folder=run_folder)
+    assert "| tokens | 20,000,000,000, 524,288 a step |\n" in card
+    assert "| seed | 1337 |\n" in card
+    assert [result.dataset_name for result in ModelCard(card).data.eval_results] == ["fineweb-edu"]
+
+
 def test_a_streamed_run_in_fp32_has_no_shards_to_tell_of(run_folder, tiny_model):
     record = json.loads((run_folder / "run.json").read_text())
     record["data"]["data"] = {"dataset": "HuggingFaceFW/fineweb-edu", "files": 14}

@@ -68,9 +68,9 @@ def test_a_run_reads_as_if_it_had_never_been_stopped():
     again = [evaluation_row(2), train_row(3, loss=1.0)]
     lines = [json.dumps(row) for row in [*rows, train_row(3), train_row(4), resumed, *again]]
     kept = [*rows[:4], *again]  # the skipped step came before the checkpoint, its evaluation after
-    assert replay([*lines, '{"step": 4, "lo']) == (kept, [2])
-    assert replay([*lines, json.dumps({"step": 1, "event": "resume"})]) == (rows[:2], [1])
-    assert replay([json.dumps({"step": 0, "event": "resume"})]) == ([], [])  # 'latest', and there was nothing
+    assert replay([*lines, '{"step": 4, "lo']) == (kept, [2], {})
+    assert replay([*lines, json.dumps({"step": 1, "event": "resume"})]) == (rows[:2], [1], {})
+    assert replay([json.dumps({"step": 0, "event": "resume"})]) == ([], [], {})  # 'latest', and there was nothing
 
 
 def test_steps_that_were_skipped_are_no_part_of_a_curve(tmp_path):

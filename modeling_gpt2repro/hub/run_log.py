@@ -21,7 +21,7 @@ class RunLog:
     Args:
         rows: Of metrics.jsonl, without those that a resume went back behind.
         resumed_steps: Where it went on after a stop.
-        record: run.json; empty where there is none.
+        record: run.json, with the arguments that the run last went on with; empty where there is none.
         loss_yardsticks: Label -> nats per token: what guessing gives.
         hellaswag_yardsticks: Protocol -> model -> published acc_norm.
     """
@@ -86,8 +86,11 @@ def read_run(folder: Path) -> RunLog:
     """
     if not (folder / METRICS_FILE).is_file():
         raise ValueError(f"{folder} is no run: it has no {METRICS_FILE}; give the --output_dir of a training.")
-    rows, resumed_steps = replay((folder / METRICS_FILE).read_text(encoding="utf-8").splitlines())
-    return RunLog(folder, rows, resumed_steps, _read_json(folder / RUN_RECORD), **_read_json(folder / YARDSTICKS_FILE))
+    rows, resumed_steps, changed = replay((folder / METRICS_FILE).read_text(encoding="utf-8").splitlines())
+    record = _read_json(folder / RUN_RECORD)
+    if record:
+        record["arguments"] |= {name: now for name, (_, now) in changed.items()}
+    return RunLog(folder, rows, resumed_steps, record, **_read_json(folder / YARDSTICKS_FILE))
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -95,13 +98,15 @@ def read_metrics(folder: Path) -> list[dict]:
     return read_run(folder).rows if (folder / METRICS_FILE).is_file() else []
 
 
-def replay(lines: Iterable[str]) -> tuple[list[dict], list[int]]:
-    """Rows without those that a resume went back behind, and the steps at which the run was resumed.
+def replay(lines: Iterable[str]) -> tuple[list[dict], list[int], dict[str, list]]:
+    """Rows without those that a resume went back behind, the steps at which the run was resumed, and which arguments
+    are no longer those in its record: name -> [then, now].
 
     A line that a crash cut off is left out, too.
     """
     rows: list[dict] = []
     resumed: list[int] = []
+    changed: dict[str, list] = {}
     for line in lines:
         try:
             row = json.loads(line)
@@ -112,9 +117,10 @@ def replay(lines: Iterable[str]) -> tuple[list[dict], list[int]]:
             # The evaluation at that step is repeated; what came of the training step that led to it is not.
             rows = [r for r in rows if r["step"] < step or (r["step"] == step and ("loss" in r or "event" in r))]
             resumed = [earlier for earlier in resumed if earlier < step] + ([step] if step else [])
+            changed = row.get("changed", {})  # all of them, not only those since the last time
         else:
             rows.append(row)
-    return rows, resumed
+    return rows, resumed, changed
 
 
 def write_yardsticks(
