@@ -162,6 +162,10 @@ def test_each_machine_launches_with_its_rank_and_the_first_ones_address(cluster,
     start_job(cluster).wait(60)
     parsed = launch_command_parser().parse_args(lines(cluster / "launched.0")[1:])
     assert (parsed.config_file, parsed.num_processes) == ("accelerate_configs/fsdp2.yaml", 8)
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE")
+    monkeypatch.setenv("SLURM_GPUS_PER_NODE", "a100:2")
+    start_job(cluster).wait(60)
+    assert launch_command_parser().parse_args(lines(cluster / "launched.0")[1:]).num_processes == 4
 
 
 def test_a_warned_job_saves_on_all_machines_and_queues_again_once(cluster):
