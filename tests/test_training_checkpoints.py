@@ -1,9 +1,11 @@
 """Checkpoints: written whole or not at all, checked to the last byte, kept and deleted in the right order."""
 
+import errno
 import json
 import os
 import re
 import shutil
+import stat
 
 import pytest
 import torch
@@ -309,6 +311,19 @@ def test_a_tokenizer_that_finds_the_disk_full_is_told_like_any_other_file(save, 
     monkeypatch.setattr(type(tiny_tokenizer), "save_pretrained", full)
     assert "No space left" in save(6, write_model=lambda aside: save_tokenizer(tiny_tokenizer, aside))
     assert names(tmp_path) == []
+
+
+def test_a_disk_that_flushes_files_only_takes_checkpoints(save, tmp_path, monkeypatch):
+    flush = os.fsync
+
+    def of_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    assert save(5) == tmp_path / "step-000005"
+    assert find_resume_checkpoint("latest", tmp_path) == (tmp_path / "step-000005", [])
 
 
 def test_what_a_killed_save_left_is_cleared(save, tmp_path):

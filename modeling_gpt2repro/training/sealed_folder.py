@@ -1,5 +1,6 @@
 """Folders that are whole or not there: written aside, listed with sizes and hashes, renamed when all is on disk."""
 
+import errno
 import hashlib
 import json
 import os
@@ -96,5 +97,8 @@ def flush_names(folder: Path):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # as some network disks answer, which know it for files only
+                raise
         finally:
             os.close(descriptor)
