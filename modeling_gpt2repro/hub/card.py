@@ -112,7 +112,7 @@ def training_lines(run: RunLog) -> dict[str, str]:
     seconds = sum(row["step_seconds"] for row in run.rows if "step_seconds" in row)
     fingerprint = record["data"]["data"]
     own = "of its own"
-    if arguments["dataset_name"] == "python-prose" and not (arguments["shards"] or arguments["mix"]):
+    if arguments["dataset_name"] == "python-prose" and not (arguments.get("shards") or arguments.get("mix")):
         own = "the English prose in Python's documentation"
     lines = {
         "data": run.dataset() or own,
