@@ -14,6 +14,11 @@ from random import Random
 import pytest
 from warm_python import ROOT, WarmPython
 
+# The clients read these when they are imported. No test needs the network, and what is told of a Hub that may not be
+# asked, a test sets for itself.
+for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ.pop(switch, None)
+
 
 @dataclass(frozen=True)
 class LoopbackHub:

@@ -1,5 +1,6 @@
 """Pushing to the Hub: the command, the pushes of a run beside it, and a training that pushes."""
 
+import os
 import re
 import shutil
 import socket
@@ -29,7 +30,10 @@ AWAY = "http://127.0.0.1:9"  # nobody listens there
 @pytest.fixture
 def on_hub(hub, tmp_path, monkeypatch):
     """The processes that this one starts talk to the loopback Hub, and may write to it."""
-    for name, value in {**hub.environment(tmp_path / "home"), "HF_TOKEN": hub.token}.items():
+    environment = {**hub.environment(tmp_path / "home"), "HF_TOKEN": hub.token}
+    for name in os.environ.keys() - environment:  # such as HF_HUB_OFFLINE
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     return hub
 
