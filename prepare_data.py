@@ -29,7 +29,7 @@ from modeling_gpt2repro.data.sources import Source, hub_source, local_source
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, save_tokenizer, train_tokenizer
 from modeling_gpt2repro.data.unit_files import finished_units
 from modeling_gpt2repro.data.verify import verify_shards
-from modeling_gpt2repro.data.written_aside import full_disk_told
+from modeling_gpt2repro.storage.atomic import full_disk_told
 from modeling_gpt2repro.training.command_line import bad_input_exits, parse_command_line
 
 

@@ -56,6 +56,7 @@ from modeling_gpt2repro.hub.figures import plot_loss
 from modeling_gpt2repro.hub.folder import save_hub_folder
 from modeling_gpt2repro.hub.pushes import Pushes
 from modeling_gpt2repro.hub.run_log import write_yardsticks
+from modeling_gpt2repro.storage.checksums import put_in_place
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.argument_checks import RUN_RECORD
 from modeling_gpt2repro.training.arguments import TrainArguments
@@ -77,7 +78,6 @@ from modeling_gpt2repro.training.presets import PRESETS
 from modeling_gpt2repro.training.progress import TimedIterator, TrainProgress, is_due
 from modeling_gpt2repro.training.record import changed_arguments, make_writable, write_run_record
 from modeling_gpt2repro.training.schedule import learning_rate_at, set_learning_rate
-from modeling_gpt2repro.training.sealed_folder import put_in_place
 from modeling_gpt2repro.training.sharding import fill_whole, is_sharded
 from modeling_gpt2repro.training.state_tensors import load_optimizer, load_random, optimizer_tensors, random_tensors
 from modeling_gpt2repro.training.step import StepNumbers, train_step

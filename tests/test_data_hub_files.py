@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-from modeling_gpt2repro.data.hub_files import retrying
+from modeling_gpt2repro.storage.hub_files import retrying
 
 
 class Failing:

@@ -20,8 +20,8 @@ from toy_runs import ROOT, rows_of, train_here
 import train_accelerate
 from modeling_gpt2repro.hub import push as push_command
 from modeling_gpt2repro.hub import pushes
-from modeling_gpt2repro.hub.patience import in_words, is_passing, pauses, with_patience
 from modeling_gpt2repro.hub.pushes import Pushes
+from modeling_gpt2repro.storage.retry import in_words, is_passing, pauses, with_patience
 from modeling_gpt2repro.training.arguments import TrainArguments
 
 AWAY = "http://127.0.0.1:9"  # nobody listens there

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from .hub_files import is_on_hub, retrying
+from modeling_gpt2repro.storage.hub_files import is_on_hub, retrying
+
 from .parquet import read_row_group, row_group_bytes
 from .text_files import read_lines, read_pieces
 

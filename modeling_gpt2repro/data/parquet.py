@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub.errors import HTTPError
 
-from .hub_files import is_on_hub, open_hub_file, retrying
+from modeling_gpt2repro.storage.hub_files import is_on_hub, open_hub_file, retrying
 
 # Rows held as Python strings at a time: a row group may be as large as the file.
 BATCH_ROWS = 1_000

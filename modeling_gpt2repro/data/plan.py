@@ -5,9 +5,10 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from modeling_gpt2repro.storage.atomic import written_aside
+
 from .documents import Unit
 from .sources import Source
-from .written_aside import written_aside
 
 PLAN = "plan.json"
 # Of what is held out by default.

@@ -6,8 +6,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from modeling_gpt2repro.storage.atomic import discard, open_aside, put_in_place
+
 from .layouts import shard_length, shard_name
-from .written_aside import discard, open_aside, put_in_place
 
 
 class ShardWriter:

@@ -10,8 +10,9 @@ from glob import glob
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+from modeling_gpt2repro.storage.hub_files import is_on_hub, retrying
+
 from .documents import Document, Unit, list_units, read_unit
-from .hub_files import is_on_hub, retrying
 from .hub_rows import is_of_rows, list_row_units, read_row_unit
 from .python_prose import python_prose_documents
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .written_aside import PARTIAL, written_aside
+from modeling_gpt2repro.storage.atomic import PARTIAL, written_aside
 
 UNITS = "units"
 PROBLEM = ".problem"

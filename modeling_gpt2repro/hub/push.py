@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, get_session, get_token
 from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import HTTPError
 
-from .patience import in_words, is_passing, reason_of, with_patience
+from modeling_gpt2repro.storage.retry import in_words, is_passing, reason_of, with_patience
 
 NEEDS_A_PERSON, HUB_IS_AWAY = 2, 3  # exit codes
 TRAINING_STATE = "training_state/*"

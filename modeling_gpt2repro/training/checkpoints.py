@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from .sealed_folder import bring_back, put_in_place, remove, seal, what_is_wrong
+from modeling_gpt2repro.storage.checksums import bring_back, put_in_place, remove, seal, what_is_wrong
+
 from .state_tensors import OPTIMIZER_FILE, RANDOM_FILE, save_tensors
 
 STATE_FOLDER = "training_state"

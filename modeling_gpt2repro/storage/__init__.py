@@ -1,0 +1,1 @@
+"""Files on disk and on the Hub: atomic writes, checksums, retry."""
