@@ -39,8 +39,8 @@ from modeling_gpt2repro.evaluation.hellaswag_results import write_results
 from modeling_gpt2repro.evaluation.hellaswag_rows import HellaSwagRow, load_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag_task import prepare_hellaswag
 from modeling_gpt2repro.evaluation.whole_files import whole_file
-from modeling_gpt2repro.training.command_line import bad_input_exits, parse_command_line
-from modeling_gpt2repro.training.launch import main_process_first
+from modeling_gpt2repro.runtime.accelerator import main_process_first
+from modeling_gpt2repro.runtime.command_line import bad_input_exits, parse_command_line
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -23,14 +23,14 @@ from modeling_gpt2repro.data.plan import BYTES_PER_TOKEN, Plan, read_plan
 from modeling_gpt2repro.data.preparation_folder import begin_preparation, end_preparation, is_prepared
 from modeling_gpt2repro.data.prepare import plan_preparation
 from modeling_gpt2repro.data.prepare_arguments import PrepareArguments
-from modeling_gpt2repro.data.progress_bar import ProgressBar
 from modeling_gpt2repro.data.shards import MANIFEST, PreparedShards, open_shards
 from modeling_gpt2repro.data.sources import Source, hub_source, local_source
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, save_tokenizer, train_tokenizer
 from modeling_gpt2repro.data.unit_files import finished_units
 from modeling_gpt2repro.data.verify import verify_shards
+from modeling_gpt2repro.runtime.command_line import bad_input_exits, parse_command_line
+from modeling_gpt2repro.runtime.progress import ProgressBar
 from modeling_gpt2repro.storage.atomic import full_disk_told
-from modeling_gpt2repro.training.command_line import bad_input_exits, parse_command_line
 
 
 def main(argv: list[str] | None = None):

@@ -56,19 +56,21 @@ from modeling_gpt2repro.hub.figures import plot_loss
 from modeling_gpt2repro.hub.folder import save_hub_folder
 from modeling_gpt2repro.hub.pushes import Pushes
 from modeling_gpt2repro.hub.run_log import write_yardsticks
-from modeling_gpt2repro.storage.checksums import put_in_place
-from modeling_gpt2repro.training import checkpoints
-from modeling_gpt2repro.training.argument_checks import RUN_RECORD
-from modeling_gpt2repro.training.arguments import TrainArguments
-from modeling_gpt2repro.training.batch_size import find_batch_size
-from modeling_gpt2repro.training.command_line import Problems, bad_input_exits, parse_command_line
-from modeling_gpt2repro.training.hardware import flops_and_peak, hardware_record, peak_memory_gb
-from modeling_gpt2repro.training.launch import (
+from modeling_gpt2repro.runtime.accelerator import (
     main_process_first,
     start_accelerator,
     told_by_main_process,
     without_determinism,
 )
+from modeling_gpt2repro.runtime.command_line import Problems, bad_input_exits, parse_command_line
+from modeling_gpt2repro.runtime.fsdp import fill_whole, is_sharded
+from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record, peak_memory_gb
+from modeling_gpt2repro.runtime.signals import EXIT_CODE, StopRequest
+from modeling_gpt2repro.storage.checksums import put_in_place
+from modeling_gpt2repro.training import checkpoints
+from modeling_gpt2repro.training.argument_checks import RUN_RECORD
+from modeling_gpt2repro.training.arguments import TrainArguments
+from modeling_gpt2repro.training.batch_size import find_batch_size
 from modeling_gpt2repro.training.metrics import MetricsLog
 from modeling_gpt2repro.training.monitor import Monitor
 from modeling_gpt2repro.training.optimizer import build_optimizer
@@ -78,10 +80,8 @@ from modeling_gpt2repro.training.presets import PRESETS
 from modeling_gpt2repro.training.progress import TimedIterator, TrainProgress, is_due
 from modeling_gpt2repro.training.record import changed_arguments, make_writable, write_run_record
 from modeling_gpt2repro.training.schedule import learning_rate_at, set_learning_rate
-from modeling_gpt2repro.training.sharding import fill_whole, is_sharded
 from modeling_gpt2repro.training.state_tensors import load_optimizer, load_random, optimizer_tensors, random_tensors
 from modeling_gpt2repro.training.step import StepNumbers, train_step
-from modeling_gpt2repro.training.stop import EXIT_CODE, StopRequest
 from modeling_gpt2repro.training.words import (
     cannot_save,
     end_block,

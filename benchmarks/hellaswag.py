@@ -34,7 +34,7 @@ from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.data.tokenizer import load_tokenizer
 from modeling_gpt2repro.evaluation.hellaswag import score_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag_rows import HellaSwagRow, load_hellaswag
-from modeling_gpt2repro.training.command_line import bad_input_exits, parse_command_line
+from modeling_gpt2repro.runtime.command_line import bad_input_exits, parse_command_line
 
 SIDES = ("ours", "lecture")
 SCORES_WITHIN = 1e-4  # relative, in fp32

@@ -88,7 +88,7 @@ class Run:
 
 def main(argv: list[str] | None = None):
     from benchmarks.training_step import add_to_file, machine
-    from modeling_gpt2repro.training.command_line import parse_command_line
+    from modeling_gpt2repro.runtime.command_line import parse_command_line
 
     args = parse_command_line(BenchmarkArguments, argv, description=__doc__)
     load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -13,7 +13,7 @@ import torch
 import toy_runs
 from transformers import DataCollatorWithFlattening, modeling_flash_attention_utils
 
-from modeling_gpt2repro.training import launch
+from modeling_gpt2repro.runtime import accelerator as launch
 
 
 def attend(q, k, v, softmax_scale, causal):

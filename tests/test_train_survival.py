@@ -19,9 +19,9 @@ from toy_runs import CPU_FP32, RECIPE, ROWS, SCRIPT, as_flags, rows_of, train_he
 
 import train_accelerate
 from modeling_gpt2repro.hub.run_log import read_metrics
-from modeling_gpt2repro.training import launcher as launchers
-from modeling_gpt2repro.training.launcher import command_that_goes_on, processes_asked_for
-from modeling_gpt2repro.training.stop import StopRequest
+from modeling_gpt2repro.runtime import launcher as launchers
+from modeling_gpt2repro.runtime.launcher import command_that_goes_on, processes_asked_for
+from modeling_gpt2repro.runtime.signals import StopRequest
 
 WEIGHTS = "model/model.safetensors"
 

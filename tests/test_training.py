@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_gpt2repro.data.rows import BatchShape, ShuffledBatches, TokenRows, as_batch
 from modeling_gpt2repro.hub.run_log import read_metrics
-from modeling_gpt2repro.training import argument_checks, hardware, words
+from modeling_gpt2repro.runtime import hardware
+from modeling_gpt2repro.runtime.command_line import parse_command_line
+from modeling_gpt2repro.training import argument_checks, words
 from modeling_gpt2repro.training.arguments import TrainArguments
-from modeling_gpt2repro.training.command_line import parse_command_line
 from modeling_gpt2repro.training.metrics import MetricsLog
 from modeling_gpt2repro.training.optimizer import build_optimizer
 from modeling_gpt2repro.training.outliers import StepGuard

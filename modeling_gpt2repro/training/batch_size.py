@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .hardware import is_out_of_memory, peak_memory_gb
+from modeling_gpt2repro.runtime.hardware import is_out_of_memory, peak_memory_gb
 
 
 def find_batch_size(accelerator: Accelerator, model: nn.Module, block_size: int, vocab_size: int, most: int) -> int:

@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from .hardware import peak_memory_gb, readable_duration
+from modeling_gpt2repro.runtime.hardware import peak_memory_gb, readable_duration
+
 from .metrics import MetricsLog
 from .progress import TrainProgress
 from .step import StepNumbers

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from modeling_gpt2repro.runtime.hardware import readable_bytes, readable_duration
+
 from .arguments import TrainArguments
-from .hardware import readable_bytes, readable_duration
 
 WARM_STEPS, TIMED_STEPS = 3, 10
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from .sharding import gathered, spread_like
+from modeling_gpt2repro.runtime.fsdp import gathered, spread_like
 
 OPTIMIZER_FILE, RANDOM_FILE = "optimizer.safetensors", "random.safetensors"
 

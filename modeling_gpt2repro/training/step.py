@@ -8,8 +8,9 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
+from modeling_gpt2repro.runtime.fsdp import full
+
 from .outliers import StepGuard
-from .sharding import full
 
 
 class StepNumbers(NamedTuple):

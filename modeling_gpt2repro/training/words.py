@@ -8,8 +8,15 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from modeling_gpt2repro.runtime.hardware import (
+    device_name,
+    estimate_cpu_seconds,
+    flops_per_token,
+    is_out_of_memory,
+    readable_duration,
+)
+
 from .arguments import TrainArguments
-from .hardware import device_name, estimate_cpu_seconds, flops_per_token, is_out_of_memory, readable_duration
 from .progress import TrainProgress
 
 

@@ -18,7 +18,8 @@ from accelerate.utils import (
 from torch.utils._triton import has_triton
 from transformers.utils.logging import disable_progress_bar
 
-from .arguments import TrainArguments
+from modeling_gpt2repro.training.arguments import TrainArguments
+
 from .hardware import cpu_lacks_bf16, usable_cores
 from .launcher import processes_asked_for
 
