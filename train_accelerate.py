@@ -52,10 +52,13 @@ from modeling_gpt2repro.evaluation.validation import unigram_entropy, validation
 from modeling_gpt2repro.evaluation.validation_text import bytes_per_token
 from modeling_gpt2repro.hub.card import origin_of
 from modeling_gpt2repro.hub.conversion import load_as_ours
-from modeling_gpt2repro.hub.figures import plot_loss
 from modeling_gpt2repro.hub.folder import save_hub_folder
 from modeling_gpt2repro.hub.pushes import Pushes
-from modeling_gpt2repro.hub.run_log import write_yardsticks
+from modeling_gpt2repro.runs.config import changed_arguments, make_writable, write_run_record
+from modeling_gpt2repro.runs.figures import plot_loss
+from modeling_gpt2repro.runs.logger import Monitor
+from modeling_gpt2repro.runs.metrics import MetricsLog
+from modeling_gpt2repro.runs.read import write_yardsticks
 from modeling_gpt2repro.runtime.accelerator import (
     main_process_first,
     start_accelerator,
@@ -71,14 +74,11 @@ from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.argument_checks import RUN_RECORD
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.batch_size import find_batch_size
-from modeling_gpt2repro.training.metrics import MetricsLog
-from modeling_gpt2repro.training.monitor import Monitor
 from modeling_gpt2repro.training.optimizer import build_optimizer
 from modeling_gpt2repro.training.outliers import StepGuard
 from modeling_gpt2repro.training.preflight import Measured, preflight_report, time_steps
 from modeling_gpt2repro.training.presets import PRESETS
 from modeling_gpt2repro.training.progress import TimedIterator, TrainProgress, is_due
-from modeling_gpt2repro.training.record import changed_arguments, make_writable, write_run_record
 from modeling_gpt2repro.training.schedule import learning_rate_at, set_learning_rate
 from modeling_gpt2repro.training.state_tensors import load_optimizer, load_random, optimizer_tensors, random_tensors
 from modeling_gpt2repro.training.step import StepNumbers, train_step

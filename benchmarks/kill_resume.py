@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from modeling_gpt2repro.hub.run_log import read_metrics
+from modeling_gpt2repro.runs.read import read_metrics
 from modeling_gpt2repro.training.checkpoints import find_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]

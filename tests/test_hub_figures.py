@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from modeling_gpt2repro.evaluation.hellaswag_accuracy import BASELINES
-from modeling_gpt2repro.hub import figures
-from modeling_gpt2repro.hub.curves import mean_width, running_mean, shown_range, thinned
-from modeling_gpt2repro.hub.run_log import read_metrics, read_run, replay, write_yardsticks
+from modeling_gpt2repro.runs import figures
+from modeling_gpt2repro.runs.curves import mean_width, running_mean, shown_range, thinned
+from modeling_gpt2repro.runs.read import read_metrics, read_run, replay, write_yardsticks
 
 TOKENS_PER_STEP = 100
 HELLASWAG = {"hellaswag_completion_acc_norm": 0.28, "hellaswag_lm_eval_acc_norm": 0.3}

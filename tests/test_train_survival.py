@@ -18,7 +18,7 @@ from test_train_script import plain_start
 from toy_runs import CPU_FP32, RECIPE, ROWS, SCRIPT, as_flags, rows_of, train_here
 
 import train_accelerate
-from modeling_gpt2repro.hub.run_log import read_metrics
+from modeling_gpt2repro.runs.read import read_metrics
 from modeling_gpt2repro.runtime import launcher as launchers
 from modeling_gpt2repro.runtime.launcher import command_that_goes_on, processes_asked_for
 from modeling_gpt2repro.runtime.signals import StopRequest
@@ -261,7 +261,7 @@ def test_the_last_checkpoint_waits_for_room(finished, shards, tmp_path, monkeypa
 
 
 def test_rows_of_the_log_wait_for_a_disk_that_is_full(tmp_path):
-    from modeling_gpt2repro.training.metrics import MetricsLog
+    from modeling_gpt2repro.runs.metrics import MetricsLog
 
     log = MetricsLog(tmp_path, None, enabled=True)
     log.append({"step": 1})

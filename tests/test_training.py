@@ -15,12 +15,12 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_gpt2repro.data.rows import BatchShape, ShuffledBatches, TokenRows, as_batch
-from modeling_gpt2repro.hub.run_log import read_metrics
+from modeling_gpt2repro.runs.metrics import MetricsLog
+from modeling_gpt2repro.runs.read import read_metrics
 from modeling_gpt2repro.runtime import hardware
 from modeling_gpt2repro.runtime.command_line import parse_command_line
 from modeling_gpt2repro.training import argument_checks, words
 from modeling_gpt2repro.training.arguments import TrainArguments
-from modeling_gpt2repro.training.metrics import MetricsLog
 from modeling_gpt2repro.training.optimizer import build_optimizer
 from modeling_gpt2repro.training.outliers import StepGuard
 from modeling_gpt2repro.training.presets import PRESETS
@@ -124,7 +124,7 @@ class CopiesBetweenDevices(TorchDispatchMode):
 def run_without_numbers(tiny_config, tmp_path, monkeypatch):
     """run(skip_outliers) on torch's meta device, which holds no numbers: reading one, so waiting, is an error."""
     from modeling_gpt2repro import GPT2ReproForCausalLM
-    from modeling_gpt2repro.training.monitor import Monitor
+    from modeling_gpt2repro.runs.logger import Monitor
     from modeling_gpt2repro.training.progress import TrainProgress
 
     meta, tiny_config.n_layer = torch.device("meta"), 1
@@ -334,7 +334,7 @@ def test_emulated_bf16_is_noticed(warm_python):
 
 
 def test_the_run_record_can_be_read_back(tmp_path):
-    from modeling_gpt2repro.training.record import make_writable, write_run_record
+    from modeling_gpt2repro.runs.config import make_writable, write_run_record
 
     args = TrainArguments(output_dir=str(tmp_path / "run"))
     make_writable(tmp_path / "run")
@@ -345,7 +345,7 @@ def test_the_run_record_can_be_read_back(tmp_path):
 
 
 def test_mfu_is_the_share_of_the_peak_that_training_alone_reaches(tmp_path, monkeypatch):
-    from modeling_gpt2repro.training import monitor
+    from modeling_gpt2repro.runs import logger as monitor
     from modeling_gpt2repro.training.progress import TrainProgress
 
     clock = iter([0.0, 100.0, 104.0])  # begun; an evaluation until 100; two steps until 104

@@ -92,7 +92,7 @@ def train(
 
 
 def rows_of(output_dir: Path, name: str = "loss") -> list[float]:
-    from modeling_gpt2repro.hub.run_log import read_metrics
+    from modeling_gpt2repro.runs.read import read_metrics
 
     return [row[name] for row in read_metrics(output_dir) if name in row]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .curves import mean_width, running_mean, shown_range, thinned
-from .run_log import RunLog
+from .read import RunLog
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

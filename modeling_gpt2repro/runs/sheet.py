@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from . import panels
 from .curves import mean_width
-from .run_log import RunLog
+from .read import RunLog
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

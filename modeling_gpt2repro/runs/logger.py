@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from modeling_gpt2repro.runtime.hardware import peak_memory_gb, readable_duration
+from modeling_gpt2repro.training.progress import TrainProgress
+from modeling_gpt2repro.training.step import StepNumbers
 
 from .metrics import MetricsLog
-from .progress import TrainProgress
-from .step import StepNumbers
 
 # Without a terminal (a log file, Slurm) a line at most this often, so that fast steps do not fill a disk.
 SECONDS_BETWEEN_LINES = 10.0
