@@ -19,15 +19,15 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ.setdefault("GPT2REPRO_LAZY", "1")  # here and in the workers: without the model, and so without torch
 
-from modeling_gpt2repro.data.plan import BYTES_PER_TOKEN, Plan, read_plan
-from modeling_gpt2repro.data.preparation_folder import begin_preparation, end_preparation, is_prepared
-from modeling_gpt2repro.data.prepare import plan_preparation
-from modeling_gpt2repro.data.prepare_arguments import PrepareArguments
-from modeling_gpt2repro.data.shards import MANIFEST, PreparedShards, open_shards
-from modeling_gpt2repro.data.sources import Source, hub_source, local_source
+from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
+from modeling_gpt2repro.data.prepare.spec import BYTES_PER_TOKEN, Plan, read_plan
+from modeling_gpt2repro.data.prepare.token_cache import finished_units
+from modeling_gpt2repro.data.prepare.workspace import begin_preparation, end_preparation, is_prepared
+from modeling_gpt2repro.data.shards.dataset import MANIFEST, PreparedShards, open_shards
+from modeling_gpt2repro.data.shards.verify import verify_shards
+from modeling_gpt2repro.data.sources.resolve import Source, hub_source, local_source
+from modeling_gpt2repro.data.tokenize import plan_preparation
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, save_tokenizer, train_tokenizer
-from modeling_gpt2repro.data.unit_files import finished_units
-from modeling_gpt2repro.data.verify import verify_shards
 from modeling_gpt2repro.runtime.command_line import bad_input_exits, parse_command_line
 from modeling_gpt2repro.runtime.progress import ProgressBar
 from modeling_gpt2repro.storage.atomic import full_disk_told
@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None):
 
 def make_shards(args: PrepareArguments, plan: Plan, folder: Path):
     """Tokenize the units that are not finished yet, on this machine or on Ray's, and write the shards."""
-    from modeling_gpt2repro.data.executors import local_executor, ray_executor, run_and_watch
-    from modeling_gpt2repro.data.tokenize_units import assemble
+    from modeling_gpt2repro.data.prepare.executors import local_executor, ray_executor, run_and_watch
+    from modeling_gpt2repro.data.prepare.tokenize_units import assemble
 
     workers = args.number_of_workers(plan)
     executor = {"local": local_executor, "ray": ray_executor}[args.executor](folder, workers)
@@ -76,7 +76,7 @@ def make_shards(args: PrepareArguments, plan: Plan, folder: Path):
 
 def submit(args: PrepareArguments, plan: Plan, folder: Path):
     """Hand the jobs to Slurm; the last of them writes the manifest."""
-    from modeling_gpt2repro.data.executors import slurm_executor
+    from modeling_gpt2repro.data.prepare.executors import slurm_executor
 
     options = (args.number_of_workers(plan), args.slurm_partition, args.slurm_time, args.sbatch_options)
     slurm_executor(folder, *options).run()
@@ -91,7 +91,7 @@ def tell(args: PrepareArguments, plan: Plan, folder: Path):
         f"the documents for validation, by {args.number_of_workers(plan)} workers ({args.executor})"
     )
     if args.executor == "slurm":
-        from modeling_gpt2repro.data.executors import slurm_scripts
+        from modeling_gpt2repro.data.prepare.executors import slurm_scripts
 
         options = (args.number_of_workers(plan), args.slurm_partition, args.slurm_time, args.sbatch_options)
         for script in slurm_scripts(folder, *options):

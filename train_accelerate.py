@@ -25,18 +25,18 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from modeling_gpt2repro.data.mix import parse_mix
-from modeling_gpt2repro.data.rows import BatchShape, validation_batches
-from modeling_gpt2repro.data.shards import open_shards
-from modeling_gpt2repro.data.sources import PYTHON_PROSE, hub_source
-from modeling_gpt2repro.data.tokenizer import load_tokenizer, tokenizer_sha256
-from modeling_gpt2repro.data.training_data import (
+from modeling_gpt2repro.data.batches.build import (
     TrainingData,
     data_from_mix,
     data_from_shards,
     data_from_stream,
     python_prose_shards,
 )
+from modeling_gpt2repro.data.batches.mixture import parse_mix
+from modeling_gpt2repro.data.batches.shuffled import BatchShape, validation_batches
+from modeling_gpt2repro.data.shards.dataset import open_shards
+from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, hub_source
+from modeling_gpt2repro.data.tokenizer import load_tokenizer, tokenizer_sha256
 from modeling_gpt2repro.evaluation.distributed import (
     evaluate_hellaswag,
     hellaswag_accuracies,

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from modeling_gpt2repro.data.rows import BatchShape, ShuffledBatches, TokenRows
+from modeling_gpt2repro.data.batches.shuffled import BatchShape, ShuffledBatches, TokenRows
 
 TOKENS, BLOCK_SIZE, MICRO_BATCH_ROWS = 100_000_000, 1024, 64
 BATCHES = 200

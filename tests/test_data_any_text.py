@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from modeling_gpt2repro.data import stream
-from modeling_gpt2repro.data.prepare import prepare_shards
-from modeling_gpt2repro.data.rows import BatchShape, TokenRows
-from modeling_gpt2repro.data.sources import local_source
-from modeling_gpt2repro.data.stream import StreamedBatches
+from modeling_gpt2repro.data.batches import streaming as stream
+from modeling_gpt2repro.data.batches.shuffled import BatchShape, TokenRows
+from modeling_gpt2repro.data.batches.streaming import StreamedBatches
+from modeling_gpt2repro.data.sources.resolve import local_source
+from modeling_gpt2repro.data.tokenize import prepare_shards
 
 END = "<|endoftext|>"
 

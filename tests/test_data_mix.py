@@ -7,12 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_gpt2repro.data.mix import PERIOD, MixedBatches, mixed_validation, open_mix, parse_mix, rows_of_period
-from modeling_gpt2repro.data.prepare import prepare_shards
-from modeling_gpt2repro.data.rows import BatchShape, TokenRows
-from modeling_gpt2repro.data.sources import local_source
+from modeling_gpt2repro.data.batches.build import data_from_mix
+from modeling_gpt2repro.data.batches.mixture import (
+    PERIOD,
+    MixedBatches,
+    mixed_validation,
+    open_mix,
+    parse_mix,
+    rows_of_period,
+)
+from modeling_gpt2repro.data.batches.shuffled import BatchShape, TokenRows
+from modeling_gpt2repro.data.sources.resolve import local_source
+from modeling_gpt2repro.data.tokenize import prepare_shards
 from modeling_gpt2repro.data.tokenizer import train_tokenizer
-from modeling_gpt2repro.data.training_data import data_from_mix
 
 
 def made_rows(first: int, rows: int) -> TokenRows:

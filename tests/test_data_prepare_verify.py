@@ -12,9 +12,9 @@ import pytest
 from test_data_shards import other_tokenizer
 
 import prepare_data
-from modeling_gpt2repro.data.prepare import prepare_shards
-from modeling_gpt2repro.data.shards import open_shards
-from modeling_gpt2repro.data.sources import local_source
+from modeling_gpt2repro.data.shards.dataset import open_shards
+from modeling_gpt2repro.data.sources.resolve import local_source
+from modeling_gpt2repro.data.tokenize import prepare_shards
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_the_lecture_s_layout_has_the_same_ids_under_its_names(tmp_path, token_s
 
 
 def test_shards_of_the_lecture_s_own_script_are_read_as_gpt2_s(tmp_path, monkeypatch, tiny_tokenizer, one_sentence):
-    monkeypatch.setattr("modeling_gpt2repro.data.shards.load_tokenizer", {"gpt2": tiny_tokenizer}.get)
+    monkeypatch.setattr("modeling_gpt2repro.data.shards.dataset.load_tokenizer", {"gpt2": tiny_tokenizer}.get)
     random = np.random.default_rng(0)
     for name in ("val_000000", "train_000001", "train_000002"):
         np.save(tmp_path / f"edufineweb_{name}.npy", random.integers(0, 50257, 2_000).astype(np.uint16))

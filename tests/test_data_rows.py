@@ -13,13 +13,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from modeling_gpt2repro.data import documents, stream, text_files
-from modeling_gpt2repro.data.rows import BatchShape, ShuffledBatches, TokenRows, as_batch, validation_batches
-from modeling_gpt2repro.data.shards import open_shards
-from modeling_gpt2repro.data.sources import local_source
-from modeling_gpt2repro.data.stream import StreamedBatches
+from modeling_gpt2repro.data.batches import streaming as stream
+from modeling_gpt2repro.data.batches.build import data_from_shards, data_from_stream
+from modeling_gpt2repro.data.batches.shuffled import (
+    BatchShape,
+    ShuffledBatches,
+    TokenRows,
+    as_batch,
+    validation_batches,
+)
+from modeling_gpt2repro.data.batches.streaming import StreamedBatches
+from modeling_gpt2repro.data.shards.dataset import open_shards
+from modeling_gpt2repro.data.sources.resolve import documents, local_source
+from modeling_gpt2repro.data.sources.resolve import text as text_files
 from modeling_gpt2repro.data.tokenizer import text_encoder, train_tokenizer
-from modeling_gpt2repro.data.training_data import data_from_shards, data_from_stream
 from modeling_gpt2repro.training.progress import TimedIterator
 
 END = "<|endoftext|>"

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from modeling_gpt2repro.data.plan import make_plan
-from modeling_gpt2repro.data.preparation_folder import begin_preparation, find_remains
-from modeling_gpt2repro.data.prepare import prepare_shards, validates
-from modeling_gpt2repro.data.shards import open_shards
-from modeling_gpt2repro.data.sources import Source, local_source
+from modeling_gpt2repro.data.prepare.spec import make_plan
+from modeling_gpt2repro.data.prepare.workspace import begin_preparation, find_remains
+from modeling_gpt2repro.data.shards.dataset import open_shards
+from modeling_gpt2repro.data.sources.resolve import Source, local_source
+from modeling_gpt2repro.data.tokenize import prepare_shards, validates
 from modeling_gpt2repro.data.tokenizer import train_tokenizer
 
 END = "<|endoftext|>"

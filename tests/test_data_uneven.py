@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_gpt2repro.data import stream
-from modeling_gpt2repro.data.documents import Document, Unit
-from modeling_gpt2repro.data.mix import MixedBatches
-from modeling_gpt2repro.data.rows import BatchShape, ShuffledBatches, TokenRows, as_batch, divide_evenly
-from modeling_gpt2repro.data.sources import Source
-from modeling_gpt2repro.data.stream import StreamedBatches
+from modeling_gpt2repro.data.batches import streaming as stream
+from modeling_gpt2repro.data.batches.mixture import MixedBatches
+from modeling_gpt2repro.data.batches.shuffled import BatchShape, ShuffledBatches, TokenRows, as_batch, divide_evenly
+from modeling_gpt2repro.data.batches.streaming import StreamedBatches
+from modeling_gpt2repro.data.sources.documents import Document, Unit
+from modeling_gpt2repro.data.sources.resolve import Source
 
 T = 10
 

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import prepare_data
-from modeling_gpt2repro.data.shards import open_shards
-from modeling_gpt2repro.data.unit_files import finished_units
+from modeling_gpt2repro.data.prepare.token_cache import finished_units
+from modeling_gpt2repro.data.shards.dataset import open_shards
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -145,10 +145,10 @@ SCRIPT = REPOSITORY / "prepare_data.py"
 STREAM = """
 import json
 import sys
-from modeling_gpt2repro.data.rows import BatchShape
-from modeling_gpt2repro.data.sources import hub_source
+from modeling_gpt2repro.data.batches.shuffled import BatchShape
+from modeling_gpt2repro.data.sources.resolve import hub_source
 from modeling_gpt2repro.data.tokenizer import load_tokenizer
-from modeling_gpt2repro.data.training_data import data_from_stream
+from modeling_gpt2repro.data.batches.build import data_from_stream
 
 source, tokenizer = hub_source("ns/fineweb", "sample-10BT"), load_tokenizer(sys.argv[1])
 rows, validation = {}, {}
@@ -282,7 +282,7 @@ def test_what_the_hub_does_not_have_is_a_sentence(hub, warm_python, fineweb):
     (hub.new_repository("datasets/ns/csv") / "train.csv").write_text("body\nthe sea\n")
     code = """
 import sys
-from modeling_gpt2repro.data.sources import hub_source
+from modeling_gpt2repro.data.sources.resolve import hub_source
 for names in (("ns/nothing", None), ("ns/fineweb", "sample-1T"), ("ns/fineweb", "sample-10BT", "test"),
               ("ns/fineweb", "sample-10BT", "train", "v9"), ("ns/csv",)):
     try:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from toy_runs import rows_of, train_here
 
 import train_accelerate
-from modeling_gpt2repro.data.rows import BatchShape
+from modeling_gpt2repro.data.batches.shuffled import BatchShape
 from modeling_gpt2repro.training import batch_size
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.batch_size import find_batch_size, largest

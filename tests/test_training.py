@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_gpt2repro.data.rows import BatchShape, ShuffledBatches, TokenRows, as_batch
+from modeling_gpt2repro.data.batches.shuffled import BatchShape, ShuffledBatches, TokenRows, as_batch
 from modeling_gpt2repro.runs.metrics import MetricsLog
 from modeling_gpt2repro.runs.read import read_metrics
 from modeling_gpt2repro.runtime import hardware

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from .shards import SPLITS, PreparedShards, open_shards
+from modeling_gpt2repro.data.shards.dataset import SPLITS, PreparedShards, open_shards
 
 PERCENTS = (0, 5, 25, 50, 75, 95, 100)
 SHOWN_TOKENS = 120  # of each end of a long document: a few lines

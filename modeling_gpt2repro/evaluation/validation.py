@@ -105,10 +105,10 @@ def score_text(model: nn.Module, text: ValidationText, batch_rows: int, device: 
 
 def main(argv: list[str] | None = None) -> None:
     """The command. Like a script it combines rooms; what it calls knows its own only."""
+    from modeling_gpt2repro.data.shards.dataset import open_shards
     from modeling_gpt2repro.runtime.accelerator import main_process_first
     from modeling_gpt2repro.runtime.command_line import bad_input_exits, parse_command_line
 
-    from ..data.shards import open_shards
     from ..data.tokenizer import tokenizer_sha256
 
     args = parse_command_line(ValidationArguments, argv, description=__doc__)

@@ -4,12 +4,12 @@ import os
 import shutil
 from pathlib import Path
 
+from modeling_gpt2repro.data.shards.dataset import MANIFEST
+from modeling_gpt2repro.data.shards.layouts import SHARD_NAME
 from modeling_gpt2repro.storage.atomic import PARTIAL
 
-from .layouts import SHARD_NAME
-from .plan import PLAN, Plan, read_plan, write_plan
-from .shards import MANIFEST
-from .unit_files import UNITS, clear_unfinished_units, finished_units
+from .spec import PLAN, Plan, read_plan, write_plan
+from .token_cache import UNITS, clear_unfinished_units, finished_units
 
 LOGS = "logs"
 PREPARED = "{} holds prepared shards already: use them, or give another --output_dir."

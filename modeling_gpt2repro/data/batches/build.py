@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from .mix import MixedBatches, mixed_validation, open_mix
-from .prepare import prepare_shards
-from .rows import BatchShape, ShuffledBatches, TokenRows, validation_batches
-from .shards import MANIFEST, PreparedShards, open_shards
-from .sources import PYTHON_PROSE, Source, python_prose_source
-from .stream import StreamedBatches
-from .tokenizer import tokenizer_sha256, train_tokenizer
+from modeling_gpt2repro.data.shards.dataset import MANIFEST, PreparedShards, open_shards
+from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, Source, python_prose_source
+from modeling_gpt2repro.data.tokenize import prepare_shards
+from modeling_gpt2repro.data.tokenizer import tokenizer_sha256, train_tokenizer
+
+from .mixture import MixedBatches, mixed_validation, open_mix
+from .shuffled import BatchShape, ShuffledBatches, TokenRows, validation_batches
+from .streaming import StreamedBatches
 
 
 @dataclass

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from modeling_gpt2repro.data.shards.dataset import FORMAT, MANIFEST, SPLITS
+from modeling_gpt2repro.data.shards.writer import ShardWriter
 from modeling_gpt2repro.storage.atomic import full_disk_told, written_aside
 
-from .plan import Plan
-from .shard_writer import ShardWriter
-from .shards import FORMAT, MANIFEST, SPLITS
-from .unit_files import TokenizedUnit
+from .spec import Plan
+from .token_cache import TokenizedUnit
 
 
 class UnusableText(ValueError):

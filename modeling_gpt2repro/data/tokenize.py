@@ -12,14 +12,15 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from .assemble import Progress, write_shards
-from .documents import Document, Unit
-from .plan import Plan, make_plan
-from .preparation_folder import begin_preparation, end_preparation
-from .shards import PreparedShards, open_shards
-from .sources import Source
+from modeling_gpt2repro.data.prepare.assemble import Progress, write_shards
+from modeling_gpt2repro.data.prepare.spec import Plan, make_plan
+from modeling_gpt2repro.data.prepare.token_cache import TokenizedUnit
+from modeling_gpt2repro.data.prepare.workspace import begin_preparation, end_preparation
+from modeling_gpt2repro.data.shards.dataset import PreparedShards, open_shards
+from modeling_gpt2repro.data.sources.documents import Document, Unit
+from modeling_gpt2repro.data.sources.resolve import Source
+
 from .tokenizer import save_tokenizer, text_encoder
-from .unit_files import TokenizedUnit
 
 
 def validates(document_id: str, share: float) -> bool:

@@ -18,10 +18,10 @@ from datatrove.executor.base import PipelineExecutor
 from multiprocess.managers import SyncManager
 
 from .assemble import Progress
-from .plan import Plan
-from .preparation_folder import LOGS
+from .spec import Plan
+from .token_cache import finished_units
 from .tokenize_units import AssembleShards, TokenizeUnits, end_with_the_parent
-from .unit_files import finished_units
+from .workspace import LOGS
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 5  # in which a pool that ends, and ends its workers, has ended

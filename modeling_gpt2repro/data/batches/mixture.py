@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .rows import BatchShape, EpochOrder, ShuffledBatches, TokenRows
-from .shards import PreparedShards, open_shards
+from modeling_gpt2repro.data.shards.dataset import PreparedShards, open_shards
+
+from .shuffled import BatchShape, EpochOrder, ShuffledBatches, TokenRows
 
 PERIOD = 1000
 

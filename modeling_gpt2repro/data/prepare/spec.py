@@ -5,10 +5,9 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from modeling_gpt2repro.data.sources.documents import Unit
+from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.storage.atomic import written_aside
-
-from .documents import Unit
-from .sources import Source
 
 PLAN = "plan.json"
 # Of what is held out by default.

@@ -14,7 +14,7 @@ from pathlib import Path
 from modeling_gpt2repro.storage.hub_files import is_on_hub, retrying
 
 from .parquet import read_row_group, row_group_bytes
-from .text_files import read_lines, read_pieces
+from .text import read_lines, read_pieces
 
 RANGE_BYTES = 16 * 2**20
 FILE_KINDS = (".txt", ".jsonl", ".parquet")

@@ -14,7 +14,7 @@ from modeling_gpt2repro.storage.hub_files import is_on_hub, retrying
 
 from .documents import Document, Unit, list_units, read_unit
 from .hub_rows import is_of_rows, list_row_units, read_row_unit
-from .python_prose import python_prose_documents
+from .python_docs import python_prose_documents
 
 # The corpus that every Python carries: nothing to download.
 PYTHON_PROSE = "python-prose"

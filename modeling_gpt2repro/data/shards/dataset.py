@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from .lecture_shards import lecture_files, lecture_manifest
-from .plan import PLAN
-from .tokenizer import load_tokenizer, load_tokenizer_folder, tokenizer_sha256
+from modeling_gpt2repro.data.prepare.spec import PLAN
+from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, tokenizer_sha256
+
+from .nanogpt_format import lecture_files, lecture_manifest
 
 MANIFEST = "manifest.json"
 FORMAT = 1

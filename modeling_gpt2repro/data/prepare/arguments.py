@@ -9,10 +9,11 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from .layouts import LAYOUTS
-from .plan import Plan, default_validation_share
-from .preparation_folder import find_remains
-from .sources import Source
+from modeling_gpt2repro.data.shards.layouts import LAYOUTS
+from modeling_gpt2repro.data.sources.resolve import Source
+
+from .spec import Plan, default_validation_share
+from .workspace import find_remains
 
 EXECUTORS = ("local", "slurm", "ray")
 # Text that is tokenized in the seconds that a process takes to start.

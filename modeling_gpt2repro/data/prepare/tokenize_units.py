@@ -10,21 +10,14 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 from huggingface_hub.errors import HTTPError
 
+from modeling_gpt2repro.data.shards.dataset import MANIFEST
+from modeling_gpt2repro.data.tokenize import tokenize_unit
+from modeling_gpt2repro.data.tokenizer import load_tokenizer_folder, text_encoder
+
 from .assemble import Progress, UnusableText, write_shards
-from .plan import Plan, read_plan
-from .preparation_folder import end_preparation
-from .prepare import tokenize_unit
-from .shards import MANIFEST
-from .tokenizer import load_tokenizer_folder, text_encoder
-from .unit_files import (
-    UNITS,
-    enough_units,
-    finished_units,
-    note_problem,
-    read_unit_file,
-    told_problems,
-    write_unit,
-)
+from .spec import Plan, read_plan
+from .token_cache import UNITS, enough_units, finished_units, note_problem, read_unit_file, told_problems, write_unit
+from .workspace import end_preparation
 
 
 class TokenizeUnits(PipelineStep):

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from modeling_gpt2repro.data.tokenizer import GPT2_SHA256
+
 from .layouts import KARPATHY_SPLITS
-from .tokenizer import GPT2_SHA256
 
 END_OF_TEXT_ID = 50256  # GPT-2's, and the last of its ids
 # Read from both ends of a shard to tell it from others: all of it would take minutes.

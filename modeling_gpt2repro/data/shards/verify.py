@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .dataset import MANIFEST, SPLITS, open_tokenizer, read_manifest, shard_problems
 from .layouts import SHARD_NAME
-from .shards import MANIFEST, SPLITS, open_tokenizer, read_manifest, shard_problems
 
 CHUNK_TOKENS = 2**22  # held in memory at a time
 

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from .documents import Unit
-from .prepare import tokenize_documents
-from .rows import BatchShape, TokenRows, as_batch, divide_evenly
-from .sources import Source
-from .tokenizer import text_encoder
+from modeling_gpt2repro.data.sources.documents import Unit
+from modeling_gpt2repro.data.sources.resolve import Source
+from modeling_gpt2repro.data.tokenize import tokenize_documents
+from modeling_gpt2repro.data.tokenizer import text_encoder
+
+from .shuffled import BatchShape, TokenRows, as_batch, divide_evenly
 
 MOST_LANES = 64
 STEPS_REMEMBERED = 4096  # whose rows can still be named: 16 MB for 512 rows a step

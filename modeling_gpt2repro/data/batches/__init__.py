@@ -1,0 +1,1 @@
+"""Training batches and the order they come in."""

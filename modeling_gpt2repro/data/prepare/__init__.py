@@ -1,0 +1,1 @@
+"""Preparing a folder of shards: planned, tokenized in parallel, resumable."""

@@ -1,0 +1,1 @@
+"""Where text comes from: local files, Hub datasets, Python's documentation."""
