@@ -21,23 +21,23 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 import modeling_gpt2repro  # noqa: F401 - registers our model, so that its folders need no remote code
-from modeling_gpt2repro.evaluation.causal_lm import load_causal_lm
 from modeling_gpt2repro.evaluation.distributed import gather_results
-from modeling_gpt2repro.evaluation.hellaswag import EndingScores, score_task
-from modeling_gpt2repro.evaluation.hellaswag_accuracy import standing
-from modeling_gpt2repro.evaluation.hellaswag_arguments import EvalHellaSwagArguments
-from modeling_gpt2repro.evaluation.hellaswag_compare import compare_results
-from modeling_gpt2repro.evaluation.hellaswag_official import OFFICIAL_ROWS, are_official, hellaswag_sha256
-from modeling_gpt2repro.evaluation.hellaswag_report import (
+from modeling_gpt2repro.evaluation.hellaswag.arguments import EvalHellaSwagArguments
+from modeling_gpt2repro.evaluation.hellaswag.compare import compare_results
+from modeling_gpt2repro.evaluation.hellaswag.examples import HellaSwagRow, load_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.metrics import standing
+from modeling_gpt2repro.evaluation.hellaswag.official import OFFICIAL_ROWS, are_official, hellaswag_sha256
+from modeling_gpt2repro.evaluation.hellaswag.report import (
     comparison_numbers,
     comparison_table,
     progress_on,
     results_table,
     standing_sentence,
 )
-from modeling_gpt2repro.evaluation.hellaswag_results import write_results
-from modeling_gpt2repro.evaluation.hellaswag_rows import HellaSwagRow, load_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag_task import prepare_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.samples import write_results
+from modeling_gpt2repro.evaluation.hellaswag.score import EndingScores, score_task
+from modeling_gpt2repro.evaluation.hellaswag.tokenize import prepare_hellaswag
+from modeling_gpt2repro.evaluation.load_model import load_causal_lm
 from modeling_gpt2repro.evaluation.whole_files import whole_file
 from modeling_gpt2repro.runtime.accelerator import main_process_first
 from modeling_gpt2repro.runtime.command_line import bad_input_exits, parse_command_line
@@ -93,7 +93,7 @@ def score(args: EvalHellaSwagArguments, state: PartialState, rows: Sequence[Hell
 
 def report(args: EvalHellaSwagArguments, rows: Sequence[HellaSwagRow], results: list[EndingScores], seconds: float):
     """Print the table; save the numbers and what the model said to each row."""
-    from modeling_gpt2repro.evaluation.hellaswag_metric import accuracies_of  # late: it imports evaluate
+    from modeling_gpt2repro.evaluation.hellaswag.evaluate_metric import accuracies_of  # late: it imports evaluate
 
     numbers = accuracies_of(results, args.protocols)
     print("\n" + results_table(f"{args.model} on {args.data}: {seconds:.0f} s", numbers) + "\n")

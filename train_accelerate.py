@@ -43,11 +43,11 @@ from modeling_gpt2repro.evaluation.distributed import (
     in_own_precision,
     validation_loss,
 )
-from modeling_gpt2repro.evaluation.hellaswag_accuracy import BASELINES
-from modeling_gpt2repro.evaluation.hellaswag_results import write_results
-from modeling_gpt2repro.evaluation.hellaswag_rows import PROTOCOLS, HellaSwagRow, load_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag_task import HellaSwagTask, prepare_hellaswag
-from modeling_gpt2repro.evaluation.samples import check_prompt, sample_continuations
+from modeling_gpt2repro.evaluation.generation import check_prompt, sample_continuations
+from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS, HellaSwagRow, load_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.metrics import BASELINES
+from modeling_gpt2repro.evaluation.hellaswag.samples import write_results
+from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask, prepare_hellaswag
 from modeling_gpt2repro.evaluation.validation import unigram_entropy, validation_numbers
 from modeling_gpt2repro.evaluation.validation_text import bytes_per_token
 from modeling_gpt2repro.hub.card import origin_of

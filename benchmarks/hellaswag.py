@@ -32,8 +32,8 @@ from benchmarks.prepare import quartiles
 from benchmarks.training_step import NO_SPECIAL_TOKENS, SEED, SHAPES, add_to_file, machine
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.data.tokenizer import load_tokenizer
-from modeling_gpt2repro.evaluation.hellaswag import score_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag_rows import HellaSwagRow, load_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.examples import HellaSwagRow, load_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag
 from modeling_gpt2repro.runtime.command_line import bad_input_exits, parse_command_line
 
 SIDES = ("ours", "lecture")

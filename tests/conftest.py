@@ -239,7 +239,7 @@ def one_sentence():
 @pytest.fixture(scope="session")
 def hellaswag_rows():
     """Seven rows: a plain one, and the troubles that a scorer may meet."""
-    from modeling_gpt2repro.evaluation.hellaswag_rows import HellaSwagRow
+    from modeling_gpt2repro.evaluation.hellaswag.examples import HellaSwagRow
 
     def row_of(ctx_a, ctx_b, *endings, activity="Roof work", label=1):
         ctx = f"{ctx_a} {ctx_b}".strip()

@@ -11,11 +11,11 @@ import torch
 from accelerate import PartialState
 
 import eval_hellaswag
-from modeling_gpt2repro.evaluation import hellaswag_official
-from modeling_gpt2repro.evaluation.hellaswag import score_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag_accuracy import count_correct, summary_of
-from modeling_gpt2repro.evaluation.hellaswag_arguments import EvalHellaSwagArguments
-from modeling_gpt2repro.evaluation.hellaswag_results import read_results
+from modeling_gpt2repro.evaluation.hellaswag.arguments import EvalHellaSwagArguments
+from modeling_gpt2repro.evaluation.hellaswag.metrics import count_correct, summary_of
+from modeling_gpt2repro.evaluation.hellaswag.samples import read_results
+from modeling_gpt2repro.evaluation.hellaswag.score import official as hellaswag_official
+from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -181,9 +181,9 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import eval_hellaswag
 from modeling_gpt2repro.evaluation.distributed import evaluate_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag_results import write_results
-from modeling_gpt2repro.evaluation.hellaswag_rows import load_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag_task import prepare_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.samples import write_results
+from modeling_gpt2repro.evaluation.hellaswag.examples import load_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.tokenize import prepare_hellaswag
 from pathlib import Path
 
 model, data = sys.argv[1:]
@@ -319,8 +319,8 @@ import sys
 import datasets
 import huggingface_hub
 import eval_hellaswag
-from modeling_gpt2repro.evaluation.causal_lm import load_causal_lm
-from modeling_gpt2repro.evaluation.hellaswag_rows import load_hellaswag
+from modeling_gpt2repro.evaluation.load_model import load_causal_lm
+from modeling_gpt2repro.evaluation.hellaswag.examples import load_hellaswag
 
 eval_hellaswag.main(["--model", "ns/tiny", "--device", "cpu", "--output", sys.argv[1]])
 try:

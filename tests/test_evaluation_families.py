@@ -5,10 +5,10 @@ import torch
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from modeling_gpt2repro.evaluation.hellaswag import score_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag_rows import PROTOCOLS
-from modeling_gpt2repro.evaluation.hellaswag_task import tokens_of_row
-from modeling_gpt2repro.evaluation.shared_context import TREE_FAMILIES, takes_trees
+from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS
+from modeling_gpt2repro.evaluation.hellaswag.prefix_sharing import TREE_FAMILIES, takes_trees
+from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.tokenize import tokens_of_row
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}
 NAMES_OF_OPENAI = {"n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}

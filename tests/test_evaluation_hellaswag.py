@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
-from modeling_gpt2repro.evaluation.hellaswag import score_hellaswag, score_task
-from modeling_gpt2repro.evaluation.hellaswag_accuracy import count_correct, summary_of
-from modeling_gpt2repro.evaluation.hellaswag_rows import PROTOCOLS, HellaSwagRow, load_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag_task import default_batch_tokens, prepare_hellaswag, tokens_of_row
-from modeling_gpt2repro.evaluation.shared_context import grow_tree
+from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS, HellaSwagRow, load_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.metrics import count_correct, summary_of
+from modeling_gpt2repro.evaluation.hellaswag.prefix_sharing import grow_tree
+from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag, score_task
+from modeling_gpt2repro.evaluation.hellaswag.tokenize import default_batch_tokens, prepare_hellaswag, tokens_of_row
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 N_POSITIONS = 64  # of `make_model`
@@ -131,7 +131,7 @@ def test_a_model_that_is_not_told_by_a_mask_is_scored_ending_by_ending(
     together = score_hellaswag(model, hellaswag_tokenizer, hellaswag_rows)
     shapes = []
     hook = model.register_forward_pre_hook(lambda _, __, kw: shapes.append(kw["input_ids"].shape), with_kwargs=True)
-    monkeypatch.setattr("modeling_gpt2repro.evaluation.hellaswag_task.takes_trees", lambda model: False)
+    monkeypatch.setattr("modeling_gpt2repro.evaluation.hellaswag.tokenize.takes_trees", lambda model: False)
     apart = score_hellaswag(model, hellaswag_tokenizer, hellaswag_rows)
     hook.remove()
     assert sum(size for size, _ in shapes) == len(hellaswag_rows) * len(PROTOCOLS) * 4

@@ -7,15 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from modeling_gpt2repro.evaluation.hellaswag import EndingScores
-from modeling_gpt2repro.evaluation.hellaswag_accuracy import (
+from modeling_gpt2repro.evaluation.hellaswag.metrics import (
     BASELINES,
     count_correct,
     standing,
     summary_of,
     wilson_interval,
 )
-from modeling_gpt2repro.evaluation.hellaswag_report import standing_sentence
+from modeling_gpt2repro.evaluation.hellaswag.report import standing_sentence
+from modeling_gpt2repro.evaluation.hellaswag.score import EndingScores
 
 # By sum the last ending is best; by length the second (-8 / 4 = -2), as an empty one must not win.
 SCORES = EndingScores(0, "lm-eval", 1, (-5.0, -8.0, -9.0, -1.5), (2, 4, 3, 0))
@@ -74,7 +74,7 @@ def test_the_published_numbers_are_those_that_were_published():
 
 @pytest.fixture
 def metric(tmp_path, monkeypatch):
-    from modeling_gpt2repro.evaluation.hellaswag_metric import HellaSwagAccuracy
+    from modeling_gpt2repro.evaluation.hellaswag.evaluate_metric import HellaSwagAccuracy
 
     def refused(*_):
         raise AssertionError("a metric asks no network")

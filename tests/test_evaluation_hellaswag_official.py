@@ -11,9 +11,9 @@ from dataclasses import asdict
 import pytest
 from huggingface_hub import constants
 
-from modeling_gpt2repro.evaluation import hellaswag_official
-from modeling_gpt2repro.evaluation.hellaswag_official import are_official, official_file
-from modeling_gpt2repro.evaluation.hellaswag_rows import load_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.examples import load_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.official import are_official, official_file
+from modeling_gpt2repro.evaluation.hellaswag.score import official as hellaswag_official
 
 
 class Server(http.server.ThreadingHTTPServer):

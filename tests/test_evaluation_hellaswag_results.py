@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from modeling_gpt2repro.evaluation.hellaswag import EndingScores
-from modeling_gpt2repro.evaluation.hellaswag_compare import PairedDifference, compare_results
-from modeling_gpt2repro.evaluation.hellaswag_results import fingerprint, read_results, write_results
-from modeling_gpt2repro.evaluation.hellaswag_rows import PROTOCOLS
+from modeling_gpt2repro.evaluation.hellaswag.compare import PairedDifference, compare_results
+from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS
+from modeling_gpt2repro.evaluation.hellaswag.samples import fingerprint, read_results, write_results
+from modeling_gpt2repro.evaluation.hellaswag.score import EndingScores
 
 
 def results_of(rows, right=lambda row: True, protocols=PROTOCOLS):

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from modeling_gpt2repro.evaluation.hellaswag_rows import HellaSwagRow, load_hellaswag, texts_of_row
+from modeling_gpt2repro.evaluation.hellaswag.examples import HellaSwagRow, load_hellaswag, texts_of_row
 
 ROW = HellaSwagRow(
     24,

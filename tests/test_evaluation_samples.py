@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_gpt2repro.evaluation.samples import check_prompt, random_numbers_from, sample_continuations
+from modeling_gpt2repro.evaluation.generation import check_prompt, random_numbers_from, sample_continuations
 
 PROMPTS = ["the cold sea", "a ship was", "Over the land"]
 

@@ -12,9 +12,9 @@ import pytest
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from modeling_gpt2repro.evaluation.hellaswag import score_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag_rows import load_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag_task import tokens_of_row
+from modeling_gpt2repro.evaluation.hellaswag.examples import load_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.tokenize import tokens_of_row
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 HARNESS = "0.4.13"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_gpt2repro.evaluation.hellaswag_accuracy import BASELINES
+from modeling_gpt2repro.evaluation.hellaswag.metrics import BASELINES
 from modeling_gpt2repro.runs import figures
 from modeling_gpt2repro.runs.curves import mean_width, running_mean, shown_range, thinned
 from modeling_gpt2repro.runs.read import read_metrics, read_run, replay, write_yardsticks

@@ -10,10 +10,11 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .hellaswag import EndingScores, score_task
-from .hellaswag_accuracy import count_correct, summary_of
-from .hellaswag_rows import HellaSwagRow
-from .hellaswag_task import HellaSwagTask, prepare_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.examples import HellaSwagRow
+from modeling_gpt2repro.evaluation.hellaswag.metrics import count_correct, summary_of
+from modeling_gpt2repro.evaluation.hellaswag.score import EndingScores, score_task
+from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask, prepare_hellaswag
+
 from .validation import summed_loss
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from .causal_lm import load_causal_lm, longest_context
+from .load_model import load_causal_lm, longest_context
 from .validation_arguments import ValidationArguments
 from .validation_text import ValidationText, open_validation_text, row_batches
 from .whole_files import whole_file

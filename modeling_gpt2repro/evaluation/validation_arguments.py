@@ -6,7 +6,7 @@ from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
-from .causal_lm import best_device, device_problem, model_problem, output_problem
+from .load_model import best_device, device_problem, model_problem, output_problem
 
 
 @dataclass

@@ -11,7 +11,7 @@ from urllib.request import urlopen
 from huggingface_hub import cached_assets_path, constants
 from huggingface_hub.utils import WeakFileLock
 
-from .whole_files import whole_file
+from modeling_gpt2repro.evaluation.whole_files import whole_file
 
 HUB_DATASET = "Rowan/hellaswag"
 OFFICIAL = "official"  # as a source: the file of the original repository

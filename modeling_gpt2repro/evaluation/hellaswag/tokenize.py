@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .causal_lm import longest_context
-from .hellaswag_rows import PROTOCOLS, HellaSwagRow, texts_of_row
-from .shared_context import Tree, grow_tree, takes_trees
+from modeling_gpt2repro.evaluation.load_model import longest_context
+
+from .examples import PROTOCOLS, HellaSwagRow, texts_of_row
+from .prefix_sharing import Tree, grow_tree, takes_trees
 
 LOGITS_BYTES = 2 * 10**9  # of a batch, so that a GPU of 8 GB has room: 9,948 tokens of GPT-2's vocabulary
 Key = tuple[int, str]  # a row's position in the list of rows, and the protocol

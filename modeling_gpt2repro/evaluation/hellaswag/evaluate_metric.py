@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import datasets
 import evaluate
 
-from .hellaswag import EndingScores
-from .hellaswag_accuracy import count_rows, summary_of
+from .metrics import count_rows, summary_of
+from .score import EndingScores
 
 DESCRIPTION = """Share of rows in which the right ending has the largest log-likelihood (acc), and the largest
 log-likelihood by its length (acc_norm), with 95 % intervals (Wilson)."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .hellaswag_official import HUB_DATASET, OFFICIAL, official_file
+from .official import HUB_DATASET, OFFICIAL, official_file
 
 PROTOCOLS = ("completion", "lm-eval")  # what they are stands in hellaswag.py
 TEXT_FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx")

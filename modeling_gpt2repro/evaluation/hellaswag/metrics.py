@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from .hellaswag import EndingScores
-from .hellaswag_rows import PROTOCOLS
+from .examples import PROTOCOLS
+from .score import EndingScores
 
 # model, protocol, acc, acc_norm, source. All on the 10,042 validation rows, without examples in the context.
 BASELINES = (

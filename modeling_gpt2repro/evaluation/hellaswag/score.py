@@ -22,9 +22,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .hellaswag_rows import PROTOCOLS, HellaSwagRow
-from .hellaswag_task import Choice, HellaSwagTask, Key, prepare_hellaswag
-from .shared_context import tree_log_likelihoods
+from .examples import PROTOCOLS, HellaSwagRow
+from .prefix_sharing import tree_log_likelihoods
+from .tokenize import Choice, HellaSwagTask, Key, prepare_hellaswag
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from .hellaswag import EndingScores
-from .hellaswag_rows import HellaSwagRow
-from .whole_files import whole_file
+from modeling_gpt2repro.evaluation.whole_files import whole_file
+
+from .examples import HellaSwagRow
+from .score import EndingScores
 
 
 class SavedScores(NamedTuple):

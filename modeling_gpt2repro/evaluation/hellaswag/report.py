@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from tqdm import tqdm
 
-from .hellaswag import EndingScores
-from .hellaswag_accuracy import BASELINES, Standing, Yardstick, count_correct
-from .hellaswag_compare import PairedDifference
-from .hellaswag_official import OFFICIAL_ROWS
+from .compare import PairedDifference
+from .metrics import BASELINES, Standing, Yardstick, count_correct
+from .official import OFFICIAL_ROWS
+from .score import EndingScores
 
 
 def progress_on(bar: tqdm, protocols: Sequence[str]) -> Callable[[list[EndingScores]], None]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from .hellaswag_accuracy import Z95
-from .hellaswag_results import SavedScores, read_results
-from .hellaswag_rows import PROTOCOLS
+from .examples import PROTOCOLS
+from .metrics import Z95
+from .samples import SavedScores, read_results
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
-from .causal_lm import best_device, device_problem, model_problem, output_problem
-from .hellaswag_official import HUB_DATASET
-from .hellaswag_rows import PROTOCOLS, check_hellaswag_source
+from modeling_gpt2repro.evaluation.load_model import best_device, device_problem, model_problem, output_problem
+
+from .examples import PROTOCOLS, check_hellaswag_source
+from .official import HUB_DATASET
 
 RESULTS_FOLDER = Path("runs") / "hellaswag"
 OF_A_COMPARISON = ("compare", "protocol", "output")  # the other flags are of a scoring

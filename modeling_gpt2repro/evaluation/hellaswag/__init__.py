@@ -1,0 +1,1 @@
+"""HellaSwag in two protocols."""
