@@ -50,10 +50,10 @@ from modeling_gpt2repro.evaluation.hellaswag.samples import write_results
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask, prepare_hellaswag
 from modeling_gpt2repro.evaluation.validation import unigram_entropy, validation_numbers
 from modeling_gpt2repro.evaluation.validation_text import bytes_per_token
-from modeling_gpt2repro.hub.card import origin_of
+from modeling_gpt2repro.hub.background_upload import Pushes
 from modeling_gpt2repro.hub.conversion import load_as_ours
-from modeling_gpt2repro.hub.folder import save_hub_folder
-from modeling_gpt2repro.hub.pushes import Pushes
+from modeling_gpt2repro.hub.export import save_hub_folder
+from modeling_gpt2repro.hub.model_card import origin_of
 from modeling_gpt2repro.runs.config import changed_arguments, make_writable, write_run_record
 from modeling_gpt2repro.runs.figures import plot_loss
 from modeling_gpt2repro.runs.logger import Monitor

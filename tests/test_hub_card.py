@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 from huggingface_hub import ModelCard
 
-from modeling_gpt2repro.hub.card import FROM_SCRATCH, model_card, origin_of
+from modeling_gpt2repro.hub.model_card import FROM_SCRATCH, model_card, origin_of
 from modeling_gpt2repro.training.arguments import TrainArguments
 
 

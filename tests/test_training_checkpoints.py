@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from modeling_gpt2repro.hub.folder import save_tokenizer
+from modeling_gpt2repro.hub.export import save_tokenizer
 from modeling_gpt2repro.storage import checksums as sealed_folder
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.checkpoints import Keep, find_resume_checkpoint

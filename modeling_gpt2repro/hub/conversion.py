@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from ..configuration_gpt2repro import GPT2ReproConfig
 from ..modeling_gpt2repro import TRANSPOSED_IN_STOCK, GPT2ReproForCausalLM
-from .folder import save_hub_folder
+from .export import save_hub_folder
 
 SHAPE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 SHARED = (*SHAPE, "layer_norm_epsilon", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .card import FROM_SCRATCH, LOSS_PICTURE, model_card
+from .model_card import FROM_SCRATCH, LOSS_PICTURE, model_card
 
 
 def save_hub_folder(

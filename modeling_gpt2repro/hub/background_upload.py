@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .push import HUB_IS_AWAY, TRAINING_STATE
+from .upload import HUB_IS_AWAY, TRAINING_STATE
 
 LAST_CHECKPOINT = "last-checkpoint"
 SNAPSHOT = ".push-"  # how the folders begin that are being pushed
@@ -195,7 +195,7 @@ class Pushes:
 
     def _command(self, *words: str) -> list[str]:
         private = {None: [], True: ["--private"], False: ["--no-private"]}[self.private]
-        module = "modeling_gpt2repro.hub.push"
+        module = "modeling_gpt2repro.hub.upload"
         return [sys.executable, "-m", module, *words, "--hub_model_id", self.repository, *private]
 
 

@@ -5,10 +5,9 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 
+from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
 from modeling_gpt2repro.runs.panels import HELLASWAG
 from modeling_gpt2repro.runs.read import METRICS_FILE, RunLog, read_run
-
-from ..modeling_gpt2repro import GPT2ReproForCausalLM
 
 FROM_SCRATCH = "A GPT-2 trained from scratch."
 LOSS_PICTURE = "loss.png"
