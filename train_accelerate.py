@@ -54,6 +54,17 @@ from modeling_gpt2repro.hub.background_upload import Pushes
 from modeling_gpt2repro.hub.conversion import load_as_ours
 from modeling_gpt2repro.hub.export import save_hub_folder
 from modeling_gpt2repro.hub.model_card import origin_of
+from modeling_gpt2repro.pretrain.batch_size import find_batch_size
+from modeling_gpt2repro.pretrain.messages import (
+    cannot_save,
+    end_block,
+    not_usable,
+    out_of_memory_is_told,
+    start_block,
+    too_many_skipped,
+    warn_of_slow_cpu,
+)
+from modeling_gpt2repro.pretrain.preflight import Measured, preflight_report, time_steps
 from modeling_gpt2repro.runs.config import changed_arguments, make_writable, write_run_record
 from modeling_gpt2repro.runs.figures import plot_loss
 from modeling_gpt2repro.runs.logger import Monitor
@@ -71,26 +82,15 @@ from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record,
 from modeling_gpt2repro.runtime.signals import EXIT_CODE, StopRequest
 from modeling_gpt2repro.storage.checksums import put_in_place
 from modeling_gpt2repro.training import checkpoints
-from modeling_gpt2repro.training.argument_checks import RUN_RECORD
 from modeling_gpt2repro.training.arguments import TrainArguments
-from modeling_gpt2repro.training.batch_size import find_batch_size
-from modeling_gpt2repro.training.optimizer import build_optimizer
+from modeling_gpt2repro.training.optimization import build_optimizer
+from modeling_gpt2repro.training.optimizer_state import load_optimizer, load_random, optimizer_tensors, random_tensors
 from modeling_gpt2repro.training.outliers import StepGuard
-from modeling_gpt2repro.training.preflight import Measured, preflight_report, time_steps
 from modeling_gpt2repro.training.presets import PRESETS
-from modeling_gpt2repro.training.progress import TimedIterator, TrainProgress, is_due
 from modeling_gpt2repro.training.schedule import learning_rate_at, set_learning_rate
-from modeling_gpt2repro.training.state_tensors import load_optimizer, load_random, optimizer_tensors, random_tensors
+from modeling_gpt2repro.training.state import TimedIterator, TrainProgress, is_due
 from modeling_gpt2repro.training.step import StepNumbers, train_step
-from modeling_gpt2repro.training.words import (
-    cannot_save,
-    end_block,
-    not_usable,
-    out_of_memory_is_told,
-    start_block,
-    too_many_skipped,
-    warn_of_slow_cpu,
-)
+from modeling_gpt2repro.training.validate import RUN_RECORD
 
 FAILED_SAVES = 3  # in a row, after which a run stops
 TRIES_OF_THE_LAST_SAVE, SECONDS_BETWEEN_TRIES = 20, 30  # ten minutes in which a person may make room

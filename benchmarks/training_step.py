@@ -35,7 +35,7 @@ from transformers.hf_argparser import HfArg
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.runtime.command_line import parse_command_line
 from modeling_gpt2repro.runtime.hardware import device_name
-from modeling_gpt2repro.training.optimizer import build_optimizer
+from modeling_gpt2repro.training.optimization import build_optimizer
 from modeling_gpt2repro.training.outliers import StepGuard
 from modeling_gpt2repro.training.step import train_step
 

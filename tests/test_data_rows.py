@@ -27,7 +27,7 @@ from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.sources.resolve import documents, local_source
 from modeling_gpt2repro.data.sources.resolve import text as text_files
 from modeling_gpt2repro.data.tokenizer import text_encoder, train_tokenizer
-from modeling_gpt2repro.training.progress import TimedIterator
+from modeling_gpt2repro.training.state import TimedIterator
 
 END = "<|endoftext|>"
 

@@ -12,10 +12,10 @@ from toy_runs import rows_of, train_here
 
 import train_accelerate
 from modeling_gpt2repro.data.batches.shuffled import BatchShape
-from modeling_gpt2repro.training import batch_size
+from modeling_gpt2repro.pretrain import batch_size
+from modeling_gpt2repro.pretrain.batch_size import find_batch_size, largest
+from modeling_gpt2repro.pretrain.preflight import Measured, disk_bytes, preflight_report, whole_run_seconds
 from modeling_gpt2repro.training.arguments import TrainArguments
-from modeling_gpt2repro.training.batch_size import find_batch_size, largest
-from modeling_gpt2repro.training.preflight import Measured, disk_bytes, preflight_report, whole_run_seconds
 
 MEASURED = Measured(30.0, 0.3, 0.01, 40.0, 5.0, 1_500_000_000, 60.0)
 

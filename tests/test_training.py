@@ -15,17 +15,18 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_gpt2repro.data.batches.shuffled import BatchShape, ShuffledBatches, TokenRows, as_batch
+from modeling_gpt2repro.pretrain import messages as words
 from modeling_gpt2repro.runs.metrics import MetricsLog
 from modeling_gpt2repro.runs.read import read_metrics
 from modeling_gpt2repro.runtime import hardware
 from modeling_gpt2repro.runtime.command_line import parse_command_line
-from modeling_gpt2repro.training import argument_checks, words
+from modeling_gpt2repro.training import validate as argument_checks
 from modeling_gpt2repro.training.arguments import TrainArguments
-from modeling_gpt2repro.training.optimizer import build_optimizer
+from modeling_gpt2repro.training.optimization import build_optimizer
 from modeling_gpt2repro.training.outliers import StepGuard
 from modeling_gpt2repro.training.presets import PRESETS
-from modeling_gpt2repro.training.progress import is_due
 from modeling_gpt2repro.training.schedule import learning_rate_at
+from modeling_gpt2repro.training.state import is_due
 from modeling_gpt2repro.training.step import StepNumbers, train_step
 
 
@@ -125,7 +126,7 @@ def run_without_numbers(tiny_config, tmp_path, monkeypatch):
     """run(skip_outliers) on torch's meta device, which holds no numbers: reading one, so waiting, is an error."""
     from modeling_gpt2repro import GPT2ReproForCausalLM
     from modeling_gpt2repro.runs.logger import Monitor
-    from modeling_gpt2repro.training.progress import TrainProgress
+    from modeling_gpt2repro.training.state import TrainProgress
 
     meta, tiny_config.n_layer = torch.device("meta"), 1
     monkeypatch.setattr(Accelerator, "device", meta)
@@ -346,7 +347,7 @@ def test_the_run_record_can_be_read_back(tmp_path):
 
 def test_mfu_is_the_share_of_the_peak_that_training_alone_reaches(tmp_path, monkeypatch):
     from modeling_gpt2repro.runs import logger as monitor
-    from modeling_gpt2repro.training.progress import TrainProgress
+    from modeling_gpt2repro.training.state import TrainProgress
 
     clock = iter([0.0, 100.0, 104.0])  # begun; an evaluation until 100; two steps until 104
     monkeypatch.setattr(monitor.time, "perf_counter", lambda: next(clock))

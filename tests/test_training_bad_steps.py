@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_training import accelerator_for, random_rows, step_of
 
-from modeling_gpt2repro.training.optimizer import build_optimizer
+from modeling_gpt2repro.training.optimization import build_optimizer
 from modeling_gpt2repro.training.outliers import WINDOW_STEPS, StepGuard
-from modeling_gpt2repro.training.progress import TrainProgress
+from modeling_gpt2repro.training.state import TrainProgress
 from modeling_gpt2repro.training.step import step_unless
 
 CPU = torch.device("cpu")

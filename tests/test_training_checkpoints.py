@@ -15,8 +15,8 @@ from modeling_gpt2repro.hub.export import save_tokenizer
 from modeling_gpt2repro.storage import checksums as sealed_folder
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.checkpoints import Keep, find_resume_checkpoint
-from modeling_gpt2repro.training.optimizer import build_optimizer
-from modeling_gpt2repro.training.state_tensors import load_optimizer, load_random, optimizer_tensors, random_tensors
+from modeling_gpt2repro.training.optimization import build_optimizer
+from modeling_gpt2repro.training.optimizer_state import load_optimizer, load_random, optimizer_tensors, random_tensors
 
 IDENTITY = {"seed": 1}
 

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from modeling_gpt2repro.training.argument_checks import RUN_RECORD
 from modeling_gpt2repro.training.arguments import TrainArguments
+from modeling_gpt2repro.training.validate import RUN_RECORD
 
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers", "tiktoken", "safetensors")
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from modeling_gpt2repro.runtime.hardware import peak_memory_gb, readable_duration
-from modeling_gpt2repro.training.progress import TrainProgress
+from modeling_gpt2repro.training.state import TrainProgress
 from modeling_gpt2repro.training.step import StepNumbers
 
 from .metrics import MetricsLog

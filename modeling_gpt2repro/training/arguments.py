@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from .argument_checks import problems_of
 from .presets import PRESETS
+from .validate import problems_of
 
 
 @dataclass

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from modeling_gpt2repro.storage.checksums import bring_back, put_in_place, remove, seal, what_is_wrong
 
-from .state_tensors import OPTIMIZER_FILE, RANDOM_FILE, save_tensors
+from .optimizer_state import OPTIMIZER_FILE, RANDOM_FILE, save_tensors
 
 STATE_FOLDER = "training_state"
 STATE_FILE = f"{STATE_FOLDER}/state.json"

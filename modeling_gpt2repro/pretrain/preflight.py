@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modeling_gpt2repro.runtime.hardware import readable_bytes, readable_duration
-
-from .arguments import TrainArguments
+from modeling_gpt2repro.training.arguments import TrainArguments
 
 WARM_STEPS, TIMED_STEPS = 3, 10
 

@@ -15,9 +15,8 @@ from modeling_gpt2repro.runtime.hardware import (
     is_out_of_memory,
     readable_duration,
 )
-
-from .arguments import TrainArguments
-from .progress import TrainProgress
+from modeling_gpt2repro.training.arguments import TrainArguments
+from modeling_gpt2repro.training.state import TrainProgress
 
 
 def warn_of_slow_cpu(args: TrainArguments, accelerator: Accelerator):

@@ -1,0 +1,1 @@
+"""The pretraining application: what combines all other rooms."""
