@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from modeling_gpt2repro.data.sources import documents, parquet
+from modeling_gpt2repro.data.sources import text as text_files
 from modeling_gpt2repro.data.sources.documents import Document, Unit, list_units, read_unit
-from modeling_gpt2repro.data.sources.resolve import documents, local_source, parquet
-from modeling_gpt2repro.data.sources.resolve import text as text_files
+from modeling_gpt2repro.data.sources.resolve import local_source
 from modeling_gpt2repro.data.sources.text import read_pieces
 from modeling_gpt2repro.data.tokenize import prepare_shards
 from modeling_gpt2repro.data.tokenizer import text_encoder, train_tokenizer

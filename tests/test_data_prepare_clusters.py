@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import prepare_data
+from modeling_gpt2repro.data.prepare import arguments as prepare_arguments
 from modeling_gpt2repro.data.prepare.spec import default_validation_share
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.sources.resolve import Source, local_source
-from modeling_gpt2repro.data.tokenize import arguments as prepare_arguments
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import prepare_data
+from modeling_gpt2repro.data.prepare import tokenize_units
+from modeling_gpt2repro.data.prepare import workspace as preparation_folder
 from modeling_gpt2repro.data.prepare.token_cache import finished_units
 from modeling_gpt2repro.data.shards.dataset import open_shards
-from modeling_gpt2repro.data.tokenize import tokenize_units
-from modeling_gpt2repro.data.tokenize import workspace as preparation_folder
 from modeling_gpt2repro.storage import atomic as written_aside
 
 REPOSITORY = Path(__file__).parents[1]
@@ -32,7 +32,8 @@ import sys
 from pathlib import Path
 
 import prepare_data
-from modeling_gpt2repro.data import tokenize_units, written_aside
+from modeling_gpt2repro.data.prepare import tokenize_units
+from modeling_gpt2repro.storage import atomic as written_aside
 from modeling_gpt2repro.data.prepare.token_cache import finished_units
 
 root, arguments = Path(sys.argv[1]), sys.argv[2:]

@@ -24,8 +24,9 @@ from modeling_gpt2repro.data.batches.shuffled import (
 )
 from modeling_gpt2repro.data.batches.streaming import StreamedBatches
 from modeling_gpt2repro.data.shards.dataset import open_shards
-from modeling_gpt2repro.data.sources.resolve import documents, local_source
-from modeling_gpt2repro.data.sources.resolve import text as text_files
+from modeling_gpt2repro.data.sources import documents
+from modeling_gpt2repro.data.sources import text as text_files
+from modeling_gpt2repro.data.sources.resolve import local_source
 from modeling_gpt2repro.data.tokenizer import text_encoder, train_tokenizer
 from modeling_gpt2repro.training.state import TimedIterator
 

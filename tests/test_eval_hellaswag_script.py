@@ -11,10 +11,10 @@ import torch
 from accelerate import PartialState
 
 import eval_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag import official as hellaswag_official
 from modeling_gpt2repro.evaluation.hellaswag.arguments import EvalHellaSwagArguments
 from modeling_gpt2repro.evaluation.hellaswag.metrics import count_correct, summary_of
 from modeling_gpt2repro.evaluation.hellaswag.samples import read_results
-from modeling_gpt2repro.evaluation.hellaswag.score import official as hellaswag_official
 from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,9 +11,9 @@ from dataclasses import asdict
 import pytest
 from huggingface_hub import constants
 
+from modeling_gpt2repro.evaluation.hellaswag import official as hellaswag_official
 from modeling_gpt2repro.evaluation.hellaswag.examples import load_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag.official import are_official, official_file
-from modeling_gpt2repro.evaluation.hellaswag.score import official as hellaswag_official
 
 
 class Server(http.server.ThreadingHTTPServer):

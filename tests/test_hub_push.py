@@ -483,7 +483,7 @@ def test_a_model_that_cannot_be_pushed_is_there_and_the_command_too(
     with on_hub.faults({"match": "POST .*commit/main", "status": 503}):
         assert train_here(tmp_path / "unlucky", shards, push_to_hub=True, hub_strategy="end") == 3
     said = capsys.readouterr().out
-    command = re.search(r"^    python (-m modeling_gpt2repro.hub.upload .*)$", said, re.MULTILINE)[1]
+    command = re.search(r"^    python (-m modeling_gpt2repro.hub.push .*)$", said, re.MULTILINE)[1]
     assert rows_of(tmp_path / "unlucky") == rows_of(finished[0])  # nothing of the training is lost
     result = run_push(*command.replace("'", "").split()[2:3], "--hub_model_id", "user/unlucky")
     assert result.returncode == 0, result.stderr

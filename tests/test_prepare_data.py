@@ -249,7 +249,7 @@ def test_a_hub_that_is_gone_is_told_with_the_unit_and_what_is_finished_is_not_re
         {"match": second, "status": 503, "times": 2},
         {"match": second, "drop": 700},
     ]
-    two_retries = "from modeling_gpt2repro.data import documents\nretry = documents.retrying\n"
+    two_retries = "from modeling_gpt2repro.data.sources import documents\nretry = documents.retrying\n"
     two_retries += "documents.retrying = lambda work: retry(work, retries=2)\n"
     with hub.faults(*rules):
         program = IMPATIENT + two_retries + PREPARE

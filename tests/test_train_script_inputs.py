@@ -73,7 +73,7 @@ def test_weights_that_do_not_fit_are_refused_in_words(finished, shards, tiny_tok
 
 def test_two_processes_end_together_on_weights_that_are_not_there(shards, warm_python, tmp_path):
     program = (  # the second does not wait for a launcher to end it
-        "from modeling_gpt2repro.training import command_line; command_line.SECONDS_FOR_THE_FIRST_PROCESS = 0\n"
+        "from modeling_gpt2repro.runtime import command_line; command_line.SECONDS_FOR_THE_FIRST_PROCESS = 0\n"
         "import sys, train_accelerate; train_accelerate.main(sys.argv[1:])"
     )
     flags = toy_flags(tmp_path / "run", shards, init_from=tmp_path / "nowhere")

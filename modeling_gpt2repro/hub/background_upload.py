@@ -195,7 +195,7 @@ class Pushes:
 
     def _command(self, *words: str) -> list[str]:
         private = {None: [], True: ["--private"], False: ["--no-private"]}[self.private]
-        module = "modeling_gpt2repro.hub.upload"
+        module = "modeling_gpt2repro.hub.push"
         return [sys.executable, "-m", module, *words, "--hub_model_id", self.repository, *private]
 
 

@@ -25,7 +25,7 @@ from .workspace import LOGS
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 5  # in which a pool that ends, and ends its workers, has ended
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 class QuietLocalExecutor(LocalPipelineExecutor):
