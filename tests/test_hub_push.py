@@ -18,8 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from toy_runs import ROOT, rows_of, train_here
 
 import train_accelerate
-from modeling_gpt2repro.hub import push as push_command
-from modeling_gpt2repro.hub import pushes
+from modeling_gpt2repro.hub import background_upload as pushes
+from modeling_gpt2repro.hub import upload as push_command
 from modeling_gpt2repro.hub.background_upload import Pushes
 from modeling_gpt2repro.storage.retry import in_words, is_passing, pauses, with_patience
 from modeling_gpt2repro.training.arguments import TrainArguments

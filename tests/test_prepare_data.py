@@ -129,7 +129,7 @@ IMPATIENT = """
 import functools
 from types import SimpleNamespace
 import huggingface_hub.hf_file_system as hub
-from modeling_gpt2repro.data import hub_files
+from modeling_gpt2repro.storage import hub_files
 hub.http_backoff = functools.partial(hub.http_backoff, max_retries=0)
 hub_files.time = SimpleNamespace(sleep=lambda seconds: None)
 """
