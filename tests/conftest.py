@@ -81,7 +81,7 @@ class LoopbackHub:
 def hub(tmp_path_factory) -> Iterator[LoopbackHub]:
     """One loopback Hub for the whole run."""
     root = tmp_path_factory.mktemp("hub")
-    command = [sys.executable, str(Path(__file__).with_name("loopback_hub_writes.py")), "--root", str(root)]
+    command = [sys.executable, str(Path(__file__).with_name("support") / "loopback_hub_writes.py"), "--root", str(root)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         yield LoopbackHub(**json.loads(server.stdout.readline()), root=root)
         server.stdin.close()  # which ends it
@@ -90,7 +90,7 @@ def hub(tmp_path_factory) -> Iterator[LoopbackHub]:
 @pytest.fixture(scope="session")
 def warm_python(hub, tmp_path_factory) -> WarmPython:
     """Processes on one thread that see the loopback Hub, and no cache but this run's."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
     environment = hub.environment(tmp_path_factory.mktemp("home"))
     return WarmPython(environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
 

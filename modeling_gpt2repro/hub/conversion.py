@@ -177,7 +177,7 @@ def from_stock(stock: GPT2LMHeadModel) -> GPT2ReproForCausalLM:
     """Our model with the stock model's weights, in their dtype.
 
     In fp32 the logits are the same up to rounding; with `gelu_new`, GELU in several operations, that is a few
-    millionths of the largest one (`tests/test_hub_conversion.py`).
+    millionths of the largest one (`tests/hub/test_conversion.py`).
 
     Raises:
         ValueError: If the stock model computes something that ours does not.

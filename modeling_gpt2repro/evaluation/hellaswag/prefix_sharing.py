@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-# Families whose trees are tested against one ending at a time (tests/test_evaluation_hellaswag.py). Others are scored
+# Families whose trees are tested against one ending at a time (tests/evaluation/test_hellaswag.py). Others are scored
 # ending by ending: a recurrent or convolutional layer mixes the endings, ALiBi and GPT-Neo's local attention count
 # places instead of positions, GPT-1 takes no such mask, and nothing in a config says so for all of them.
 TREE_FAMILIES = (

@@ -15,7 +15,7 @@ import prepare_data
 from modeling_gpt2repro.data.prepare.token_cache import finished_units
 from modeling_gpt2repro.data.shards.dataset import open_shards
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 def write_jsonl(path, texts):

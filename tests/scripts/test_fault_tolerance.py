@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from test_train_script import plain_start
+from test_train import plain_start
 from toy_runs import CPU_FP32, RECIPE, ROWS, SCRIPT, as_flags, rows_of, train_here
 
 import train_accelerate

@@ -20,7 +20,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from modeling_gpt2repro.training.arguments import TrainArguments
 
-CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
+CONFIGS = Path(__file__).parents[2] / "accelerate_configs"
 YAML_FILES = sorted(CONFIGS.glob("*.yaml"))
 SBATCH = CONFIGS / "slurm.sbatch"
 

@@ -194,7 +194,7 @@ assert torch.equal(*logits)
 assert "modeling_gpt2repro" not in sys.modules
 torch.save(logits[1], f"{folder}/logits.pt")
 """
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     result = subprocess.run(
         [sys.executable, "-I", "-c", program, str(tmp_path), root],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},

@@ -17,7 +17,7 @@ from modeling_gpt2repro.data.prepare.spec import default_validation_share
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.sources.resolve import Source, local_source
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 # What a cluster has: a job of an array after the other, with the variables that Slurm sets.
 SBATCH = """#!/usr/bin/env bash

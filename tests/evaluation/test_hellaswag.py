@@ -16,7 +16,7 @@ from modeling_gpt2repro.evaluation.hellaswag.prefix_sharing import grow_tree
 from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag, score_task
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import default_batch_tokens, prepare_hellaswag, tokens_of_row
 
-REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 N_POSITIONS = 64  # of `make_model`
 KINDS = ("ours", "stock")
 

@@ -17,7 +17,7 @@ from modeling_gpt2repro.evaluation.hellaswag.metrics import count_correct, summa
 from modeling_gpt2repro.evaluation.hellaswag.samples import read_results
 from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_rows(path, rows):

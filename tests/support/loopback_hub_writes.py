@@ -1,4 +1,4 @@
-"""The loopback Hub, to push to as well: `python tests/loopback_hub_writes.py --root DIR` prints its origins and tokens.
+"""The loopback Hub, to push to as well: `python loopback_hub_writes.py --root DIR` prints its origins and tokens.
 
 What is committed lies where the reading half (`loopback_hub.py`) looks for it, as plain files:
 

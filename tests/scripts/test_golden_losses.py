@@ -1,6 +1,6 @@
 """Ten CPU steps of a toy run against losses written down once: a change that claims to alter no numbers leaves them.
 
-    python tests/test_golden_losses.py      # writes the files of tests/golden that are not there yet
+    python tests/scripts/test_golden_losses.py      # writes the files of tests/golden that are not there yet
 
 A file is named after what its numbers depend on: the order of the data, the attention, the loss, and precision and
 processes. A new default adds a file; the old one stays as long as the old path does.
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from toy_runs import CPU_FP32, SCRIPT, rows_of, toy_flags
 
-GOLDEN = Path(__file__).with_name("golden")
+GOLDEN = Path(__file__).parents[1] / "golden"
 STEPS = 10
 PATH = "argsort-order_sdpa_full-logits"
 # Rounding differs between processors: in bf16, whose steps are 2**-8, more than in fp32.
@@ -50,7 +50,7 @@ if __name__ == "__main__":
     from warm_python import WarmPython
 
     sys.path.insert(0, str(ROOT))
-    python_path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    python_path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
     python = WarmPython({**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path})
     with TemporaryDirectory() as folder:
         shards = make_shards(Path(folder))

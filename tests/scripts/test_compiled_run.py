@@ -1,7 +1,7 @@
 """A compiled run with everything switched on: HellaSwag, samples, validation and checkpoints recompile nothing.
 
-pytest -m slow tests/test_compiled_run.py       # on the CPU; needs a C++ compiler
-pytest -m gpu tests/test_compiled_run.py        # on a CUDA GPU, in bf16
+pytest -m slow tests/scripts/test_compiled_run.py       # on the CPU; needs a C++ compiler
+pytest -m gpu tests/scripts/test_compiled_run.py        # on a CUDA GPU, in bf16
 """
 
 import pytest

@@ -19,7 +19,7 @@ from modeling_gpt2repro.data.tokenizer import (
     train_tokenizer,
 )
 
-SHARED = Path(__file__).parents[1] / "../shared/data"
+SHARED = Path(__file__).parents[2] / "../shared/data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="GPT-2's vocabulary is not in ../shared/data")
 
 END = "<|endoftext|>"

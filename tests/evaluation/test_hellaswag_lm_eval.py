@@ -16,7 +16,7 @@ from modeling_gpt2repro.evaluation.hellaswag.examples import load_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import tokens_of_row
 
-REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 HARNESS = "0.4.13"
 # The harness's own task, its process_docs included; only where the rows come from is told.
 PROGRAM = """

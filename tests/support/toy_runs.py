@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train_accelerate.py"
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "seed": 11}
 STEPS, ROWS = 30, 8

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = {
     "max_steps": 6,
     "learning_rate": 1e-2,
@@ -117,14 +117,14 @@ import sys
 sys.path = [path for path in sys.path if path.rstrip("/\\\\") != sys.argv[1]]  # a .venv may lie below it
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
 from transformers import pipeline
-talk = pipeline("text-generation", model="user/pushed", trust_remote_code=True)
+talk = pipeline("text-generation", model="user/trained", trust_remote_code=True)
 assert type(talk.model).__module__.startswith("transformers_modules")
 print(talk("the sea", max_new_tokens=5, min_new_tokens=5, do_sample=False)[0]["generated_text"])
 """
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     environment = {**hub.environment(tmp_path / "home"), "HF_TOKEN": hub.token, "PYTHONPATH": str(ROOT)}
     for options in (
-        ["-c", train, str(tmp_path / "pushed"), str(tmp_path / "tokenizer")],
+        ["-c", train, str(tmp_path / "trained"), str(tmp_path / "tokenizer")],
         ["-I", "-c", load, str(ROOT)],
     ):
         result = subprocess.run(
@@ -132,11 +132,11 @@ print(talk("the sea", max_new_tokens=5, min_new_tokens=5, do_sample=False)[0]["g
         )
         assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("the sea")
-    pushed = {path.name for path in (hub.root / "models" / "user" / "pushed").iterdir()}
+    pushed = {path.name for path in (hub.root / "models" / "user" / "trained").iterdir()}
     assert {"README.md", "configuration_gpt2repro.py", "modeling_gpt2repro.py", "tokenizer.json"} <= pushed
     assert torch.equal(
-        GPT2ReproForCausalLM.from_pretrained(hub.root / "models" / "user" / "pushed").lm_head.weight,
-        GPT2ReproForCausalLM.from_pretrained(tmp_path / "pushed").lm_head.weight,
+        GPT2ReproForCausalLM.from_pretrained(hub.root / "models" / "user" / "trained").lm_head.weight,
+        GPT2ReproForCausalLM.from_pretrained(tmp_path / "trained").lm_head.weight,
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data_shards import other_tokenizer
+from test_shards import other_tokenizer
 
 import prepare_data
 from modeling_gpt2repro.data.shards.dataset import open_shards

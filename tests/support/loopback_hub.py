@@ -1,4 +1,4 @@
-"""A Hub on 127.0.0.1, to read from: `python tests/loopback_hub.py --root DIR` prints its origins and tokens as JSON.
+"""A Hub on 127.0.0.1, to read from: `python loopback_hub.py --root DIR` prints its origins and tokens as JSON.
 
     DIR/models/<namespace>/<name>/...     a model repository: a plain folder, looked at anew for every request
     DIR/datasets/<namespace>/<name>/...   a dataset repository

@@ -21,7 +21,7 @@ from modeling_gpt2repro.data.prepare.token_cache import finished_units
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.storage import atomic as written_aside
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 # Is killed before its n-th file gets its name, for every n, and each time runs again in peace; prints what was done.
 KILLED_EVERYWHERE = """

@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import hellaswag, prepare
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY / "../shared/data"
 
 
