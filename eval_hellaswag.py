@@ -38,9 +38,9 @@ from modeling_gpt2repro.evaluation.hellaswag.samples import write_results
 from modeling_gpt2repro.evaluation.hellaswag.score import EndingScores, score_task
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import prepare_hellaswag
 from modeling_gpt2repro.evaluation.load_model import load_causal_lm
-from modeling_gpt2repro.evaluation.whole_files import whole_file
 from modeling_gpt2repro.runtime.accelerator import main_process_first
 from modeling_gpt2repro.runtime.command_line import bad_input_exits, parse_command_line
+from modeling_gpt2repro.storage.atomic import atomic_write
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -135,7 +135,7 @@ def compare(args: EvalHellaSwagArguments) -> None:
 
 def write_json(path: Path, numbers: Mapping) -> None:
     """Whole or not at all."""
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(numbers, indent=2).encode() + b"\n")
 
 

@@ -30,7 +30,7 @@ from modeling_gpt2repro.data.tokenize import plan_preparation
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, save_tokenizer, train_tokenizer
 from modeling_gpt2repro.runtime.command_line import bad_input_exits, parse_command_line
 from modeling_gpt2repro.runtime.progress import ProgressBar
-from modeling_gpt2repro.storage.atomic import full_disk_told
+from modeling_gpt2repro.storage.atomic import explain_disk_full
 
 
 def main(argv: list[str] | None = None):
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None):
         return verify(Path(args.verify), args.quick)
     folder, started = Path(args.output_dir).absolute(), time.perf_counter()
     try:
-        with bad_input_exits(), full_disk_told(folder):
+        with bad_input_exits(), explain_disk_full(folder):
             begun = read_plan(folder)
             source = open_source(args, begun)
             tokenizer = open_tokenizer(args, source, begun, folder)

@@ -80,7 +80,7 @@ from modeling_gpt2repro.runtime.command_line import Problems, bad_input_exits, p
 from modeling_gpt2repro.runtime.fsdp import fill_whole, is_sharded
 from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record, peak_memory_gb
 from modeling_gpt2repro.runtime.signals import EXIT_CODE, StopRequest
-from modeling_gpt2repro.storage.checksums import put_in_place
+from modeling_gpt2repro.storage.atomic import replace_dir
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.optimization import build_optimizer
@@ -333,7 +333,7 @@ def export(run: Run) -> Path:
             save_hub_folder(module, run.data.tokenizer, aside, run.origin, run.output_dir)
             numbers = run.monitor.log.path  # which its card draws on
             shutil.copyfile(numbers, aside / numbers.name)
-            put_in_place(aside, folder)
+            replace_dir(aside, folder)
         except (OSError, SafetensorError) as error:
             raise SystemExit(cannot_save(run.args, str(error))) from error
     run.accelerator.wait_for_everyone()

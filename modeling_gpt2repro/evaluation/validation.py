@@ -23,10 +23,11 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from modeling_gpt2repro.storage.atomic import atomic_write
+
 from .load_model import load_causal_lm, longest_context
 from .validation_arguments import ValidationArguments
 from .validation_text import ValidationText, open_validation_text, row_batches
-from .whole_files import whole_file
 
 LARGEST_BLOCK = 1024  # GPT-2's context; with more, models of a longer one would be told more
 
@@ -146,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         }
         print(table(report))
         if args.output:
-            with whole_file(Path(args.output)) as file:
+            with atomic_write(Path(args.output)) as file:
                 file.write(json.dumps(report, indent=2).encode() + b"\n")
     state.destroy_process_group()
 

@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, get_session, get_token
 from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import HTTPError
 
-from modeling_gpt2repro.storage.retry import in_words, is_passing, reason_of, with_patience
+from modeling_gpt2repro.storage.retry import describe_error, http_error, is_transient, retry
 
 NEEDS_A_PERSON, HUB_IS_AWAY = 2, 3  # exit codes
 TRAINING_STATE = "training_state/*"
@@ -52,11 +52,11 @@ def main(argv: list[str] | None = None):
         return f"pushed to {push(*what)}"
 
     try:
-        print(with_patience(attempt, args.patience_seconds, print_now))
+        print(retry(attempt, args.patience_seconds, on_retry=print_now))
     except (HTTPError, OSError, RuntimeError) as error:
-        if not is_passing(error):
-            parser.exit(NEEDS_A_PERSON, f"{in_words(error, args.hub_model_id)}\n")
-        parser.exit(HUB_IS_AWAY, f"the Hub cannot be reached ({reason_of(error)}): try again later.\n")
+        if not is_transient(error):
+            parser.exit(NEEDS_A_PERSON, f"{explain_hub_error(error, args.hub_model_id)}\n")
+        parser.exit(HUB_IS_AWAY, f"the Hub cannot be reached ({describe_error(error)}): try again later.\n")
     except ValueError as error:
         parser.exit(NEEDS_A_PERSON, f"{' '.join(str(error).split())}\n")
     except KeyboardInterrupt:
@@ -83,7 +83,7 @@ def push(
 
     Raises:
         ValueError: If it cannot work, whenever it is tried.
-        HTTPError, OSError, RuntimeError: By the client; see `is_passing`.
+        HTTPError, OSError, RuntimeError: By the client; see `is_transient`.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no folder of a model (it has no config.json): give model/ or step-... of a run.")
@@ -148,6 +148,22 @@ def open_repository(repository: str, private: bool | None) -> tuple[HfApi, str]:
     get_session().timeout = ANSWER_SECONDS
     api = HfApi()
     return api, api.create_repo(repository, private=private, exist_ok=True).repo_id
+
+
+def explain_hub_error(error: BaseException, repository: str) -> str:
+    """Say what has to change, at the Hub or on this machine, before a push can succeed."""
+    answer = http_error(error)
+    if answer is None:
+        return f"the Hub was not reached because of this machine ({describe_error(error)})."
+    status = answer.response.status_code
+    if status == 401:
+        return "the Hub does not accept this token: log in again with `hf auth login`, or set HF_TOKEN."
+    if status in (403, 404):
+        return (
+            f"this token may not write to {repository} ({describe_error(error)}): use one with the role 'write', or "
+            "another --hub_model_id."
+        )
+    return f"the Hub refuses {repository} ({describe_error(error)})."
 
 
 def print_now(text: str):

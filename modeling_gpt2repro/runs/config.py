@@ -1,7 +1,6 @@
 """run.json: the arguments, versions and commit of a run, written before its first step."""
 
 import json
-import os
 import platform
 import subprocess
 import tempfile
@@ -9,6 +8,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+from modeling_gpt2repro.storage.atomic import atomic_write
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.validate import RUN_RECORD
 
@@ -46,9 +46,8 @@ def write_run_record(args: TrainArguments, hardware: dict, data: dict):
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": current_commit(),
     }
-    temporary = folder / (RUN_RECORD + ".partial")
-    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(temporary, folder / RUN_RECORD)
+    with atomic_write(folder / RUN_RECORD) as file:
+        file.write(json.dumps(record, indent=1).encode())
 
 
 def recorded_arguments(output_dir: Path) -> dict:

@@ -13,8 +13,10 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modeling_gpt2repro.storage.atomic import atomic_write
+
 from .panels import loss_panel
-from .read import read_run, replace_file
+from .read import read_run
 from .sheet import STYLE, draw_panels, draw_sheet, panels_of
 
 if TYPE_CHECKING:
@@ -84,7 +86,8 @@ def write_figure(figure: Figure, path: Path, dpi: int = 150) -> Path:
     with rc_context(STYLE):
         dates = {"Date": None} if path.suffix == ".svg" else {}
         figure.savefig(content, format=path.suffix[1:], dpi=dpi, metadata=dates)
-    replace_file(path, content.getvalue())
+    with atomic_write(path) as file:
+        file.write(content.getvalue())
     return path
 
 

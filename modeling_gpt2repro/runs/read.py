@@ -1,12 +1,13 @@
 """A run's folder, read: its rows of numbers, where it was resumed, its arguments, and what it is measured by."""
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from modeling_gpt2repro.storage.atomic import atomic_write
 
 METRICS_FILE = "metrics.jsonl"
 RUN_RECORD = "run.json"
@@ -136,22 +137,8 @@ def write_yardsticks(
     for model, protocol, _, acc_norm, _ in hellaswag:
         published.setdefault(protocol, {}).setdefault(model, acc_norm)
     text = json.dumps({"loss_yardsticks": loss, "hellaswag_yardsticks": published}, indent=1)
-    replace_file(folder / YARDSTICKS_FILE, text.encode())
-
-
-def replace_file(path: Path, content: bytes):
-    """Write a file whole, or leave the one that was there.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    with atomic_write(folder / YARDSTICKS_FILE) as file:
+        file.write(text.encode())
 
 
 def _read_json(path: Path) -> dict:

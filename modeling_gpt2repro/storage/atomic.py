@@ -1,59 +1,114 @@
-"""Files that are there whole or not at all, and a disk that is full."""
+"""Atomic writes of files and folders: a temporary name, fsync, rename.
+
+Whoever reads `path` finds all of it or nothing, also after a crash or a power cut.
+"""
 
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
-# How a file ends that is not whole; what is left of one when its writer was killed may be removed.
+# How the name of a temporary file ends. One that its writer left behind when it was killed may be deleted.
 PARTIAL = re.compile(r".+\.[0-9a-f]{8}\.partial")
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def open_aside(path: Path) -> BinaryIO:
-    """A new file beside `path`, under a name of its own: two writers of the same file do not meet."""
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing inside the `with` block; afterwards `path` holds all of it, and its folder exists.
+
+    If the block raises, whatever was at `path` before is left as it was. Of two writers, the later one wins.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open_temporary(path)
+    try:
+        yield file
+        commit(file, path)
+    except BaseException:
+        abort(file)
+        raise
+
+
+def open_temporary(path: Path) -> BinaryIO:
+    """Open a new file beside `path`, with a name of its own, so that two writers of one path do not collide."""
     return open(path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial"), "wb")
 
 
-def put_in_place(file: BinaryIO, path: Path):
-    """Give a file of `open_aside` its name, once all of it has reached the disk."""
+def commit(file: BinaryIO, path: Path):
+    """Rename a file of `open_temporary` to `path` once its content is on disk."""
     file.flush()
     os.fsync(file.fileno())
     file.close()
     os.replace(file.name, path)
-    if os.name == "posix":  # the name is on the disk when the folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    fsync_dir(path.parent)
 
 
-@contextmanager
-def written_aside(path: Path) -> Iterator[BinaryIO]:
-    """A file to write inside the `with` block; after it, `path` is there with all of it."""
-    file = open_aside(path)
-    try:
-        yield file
-        put_in_place(file, path)
-    except BaseException:
-        discard(file)
-        raise
-
-
-def discard(file: BinaryIO):
-    """Remove a file of `open_aside`, so that a full disk gets its room back."""
-    with suppress(OSError):  # what was not written yet does not fit either
+def abort(file: BinaryIO):
+    """Delete a file of `open_temporary`, which gives a full disk its space back."""
+    with suppress(OSError):  # closing flushes what is buffered, and that does not fit either
         file.close()
     Path(file.name).unlink(missing_ok=True)
 
 
+def replace_dir(temporary: Path, folder: Path):
+    """Rename a finished folder to `folder` once its content is on disk; an older `folder` stays until then."""
+    fsync_tree(temporary)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    fsync_dir(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_interrupted_replace(parent: Path, pattern: str):
+    """Give folders their name back if the process was killed between the two renames of `replace_dir`."""
+    for old in parent.glob(f".{pattern}.old"):
+        name = old.name.removeprefix(".").removesuffix(".old")
+        if not (parent / name).exists():
+            os.replace(old, parent / name)
+
+
+def delete_dir(folder: Path):
+    """Delete a folder that must never be seen half-deleted under its name."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def fsync_tree(folder: Path):
+    """Flush a folder's files, and the names in it and in its subfolders, to disk."""
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            fsync_dir(path)
+        else:
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+
+
+def fsync_dir(folder: Path):
+    """Flush the names in a folder to disk, where the system can: a rename is durable only after this."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # the answer of network disks that can flush files but not folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
-def full_disk_told(folder: Path) -> Iterator[None]:
+def explain_disk_full(folder: Path) -> Iterator[None]:
     """Turn the error of a full disk into a sentence.
 
     Raises:
@@ -62,9 +117,9 @@ def full_disk_told(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL_DISK:
+        if error.errno not in DISK_FULL:
             raise
         raise ValueError(
-            f"the disk of {folder} is full ({error.strerror}): make room and run the same command again; what is "
-            "finished is kept."
+            f"the disk of {folder} is full ({error.strerror}): free some space and run the same command again; "
+            "finished work is kept."
         ) from error

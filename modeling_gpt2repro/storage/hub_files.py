@@ -1,16 +1,17 @@
-"""Files on the Hub, read by byte range, and patience with a Hub that is busy or gone for a while."""
+"""Reading files on the Hub by byte range, with retries while the Hub is busy or unreachable."""
 
-import time
 from collections.abc import Callable
 from typing import BinaryIO, TypeVar
 
 from huggingface_hub import HfFileSystem
-from huggingface_hub.errors import HTTPError  # httpx's: what no answer raises, and the base of the Hub's own errors
+from huggingface_hub.errors import HTTPError
+
+from .retry import describe_error, is_transient, retry
 
 Result = TypeVar("Result")
 
-# The Hub's client repeats a request for 23 seconds by itself; together that is some 5 minutes.
-RETRIES = 7
+# The Hub's client repeats each request for 23 seconds by itself; together with 7 pauses that is about 5 minutes.
+READ_PATIENCE_SECONDS = 127.0
 
 
 def is_on_hub(path: str) -> bool:
@@ -19,27 +20,23 @@ def is_on_hub(path: str) -> bool:
 
 
 def open_hub_file(path: str) -> BinaryIO:
-    """Open an `hf://` address; only the ranges that are asked for are downloaded."""
-    # A cache that reads ahead would double the download: parquet readers know what they need.
+    """Open an `hf://` address; only the byte ranges that are read are downloaded."""
+    # A cache that reads ahead would double the download: parquet readers know which ranges they need.
     return HfFileSystem().open(path, "rb", cache_type="none")
 
 
-def retrying(work: Callable[[], Result], retries: int = RETRIES, wait_seconds: float = 1.0) -> Result:
-    """Call `work`; where the Hub is busy or out of reach, wait, twice as long each time, and try again.
+def retry_hub_read(work: Callable[[], Result], patience_seconds: float | None = None) -> Result:
+    """Call `work`, and call it again while the Hub is busy or unreachable; READ_PATIENCE_SECONDS by default.
 
     Raises:
-        ConnectionError: If it did not come back.
+        ConnectionError: If it still is when the patience is over.
     """
-    for attempt in range(retries + 1):
-        try:
-            return work()
-        except HTTPError as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            if status is not None and status not in (408, 429) and status < 500:
-                raise  # a refusal, and the next answer would be the same
-            if attempt == retries:
-                raise ConnectionError(
-                    f"the Hub did not answer in {retries + 1} attempts ({type(error).__name__}): try again later."
-                ) from error
-        time.sleep(wait_seconds * 2**attempt)
-    raise AssertionError("the last attempt returns or raises")
+    patience = READ_PATIENCE_SECONDS if patience_seconds is None else patience_seconds
+    try:
+        return retry(work, patience, errors=(HTTPError,))
+    except HTTPError as error:
+        if not is_transient(error):
+            raise  # a refusal: the next answer would be the same
+        raise ConnectionError(
+            f"the Hub did not answer for {patience:.0f} s ({describe_error(error)}): try again later."
+        ) from error

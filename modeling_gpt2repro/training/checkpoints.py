@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from modeling_gpt2repro.storage.checksums import bring_back, put_in_place, remove, seal, what_is_wrong
+from modeling_gpt2repro.storage.atomic import delete_dir, recover_interrupted_replace, replace_dir
+from modeling_gpt2repro.storage.checksums import verify_checksums, write_checksums
 
 from .optimizer_state import OPTIMIZER_FILE, RANDOM_FILE, save_tensors
 
@@ -51,12 +52,12 @@ def find_resume_checkpoint(resume_from: str | None, output_dir: Path) -> tuple[P
     """
     if resume_from is None:
         return None, []
-    bring_back(output_dir, "step-*")
+    recover_interrupted_replace(output_dir, "step-*")
     found = find_checkpoints(output_dir)
     if resume_from == "latest":
         damaged = []
         for checkpoint in reversed(found):
-            wrong = what_is_wrong(checkpoint, LISTING)
+            wrong = verify_checksums(checkpoint, LISTING)
             if wrong is None:
                 return checkpoint, damaged
             damaged.append(f"{checkpoint} is damaged ({wrong}) and passed over.")
@@ -92,7 +93,7 @@ def open_named_checkpoint(name: str) -> Path:
             raise ValueError(f"{name} is no folder, and the Hub does not give it ({reason}).") from error
     if not (checkpoint / LISTING).is_file():
         raise ValueError(f"{name} is no checkpoint (it has no {LISTING}): give a step-... folder or 'latest'.")
-    if wrong := what_is_wrong(checkpoint, LISTING):
+    if wrong := verify_checksums(checkpoint, LISTING):
         raise ValueError(f"{name} is damaged ({wrong}): resume from another one, or move this one away.")
     return checkpoint
 
@@ -148,10 +149,10 @@ def save_checkpoint(
             save_tensors(optimizer, aside / STATE_FOLDER / OPTIMIZER_FILE)
             save_tensors(random, aside / STATE_FOLDER / RANDOM_FILE)
             (aside / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-            seal(aside, LISTING)
-            put_in_place(aside, folder)
+            write_checksums(aside, LISTING)
+            replace_dir(aside, folder)
             for old in keep.too_many(find_checkpoints(folder.parent), folder):
-                remove(old)
+                delete_dir(old)
         except (OSError, SafetensorError) as error:
             problem = getattr(error, "strerror", None) or str(error)
             shutil.rmtree(aside, ignore_errors=True)

@@ -19,7 +19,7 @@ from modeling_gpt2repro.data.prepare import tokenize_units
 from modeling_gpt2repro.data.prepare import workspace as preparation_folder
 from modeling_gpt2repro.data.prepare.token_cache import finished_units
 from modeling_gpt2repro.data.shards.dataset import open_shards
-from modeling_gpt2repro.storage import atomic as written_aside
+from modeling_gpt2repro.storage import atomic
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ from pathlib import Path
 
 import prepare_data
 from modeling_gpt2repro.data.prepare import tokenize_units
-from modeling_gpt2repro.storage import atomic as written_aside
+from modeling_gpt2repro.storage import atomic
 from modeling_gpt2repro.data.prepare.token_cache import finished_units
 
 root, arguments = Path(sys.argv[1]), sys.argv[2:]
@@ -58,7 +58,7 @@ def run(folder, kill_at, late=False):
         begun.append(unit.start)
         return tokenize(source, unit, *more)
 
-    written_aside.os.replace, tokenize_units.tokenize_unit = replace, tokenize_unit
+    atomic.os.replace, tokenize_units.tokenize_unit = replace, tokenize_unit
     prepare_data.main(["--output_dir", str(folder), *arguments])
     folder.with_suffix(".json").write_text(json.dumps(begun))
     os._exit(0)
@@ -229,7 +229,7 @@ def full_disk_at(monkeypatch, number):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(file)
 
-    monkeypatch.setattr(written_aside.os, "fsync", fsync)
+    monkeypatch.setattr(atomic.os, "fsync", fsync)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_a_full_disk_is_a_sentence_and_what_is_finished_stays(tmp_path, texts, c
     arguments, expected = texts
     full_disk_at(monkeypatch, at)
     told = told_by(capsys, tmp_path / "out", arguments)
-    assert told.endswith("make room and run the same command again; what is finished is kept.")
+    assert told.endswith("free some space and run the same command again; finished work is kept.")
     assert told.startswith(
         f"{Path(sys.argv[0]).name}: the disk of {tmp_path / 'out'} is full (No space left on device): "
     )

@@ -21,7 +21,8 @@ import train_accelerate
 from modeling_gpt2repro.hub import background_upload as pushes
 from modeling_gpt2repro.hub import upload as push_command
 from modeling_gpt2repro.hub.background_upload import Pushes
-from modeling_gpt2repro.storage.retry import in_words, is_passing, pauses, with_patience
+from modeling_gpt2repro.hub.upload import explain_hub_error
+from modeling_gpt2repro.storage.retry import backoff_seconds, is_transient, retry
 from modeling_gpt2repro.training.arguments import TrainArguments
 
 AWAY = "http://127.0.0.1:9"  # nobody listens there
@@ -97,7 +98,7 @@ def test_a_whole_checkpoint_goes_to_a_branch_and_leaves_main_alone(on_hub, folde
         ({"HF_TOKEN": "hf_reader"}, "user/there", "this token may not write to user/there (You don't have the rights"),
         ({"HF_TOKEN": "hf_reader"}, "user/not-there", "this token may not write to user/not-there"),
         ({}, "somebody/else", "another --hub_model_id"),
-        ({"HF_TOKEN": "hf_nonsense"}, "user/there", "does not know this token"),
+        ({"HF_TOKEN": "hf_nonsense"}, "user/there", "does not accept this token"),
         ({"HF_TOKEN": ""}, "user/there", "no token"),
         ({"HF_HUB_OFFLINE": "1"}, "user/there", "HF_HUB_OFFLINE is set"),
         ({}, "user/no such name", "alphanumeric"),
@@ -148,7 +149,7 @@ def test_a_repository_that_is_public_is_not_taken_for_a_private_one(monkeypatch)
 @pytest.mark.parametrize(("status", "passing"), [(400, False), (409, True), (412, True), (429, True), (500, True)])
 def test_what_the_hub_refuses_for_now_is_told_from_what_it_refuses(status, passing):
     error = HfHubHTTPError("no", response=SimpleNamespace(status_code=status, headers={}, request=None))
-    assert is_passing(error) is passing
+    assert is_transient(error) is passing
 
 
 def test_a_folder_above_the_model_is_not_taken_for_it(folder):
@@ -177,9 +178,9 @@ def raised(error: BaseException, cause: BaseException | None) -> BaseException:
     ],
 )
 def test_a_fault_of_this_machine_is_told_from_one_of_the_connection(error, passing):
-    assert is_passing(error) is passing
+    assert is_transient(error) is passing
     if not passing:
-        assert "because of this machine (" in in_words(error, "user/any")
+        assert "because of this machine (" in explain_hub_error(error, "user/any")
 
 
 @pytest.mark.parametrize("where", ["repos/create", "validate-yaml", "commit/main", "drop the answer"])
@@ -189,7 +190,7 @@ def test_a_hub_that_is_away_for_a_moment_is_waited_for(on_hub, folder, where):
     with on_hub.faults({**rule, "times": 1}):
         result = run_push(folder, "--hub_model_id", name)
     assert result.returncode == 0, result.stderr
-    assert "it is tried again in 1 s" in result.stderr
+    assert "trying again in 1 s" in result.stderr
     assert "model.safetensors" in files_in(on_hub.root / "models" / name)
     assert commits(on_hub, name) == (0 if where == "drop the answer" else 1)  # an answer that is lost has no status
 
@@ -255,10 +256,10 @@ def test_patience_ends_and_refusals_are_not_tried_again(monkeypatch):
         raise ConnectionError("no route")
 
     with pytest.raises(ConnectionError):
-        with_patience(attempt, 200, said.append)
+        retry(attempt, 200, on_retry=said.append)
     assert tried == [0, 1, 3, 7, 15, 31, 63, 123, 183]
     assert len(said) == len(tried) - 1
-    endless = pauses()
+    endless = backoff_seconds()
     assert [next(endless) for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
 
 

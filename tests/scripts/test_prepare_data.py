@@ -129,9 +129,10 @@ IMPATIENT = """
 import functools
 from types import SimpleNamespace
 import huggingface_hub.hf_file_system as hub
-from modeling_gpt2repro.storage import hub_files
+from modeling_gpt2repro.storage import retry
 hub.http_backoff = functools.partial(hub.http_backoff, max_retries=0)
-hub_files.time = SimpleNamespace(sleep=lambda seconds: None)
+now = [0.0]
+retry.time = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
 """
 
 PREPARE = """
@@ -249,15 +250,14 @@ def test_a_hub_that_is_gone_is_told_with_the_unit_and_what_is_finished_is_not_re
         {"match": second, "status": 503, "times": 2},
         {"match": second, "drop": 700},
     ]
-    two_retries = "from modeling_gpt2repro.data.sources import documents\nretry = documents.retrying\n"
-    two_retries += "documents.retrying = lambda work: retry(work, retries=2)\n"
+    impatient = "from modeling_gpt2repro.storage import hub_files\nhub_files.READ_PATIENCE_SECONDS = 3.5\n"
     with hub.faults(*rules):
-        program = IMPATIENT + two_retries + PREPARE
+        program = IMPATIENT + impatient + PREPARE
         done = warm_python.run("-c", program, *hub_arguments(tmp_path / "out", tokenizer_folder), check=False)
     assert done.returncode == 2
     told = done.stderr.splitlines()[-1]
     assert "row group 0 of hf://datasets/ns/fineweb@" in told
-    assert f"{FILES[1]}: the Hub did not answer in 3 attempts (" in told
+    assert f"{FILES[1]}: the Hub did not answer for 4 s (" in told
     assert "Traceback" not in done.stderr
     assert sorted(finished_units(tmp_path / "out")) == [0, 1, 2, 3]
 

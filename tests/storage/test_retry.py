@@ -1,11 +1,12 @@
-"""Patience with the Hub: what is asked again, and what is not."""
+"""Which failed reads from the Hub are repeated, and for how long."""
 
 from dataclasses import dataclass
 
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-from modeling_gpt2repro.storage.hub_files import retrying
+from modeling_gpt2repro.storage import retry
+from modeling_gpt2repro.storage.hub_files import retry_hub_read
 
 
 class Failing:
@@ -31,22 +32,32 @@ def http_error(status):
     return HfHubHTTPError("the Hub says no", response=Answer(status, {}))
 
 
-def test_a_busy_or_absent_hub_is_asked_again():
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch) -> list[float]:
+    """The pauses between attempts, on a clock that only they move."""
+    taken = []
+    monkeypatch.setattr(retry.time, "monotonic", lambda: sum(taken))
+    monkeypatch.setattr(retry.time, "sleep", taken.append)
+    return taken
+
+
+def test_a_busy_or_unreachable_hub_is_asked_again(pauses):
     work = Failing(http_error(503), HTTPError("connection lost"), http_error(429))
-    assert (retrying(work, retries=3, wait_seconds=0), work.calls) == (7, 4)
+    assert (retry_hub_read(work), work.calls) == (7, 4)
+    assert pauses == [1, 2, 4]
 
 
-def test_patience_with_the_hub_ends_in_a_sentence(one_sentence):
+def test_the_patience_ends_in_a_sentence(one_sentence):
     work = Failing(*[HTTPError("connection lost")] * 9)
-    with pytest.raises(ConnectionError, match=r"the Hub did not answer in 3 attempts \(HTTPError\)") as error:
-        retrying(work, retries=2, wait_seconds=0)
+    with pytest.raises(ConnectionError, match=r"the Hub did not answer for 3 s \(connection lost\)") as error:
+        retry_hub_read(work, patience_seconds=3)
     one_sentence(error)
     assert work.calls == 3
 
 
-def test_a_refusal_and_an_error_of_our_own_are_not_repeated():
-    for refusal in (http_error(401), http_error(404), ValueError("damaged")):
+def test_refusals_and_errors_of_our_own_are_not_repeated():
+    for refusal in (http_error(401), http_error(404), ValueError("damaged"), RuntimeError("a script")):
         work = Failing(refusal)
         with pytest.raises(type(refusal)):
-            retrying(work, wait_seconds=0)
+            retry_hub_read(work)
         assert work.calls == 1

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from modeling_gpt2repro.hub.export import save_tokenizer
-from modeling_gpt2repro.storage import checksums as sealed_folder
+from modeling_gpt2repro.storage import atomic
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.checkpoints import Keep, find_resume_checkpoint
 from modeling_gpt2repro.training.optimization import build_optimizer
@@ -99,8 +99,8 @@ def test_all_of_it_is_on_disk_before_it_gets_its_name(save, tmp_path, monkeypatc
         happened.append((old.name, new.name))
         rename(old, new)
 
-    monkeypatch.setattr(sealed_folder.os, "fsync", flushed)
-    monkeypatch.setattr(sealed_folder.os, "replace", renamed)
+    monkeypatch.setattr(atomic.os, "fsync", flushed)
+    monkeypatch.setattr(atomic.os, "replace", renamed)
     folder = save(5)
     named = happened.index((".step-000005.partial", "step-000005"))
     for path in (folder, *folder.rglob("*")):  # whole, and the names in folders, too
@@ -128,7 +128,7 @@ def test_what_a_killed_save_left_is_no_part_of_the_next_one(save, tmp_path):
 
 def test_old_checkpoints_go_after_the_new_one_stands(save, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(checkpoints, "remove", lambda old: (seen.append(names(tmp_path)), sealed_folder.remove(old)))
+    monkeypatch.setattr(checkpoints, "delete_dir", lambda old: (seen.append(names(tmp_path)), atomic.delete_dir(old)))
     for step in (9, 10, 11):
         save(step, Keep(limit=2))
     assert seen == [["step-000009", "step-000010", "step-000011"]]
@@ -279,9 +279,9 @@ def test_a_kill_between_the_renames_of_a_checkpoint_written_again_costs_nothing(
             raise KeyboardInterrupt
         rename(aside, folder)
 
-    rename = sealed_folder.os.replace
+    rename = atomic.os.replace
     with monkeypatch.context() as patch:
-        patch.setattr(sealed_folder.os, "replace", killed)
+        patch.setattr(atomic.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             save(5)
     assert names(tmp_path) == [".step-000005.old", ".step-000005.partial"]
@@ -297,9 +297,9 @@ def test_a_checkpoint_that_was_being_deleted_does_not_come_back(save, tmp_path, 
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sealed_folder.shutil, "rmtree", killed)
+        patch.setattr(atomic.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            sealed_folder.remove(tmp_path / "step-000005")
+            atomic.delete_dir(tmp_path / "step-000005")
     assert find_resume_checkpoint("latest", tmp_path) == (None, [])
     checkpoints.clear_remains(tmp_path)
     assert names(tmp_path) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from modeling_gpt2repro.data.shards.dataset import FORMAT, MANIFEST, SPLITS
 from modeling_gpt2repro.data.shards.writer import ShardWriter
-from modeling_gpt2repro.storage.atomic import full_disk_told, written_aside
+from modeling_gpt2repro.storage.atomic import atomic_write, explain_disk_full
 
 from .spec import Plan
 from .token_cache import TokenizedUnit
@@ -34,7 +34,7 @@ def write_shards(folder: Path, plan: Plan, units: Iterable[TokenizedUnit], on_pr
     writers = {"train": train, "validation": ShardWriter(folder, "validation", *options, layout=plan.layout)}
     skipped, done = Counter(), 0
     try:
-        with full_disk_told(folder):
+        with explain_disk_full(folder):
             for done, unit in enumerate(units, start=1):
                 for split, writer in writers.items():
                     writer.append(unit.ids[split], unit.text_bytes[split], unit=done - 1)
@@ -76,7 +76,7 @@ def write_manifest(folder: Path, plan: Plan, splits: dict, units: int, skipped: 
         "skipped": None if skipped is None else dict(sorted(skipped.items())),
         "splits": {split: splits[split] for split in SPLITS},
     }
-    with written_aside(folder / MANIFEST) as file:
+    with atomic_write(folder / MANIFEST) as file:
         file.write(json.dumps(manifest, indent=1).encode())
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from modeling_gpt2repro.data.sources.documents import Unit
 from modeling_gpt2repro.data.sources.resolve import Source
-from modeling_gpt2repro.storage.atomic import written_aside
+from modeling_gpt2repro.storage.atomic import atomic_write
 
 PLAN = "plan.json"
 # Of what is held out by default.
@@ -79,7 +79,7 @@ def default_validation_share(source: Source, max_tokens: int | None = None) -> f
 
 def write_plan(folder: Path, plan: Plan):
     """Write it where `read_plan` finds it."""
-    with written_aside(folder / PLAN) as file:
+    with atomic_write(folder / PLAN) as file:
         file.write(json.dumps(asdict(plan)).encode())
 
 

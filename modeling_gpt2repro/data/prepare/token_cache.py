@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling_gpt2repro.storage.atomic import PARTIAL, written_aside
+from modeling_gpt2repro.storage.atomic import PARTIAL, atomic_write
 
 UNITS = "units"
 PROBLEM = ".problem"
@@ -37,7 +37,7 @@ def write_unit(folder: Path, number: int, unit: TokenizedUnit):
     """Write the unit's file; its name tells the training tokens, so that a listing of the folder tells them all."""
     (folder / UNITS).mkdir(exist_ok=True)
     about = json.dumps({"text_bytes": unit.text_bytes, "skipped": unit.skipped})
-    with written_aside(folder / UNITS / f"{number:07d}-{len(unit.ids['train'])}.npz") as file:
+    with atomic_write(folder / UNITS / f"{number:07d}-{len(unit.ids['train'])}.npz") as file:
         np.savez(file, about=np.array(about), **unit.ids)
 
 

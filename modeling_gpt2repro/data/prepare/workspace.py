@@ -94,7 +94,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _is_partial(path: Path) -> bool:
-    """Whether `written_aside` had begun it in this folder: a plan, a manifest or a shard."""
+    """Whether `atomic_write` had begun it in this folder: a plan, a manifest or a shard."""
     name = path.name.rsplit(".", 2)[0]
     return PARTIAL.fullmatch(path.name) is not None and (name in OURS or SHARD_NAME.fullmatch(name) is not None)
 

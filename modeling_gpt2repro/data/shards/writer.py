@@ -6,7 +6,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from modeling_gpt2repro.storage.atomic import discard, open_aside, put_in_place
+from modeling_gpt2repro.storage.atomic import abort, commit, open_temporary
 
 from .layouts import shard_length, shard_name
 
@@ -72,11 +72,11 @@ class ShardWriter:
     def abandon(self):
         """Remove the shard that is not whole, if there is one."""
         if self._file is not None:
-            discard(self._file)
+            abort(self._file)
 
     def _begin(self, unit: int):
         name = shard_name(self.layout, self.split, len(self.entries))
-        self._file, self._hash = open_aside(self.folder / name), hashlib.sha256()
+        self._file, self._hash = open_temporary(self.folder / name), hashlib.sha256()
         self.entries.append({"file": name, "tokens": 0, "documents": 0, "units": [unit, unit]})
         _write_header(self._file, 0)
 
@@ -85,7 +85,7 @@ class ShardWriter:
         entry["sha256"] = self._hash.hexdigest()
         self._file.seek(0)
         _write_header(self._file, entry["tokens"])  # as long as the first: numpy leaves room for the count to grow
-        put_in_place(self._file, self.folder / entry["file"])
+        commit(self._file, self.folder / entry["file"])
         self._file = None
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from modeling_gpt2repro.storage.hub_files import is_on_hub, retrying
+from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
 
 from .parquet import read_row_group, row_group_bytes
 from .text import read_lines, read_pieces
@@ -117,7 +117,7 @@ def read_unit(unit: Unit, skipped: Counter | None = None) -> Iterator[Document]:
     """
     read = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".txt": _read_text}[Path(unit.path).suffix]
     # A row group from the Hub is tried again as a whole, so it is complete before its first document is handed on.
-    documents = retrying(lambda: list(read(unit))) if is_on_hub(unit.path) else read(unit)
+    documents = retry_hub_read(lambda: list(read(unit))) if is_on_hub(unit.path) else read(unit)
     for document in documents:
         if document.continues or (document.text and not document.text.isspace()):
             yield document

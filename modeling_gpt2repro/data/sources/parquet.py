@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub.errors import HTTPError
 
-from modeling_gpt2repro.storage.hub_files import is_on_hub, open_hub_file, retrying
+from modeling_gpt2repro.storage.hub_files import is_on_hub, open_hub_file, retry_hub_read
 
 # Rows held as Python strings at a time: a row group may be as large as the file.
 BATCH_ROWS = 1_000
@@ -67,7 +67,7 @@ def _read_metadata(path: str, modified_ns: int | None) -> pq.FileMetaData:
         with _opened(path) as parquet:
             return parquet.metadata
 
-    return retrying(read)
+    return retry_hub_read(read)
 
 
 @contextmanager

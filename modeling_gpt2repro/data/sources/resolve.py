@@ -10,7 +10,7 @@ from glob import glob
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from modeling_gpt2repro.storage.hub_files import is_on_hub, retrying
+from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
 
 from .documents import Document, Unit, list_units, read_unit
 from .hub_rows import is_of_rows, list_row_units, read_row_unit
@@ -78,14 +78,14 @@ def hub_source(
     """
     name = dataset + (f" ({config})" if config else "")
     try:
-        commit = retrying(lambda: _commit(dataset, revision))
-        paths = retrying(lambda: _data_files(dataset, config, split, commit))
+        commit = retry_hub_read(lambda: _commit(dataset, revision))
+        paths = retry_hub_read(lambda: _data_files(dataset, config, split, commit))
         if all(path.endswith(".parquet") for path in paths):
             units = list_units(paths, text_column)
         else:
             units = list_row_units(dataset, config, split, commit, text_column)
             # Compressed files hold more text than this.
-            size = retrying(lambda: sum(HfFileSystem().info(path)["size"] for path in paths if is_on_hub(path)))
+            size = retry_hub_read(lambda: sum(HfFileSystem().info(path)["size"] for path in paths if is_on_hub(path)))
             units = [replace(unit, text_bytes=size // len(units)) for unit in units]
     except ConnectionError as error:  # what `datasets` raises offline, too
         raise ValueError(

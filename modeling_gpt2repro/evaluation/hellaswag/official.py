@@ -1,6 +1,5 @@
 """The official validation rows: which data are they, and their original file, fetched once, checked and cached."""
 
-import hashlib
 import http.client
 import logging
 import os
@@ -11,7 +10,8 @@ from urllib.request import urlopen
 from huggingface_hub import cached_assets_path, constants
 from huggingface_hub.utils import WeakFileLock
 
-from modeling_gpt2repro.evaluation.whole_files import whole_file
+from modeling_gpt2repro.storage.atomic import atomic_write
+from modeling_gpt2repro.storage.checksums import sha256_of
 
 HUB_DATASET = "Rowan/hellaswag"
 OFFICIAL = "official"  # as a source: the file of the original repository
@@ -61,7 +61,7 @@ def fetch(url: str, path: Path):
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError(f"{url} is not in the cache and HF_HUB_OFFLINE is set: unset it, or name a local file.")
     try:
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             with urlopen(url, timeout=SECONDS_WITHOUT_A_BYTE) as response:
                 shutil.copyfileobj(response, file)
             file.flush()
@@ -83,8 +83,3 @@ def description_of(path: Path) -> str:
     with open(path, "rb") as file:
         beginning = file.read(15)
     return f"{os.path.getsize(path):,} bytes that begin with {beginning!r}, sha256 {sha256_of(path)[:12]}..."
-
-
-def sha256_of(path: str | Path) -> str:
-    """Hash of a file's bytes, in hex."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from modeling_gpt2repro.evaluation.whole_files import whole_file
+from modeling_gpt2repro.storage.atomic import atomic_write
 
 from .examples import HellaSwagRow
 from .score import EndingScores
@@ -29,7 +29,7 @@ def write_results(path: Path, results: Iterable[EndingScores], rows: Sequence[He
     "prediction_norm": 3, "correct_norm": true}. `ind` is the row's number in HellaSwag's sources, which may repeat.
     What is NaN or infinite is null, as JSON has neither, and so are the predictions of that row.
     """
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         for scores in results:
             row = rows[scores.row]
             line = {
