@@ -20,13 +20,13 @@ if __name__ == "__main__":
     os.environ.setdefault("GPT2REPRO_LAZY", "1")  # here and in the workers: without the model, and so without torch
 
 from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
-from modeling_gpt2repro.data.prepare.spec import BYTES_PER_TOKEN, Plan, read_plan
-from modeling_gpt2repro.data.prepare.token_cache import finished_units
-from modeling_gpt2repro.data.prepare.workspace import begin_preparation, end_preparation, is_prepared
-from modeling_gpt2repro.data.shards.dataset import MANIFEST, PreparedShards, open_shards
+from modeling_gpt2repro.data.prepare.spec import BYTES_PER_TOKEN, PrepareSpec, read_spec
+from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
+from modeling_gpt2repro.data.prepare.workspace import finish_job, is_prepared, start_job
+from modeling_gpt2repro.data.shards.dataset import MANIFEST, TokenDataset, open_shards
 from modeling_gpt2repro.data.shards.verify import verify_shards
 from modeling_gpt2repro.data.sources.resolve import Source, hub_source, local_source
-from modeling_gpt2repro.data.tokenize import plan_preparation
+from modeling_gpt2repro.data.tokenize import make_prepare_spec
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, save_tokenizer, train_tokenizer
 from modeling_gpt2repro.runtime.command_line import bad_input_exits, parse_command_line
 from modeling_gpt2repro.runtime.progress import ProgressBar
@@ -41,19 +41,19 @@ def main(argv: list[str] | None = None):
     folder, started = Path(args.output_dir).absolute(), time.perf_counter()
     try:
         with bad_input_exits(), explain_disk_full(folder):
-            begun = read_plan(folder)
+            begun = read_spec(folder)
             source = open_source(args, begun)
             tokenizer = open_tokenizer(args, source, begun, folder)
-            plan = plan_preparation(source, tokenizer, args.tokenizer, **args.plan_options(source))
+            plan = make_prepare_spec(source, tokenizer, args.tokenizer, **args.plan_options(source))
             if args.dry_run:
                 return tell(args, plan, folder)
             if not is_prepared(folder, plan):
-                begin_preparation(folder, plan, resume=True)
+                start_job(folder, plan, resume=True)
                 save_tokenizer(tokenizer, folder / "tokenizer")
                 if args.executor == "slurm":
                     return submit(args, plan, folder)
                 make_shards(args, plan, folder)
-            end_preparation(folder)
+            finish_job(folder)
             shards = open_shards(args.output_dir)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here.", file=sys.stderr)
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None):
     report(shards, time.perf_counter() - started)
 
 
-def make_shards(args: PrepareArguments, plan: Plan, folder: Path):
+def make_shards(args: PrepareArguments, plan: PrepareSpec, folder: Path):
     """Tokenize the units that are not finished yet, on this machine or on Ray's, and write the shards."""
     from modeling_gpt2repro.data.prepare.executors import local_executor, ray_executor, run_and_watch
     from modeling_gpt2repro.data.prepare.tokenize_units import assemble
@@ -74,7 +74,7 @@ def make_shards(args: PrepareArguments, plan: Plan, folder: Path):
         assemble(folder, plan, bar.show)
 
 
-def submit(args: PrepareArguments, plan: Plan, folder: Path):
+def submit(args: PrepareArguments, plan: PrepareSpec, folder: Path):
     """Hand the jobs to Slurm; the last of them writes the manifest."""
     from modeling_gpt2repro.data.prepare.executors import slurm_executor
 
@@ -83,7 +83,7 @@ def submit(args: PrepareArguments, plan: Plan, folder: Path):
     print(f"submitted; the shards are whole when {folder / MANIFEST} is there, and logs are in {folder / 'logs'}.")
 
 
-def tell(args: PrepareArguments, plan: Plan, folder: Path):
+def tell(args: PrepareArguments, plan: PrepareSpec, folder: Path):
     """What would be done; Slurm's scripts word by word."""
     tokens = sum(unit.text_bytes for unit in plan.units) // BYTES_PER_TOKEN
     print(
@@ -108,7 +108,7 @@ def verify(folder: Path, quick: bool):
     print(f"{folder} is what its {MANIFEST} says" + (" (contents not read)." if quick else "."))
 
 
-def open_source(args: PrepareArguments, begun: Plan | None = None) -> Source:
+def open_source(args: PrepareArguments, begun: PrepareSpec | None = None) -> Source:
     """Local files where they are given, else the Hub's, at the commit that was begun with."""
     if args.train_files:
         return local_source(args.train_files, args.text_column)
@@ -118,11 +118,13 @@ def open_source(args: PrepareArguments, begun: Plan | None = None) -> Source:
     return hub_source(args.dataset_name, args.dataset_config_name, args.dataset_split, revision, args.text_column)
 
 
-def open_tokenizer(args: PrepareArguments, source: Source, begun: Plan | None = None, folder: Path | None = None):
+def open_tokenizer(
+    args: PrepareArguments, source: Source, begun: PrepareSpec | None = None, folder: Path | None = None
+):
     """The tokenizer that is named, or one trained on the source, once."""
     if args.tokenizer != "train":
         return load_tokenizer(args.tokenizer)
-    if begun and begun.tokenizer["name"] == "train" and finished_units(folder):
+    if begun and begun.tokenizer["name"] == "train" and finished_partitions(folder):
         tokenizer = load_tokenizer_folder(folder / "tokenizer")
         if len(tokenizer) == args.vocab_size:
             return tokenizer
@@ -130,7 +132,7 @@ def open_tokenizer(args: PrepareArguments, source: Source, begun: Plan | None = 
     return train_tokenizer(texts, args.vocab_size)
 
 
-def report(shards: PreparedShards, seconds: float):
+def report(shards: TokenDataset, seconds: float):
     """Say what there is now, and the command that trains on it."""
     for split, totals in shards.manifest["splits"].items():
         print(

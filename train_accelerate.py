@@ -33,7 +33,7 @@ from modeling_gpt2repro.data.batches.build import (
     python_prose_shards,
 )
 from modeling_gpt2repro.data.batches.mixture import parse_mix
-from modeling_gpt2repro.data.batches.shuffled import BatchShape, validation_batches
+from modeling_gpt2repro.data.batches.shuffled import BatchConfig, validation_batches
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, hub_source
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, tokenizer_sha256
@@ -187,7 +187,7 @@ def introduce(run: Run):
     run.yardsticks = {
         "guessing evenly, ln(vocabulary)": math.log(vocab_size),
         "guessing by frequency, unigram entropy": unigram_entropy(
-            validation_batches(run.data.validation, args.eval_tokens, micro_batch_rows=64), vocab_size
+            validation_batches(run.data.validation, args.eval_tokens, micro_batch_size=64), vocab_size
         ),
     }
     if accelerator.is_main_process and not args.preflight:
@@ -225,8 +225,8 @@ def evaluate(run: Run):
     note_skipped(run, run.monitor.read())
     with run.monitor.apart():
         started, module = time.perf_counter(), run.whole_model(accelerator.device)
-        micro_batch_rows = args.per_device_eval_batch_size or args.per_device_train_batch_size
-        batches = run.data.validation_batches(args.eval_tokens, micro_batch_rows)
+        micro_batch_size = args.per_device_eval_batch_size or args.per_device_train_batch_size
+        batches = run.data.validation_batches(args.eval_tokens, micro_batch_size)
         with accelerator.autocast():  # which a copy of a sharded model does not bring along
             loss, tokens = validation_loss(accelerator, module, batches)
         numbers = {**validation_numbers(loss, run.bytes_per_token), "validation_tokens": tokens}
@@ -253,7 +253,7 @@ def evaluate(run: Run):
 def note_skipped(run: Run, steps: list[int]):
     """Log the rows of steps whose update was skipped, and stop where too many come in a row."""
     for step in steps:
-        rows = gather_object([run.data.batches.row_names(step - 1)])
+        rows = gather_object([run.data.batches.sample_ids(step - 1)])
         run.monitor.say(f"step {step:>6}: skipped, its loss or gradient norm is not usable; its rows: metrics.jsonl")
         run.monitor.record({"event": "skipped", "rows_by_process": rows}, step)
         if run.progress.skipped(step) >= run.args.max_skipped:
@@ -471,9 +471,9 @@ def open_weights(
 
 def open_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
     """Prepared shards, one folder or a mix of several, the text that Python carries, or a Hub dataset streamed."""
-    shape = BatchShape(
+    shape = BatchConfig(
         args.block_size,
-        args.rows_per_step,
+        args.sequences_per_step,
         args.per_device_train_batch_size,
         args.seed,
         accelerator.process_index,
@@ -549,10 +549,10 @@ def take_largest_batch(args: TrainArguments, accelerator: Accelerator, data: Tra
         raise ValueError("find_batch_size needs whole models: with FSDP give --per_device_train_batch_size.")
     # Compiled anew: accelerate, asked to keep the compiled one, takes DDP out of it for good.
     module = torch.compile(bare) if is_compiled_module(model) else bare
-    most = -(-args.rows_per_step // accelerator.num_processes)
+    most = -(-args.sequences_per_step // accelerator.num_processes)
     rows = find_batch_size(accelerator, module, args.block_size, bare.config.vocab_size, most)
     args.per_device_train_batch_size = rows
-    data.batches.shape = replace(data.batches.shape, micro_batch_rows=rows)
+    data.batches.shape = replace(data.batches.shape, micro_batch_size=rows)
     accelerator.print(f"The largest batch that fits: --per_device_train_batch_size {rows}.")
 
 
@@ -607,7 +607,7 @@ def preflight(run: Run):
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             measured = Measured(first, median, waited, evaluation, seconds, size, memory, plain)
             rows_per_epoch = getattr(run.data.batches, "rows_per_epoch", None)
-            epochs = rows_per_epoch and args.total_steps * args.rows_per_step / rows_per_epoch
+            epochs = rows_per_epoch and args.total_steps * args.sequences_per_step / rows_per_epoch
             report, problems = preflight_report(args, measured, monitor.flops_per_token, monitor.peak_flops, epochs)
             shutil.rmtree(folder, ignore_errors=True)
             problems += [cannot_save(args, problem)] if problem else []

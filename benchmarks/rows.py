@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from modeling_gpt2repro.data.batches.shuffled import BatchShape, ShuffledBatches, TokenRows
+from modeling_gpt2repro.data.batches.shuffled import BatchConfig, ShuffledBatches, TokenSequences
 
 TOKENS, BLOCK_SIZE, MICRO_BATCH_ROWS = 100_000_000, 1024, 64
 BATCHES = 200
@@ -34,8 +34,8 @@ def measure(shard: Path) -> dict[str, float]:
     process = psutil.Process()
     np.random.SeedSequence(0)  # numpy imports its generators when they are first used
     before, started = process.memory_info().rss, time.perf_counter()
-    rows = TokenRows([np.lib.format.open_memmap(shard, mode="r")], BLOCK_SIZE)
-    batches = ShuffledBatches(rows, BatchShape(BLOCK_SIZE, 8 * MICRO_BATCH_ROWS, MICRO_BATCH_ROWS, seed=1))
+    rows = TokenSequences([np.lib.format.open_memmap(shard, mode="r")], BLOCK_SIZE)
+    batches = ShuffledBatches(rows, BatchConfig(BLOCK_SIZE, 8 * MICRO_BATCH_ROWS, MICRO_BATCH_ROWS, seed=1))
     batches.order.row_numbers(batches.places(0))
     opened, memory = time.perf_counter() - started, process.memory_info().rss - before
     seconds = []

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from modeling_gpt2repro.data.shards.dataset import SPLITS, PreparedShards, open_shards
+from modeling_gpt2repro.data.shards.dataset import SPLITS, TokenDataset, open_shards
 
 PERCENTS = (0, 5, 25, 50, 75, 95, 100)
 SHOWN_TOKENS = 120  # of each end of a long document: a few lines
 
 
 @dataclass(frozen=True)
-class ShardMarks:
+class ShardIndex:
     """A shard's name, its memory-mapped ids (n,) and the places of its end-of-text marks, one before each document."""
 
     name: str
@@ -58,22 +58,22 @@ def main(argv: list[str] | None = None):
     print("\n".join([*overview(shards, marks), "", *show_shard(*chosen, shards.tokenizer)]))
 
 
-def find_marks(shards: PreparedShards, split: str) -> list[ShardMarks]:
+def find_marks(shards: TokenDataset, split: str) -> list[ShardIndex]:
     """Find the split's documents in one pass over its memory maps."""
     names = [entry["file"] for entry in shards.manifest["splits"][split]["shards"]]
     end_of_text = np.uint16(shards.tokenizer.eos_token_id)
     maps = [np.asarray(ids) for ids in shards.shards(split)]
-    return [ShardMarks(name, ids, np.flatnonzero(ids == end_of_text)) for name, ids in zip(names, maps, strict=True)]
+    return [ShardIndex(name, ids, np.flatnonzero(ids == end_of_text)) for name, ids in zip(names, maps, strict=True)]
 
 
-def document_lengths(marks: list[ShardMarks]) -> np.ndarray:
+def document_lengths(marks: list[ShardIndex]) -> np.ndarray:
     """Tokens of each document (n,) without its end-of-text; one that goes on in the next shard is one."""
     starts = np.cumsum([0, *(len(shard.ids) for shard in marks)])
     places = [start + shard.places for start, shard in zip(starts, marks, strict=False)]
     return np.diff(np.concatenate([*places, starts[-1:]])) - 1
 
 
-def choose_shard(folder: Path, marks: dict[str, list[ShardMarks]], name: str | None) -> tuple[ShardMarks, bool]:
+def choose_shard(folder: Path, marks: dict[str, list[ShardIndex]], name: str | None) -> tuple[ShardIndex, bool]:
     """The shard of this name, or the first one, and whether its last document goes on in the next.
 
     Raises:
@@ -87,7 +87,7 @@ def choose_shard(folder: Path, marks: dict[str, list[ShardMarks]], name: str | N
     raise ValueError(f"{folder} has no shard {name!r}; it has {' and '.join(ends)}: give one of them as --shard.")
 
 
-def overview(shards: PreparedShards, marks: dict[str, list[ShardMarks]]) -> list[str]:
+def overview(shards: TokenDataset, marks: dict[str, list[ShardIndex]]) -> list[str]:
     """Lines of a table, a column for each split."""
     lengths = {split: document_lengths(marks[split]) for split in marks}
     bytes_per_token = {split: shards.bytes_per_token(split) for split in marks}
@@ -111,7 +111,7 @@ def length_at(lengths: np.ndarray, percent: int) -> str:
     return f"{np.percentile(lengths, percent, method='inverted_cdf'):,} tokens" if len(lengths) else "-"
 
 
-def show_shard(shard: ShardMarks, goes_on: bool, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def show_shard(shard: ShardIndex, goes_on: bool, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Lines that say what stands first and last in a shard."""
     before = ["cut, it began in the shard before"] if shard.begins_inside else []
     after = ["cut, it goes on in the next shard"] if goes_on else []

@@ -13,17 +13,17 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.prepare.assemble import Progress, write_shards
-from modeling_gpt2repro.data.prepare.spec import Plan, make_plan
-from modeling_gpt2repro.data.prepare.token_cache import TokenizedUnit
-from modeling_gpt2repro.data.prepare.workspace import begin_preparation, end_preparation
-from modeling_gpt2repro.data.shards.dataset import PreparedShards, open_shards
-from modeling_gpt2repro.data.sources.documents import Document, Unit
+from modeling_gpt2repro.data.prepare.spec import PrepareSpec, make_spec
+from modeling_gpt2repro.data.prepare.token_cache import TokenizedPartition
+from modeling_gpt2repro.data.prepare.workspace import finish_job, start_job
+from modeling_gpt2repro.data.shards.dataset import TokenDataset, open_shards
+from modeling_gpt2repro.data.sources.documents import Document, Partition
 from modeling_gpt2repro.data.sources.resolve import Source
 
 from .tokenizer import save_tokenizer, text_encoder
 
 
-def validates(document_id: str, share: float) -> bool:
+def is_validation(document_id: str, share: float) -> bool:
     """Whether a document belongs to validation: by its id's hash, whatever stands around it and whoever asks."""
     digest = hashlib.sha256(document_id.encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
@@ -31,23 +31,25 @@ def validates(document_id: str, share: float) -> bool:
 
 def tokenize_documents(
     documents: Iterable[Document], encode: Callable[[str], np.ndarray], end_of_text: int, validation_share: float
-) -> TokenizedUnit:
+) -> TokenizedPartition:
     """Encode documents, each after an end-of-text token; pieces that go on from the one before have none."""
     parts: dict[str, list[np.ndarray]] = {"train": [], "validation": []}
     text_bytes = {"train": 0, "validation": 0}
     mark, previous = np.array([end_of_text], dtype=np.uint16), None
     for document in documents:
-        split = "validation" if validates(document.id, validation_share) else "train"
+        split = "validation" if is_validation(document.id, validation_share) else "train"
         if not (document.continues and split == previous):
             parts[split].append(mark)
         parts[split].append(encode(document.text))
         text_bytes[split] += len(document.text.encode())
         previous = split
     ids = {split: np.concatenate(arrays) if arrays else np.empty(0, np.uint16) for split, arrays in parts.items()}
-    return TokenizedUnit(ids, text_bytes)
+    return TokenizedPartition(ids, text_bytes)
 
 
-def tokenize_unit(source: Source, unit: Unit, encode: Callable[[str], np.ndarray], plan: Plan) -> TokenizedUnit:
+def tokenize_partition(
+    source: Source, unit: Partition, encode: Callable[[str], np.ndarray], plan: PrepareSpec
+) -> TokenizedPartition:
     """Read a unit, encode it, and count what was left out."""
     skipped = Counter()
     tokenized = tokenize_documents(source.read(unit, skipped), encode, plan.end_of_text_id, plan.validation_share)
@@ -66,7 +68,7 @@ def prepare_shards(
     workers: int = 1,
     on_progress: Progress = lambda units, total_units, tokens: None,
     layout: str = "plain",
-) -> PreparedShards:
+) -> TokenDataset:
     """Tokenize a source into `output_dir` within this process: shards, tokenizer and, last of all, the manifest.
 
     Args:
@@ -82,25 +84,25 @@ def prepare_shards(
     """
     output_dir = Path(output_dir)
     options = {"max_tokens": max_tokens, "shard_tokens": shard_tokens, "layout": layout}
-    plan = plan_preparation(source, tokenizer, tokenizer_name, validation_share, **options)
-    begin_preparation(output_dir, plan)
+    plan = make_prepare_spec(source, tokenizer, tokenizer_name, validation_share, **options)
+    start_job(output_dir, plan)
     save_tokenizer(tokenizer, output_dir / "tokenizer")
     encode = text_encoder(tokenizer)
-    tokenized = in_order(lambda unit: tokenize_unit(source, unit, encode, plan), source.units, workers)
+    tokenized = in_order(lambda unit: tokenize_partition(source, unit, encode, plan), source.units, workers)
     with closing(tokenized):
         write_shards(output_dir, plan, tokenized, on_progress)
-    end_preparation(output_dir)
+    finish_job(output_dir)
     return open_shards(output_dir)
 
 
-def plan_preparation(
+def make_prepare_spec(
     source: Source, tokenizer: PreTrainedTokenizerFast, tokenizer_name: str, validation_share: float, **options
-) -> Plan:
+) -> PrepareSpec:
     """The plan for a source and a tokenizer, which is named by the hash of what a reader of its folder will load."""
     with TemporaryDirectory() as folder:
         sha256 = save_tokenizer(tokenizer, Path(folder))
     identity = {"name": tokenizer_name, "vocab_size": len(tokenizer), "sha256": sha256}
-    return make_plan(source, identity, tokenizer.eos_token_id, validation_share, **options)
+    return make_spec(source, identity, tokenizer.eos_token_id, validation_share, **options)
 
 
 def in_order(work: Callable, items: Iterable, workers: int) -> Iterator:

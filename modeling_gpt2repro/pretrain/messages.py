@@ -59,7 +59,7 @@ def start_block(
         (rows, "row", "rows"),
         (args.block_size, "token", "tokens"),
     ]
-    empty = processes * count * rows - args.rows_per_step
+    empty = processes * count * rows - args.sequences_per_step
     lines = {
         "device": f"{processes} x {device_name(accelerator.device)}",
         "precision": f"{accelerator.mixed_precision}, attention: {config._attn_implementation}, compile: "
@@ -138,7 +138,7 @@ def out_of_memory_is_told(args: TrainArguments) -> Iterator[None]:
         rows = args.per_device_train_batch_size
         advice = "a smaller --block_size or model, or a device with more memory"
         if rows > 1:
-            count = -(-args.rows_per_step // (rows // 2 * args.num_processes))
+            count = -(-args.sequences_per_step // (rows // 2 * args.num_processes))
             advice = (
                 f"--per_device_train_batch_size {rows // 2}; a step then takes {count} micro-batches on each process "
                 "and gives the same numbers"

@@ -145,7 +145,7 @@ class TrainArguments:
         return (self.hub_model_id or Path(self.output_dir).resolve().name) if self.push_to_hub else None
 
     @property
-    def rows_per_step(self) -> int:
+    def sequences_per_step(self) -> int:
         """Rows of an optimizer step over all processes."""
         return self.tokens_per_step // self.block_size
 
@@ -157,4 +157,4 @@ class TrainArguments:
     @property
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches of an optimizer step on each process; a stream may take more, see `stream.py`."""
-        return -(-self.rows_per_step // (self.per_device_train_batch_size * self.num_processes))
+        return -(-self.sequences_per_step // (self.per_device_train_batch_size * self.num_processes))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from modeling_gpt2repro.data.batches import streaming as stream
-from modeling_gpt2repro.data.batches.shuffled import BatchShape, TokenRows
+from modeling_gpt2repro.data.batches.shuffled import BatchConfig, TokenSequences
 from modeling_gpt2repro.data.batches.streaming import StreamedBatches
 from modeling_gpt2repro.data.sources.resolve import local_source
 from modeling_gpt2repro.data.tokenize import prepare_shards
@@ -121,7 +121,7 @@ def test_a_document_longer_than_a_shard_goes_on_in_the_next(tmp_path, prepare, t
     maps = [np.load(shard, mmap_mode="r") for shard in sorted((tmp_path / "out").glob("train_*.npy"))]
     assert {len(ids) for ids in maps[:-1]} == {997}
     assert min(np.count_nonzero(ids == tokenizer.eos_token_id) for ids in maps) == 0
-    rows = TokenRows(maps, block_size=1_500)  # each lies in two shards or three
+    rows = TokenSequences(maps, block_size=1_500)  # each lies in two shards or three
     assert np.array_equal(rows.read(np.arange(len(rows)))[:, :-1].flatten(), prepared.ids[: len(rows) * 1_500])
 
 
@@ -132,7 +132,7 @@ def test_any_text_comes_back_from_a_stream(tmp_path, monkeypatch, tokenizer, nam
         WRITERS[name](tmp_path / f"{part}{name}", [*TEXTS.values(), *SKIPPED.values()])
     source = local_source([str(tmp_path / f"*{name}")])
     batches = StreamedBatches(
-        source, tokenizer, BatchShape(block_size=100, rows_per_step=8, micro_batch_rows=8, seed=1)
+        source, tokenizer, BatchConfig(block_size=100, sequences_per_step=8, micro_batch_size=8, seed=1)
     )
     read = [document.text for unit in batches.units for document in source.read(unit)]
     assert not [kind for kind, text in TEXTS.items() if text not in read]

@@ -16,9 +16,9 @@ import torch
 from modeling_gpt2repro.data.batches import streaming as stream
 from modeling_gpt2repro.data.batches.build import data_from_shards, data_from_stream
 from modeling_gpt2repro.data.batches.shuffled import (
-    BatchShape,
+    BatchConfig,
     ShuffledBatches,
-    TokenRows,
+    TokenSequences,
     as_batch,
     validation_batches,
 )
@@ -41,11 +41,11 @@ def write_parquet(path, columns, row_group_size=10):
 def made_rows(tokens=1_000, block_size=10, shard_tokens=137):
     """Ids 0, 1, 2, ... in shards that are no multiple of a row."""
     ids = np.arange(tokens, dtype=np.uint16)
-    return TokenRows([ids[i : i + shard_tokens] for i in range(0, tokens, shard_tokens)], block_size)
+    return TokenSequences([ids[i : i + shard_tokens] for i in range(0, tokens, shard_tokens)], block_size)
 
 
-def shape(rows_per_step=12, micro_batch_rows=3, seed=1, process_index=0, num_processes=1, block_size=10):
-    return BatchShape(block_size, rows_per_step, micro_batch_rows, seed, process_index, num_processes)
+def shape(sequences_per_step=12, micro_batch_size=3, seed=1, process_index=0, num_processes=1, block_size=10):
+    return BatchConfig(block_size, sequences_per_step, micro_batch_size, seed, process_index, num_processes)
 
 
 def step_rows(batches, step):
@@ -54,7 +54,7 @@ def step_rows(batches, step):
     for part in parts:
         assert part["input_ids"].dtype == part["shift_labels"].dtype == torch.int64
         assert torch.equal(part["input_ids"][:, 1:], part["shift_labels"][:, :-1])
-        assert len(part["input_ids"]) == batches.shape.micro_batch_rows
+        assert len(part["input_ids"]) == batches.shape.micro_batch_size
     return torch.cat([torch.cat([part["input_ids"], part["shift_labels"][:, -1:]], dim=1) for part in parts])
 
 
@@ -74,7 +74,7 @@ def test_rows_read_across_shards_are_naive_slices(block_size):
 
 
 def test_rows_of_real_shards_are_slices_of_the_split(token_shards, all_ids):
-    rows, ids = TokenRows(token_shards.shards("train"), 64), all_ids(token_shards)
+    rows, ids = TokenSequences(token_shards.shards("train"), 64), all_ids(token_shards)
     numbers = np.arange(len(rows))
     assert np.array_equal(rows.read(numbers), np.stack([ids[i * 64 : i * 64 + 65] for i in numbers]))
 
@@ -99,11 +99,11 @@ def test_a_step_may_lie_in_two_epochs():
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
-@pytest.mark.parametrize("micro_batch_rows", [1, 3])
-def test_the_order_depends_neither_on_processes_nor_on_the_micro_batch(processes, micro_batch_rows):
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_the_order_depends_neither_on_processes_nor_on_the_micro_batch(processes, micro_batch_size):
     rows = made_rows()
     alone = ShuffledBatches(rows, shape(36, 12))
-    together = [ShuffledBatches(rows, shape(36, micro_batch_rows, 1, p, processes)) for p in range(processes)]
+    together = [ShuffledBatches(rows, shape(36, micro_batch_size, 1, p, processes)) for p in range(processes)]
     for step in range(20):
         assert torch.equal(interleaved([step_rows(part, step) for part in together]), step_rows(alone, step))
 
@@ -193,8 +193,8 @@ def streamed(tmp_path, monkeypatch, tiny_tokenizer):
     source = local_source([write_parquet(tmp_path / "a.parquet", {"text": texts}, row_group_size=DOCUMENTS_A_UNIT)])
     block_size = lengths.pop() + 1
 
-    def build(process_index=0, num_processes=1, rows_per_step=8, micro_batch_rows=2, seed=1, **options):
-        order = BatchShape(block_size, rows_per_step, micro_batch_rows, seed, process_index, num_processes)
+    def build(process_index=0, num_processes=1, sequences_per_step=8, micro_batch_size=2, seed=1, **options):
+        order = BatchConfig(block_size, sequences_per_step, micro_batch_size, seed, process_index, num_processes)
         return StreamedBatches(source, tiny_tokenizer, order, **options)
 
     return build
@@ -211,7 +211,7 @@ def test_an_epoch_of_a_stream_uses_each_unit_once_and_never_one_of_validation(st
     batches = streamed()
     rows = torch.cat([step_rows(batches, step) for step in range(12)])  # 3 epochs
     seen = ships(tiny_tokenizer, rows)
-    held_out = {unit.start for unit in batches.validation_units}
+    held_out = {unit.start for unit in batches.validation_partitions}
     wanted = {(u, d): 1 for u in range(UNITS) for d in range(DOCUMENTS_A_UNIT) if u not in held_out}
     epochs = [seen[first : first + 32] for first in (0, 32, 64)]
     assert [Counter(epoch) for epoch in epochs] == [wanted] * 3
@@ -234,8 +234,8 @@ def test_no_more_units_are_read_for_validation_than_its_tokens_take(streamed):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_a_stream_gives_the_same_rows_to_any_number_of_processes(streamed, processes):
-    alone = streamed(micro_batch_rows=8)
-    together = [streamed(p, processes, micro_batch_rows=1) for p in range(processes)]
+    alone = streamed(micro_batch_size=8)
+    together = [streamed(p, processes, micro_batch_size=1) for p in range(processes)]
     for step in range(10):
         assert torch.equal(interleaved([step_rows(part, step) for part in together]), step_rows(alone, step))
 
@@ -245,13 +245,13 @@ def test_a_stream_gives_the_same_rows_to_any_number_of_processes(streamed, proce
 def test_a_stream_goes_on_with_the_very_next_row_on_other_processes(streamed, step, before, after):
     alone = streamed()
     rows = [step_rows(alone, s) for s in range(20)]
-    stopped = [streamed(p, before, micro_batch_rows=1) for p in range(before)]
+    stopped = [streamed(p, before, micro_batch_size=1) for p in range(before)]
     for s in range(step):
         for part in stopped:
             step_rows(part, s)
     states = [json.loads(json.dumps(part.state_dict())) for part in stopped]
     state = {"next_step": step, "lanes": {lane: place for part in states for lane, place in part["lanes"].items()}}
-    resumed = [streamed(p, after, micro_batch_rows=1) for p in range(after)]
+    resumed = [streamed(p, after, micro_batch_size=1) for p in range(after)]
     for part in resumed:
         part.load_state_dict(state)
     for s in range(step, 20):
@@ -266,7 +266,7 @@ def watch_reading(batches: StreamedBatches, before_reading) -> None:
 def test_a_process_reads_only_the_units_of_its_own_lanes(streamed):
     own = []
     for process in range(4):
-        batches, units = streamed(process, 4, micro_batch_rows=1), []
+        batches, units = streamed(process, 4, micro_batch_size=1), []
         watch_reading(batches, units.append)
         for step in range(2):  # half an epoch
             step_rows(batches, step)
@@ -277,7 +277,7 @@ def test_a_process_reads_only_the_units_of_its_own_lanes(streamed):
 
 
 def test_a_step_does_not_wait_for_units_that_are_read_ahead(streamed):
-    batches = streamed(rows_per_step=4, micro_batch_rows=4)  # a unit lasts two steps
+    batches = streamed(sequences_per_step=4, micro_batch_size=4)  # a unit lasts two steps
     watch_reading(batches, lambda unit: time.sleep(0.2))
     waited = []
     for step in range(8):
@@ -302,7 +302,7 @@ def test_rows_of_a_stream_join_where_they_should(tmp_path, monkeypatch, tiny_tex
     """One lane: what follows a row's last token is the next row, across documents, units and epochs."""
     monkeypatch.setattr(stream, "MOST_LANES", 1)
     source = local_source([write_parquet(tmp_path / "a.parquet", {"text": tiny_texts[:30]}, row_group_size=10)])
-    batches = StreamedBatches(source, tiny_tokenizer, BatchShape(64, 4, 2, seed=3))
+    batches = StreamedBatches(source, tiny_tokenizer, BatchConfig(64, 4, 2, seed=3))
     rows = torch.cat([step_rows(batches, step) for step in range(60)])
     assert torch.equal(rows[1:, 0], rows[:-1, -1])
     kept = [document for unit in batches.units for document in source.read(unit)]
@@ -317,7 +317,7 @@ def test_a_text_file_is_streamed_in_its_order(tmp_path, monkeypatch, tiny_texts,
     monkeypatch.setattr(documents, "RANGE_BYTES", 20_000)
     monkeypatch.setattr(stream, "MOST_LANES", 1)
     (tmp_path / "a.txt").write_text("\n".join(tiny_texts))
-    batches = StreamedBatches(local_source([str(tmp_path / "a.txt")]), tiny_tokenizer, BatchShape(64, 32, 32, seed=3))
+    batches = StreamedBatches(local_source([str(tmp_path / "a.txt")]), tiny_tokenizer, BatchConfig(64, 32, 32, seed=3))
     text = tiny_tokenizer.decode(step_rows(batches, 0)[:, :-1].flatten()).removeprefix(END)
     assert len(text) > 2 * text_files.PIECE_CHARACTERS
     assert text.split(END)[0] in "\n".join(tiny_texts)
@@ -345,7 +345,7 @@ def test_a_stream_that_cannot_be_is_a_sentence(tmp_path, streamed, tiny_tokenize
 def test_the_identity_of_a_stream_says_what_decides_its_rows(tmp_path, streamed, tiny_tokenizer):
     source, order = streamed().source, streamed().shape
     data = data_from_stream(source, tiny_tokenizer, order, 0.001, 100)
-    same = data_from_stream(source, tiny_tokenizer, replace(order, micro_batch_rows=1), 0.001, 100)
+    same = data_from_stream(source, tiny_tokenizer, replace(order, micro_batch_size=1), 0.001, 100)
     assert data.identity == same.identity
     for other in (
         data_from_stream(source, tiny_tokenizer, replace(order, seed=9), 0.001, 100),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from modeling_gpt2repro.data import describe
-from modeling_gpt2repro.data.describe import PERCENTS, ShardMarks, document_lengths, find_marks, shortened
+from modeling_gpt2repro.data.describe import PERCENTS, ShardIndex, document_lengths, find_marks, shortened
 from modeling_gpt2repro.data.sources.resolve import local_source
 from modeling_gpt2repro.data.tokenize import prepare_shards
 from modeling_gpt2repro.data.tokenizer import text_encoder
@@ -53,7 +53,7 @@ def test_the_figures_are_those_of_the_documents(token_shards, capsys):
 def test_lengths_by_hand():
     # Marks are 0: documents of 2, 0 and 5 tokens, and one of none at the very end; the third lies in three shards.
     shards = [np.array(ids, np.uint16) for ids in ([0, 7, 7, 0, 0, 7], [7, 7], [7, 7, 0])]
-    marks = [ShardMarks(f"{i}.npy", ids, np.flatnonzero(ids == 0)) for i, ids in enumerate(shards)]
+    marks = [ShardIndex(f"{i}.npy", ids, np.flatnonzero(ids == 0)) for i, ids in enumerate(shards)]
     assert document_lengths(marks).tolist() == [2, 0, 5, 0]
     assert [shard.begins_inside for shard in marks] == [False, True, True]
     assert [(shard.first.tolist(), shard.last.tolist()) for shard in marks] == [
@@ -112,7 +112,7 @@ def test_a_hundred_million_tokens_are_described_in_a_second(tmp_path):
     ids[:] = 7
     ids[::1_000] = 0
     started = time.process_time()
-    lengths = document_lengths([ShardMarks("large.npy", ids, np.flatnonzero(np.asarray(ids) == 0))])
+    lengths = document_lengths([ShardIndex("large.npy", ids, np.flatnonzero(np.asarray(ids) == 0))])
     assert time.process_time() - started < 1
     assert lengths.tolist() == [999] * 100_000
 

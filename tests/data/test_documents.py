@@ -10,7 +10,7 @@ import pytest
 
 from modeling_gpt2repro.data.sources import documents, parquet
 from modeling_gpt2repro.data.sources import text as text_files
-from modeling_gpt2repro.data.sources.documents import Document, Unit, list_units, read_unit
+from modeling_gpt2repro.data.sources.documents import Document, Partition, list_partitions, read_partition
 from modeling_gpt2repro.data.sources.resolve import local_source
 from modeling_gpt2repro.data.sources.text import read_pieces
 from modeling_gpt2repro.data.tokenize import prepare_shards
@@ -28,7 +28,7 @@ def write_parquet(path, columns, row_group_size=10):
 
 
 def read_all(paths):
-    return [document for unit in list_units(paths) for document in read_unit(unit)]
+    return [document for unit in list_partitions(paths) for document in read_partition(unit)]
 
 
 TEXTS = {
@@ -70,7 +70,7 @@ def test_pieces_of_a_text_have_the_ids_of_the_whole(tmp_path, monkeypatch, white
 def test_a_text_larger_than_a_unit_loses_and_doubles_nothing(tmp_path, monkeypatch, kind, range_bytes):
     monkeypatch.setattr(documents, "RANGE_BYTES", range_bytes)
     (tmp_path / "a.txt").write_bytes(TEXTS[kind].encode())
-    units = list_units([str(tmp_path / "a.txt")])
+    units = list_partitions([str(tmp_path / "a.txt")])
     assert len(units) > 2
     assert "".join(piece for unit in units for piece in read_pieces(unit.path, unit.start, unit.stop)) == TEXTS[kind]
     texts = "".join(document.text for document in read_all([str(tmp_path / "a.txt")]))
@@ -114,11 +114,11 @@ def test_parquet_is_read_by_row_group_with_its_ids_and_without_empty_rows(tmp_pa
     path = write_parquet(
         tmp_path / "a.parquet", {"url": ["x"] * 25, "text": pa.array(texts).cast(text_type), "id": ids}
     )
-    units = list_units([path])
+    units = list_partitions([path])
     assert [(unit.start, unit.name) for unit in units] == [(i, f"a.parquet:{i}") for i in range(3)]
     wanted = [Document(f"id {i}" if i != 7 else "a.parquet:0:7", f"text {i}") for i in range(25) if i % 5 > 1]
     assert read_all([path]) == wanted
-    assert list(read_unit(units[2])) == [document for document in wanted if int(document.text[5:]) >= 20]
+    assert list(read_partition(units[2])) == [document for document in wanted if int(document.text[5:]) >= 20]
 
     unnamed = write_parquet(tmp_path / "b.parquet", {"text": texts})
     assert [document.id for document in read_all([unnamed])][-1] == "b.parquet:2:4"
@@ -192,16 +192,16 @@ def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch, one_s
 def test_the_problems_of_all_files_are_told_together(tmp_path):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match=r"no\.txt\.\n.*empty\.txt is empty\.$"):
-        list_units([str(tmp_path / "no.txt"), str(tmp_path / "empty.txt")])
+        list_partitions([str(tmp_path / "no.txt"), str(tmp_path / "empty.txt")])
 
 
 def test_a_missing_field_is_told_before_any_work(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"body": "the sea", "id": 1}])
     with pytest.raises(ValueError, match=r"no 'text' field; it has body, id: name one by --text_column\.$"):
-        list_units([path])
-    assert len(list_units([path], "body")) == 1
+        list_partitions([path])
+    assert len(list_partitions([path], "body")) == 1
 
 
 def test_units_are_named_the_same_on_every_machine():
     for path in ("a/b/x.parquet", "/somewhere/x.parquet", "hf://datasets/ns/n@0123/sample/x.parquet"):
-        assert Unit(path, 3, 4).name == "x.parquet:3"
+        assert Partition(path, 3, 4).name == "x.parquet:3"

@@ -16,20 +16,20 @@ from modeling_gpt2repro.data.batches.mixture import (
     parse_mix,
     rows_of_period,
 )
-from modeling_gpt2repro.data.batches.shuffled import BatchShape, TokenRows
+from modeling_gpt2repro.data.batches.shuffled import BatchConfig, TokenSequences
 from modeling_gpt2repro.data.sources.resolve import local_source
 from modeling_gpt2repro.data.tokenize import prepare_shards
 from modeling_gpt2repro.data.tokenizer import train_tokenizer
 
 
-def made_rows(first: int, rows: int) -> TokenRows:
+def made_rows(first: int, rows: int) -> TokenSequences:
     """Rows of ten tokens that begin with `first`, `first` + 10, ..."""
-    return TokenRows([np.arange(first, first + rows * 10 + 1, dtype=np.uint16)], 10)
+    return TokenSequences([np.arange(first, first + rows * 10 + 1, dtype=np.uint16)], 10)
 
 
-def mixed(process=0, processes=1, micro_batch_rows=4, seed=1, shares=(0.7, 0.3)) -> MixedBatches:
+def mixed(process=0, processes=1, micro_batch_size=4, seed=1, shares=(0.7, 0.3)) -> MixedBatches:
     sources = [made_rows(0, 150), made_rows(10_000, 40)]
-    return MixedBatches(sources, list(shares), BatchShape(10, 20, micro_batch_rows, seed, process, processes), 0)
+    return MixedBatches(sources, list(shares), BatchConfig(10, 20, micro_batch_size, seed, process, processes), 0)
 
 
 def firsts(batches: MixedBatches, steps: range) -> list[int]:
@@ -50,7 +50,7 @@ def test_the_shares_hold_and_each_folder_has_its_own_epochs():
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_order_depends_neither_on_processes_nor_on_the_micro_batch(processes):
-    parts = [firsts(mixed(p, processes, micro_batch_rows=5), range(60)) for p in range(processes)]
+    parts = [firsts(mixed(p, processes, micro_batch_size=5), range(60)) for p in range(processes)]
     assert [number for together in zip(*parts, strict=True) for number in together] == firsts(mixed(), range(60))
 
 
@@ -92,13 +92,13 @@ def two_folders(token_shards, tiny_tokenizer, tmp_path_factory) -> tuple[Path, P
 def test_folders_are_opened_and_validated_in_their_proportions(two_folders):
     a, b = two_folders
     shares = parse_mix(f"{a}:0.75,{b}:0.25")
-    data = data_from_mix(shares, BatchShape(16, 8, 4, 1), validation_tokens=800)
+    data = data_from_mix(shares, BatchConfig(16, 8, 4, 1), validation_tokens=800)
     batch = next(data.batches.micro_batches(0))
     assert batch["input_ids"].shape == (4, 16)
     assert data.summary == f"75.0% {a}, 25.0% {b}"
     validation = mixed_validation(open_mix(shares), [0.75, 0.25], 16, 800)
     assert [len(part) for part in validation.shards] == [617, 217]
-    assert data.identity != data_from_mix(parse_mix(f"{a}:1,{b}:1"), BatchShape(16, 8, 4, 1), 800).identity
+    assert data.identity != data_from_mix(parse_mix(f"{a}:1,{b}:1"), BatchConfig(16, 8, 4, 1), 800).identity
 
 
 def test_folders_that_do_not_go_together_are_told(two_folders, tmp_path, tiny_texts):

@@ -17,7 +17,7 @@ import pytest
 import prepare_data
 from modeling_gpt2repro.data.prepare import tokenize_units
 from modeling_gpt2repro.data.prepare import workspace as preparation_folder
-from modeling_gpt2repro.data.prepare.token_cache import finished_units
+from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.storage import atomic
 
@@ -34,7 +34,7 @@ from pathlib import Path
 import prepare_data
 from modeling_gpt2repro.data.prepare import tokenize_units
 from modeling_gpt2repro.storage import atomic
-from modeling_gpt2repro.data.prepare.token_cache import finished_units
+from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
 
 root, arguments = Path(sys.argv[1]), sys.argv[2:]
 
@@ -43,7 +43,7 @@ def run(folder, kill_at, late=False):
     if child:
         return os.waitpid(child, 0)[1]
     os.dup2(os.open(folder.with_suffix(".told"), os.O_WRONLY | os.O_CREAT), 2)
-    begun, renamed, tokenize = [], [], tokenize_units.tokenize_unit
+    begun, renamed, tokenize = [], [], tokenize_units.tokenize_partition
 
     def replace(old, new, rename=os.replace):
         renamed.append(new)
@@ -54,11 +54,11 @@ def run(folder, kill_at, late=False):
         if not late:
             rename(old, new)
 
-    def tokenize_unit(source, unit, *more):
+    def tokenize_partition(source, unit, *more):
         begun.append(unit.start)
         return tokenize(source, unit, *more)
 
-    atomic.os.replace, tokenize_units.tokenize_unit = replace, tokenize_unit
+    atomic.os.replace, tokenize_units.tokenize_partition = replace, tokenize_partition
     prepare_data.main(["--output_dir", str(folder), *arguments])
     folder.with_suffix(".json").write_text(json.dumps(begun))
     os._exit(0)
@@ -69,7 +69,7 @@ for kill_at in range(1, 100):
     killed = run(folder, kill_at, late=kill_at % 2 == 0)
     if killed == 0:
         break
-    finished = sorted(finished_units(folder))
+    finished = sorted(finished_partitions(folder))
     manifest = (folder / "manifest.json").exists()
     again = run(folder, None)
     begun = json.loads(folder.with_suffix(".json").read_text())
@@ -135,19 +135,19 @@ def test_two_processes_killed_in_the_middle_leave_nothing_behind_and_one_goes_on
     arguments = ["--train_files", str(tmp_path / "texts.parquet"), *texts[0][2:6]]
     command = [sys.executable, "prepare_data.py", "--output_dir", str(tmp_path / "out"), *arguments, "--workers", "2"]
     with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, start_new_session=True) as process:
-        wait_for(lambda: len(finished_units(tmp_path / "out")) >= 4)
+        wait_for(lambda: len(finished_partitions(tmp_path / "out")) >= 4)
         process.kill()
     assert process.returncode == -signal.SIGKILL
     if Path("/proc").is_dir():  # its processes are those of its session
         wait_for(lambda: not session_of(process.pid))
-    before = {number: path.stat().st_mtime_ns for number, (_, path) in finished_units(tmp_path / "out").items()}
+    before = {number: path.stat().st_mtime_ns for number, (_, path) in finished_partitions(tmp_path / "out").items()}
     assert 4 <= len(before) < 25
 
     begun = noting_units(monkeypatch)
-    monkeypatch.setattr(prepare_data, "end_preparation", lambda folder: None)
+    monkeypatch.setattr(prepare_data, "finish_job", lambda folder: None)
     prepare(tmp_path / "out", arguments, "--workers", 1)
     assert sorted([*begun, *before]) == list(range(25))
-    after = {number: path.stat().st_mtime_ns for number, (_, path) in finished_units(tmp_path / "out").items()}
+    after = {number: path.stat().st_mtime_ns for number, (_, path) in finished_partitions(tmp_path / "out").items()}
     assert {number: after[number] for number in before} == before
     monkeypatch.undo()
     with pytest.raises(SystemExit):  # what was cut off was the clearing, and these shards are not of another plan
@@ -167,18 +167,18 @@ def cut_off_before_the_shards(folder, arguments, monkeypatch):
         prepare(folder, arguments)
     assert end.value.code == 130
     monkeypatch.undo()
-    assert len(finished_units(folder)) == 5
+    assert len(finished_partitions(folder)) == 5
 
 
 def noting_units(monkeypatch):
     """A list that fills with the row groups that are tokenized in this process."""
-    begun, tokenize = [], tokenize_units.tokenize_unit
+    begun, tokenize = [], tokenize_units.tokenize_partition
 
     def noted(source, unit, *more):
         begun.append(unit.start)
         return tokenize(source, unit, *more)
 
-    monkeypatch.setattr(tokenize_units, "tokenize_unit", noted)
+    monkeypatch.setattr(tokenize_units, "tokenize_partition", noted)
     return begun
 
 
@@ -210,7 +210,7 @@ def test_a_worker_that_is_killed_ends_in_a_sentence(tmp_path, texts, tiny_texts)
     with subprocess.Popen(
         command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
-        wait_for(lambda: finished_units(tmp_path / "out"))
+        wait_for(lambda: finished_partitions(tmp_path / "out"))
         spawned = [pid for pid in session_of(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(int(spawned[0]), signal.SIGKILL)
         told = process.stderr.read().splitlines()[-1]
@@ -244,7 +244,7 @@ def test_a_full_disk_is_a_sentence_and_what_is_finished_stays(tmp_path, texts, c
         f"{Path(sys.argv[0]).name}: the disk of {tmp_path / 'out'} is full (No space left on device): "
     )
     assert not list((tmp_path / "out").rglob("*.partial"))  # they would keep the disk full
-    assert len(finished_units(tmp_path / "out")) == {1: 0, 6: 2, 13: 5, 17: 5}[at]
+    assert len(finished_partitions(tmp_path / "out")) == {1: 0, 6: 2, 13: 5, 17: 5}[at]
     monkeypatch.undo()
     begun = noting_units(monkeypatch)
     prepare(tmp_path / "out", arguments)
@@ -281,7 +281,7 @@ def test_clearing_that_was_cut_off_goes_on(tmp_path, texts, monkeypatch):
     arguments, expected = texts
     cut_off_before_the_shards(tmp_path / "out", arguments, monkeypatch)
     (tmp_path / "out/train_000000.npy").touch()
-    for _, path in finished_units(tmp_path / "out").values():  # so that there is nothing to go on with
+    for _, path in finished_partitions(tmp_path / "out").values():  # so that there is nothing to go on with
         path.unlink()
 
     def cut_off(path):
@@ -298,7 +298,7 @@ def test_clearing_that_was_cut_off_goes_on(tmp_path, texts, monkeypatch):
 def test_a_damaged_unit_is_a_sentence(tmp_path, texts, capsys, monkeypatch):
     arguments, expected = texts
     cut_off_before_the_shards(tmp_path / "out", arguments, monkeypatch)
-    path = finished_units(tmp_path / "out")[2][1]
+    path = finished_partitions(tmp_path / "out")[2][1]
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from modeling_gpt2repro.data.prepare.spec import make_plan
-from modeling_gpt2repro.data.prepare.workspace import begin_preparation, find_remains
+from modeling_gpt2repro.data.prepare.spec import make_spec
+from modeling_gpt2repro.data.prepare.workspace import find_partial_output, start_job
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.sources.resolve import Source, local_source
-from modeling_gpt2repro.data.tokenize import prepare_shards, validates
+from modeling_gpt2repro.data.tokenize import is_validation, prepare_shards
 from modeling_gpt2repro.data.tokenizer import train_tokenizer
 
 END = "<|endoftext|>"
@@ -55,12 +55,12 @@ def test_the_split_is_by_document_and_nothing_depends_on_the_workers(tmp_path, t
         assert made[1].bytes_per_token(split) == totals["text_bytes"] / totals["tokens"]
     everything = [document for unit in source.units for document in source.read(unit)]
     for split, wanted in (("train", False), ("validation", True)):
-        assert found[split] == [document.text for document in everything if validates(document.id, 0.2) is wanted]
+        assert found[split] == [document.text for document in everything if is_validation(document.id, 0.2) is wanted]
     assert 20 < len(found["validation"]) < 60
 
 
 def test_a_share_is_a_share_and_a_larger_one_holds_the_smaller():
-    small, large = ({i for i in range(5_000) if validates(f"id {i}", share)} for share in (0.05, 0.2))
+    small, large = ({i for i in range(5_000) if is_validation(f"id {i}", share)} for share in (0.05, 0.2))
     assert 150 < len(small) < 350
     assert 850 < len(large) < 1150
     assert small < large
@@ -68,7 +68,7 @@ def test_a_share_is_a_share_and_a_larger_one_holds_the_smaller():
 
 def test_who_validates_is_fixed_for_good():
     # As it was first released: shards made on another machine or by a newer version hold out the same documents.
-    assert [i for i in range(100) if validates(f"id {i}", 0.05)] == [27, 29, 56, 72, 87]
+    assert [i for i in range(100) if is_validation(f"id {i}", 0.05)] == [27, 29, 56, 72, 87]
 
 
 def test_pieces_of_one_text_serve_both_splits(tmp_path, tiny_texts, tiny_tokenizer, all_ids):
@@ -76,7 +76,7 @@ def test_pieces_of_one_text_serve_both_splits(tmp_path, tiny_texts, tiny_tokeniz
     source = local_source([str(tmp_path / "a.txt")])
     shards = prepare_shards(source, tiny_tokenizer, "tiny", tmp_path / "out", 0.3)
     pieces = [piece for unit in source.units for piece in source.read(unit)]
-    chosen = [validates(piece.id, 0.3) for piece in pieces]
+    chosen = [is_validation(piece.id, 0.3) for piece in pieces]
     for split, wanted in (("train", False), ("validation", True)):
         text = "".join(
             (END if i == 0 or chosen[i - 1] is not wanted else "") + piece.text
@@ -156,39 +156,39 @@ def test_a_preparation_killed_in_the_middle_can_be_started_again(tmp_path, texts
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (tmp_path / "fresh").iterdir())
 
 
-PLAN = make_plan(Source([], {}), {"name": "tiny"}, 0, 0.1)
+PLAN = make_spec(Source([], {}), {"name": "tiny"}, 0, 0.1)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "train_000000.npy", "training_set.npy", "tokenizer", "film.partial"])
 def test_a_folder_with_other_files_is_left_alone(tmp_path, name, one_sentence):
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=rf"holds other files \({name}\): give an empty --output_dir\.") as error:
-        begin_preparation(tmp_path, PLAN)
+        start_job(tmp_path, PLAN)
     one_sentence(error)
     assert (tmp_path / name).read_text() == "mine"
 
 
 def test_other_files_beside_an_unfinished_preparation_are_left_alone(tmp_path):
-    begin_preparation(tmp_path / "out", PLAN)
+    start_job(tmp_path / "out", PLAN)
     (tmp_path / "out/train_000000.npy").touch()
     (tmp_path / "out/train_set.npy").touch()
     with pytest.raises(ValueError, match=r"holds other files \(train_set\.npy\)"):
-        begin_preparation(tmp_path / "out", PLAN)
+        start_job(tmp_path / "out", PLAN)
     assert (tmp_path / "out/train_000000.npy").exists()
 
 
 def test_a_folder_that_cannot_be_used_is_a_sentence(tmp_path, monkeypatch, token_shards, one_sentence):
     with pytest.raises(ValueError, match=r"holds prepared shards already: use them, or give another") as error:
-        begin_preparation(token_shards.folder, PLAN)
+        start_job(token_shards.folder, PLAN)
     one_sentence(error)
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file/inside"):
         with pytest.raises(ValueError, match=r"file is a file: give a folder as --output_dir\.") as error:
-            find_remains(folder)
+            find_partial_output(folder)
         one_sentence(error)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(ValueError, match=r"cannot be written to: give another --output_dir\.") as error:
-        find_remains(tmp_path / "new")
+        find_partial_output(tmp_path / "new")
     one_sentence(error)
 
 

@@ -9,32 +9,38 @@ import torch
 
 from modeling_gpt2repro.data.batches import streaming as stream
 from modeling_gpt2repro.data.batches.mixture import MixedBatches
-from modeling_gpt2repro.data.batches.shuffled import BatchShape, ShuffledBatches, TokenRows, as_batch, divide_evenly
+from modeling_gpt2repro.data.batches.shuffled import (
+    BatchConfig,
+    ShuffledBatches,
+    TokenSequences,
+    as_batch,
+    split_into_micro_batches,
+)
 from modeling_gpt2repro.data.batches.streaming import StreamedBatches
-from modeling_gpt2repro.data.sources.documents import Document, Unit
+from modeling_gpt2repro.data.sources.documents import Document, Partition
 from modeling_gpt2repro.data.sources.resolve import Source
 
 T = 10
 
 
-def shape(rows_per_step, micro_batch_rows=3, process_index=0, num_processes=1) -> BatchShape:
-    return BatchShape(T, rows_per_step, micro_batch_rows, 1, process_index, num_processes)
+def shape(sequences_per_step, micro_batch_size=3, process_index=0, num_processes=1) -> BatchConfig:
+    return BatchConfig(T, sequences_per_step, micro_batch_size, 1, process_index, num_processes)
 
 
-def shuffled(order: BatchShape) -> ShuffledBatches:
-    return ShuffledBatches(TokenRows([np.arange(1_000, dtype=np.uint16)], T), order)
+def shuffled(order: BatchConfig) -> ShuffledBatches:
+    return ShuffledBatches(TokenSequences([np.arange(1_000, dtype=np.uint16)], T), order)
 
 
-def mixed(order: BatchShape) -> MixedBatches:
+def mixed(order: BatchConfig) -> MixedBatches:
     ids = np.arange(2_000, dtype=np.uint16)
-    return MixedBatches([TokenRows([ids[:1_000]], T), TokenRows([ids[1_000:]], T)], [0.7, 0.3], order, 0)
+    return MixedBatches([TokenSequences([ids[:1_000]], T), TokenSequences([ids[1_000:]], T)], [0.7, 0.3], order, 0)
 
 
 @pytest.fixture
 def streamed(monkeypatch, tiny_tokenizer):
     """A stream in 8 lanes of units that hold 1 to 9 rows of text."""
     monkeypatch.setattr(stream, "MOST_LANES", 8)
-    units = [Unit("made", number, number + 1) for number in range(24)]
+    units = [Partition("made", number, number + 1) for number in range(24)]
     return lambda order: StreamedBatches(MadeUp(units, {"dataset": "made"}), tiny_tokenizer, order)
 
 
@@ -60,26 +66,26 @@ def counted_rows(batches, step) -> list[tuple[int, ...]]:
     ("rows", "most", "expected"), [(8, 8, (1, 8)), (9, 8, (2, 5)), (17, 8, (3, 6)), (3, 8, (1, 3)), (1, 1, (1, 1))]
 )
 def test_micro_batches_are_as_even_as_they_can_be(rows, most, expected):
-    assert divide_evenly(rows, most) == expected
+    assert split_into_micro_batches(rows, most) == expected
 
 
 @pytest.mark.parametrize("kind", [shuffled, mixed, "streamed"])
-@pytest.mark.parametrize("rows_per_step", [1, 5, 8, 13])
+@pytest.mark.parametrize("sequences_per_step", [1, 5, 8, 13])
 @pytest.mark.parametrize("processes", [2, 3, 7])
-@pytest.mark.parametrize("micro_batch_rows", [1, 2, 16])
-def test_each_row_of_a_step_counts_once(request, kind, rows_per_step, processes, micro_batch_rows):
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 16])
+def test_each_row_of_a_step_counts_once(request, kind, sequences_per_step, processes, micro_batch_size):
     build = request.getfixturevalue(kind) if isinstance(kind, str) else kind
-    alone = build(shape(rows_per_step, rows_per_step))
-    together = [build(shape(rows_per_step, micro_batch_rows, p, processes)) for p in range(processes)]
+    alone = build(shape(sequences_per_step, sequences_per_step))
+    together = [build(shape(sequences_per_step, micro_batch_size, p, processes)) for p in range(processes)]
     assert len({part.micro_batch_shape for part in together}) == 1
-    assert together[0].micro_batch_shape[1] <= micro_batch_rows
+    assert together[0].micro_batch_shape[1] <= micro_batch_size
     for step in range(6):
         parts = [counted_rows(part, step) for part in together]
         expected = counted_rows(alone, step)
-        assert len(expected) == rows_per_step
+        assert len(expected) == sequences_per_step
         assert sorted(chain(*parts)) == sorted(expected)
-        names = chain(*(part.row_names(step) for part in together))
-        assert sorted(map(str, names)) == sorted(map(str, alone.row_names(step)))
+        names = chain(*(part.sample_ids(step) for part in together))
+        assert sorted(map(str, names)) == sorted(map(str, alone.sample_ids(step)))
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2), (5, 1)])
@@ -103,16 +109,16 @@ def test_a_stream_goes_on_over_processes_that_do_not_divide_its_lanes(streamed, 
 def test_rows_are_named_so_that_they_can_be_found():
     batches = shuffled(shape(5))
     rows = [row[0] for row in counted_rows(batches, 3)]
-    assert [T * name for name in batches.row_names(3)] == rows
+    assert [T * name for name in batches.sample_ids(3)] == rows
     batches = mixed(shape(5))
     rows = [row[0] for row in counted_rows(batches, 3)]
-    assert [1_000 * folder + T * number for folder, number in batches.row_names(3)] == rows
+    assert [1_000 * folder + T * number for folder, number in batches.sample_ids(3)] == rows
 
 
 def test_a_streamed_row_is_named_by_unit_and_token(streamed, tiny_tokenizer):
     batches = streamed(shape(4))
     rows = counted_rows(batches, 0)
-    for row, (name, token) in zip(rows, batches.row_names(0), strict=True):
+    for row, (name, token) in zip(rows, batches.sample_ids(0), strict=True):
         unit = next(unit for unit in batches.units if unit.name == name)
         assert token == 0  # the first row of its lane
         assert f"the ship {unit.start} " in tiny_tokenizer.decode(row)

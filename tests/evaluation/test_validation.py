@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from toy_runs import ROOT
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from modeling_gpt2repro.data.batches.shuffled import TokenRows, validation_batches
+from modeling_gpt2repro.data.batches.shuffled import TokenSequences, validation_batches
 from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
 from modeling_gpt2repro.data.tokenizer import train_tokenizer
 from modeling_gpt2repro.evaluation.validation import block_size_of, main, summed_loss
@@ -87,7 +87,7 @@ def test_the_rows_are_those_of_the_training_loop(token_shards):
     for tokens in (10**9, 10 * T, 1):
         split = token_shards.shards("validation")
         text = open_validation_text(split, token_shards.tokenizer, tokens, T)
-        expected = list(validation_batches(TokenRows(split, T), tokens, micro_batch_rows=3))
+        expected = list(validation_batches(TokenSequences(split, T), tokens, micro_batch_size=3))
         for ours, theirs in zip(row_batches(text, 3), expected, strict=True):
             assert all(torch.equal(ours[name], theirs[name]) for name in ("input_ids", "shift_labels"))
         assert text.split_tokens == sum(batch["shift_labels"].numel() for batch in expected)

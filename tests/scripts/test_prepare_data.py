@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import prepare_data
-from modeling_gpt2repro.data.prepare.token_cache import finished_units
+from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
 from modeling_gpt2repro.data.shards.dataset import open_shards
 
 REPOSITORY = Path(__file__).parents[2]
@@ -146,7 +146,7 @@ SCRIPT = REPOSITORY / "prepare_data.py"
 STREAM = """
 import json
 import sys
-from modeling_gpt2repro.data.batches.shuffled import BatchShape
+from modeling_gpt2repro.data.batches.shuffled import BatchConfig
 from modeling_gpt2repro.data.sources.resolve import hub_source
 from modeling_gpt2repro.data.tokenizer import load_tokenizer
 from modeling_gpt2repro.data.batches.build import data_from_stream
@@ -156,7 +156,7 @@ rows, validation = {}, {}
 for processes in (1, 2):
     parts, validation[processes] = [], 0
     for process in range(processes):
-        data = data_from_stream(source, tokenizer, BatchShape(32, 8, 2, 1, process, processes), 0.1, 1000)
+        data = data_from_stream(source, tokenizer, BatchConfig(32, 8, 2, 1, process, processes), 0.1, 1000)
         batches = [batch["input_ids"] for step in range(3) for batch in data.batches.micro_batches(step)]
         parts.append([row for batch in batches for row in batch.tolist()])
         validation[processes] += sum(len(batch["input_ids"]) for batch in data.validation_batches(1000, 4))
@@ -259,7 +259,7 @@ def test_a_hub_that_is_gone_is_told_with_the_unit_and_what_is_finished_is_not_re
     assert "row group 0 of hf://datasets/ns/fineweb@" in told
     assert f"{FILES[1]}: the Hub did not answer for 4 s (" in told
     assert "Traceback" not in done.stderr
-    assert sorted(finished_units(tmp_path / "out")) == [0, 1, 2, 3]
+    assert sorted(finished_partitions(tmp_path / "out")) == [0, 1, 2, 3]
 
     seen = len(hub.log())
     warm_python.run(SCRIPT, *hub_arguments(tmp_path / "out", tokenizer_folder), "--workers", "2")

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_gpt2repro.data.batches.shuffled import BatchShape, ShuffledBatches, TokenRows, as_batch
+from modeling_gpt2repro.data.batches.shuffled import BatchConfig, ShuffledBatches, TokenSequences, as_batch
 from modeling_gpt2repro.pretrain import messages as words
 from modeling_gpt2repro.runs.metrics import MetricsLog
 from modeling_gpt2repro.runs.read import read_metrics
@@ -139,11 +139,11 @@ def run_without_numbers(tiny_config, tmp_path, monkeypatch):
         accelerator, progress = accelerator_for(2), TrainProgress()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, False])
-        rows = TokenRows([np.arange(1000) % 97], 32)
+        rows = TokenSequences([np.arange(1000) % 97], 32)
         return SimpleNamespace(
             args=TrainArguments(block_size=32, tokens_per_step=4 * 32),
             accelerator=accelerator,
-            data=SimpleNamespace(batches=ShuffledBatches(rows, BatchShape(32, 4, 2, seed=1))),
+            data=SimpleNamespace(batches=ShuffledBatches(rows, BatchConfig(32, 4, 2, seed=1))),
             model=model,
             optimizer=optimizer,
             progress=progress,
@@ -205,7 +205,7 @@ def test_an_evaluation_at_the_resumed_step_counts_once_and_a_cut_line_costs_only
 
 def test_the_defaults_are_the_lectures_run():
     args = TrainArguments()
-    assert (args.total_steps, args.warmup_steps, args.rows_per_step) == (19073, 715, 512)
+    assert (args.total_steps, args.warmup_steps, args.sequences_per_step) == (19073, 715, 512)
     assert args.tokens_per_step == 524288
 
 

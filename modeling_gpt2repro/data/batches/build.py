@@ -1,19 +1,19 @@
 """What a training run reads, however it was named: batches, validation rows, tokenizer, and who they are."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from modeling_gpt2repro.data.shards.dataset import MANIFEST, PreparedShards, open_shards
+from modeling_gpt2repro.data.shards.dataset import MANIFEST, TokenDataset, open_shards
 from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, Source, python_prose_source
 from modeling_gpt2repro.data.tokenize import prepare_shards
 from modeling_gpt2repro.data.tokenizer import tokenizer_sha256, train_tokenizer
 
 from .mixture import MixedBatches, mixed_validation, open_mix
-from .shuffled import BatchShape, ShuffledBatches, TokenRows, validation_batches
+from .shuffled import BatchConfig, ShuffledBatches, TokenSequences, validation_batches
 from .streaming import StreamedBatches
 
 
@@ -30,18 +30,18 @@ class TrainingData:
 
     tokenizer: PreTrainedTokenizerFast
     batches: ShuffledBatches | StreamedBatches  # MixedBatches are shuffled ones, too
-    validation: TokenRows
+    validation: TokenSequences
     identity: dict
     summary: str
 
-    def validation_batches(self, tokens: int, micro_batch_rows: int) -> Iterator[dict[str, torch.Tensor]]:
+    def validation_batches(self, tokens: int, micro_batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
         """This process's part of the first `tokens` tokens of validation."""
         return validation_batches(
-            self.validation, tokens, micro_batch_rows, self.batches.shape, self.tokenizer.eos_token_id
+            self.validation, tokens, micro_batch_size, self.batches.shape, self.tokenizer.eos_token_id
         )
 
 
-def data_from_shards(shards: PreparedShards, shape: BatchShape) -> TrainingData:
+def data_from_shards(shards: TokenDataset, shape: BatchConfig) -> TrainingData:
     """Seeded permutations of prepared rows.
 
     Raises:
@@ -50,7 +50,7 @@ def data_from_shards(shards: PreparedShards, shape: BatchShape) -> TrainingData:
     rows, problems = {}, []
     for split, name in (("train", "training"), ("validation", "validation")):
         try:
-            rows[split] = TokenRows(shards.shards(split), shape.block_size, name)
+            rows[split] = TokenSequences(shards.shards(split), shape.block_size, name)
         except ValueError as error:
             problems.append(str(error))
     if problems:
@@ -65,14 +65,14 @@ def data_from_shards(shards: PreparedShards, shape: BatchShape) -> TrainingData:
     )
 
 
-def data_from_mix(shares: dict[str, float], shape: BatchShape, validation_tokens: int) -> TrainingData:
+def data_from_mix(shares: dict[str, float], shape: BatchConfig, validation_tokens: int) -> TrainingData:
     """Rows of several prepared folders, name -> share, in these proportions; of validation, too.
 
     Raises:
-        ValueError: See `open_mix` and `TokenRows`.
+        ValueError: See `open_mix` and `TokenSequences`.
     """
     mix, weights = open_mix(shares), list(shares.values())
-    rows = [TokenRows(shards.shards("train"), shape.block_size, f"training ({shards.folder})") for shards in mix]
+    rows = [TokenSequences(shards.shards("train"), shape.block_size, f"training ({shards.folder})") for shards in mix]
     return TrainingData(
         mix[0].tokenizer,
         MixedBatches(rows, weights, shape, mix[0].manifest["end_of_text_id"]),
@@ -88,14 +88,14 @@ def data_from_mix(shares: dict[str, float], shape: BatchShape, validation_tokens
 def data_from_stream(
     source: Source,
     tokenizer: PreTrainedTokenizerFast,
-    shape: BatchShape,
+    shape: BatchConfig,
     validation_share: float,
     validation_tokens: int,
 ) -> TrainingData:
     """Rows straight from a source; the validation rows are read at once.
 
     Raises:
-        ValueError: See `StreamedBatches` and `TokenRows`.
+        ValueError: See `StreamedBatches` and `TokenSequences`.
     """
     batches = StreamedBatches(source, tokenizer, shape, validation_share)
     identity = {
@@ -109,12 +109,12 @@ def data_from_stream(
     return TrainingData(tokenizer, batches, batches.validation_rows(validation_tokens), identity, summary)
 
 
-def order_identity(shape: BatchShape) -> dict:
+def order_identity(shape: BatchConfig) -> dict:
     """What decides the order of rows, whatever the processes and micro-batches."""
-    return {name: asdict(shape)[name] for name in ("block_size", "rows_per_step", "seed")}
+    return {"block_size": shape.block_size, "rows_per_step": shape.sequences_per_step, "seed": shape.seed}
 
 
-def python_prose_shards(folder: Path, vocab_size: int, block_size: int, validation_share: float) -> PreparedShards:
+def python_prose_shards(folder: Path, vocab_size: int, block_size: int, validation_share: float) -> TokenDataset:
     """The text that Python carries, prepared in `folder` with a tokenizer trained on it; opened if it is there already.
 
     Raises:

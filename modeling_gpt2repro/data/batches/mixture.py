@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling_gpt2repro.data.shards.dataset import PreparedShards, open_shards
+from modeling_gpt2repro.data.shards.dataset import TokenDataset, open_shards
 
-from .shuffled import BatchShape, EpochOrder, ShuffledBatches, TokenRows
+from .shuffled import BatchConfig, EpochShuffle, ShuffledBatches, TokenSequences
 
 PERIOD = 1000
 
@@ -51,9 +51,9 @@ def rows_of_period(shares: list[float]) -> np.ndarray:
 class MixedBatches(ShuffledBatches):
     """The training batches of one process out of several folders, any step at any time."""
 
-    def __init__(self, sources: list[TokenRows], shares: list[float], shape: BatchShape, end_of_text: int):
+    def __init__(self, sources: list[TokenSequences], shares: list[float], shape: BatchConfig, end_of_text: int):
         self.sources, self.shape, self.end_of_text = sources, shape, end_of_text
-        self.orders = [EpochOrder(len(rows), [shape.seed, number]) for number, rows in enumerate(sources)]
+        self.orders = [EpochShuffle(len(rows), [shape.seed, number]) for number, rows in enumerate(sources)]
         self.counts = rows_of_period(shares)
         draws = np.random.PCG64(np.random.SeedSequence([shape.seed])).random_raw(PERIOD)
         self.pattern = np.repeat(np.arange(len(sources)), self.counts)[np.argsort(draws, kind="stable")]
@@ -69,7 +69,7 @@ class MixedBatches(ShuffledBatches):
             ids[sources == number] = rows.read(numbers[sources == number])
         return ids
 
-    def row_names(self, step: int) -> list:
+    def sample_ids(self, step: int) -> list:
         """Which rows this process takes in a step: [number of the folder, number of the row] each."""
         return np.stack(self._rows(self.places(step)), axis=1).tolist()
 
@@ -83,7 +83,7 @@ class MixedBatches(ShuffledBatches):
         return sources, numbers
 
 
-def open_mix(shares: dict[str, float]) -> list[PreparedShards]:
+def open_mix(shares: dict[str, float]) -> list[TokenDataset]:
     """Open the folders of a mix.
 
     Raises:
@@ -105,7 +105,7 @@ def open_mix(shares: dict[str, float]) -> list[PreparedShards]:
     return opened
 
 
-def mixed_validation(mix: list[PreparedShards], shares: list[float], block_size: int, tokens: int) -> TokenRows:
+def mixed_validation(mix: list[TokenDataset], shares: list[float], block_size: int, tokens: int) -> TokenSequences:
     """The beginnings of the validation splits, in the proportions of the mix, as one split.
 
     Raises:
@@ -117,4 +117,4 @@ def mixed_validation(mix: list[PreparedShards], shares: list[float], block_size:
         for ids in shards.shards("validation"):
             parts.append(ids[:left])
             left -= len(parts[-1])
-    return TokenRows([part for part in parts if len(part)], block_size, "validation")
+    return TokenSequences([part for part in parts if len(part)], block_size, "validation")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 
-class TokenRows:
+class TokenSequences:
     """Rows of T + 1 ids over several shards read as one; a row may begin in one shard and end in another.
 
     Raises:
@@ -52,34 +52,34 @@ class TokenRows:
 
 
 @dataclass(frozen=True)
-class BatchShape:
+class BatchConfig:
     """How rows become batches.
 
     Args:
         block_size: T, tokens a row.
-        rows_per_step: R, rows of an optimizer step over all processes and micro-batches.
-        micro_batch_rows: B, the most rows of one forward on one process.
+        sequences_per_step: R, rows of an optimizer step over all processes and micro-batches.
+        micro_batch_size: B, the most rows of one forward on one process.
         seed: Decides the order.
         process_index, num_processes: p and P.
         document_mask: Whether batches say where documents begin, so that attention stays inside them.
     """
 
     block_size: int
-    rows_per_step: int
-    micro_batch_rows: int
+    sequences_per_step: int
+    micro_batch_size: int
     seed: int
     process_index: int = 0
     num_processes: int = 1
     document_mask: bool = False
 
 
-def divide_evenly(rows: int, most: int) -> tuple[int, int]:
+def split_into_micro_batches(rows: int, most: int) -> tuple[int, int]:
     """How many micro-batches `rows` take at `most` rows each, and their size: (9, 8) -> (2, 5), one row filled in."""
     count = -(-rows // most)
     return count, -(-rows // count)
 
 
-class EpochOrder:
+class EpochShuffle:
     """Which row stands at a place, where epochs are laid end to end and each is a permutation of its own.
 
     Args:
@@ -114,15 +114,15 @@ class ShuffledBatches:
         end_of_text: The id before each document; needed for a document mask only.
     """
 
-    def __init__(self, rows: TokenRows, shape: BatchShape, end_of_text: int | None = None):
+    def __init__(self, rows: TokenSequences, shape: BatchConfig, end_of_text: int | None = None):
         self.rows, self.shape, self.end_of_text = rows, shape, end_of_text
-        self.order = EpochOrder(len(rows), [shape.seed])
+        self.order = EpochShuffle(len(rows), [shape.seed])
 
     @property
     def micro_batch_shape(self) -> tuple[int, int]:
         """Micro-batches of a step on each process, and rows of each."""
-        rows = -(-self.shape.rows_per_step // self.shape.num_processes)
-        return divide_evenly(rows, self.shape.micro_batch_rows)
+        rows = -(-self.shape.sequences_per_step // self.shape.num_processes)
+        return split_into_micro_batches(rows, self.shape.micro_batch_size)
 
     @property
     def rows_per_epoch(self) -> int:
@@ -135,8 +135,10 @@ class ShuffledBatches:
 
     def places(self, step: int) -> np.ndarray:
         """The places, R / P up to rounding, that this process takes in a step."""
-        first = step * self.shape.rows_per_step
-        return np.arange(first + self.shape.process_index, first + self.shape.rows_per_step, self.shape.num_processes)
+        first = step * self.shape.sequences_per_step
+        return np.arange(
+            first + self.shape.process_index, first + self.shape.sequences_per_step, self.shape.num_processes
+        )
 
     def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the step's micro-batches, see `as_batch`."""
@@ -145,7 +147,7 @@ class ShuffledBatches:
             ids = self.read(places[number * size : (number + 1) * size])
             yield as_batch(ids, self.end_of_text if self.shape.document_mask else None, fill_to=size)
 
-    def row_names(self, step: int) -> list:
+    def sample_ids(self, step: int) -> list:
         """Which rows this process takes in a step: their numbers."""
         return self.order.row_numbers(self.places(step)).tolist()
 
@@ -186,11 +188,15 @@ def document_positions(ids: torch.Tensor, end_of_text: int) -> torch.Tensor:
 
 
 def validation_batches(
-    rows: TokenRows, tokens: int, micro_batch_rows: int, shape: BatchShape | None = None, end_of_text: int | None = None
+    rows: TokenSequences,
+    tokens: int,
+    micro_batch_size: int,
+    shape: BatchConfig | None = None,
+    end_of_text: int | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The first `tokens` // T rows of the validation split (all of them if it has fewer), each on one process."""
     count = min(len(rows), max(1, tokens // rows.block_size))
     numbers = np.arange(shape.process_index, count, shape.num_processes) if shape else np.arange(count)
-    for first in range(0, len(numbers), micro_batch_rows):
-        ids = rows.read(numbers[first : first + micro_batch_rows])
+    for first in range(0, len(numbers), micro_batch_size):
+        ids = rows.read(numbers[first : first + micro_batch_size])
         yield as_batch(ids, end_of_text if shape and shape.document_mask else None)

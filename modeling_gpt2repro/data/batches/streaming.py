@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from modeling_gpt2repro.data.sources.documents import Unit
+from modeling_gpt2repro.data.sources.documents import Partition
 from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.data.tokenize import tokenize_documents
 from modeling_gpt2repro.data.tokenizer import text_encoder
 
-from .shuffled import BatchShape, TokenRows, as_batch, divide_evenly
+from .shuffled import BatchConfig, TokenSequences, as_batch, split_into_micro_batches
 
 MOST_LANES = 64
 STEPS_REMEMBERED = 4096  # whose rows can still be named: 16 MB for 512 rows a step
@@ -45,7 +45,7 @@ class StreamedBatches:
         self,
         source: Source,
         tokenizer: PreTrainedTokenizerFast,
-        shape: BatchShape,
+        shape: BatchConfig,
         validation_share: float = 0.001,
         threads: int = 4,
     ):
@@ -57,8 +57,8 @@ class StreamedBatches:
             )
         by_hash = sorted(source.units, key=lambda unit: hashlib.sha256(unit.name.encode()).digest())
         held_out = max(1, round(validation_share * len(by_hash)))
-        self.validation_units = by_hash[:held_out]
-        validation = set(self.validation_units)
+        self.validation_partitions = by_hash[:held_out]
+        validation = set(self.validation_partitions)
         self.units = [unit for unit in source.units if unit not in validation]
         # A power of two, so that 2, 4, 8, ... processes share the lanes evenly.
         self.lanes = 1 << min(MOST_LANES.bit_length() - 1, len(self.units).bit_length() - 1)
@@ -77,16 +77,16 @@ class StreamedBatches:
     @property
     def micro_batch_shape(self) -> tuple[int, int]:
         """Micro-batches of a step on each process, and rows of each: what the process with the most rows needs."""
-        processes, (rounds, rest) = self.shape.num_processes, divmod(self.shape.rows_per_step, self.lanes)
+        processes, (rounds, rest) = self.shape.num_processes, divmod(self.shape.sequences_per_step, self.lanes)
         most_lanes, uneven = -(-self.lanes // processes), self.lanes % processes > 0
         rows = rounds * most_lanes + min(most_lanes, -(-rest // processes) + uneven)
-        return divide_evenly(rows, self.shape.micro_batch_rows)
+        return split_into_micro_batches(rows, self.shape.micro_batch_size)
 
     def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the step's micro-batches, see `as_batch`."""
         assert step == self.next_step, "a stream is read in order; load_state_dict sets the place"
-        first = step * self.shape.rows_per_step
-        mine = [row % self.lanes for row in range(first, first + self.shape.rows_per_step)]
+        first = step * self.shape.sequences_per_step
+        mine = [row % self.lanes for row in range(first, first + self.shape.sequences_per_step)]
         mine = [lane for lane in mine if lane in self.positions]
         for lane, (unit, _) in self.positions.items():
             if self._open.get(lane, (-1, None))[0] != unit and (lane, unit) not in self._ahead:
@@ -104,19 +104,19 @@ class StreamedBatches:
         self._names.pop(step - STEPS_REMEMBERED, None)
         self.next_step += 1
 
-    def row_names(self, step: int) -> list:
+    def sample_ids(self, step: int) -> list:
         """Which rows this process took in a recent step: [unit, its token] where each begins."""
         return [[self._unit(lane, unit)[0].name, token] for lane, unit, token in self._names.get(step, [])]
 
-    def validation_rows(self, tokens: int) -> TokenRows:
+    def validation_rows(self, tokens: int) -> TokenSequences:
         """Rows over the held-out units, as many of them as `tokens` tokens take."""
         parts, held = [], 0
-        for unit in self.validation_units:
+        for unit in self.validation_partitions:
             parts.append(self._tokenize(unit))
             held += len(parts[-1])
             if held > tokens:
                 break
-        return TokenRows(parts, self.shape.block_size, name="validation")
+        return TokenSequences(parts, self.shape.block_size, name="validation")
 
     def state_dict(self) -> dict:
         """The places of this process's lanes; the union over processes is the state of the run."""
@@ -162,13 +162,13 @@ class StreamedBatches:
         unit, shuffle = self._unit(lane, number)
         return self._tokenize(unit, shuffle)
 
-    def _unit(self, lane: int, number: int) -> tuple[Unit, tuple[int, int, int]]:
+    def _unit(self, lane: int, number: int) -> tuple[Partition, tuple[int, int, int]]:
         """The lane's unit number `number`, and what seeds the order of its documents."""
         epoch, within = divmod(int(number) * self.lanes + int(lane), len(self.units))
         draws = np.random.PCG64(np.random.SeedSequence([self.shape.seed, epoch])).random_raw(len(self.units))
         return self.units[int(np.argsort(draws, kind="stable")[within])], (self.shape.seed, epoch, within)
 
-    def _tokenize(self, unit: Unit, shuffle: tuple[int, ...] | None = None) -> np.ndarray:
+    def _tokenize(self, unit: Partition, shuffle: tuple[int, ...] | None = None) -> np.ndarray:
         documents = list(self.source.read(unit))
         # Pieces of one text stay in their order; documents of their own are shuffled.
         if shuffle and not any(document.continues for document in documents):

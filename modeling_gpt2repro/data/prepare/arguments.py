@@ -12,8 +12,8 @@ from transformers.hf_argparser import HfArg
 from modeling_gpt2repro.data.shards.layouts import LAYOUTS
 from modeling_gpt2repro.data.sources.resolve import Source
 
-from .spec import Plan, default_validation_share
-from .workspace import find_remains
+from .spec import PrepareSpec, default_validation_share
+from .workspace import find_partial_output
 
 EXECUTORS = ("local", "slurm", "ray")
 # Text that is tokenized in the seconds that a process takes to start.
@@ -81,7 +81,7 @@ class PrepareArguments:
         yield from self._problems_of_clusters()
         if self.verify is None:
             try:
-                find_remains(Path(self.output_dir))
+                find_partial_output(Path(self.output_dir))
             except ValueError as error:
                 yield str(error)
 
@@ -118,7 +118,7 @@ class PrepareArguments:
             "layout": self.layout,
         }
 
-    def number_of_workers(self, plan: Plan) -> int:
+    def number_of_workers(self, plan: PrepareSpec) -> int:
         """As many as asked for, but not more than units; a process is not started for what is done before it has."""
         text_bytes = sum(unit.text_bytes for unit in plan.units)
         worthwhile = text_bytes // WORKER_BYTES if text_bytes else len(plan.units)

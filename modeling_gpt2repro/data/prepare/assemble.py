@@ -11,8 +11,8 @@ from modeling_gpt2repro.data.shards.dataset import FORMAT, MANIFEST, SPLITS
 from modeling_gpt2repro.data.shards.writer import ShardWriter
 from modeling_gpt2repro.storage.atomic import atomic_write, explain_disk_full
 
-from .spec import Plan
-from .token_cache import TokenizedUnit
+from .spec import PrepareSpec
+from .token_cache import TokenizedPartition
 
 
 class UnusableText(ValueError):
@@ -23,7 +23,7 @@ class UnusableText(ValueError):
 Progress = Callable[[int, int, int], None]
 
 
-def write_shards(folder: Path, plan: Plan, units: Iterable[TokenizedUnit], on_progress: Progress):
+def write_shards(folder: Path, plan: PrepareSpec, units: Iterable[TokenizedPartition], on_progress: Progress):
     """Write what became of the plan's units, in their order, as shards, and then the manifest.
 
     Raises:
@@ -62,7 +62,7 @@ def check_splits(writers: dict[str, ShardWriter], validation_share: float):
             )
 
 
-def write_manifest(folder: Path, plan: Plan, splits: dict, units: int, skipped: Counter | None):
+def write_manifest(folder: Path, plan: PrepareSpec, splits: dict, units: int, skipped: Counter | None):
     """Write the manifest last, whole or not at all: a folder without one is not a prepared folder."""
     files = [(path, len(list(group))) for path, group in itertools.groupby(unit.path for unit in plan.units[:units])]
     manifest = {

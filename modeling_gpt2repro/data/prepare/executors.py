@@ -18,9 +18,9 @@ from datatrove.executor.base import PipelineExecutor
 from multiprocess.managers import SyncManager
 
 from .assemble import Progress
-from .spec import Plan
-from .token_cache import finished_units
-from .tokenize_units import AssembleShards, TokenizeUnits, end_with_the_parent
+from .spec import PrepareSpec
+from .token_cache import finished_partitions
+from .tokenize_units import AssembleShards, TokenizeUnits, exit_with_parent
 from .workspace import LOGS
 
 POLL_SECONDS = 0.5
@@ -112,7 +112,7 @@ def slurm_scripts(folder: Path, *options) -> list[str]:
     return scripts
 
 
-def run_and_watch(executor: PipelineExecutor, folder: Path, plan: Plan, on_progress: Progress):
+def run_and_watch(executor: PipelineExecutor, folder: Path, plan: PrepareSpec, on_progress: Progress):
     """Run an executor to its end; the files of the units tell how far it is.
 
     Raises:
@@ -132,7 +132,7 @@ def run_and_watch(executor: PipelineExecutor, folder: Path, plan: Plan, on_progr
     died_at = None
     while thread.is_alive():
         thread.join(POLL_SECONDS)
-        finished = finished_units(folder)
+        finished = finished_partitions(folder)
         on_progress(len(finished), len(plan.units), sum(tokens for tokens, _ in finished.values()))
         # A pool starts another process for one that was killed, and waits for the lost result forever.
         workers.update({process.pid: process for process in multiprocess.active_children()})
@@ -156,7 +156,7 @@ def quiet_logging():
 def _manager() -> SyncManager:
     """The process that datatrove counts its workers by; by itself it would live on when this one is killed."""
     manager = SyncManager(ctx=multiprocess.get_context())
-    manager.start(end_with_the_parent)
+    manager.start(exit_with_parent)
     return manager
 
 

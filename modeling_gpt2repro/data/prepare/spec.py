@@ -5,7 +5,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from modeling_gpt2repro.data.sources.documents import Unit
+from modeling_gpt2repro.data.sources.documents import Partition
 from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.storage.atomic import atomic_write
 
@@ -18,7 +18,7 @@ BYTES_PER_TOKEN = 5
 
 
 @dataclass(frozen=True)
-class Plan:
+class PrepareSpec:
     """All that decides what the shards will hold.
 
     Args:
@@ -29,7 +29,7 @@ class Plan:
     """
 
     source: dict
-    units: list[Unit]
+    units: list[Partition]
     tokenizer: dict
     end_of_text_id: int
     validation_share: float
@@ -42,13 +42,13 @@ class Plan:
         """The units, to be read by a process that knows nothing but the plan."""
         return Source(self.units, self.source)
 
-    def differences(self, other: "Plan") -> list[str]:
+    def differences(self, other: "PrepareSpec") -> list[str]:
         """Names of what is not the same; where the files lie does not count."""
         mine, others = (_comparable(plan) for plan in (self, other))
         return [name for name in mine if mine[name] != others[name]]
 
 
-def make_plan(source: Source, tokenizer: dict, end_of_text_id: int, validation_share: float, **options) -> Plan:
+def make_spec(source: Source, tokenizer: dict, end_of_text_id: int, validation_share: float, **options) -> PrepareSpec:
     """A plan whose files are found from any folder."""
     units, files = [], {}
     for unit in source.units:
@@ -60,7 +60,9 @@ def make_plan(source: Source, tokenizer: dict, end_of_text_id: int, validation_s
             unit = replace(unit, path=path)
         units.append(unit)
     description = json.loads(json.dumps(source.description))  # as it will be read back
-    return Plan(description, units, tokenizer, end_of_text_id, validation_share, files=list(files.values()), **options)
+    return PrepareSpec(
+        description, units, tokenizer, end_of_text_id, validation_share, files=list(files.values()), **options
+    )
 
 
 def default_validation_share(source: Source, max_tokens: int | None = None) -> float:
@@ -77,13 +79,13 @@ def default_validation_share(source: Source, max_tokens: int | None = None) -> f
     return round(min(LARGEST_SHARE, max(HUB_SHARE, VALIDATION_TOKENS / tokens)), 6)
 
 
-def write_plan(folder: Path, plan: Plan):
-    """Write it where `read_plan` finds it."""
+def write_spec(folder: Path, plan: PrepareSpec):
+    """Write it where `read_spec` finds it."""
     with atomic_write(folder / PLAN) as file:
         file.write(json.dumps(asdict(plan)).encode())
 
 
-def read_plan(folder: Path) -> Plan | None:
+def read_spec(folder: Path) -> PrepareSpec | None:
     """The plan of the preparation in `folder`, None where there is none.
 
     Raises:
@@ -91,14 +93,14 @@ def read_plan(folder: Path) -> Plan | None:
     """
     try:
         fields = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        return Plan(**{**fields, "units": [Unit(**unit) for unit in fields["units"]]})
+        return PrepareSpec(**{**fields, "units": [Partition(**unit) for unit in fields["units"]]})
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / PLAN} is not of this version ({error}): delete {folder} to begin anew.") from error
 
 
-def _comparable(plan: Plan) -> dict:
+def _comparable(plan: PrepareSpec) -> dict:
     fields = asdict(plan)
     units = [(unit.name, unit.stop, unit.text_column, unit.text_bytes) for unit in plan.units]
     return {**fields, "units": units}

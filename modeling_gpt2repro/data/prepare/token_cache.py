@@ -19,7 +19,7 @@ PROBLEM = ".problem"
 
 
 @dataclass
-class TokenizedUnit:
+class TokenizedPartition:
     """What became of one unit.
 
     Args:
@@ -33,7 +33,7 @@ class TokenizedUnit:
     skipped: dict[str, int] | None = None
 
 
-def write_unit(folder: Path, number: int, unit: TokenizedUnit):
+def write_partition(folder: Path, number: int, unit: TokenizedPartition):
     """Write the unit's file; its name tells the training tokens, so that a listing of the folder tells them all."""
     (folder / UNITS).mkdir(exist_ok=True)
     about = json.dumps({"text_bytes": unit.text_bytes, "skipped": unit.skipped})
@@ -41,8 +41,8 @@ def write_unit(folder: Path, number: int, unit: TokenizedUnit):
         np.savez(file, about=np.array(about), **unit.ids)
 
 
-def read_unit_file(path: Path) -> TokenizedUnit:
-    """Read what `write_unit` wrote.
+def read_partition_file(path: Path) -> TokenizedPartition:
+    """Read what `write_partition` wrote.
 
     Raises:
         ValueError: If it is damaged.
@@ -53,10 +53,10 @@ def read_unit_file(path: Path) -> TokenizedUnit:
             ids = {split: arrays[split] for split in about["text_bytes"]}
     except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and run the same command again.") from error
-    return TokenizedUnit(ids, **about)
+    return TokenizedPartition(ids, **about)
 
 
-def finished_units(folder: Path) -> dict[int, tuple[int, Path]]:
+def finished_partitions(folder: Path) -> dict[int, tuple[int, Path]]:
     """Number -> training tokens and file, of the units that are finished."""
     finished = {}
     if (folder / UNITS).is_dir():
@@ -67,7 +67,7 @@ def finished_units(folder: Path) -> dict[int, tuple[int, Path]]:
     return finished
 
 
-def note_problem(folder: Path, number: int, sentence: str) -> ValueError:
+def write_error(folder: Path, number: int, sentence: str) -> ValueError:
     """The error to raise, noted where whoever waits for the units finds it: not every executor hands it on."""
     with suppress(OSError):  # a full disk
         (folder / UNITS).mkdir(exist_ok=True)
@@ -75,19 +75,19 @@ def note_problem(folder: Path, number: int, sentence: str) -> ValueError:
     return ValueError(sentence)
 
 
-def told_problems(folder: Path) -> list[str]:
-    """What `note_problem` noted."""
+def read_errors(folder: Path) -> list[str]:
+    """What `write_error` noted."""
     return [path.read_text(encoding="utf-8") for path in sorted((folder / UNITS).glob(f"*{PROBLEM}"))]
 
 
-def clear_unfinished_units(folder: Path):
+def clear_unfinished_partitions(folder: Path):
     """Remove what workers left that were killed or had a problem."""
     for path in (folder / UNITS).iterdir():
         if PARTIAL.fullmatch(path.name) or path.name.endswith(PROBLEM):
             path.unlink(missing_ok=True)
 
 
-def enough_units(finished: dict[int, tuple[int, Path]], units: int, max_tokens: int | None) -> list[int] | None:
+def required_partitions(finished: dict[int, tuple[int, Path]], units: int, max_tokens: int | None) -> list[int] | None:
     """Numbers of the units that the shards are made of, from the first one on; None while one of them is missing."""
     tokens, needed = 0, []
     for number in range(units):

@@ -11,13 +11,21 @@ from datatrove.utils.logging import logger
 from huggingface_hub.errors import HTTPError
 
 from modeling_gpt2repro.data.shards.dataset import MANIFEST
-from modeling_gpt2repro.data.tokenize import tokenize_unit
+from modeling_gpt2repro.data.tokenize import tokenize_partition
 from modeling_gpt2repro.data.tokenizer import load_tokenizer_folder, text_encoder
 
 from .assemble import Progress, UnusableText, write_shards
-from .spec import Plan, read_plan
-from .token_cache import UNITS, enough_units, finished_units, note_problem, read_unit_file, told_problems, write_unit
-from .workspace import end_preparation
+from .spec import PrepareSpec, read_spec
+from .token_cache import (
+    UNITS,
+    finished_partitions,
+    read_errors,
+    read_partition_file,
+    required_partitions,
+    write_error,
+    write_partition,
+)
+from .workspace import finish_job
 
 
 class TokenizeUnits(PipelineStep):
@@ -34,24 +42,24 @@ class TokenizeUnits(PipelineStep):
         self.folder = folder
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
-        end_with_the_parent()
+        exit_with_parent()
         folder = Path(self.folder)
-        plan, finished = read_plan(folder), finished_units(folder)
+        plan, finished = read_spec(folder), finished_partitions(folder)
         source, encode = plan.source_to_read(), text_encoder(load_tokenizer_folder(folder / "tokenizer"))
         for number in range(rank, len(plan.units), world_size):
             if plan.max_tokens is not None:
-                finished = finished_units(folder)
+                finished = finished_partitions(folder)
                 if sum(tokens for other, (tokens, _) in finished.items() if other < number) >= plan.max_tokens:
                     return
             if number in finished:
                 continue
             unit = plan.units[number]
             try:
-                tokenized = tokenize_unit(source, unit, encode, plan)
+                tokenized = tokenize_partition(source, unit, encode, plan)
             except (ValueError, OSError, HTTPError) as error:
                 told = " ".join(str(error).split()).removeprefix(f"{unit.path}: ")
-                raise note_problem(folder, number, f"{unit.place}: {told}") from error
-            write_unit(folder, number, tokenized)
+                raise write_error(folder, number, f"{unit.place}: {told}") from error
+            write_partition(folder, number, tokenized)
             logger.info(f"{unit.place}: {len(tokenized.ids['train'])} training tokens")
             self.stat_update("tokens", value=len(tokenized.ids["train"]), unit="unit")
 
@@ -68,32 +76,32 @@ class AssembleShards(PipelineStep):
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
         folder = Path(self.folder)
         if not (folder / MANIFEST).exists():  # else this job was stopped after it had written it
-            assemble(folder, read_plan(folder))
-        end_preparation(folder, keep_logs=True)
+            assemble(folder, read_spec(folder))
+        finish_job(folder, keep_logs=True)
 
 
-def assemble(folder: Path, plan: Plan, on_progress: Progress = lambda units, total_units, tokens: None):
+def assemble(folder: Path, plan: PrepareSpec, on_progress: Progress = lambda units, total_units, tokens: None):
     """Write the shards and the manifest from the units' files, which stay.
 
     Raises:
         ValueError: If a unit is not finished, or see `write_shards`.
     """
-    finished = finished_units(folder)
-    needed = enough_units(finished, len(plan.units), plan.max_tokens)
+    finished = finished_partitions(folder)
+    needed = required_partitions(finished, len(plan.units), plan.max_tokens)
     if needed is None:
-        told = told_problems(folder) or [f"see the logs in {folder / 'logs'}."]
+        told = read_errors(folder) or [f"see the logs in {folder / 'logs'}."]
         raise ValueError(
             f"{len(finished):,} of {len(plan.units):,} units are finished, which is not enough: {' '.join(told)} Run "
             "the same command again to go on."
         )
     try:
-        write_shards(folder, plan, (read_unit_file(finished[number][1]) for number in needed), on_progress)
+        write_shards(folder, plan, (read_partition_file(finished[number][1]) for number in needed), on_progress)
     except UnusableText:
         shutil.rmtree(folder / UNITS)  # it takes another plan, and this one has nothing to go on with
         raise
 
 
-def end_with_the_parent():
+def exit_with_parent():
     """In a process that another one started: end when that one is gone, and leave Ctrl-C to it."""
     import multiprocess
 

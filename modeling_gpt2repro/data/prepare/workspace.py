@@ -8,15 +8,15 @@ from modeling_gpt2repro.data.shards.dataset import MANIFEST
 from modeling_gpt2repro.data.shards.layouts import SHARD_NAME
 from modeling_gpt2repro.storage.atomic import PARTIAL
 
-from .spec import PLAN, Plan, read_plan, write_plan
-from .token_cache import UNITS, clear_unfinished_units, finished_units
+from .spec import PLAN, PrepareSpec, read_spec, write_spec
+from .token_cache import UNITS, clear_unfinished_partitions, finished_partitions
 
 LOGS = "logs"
 PREPARED = "{} holds prepared shards already: use them, or give another --output_dir."
 OURS = (PLAN, UNITS, LOGS, "tokenizer", MANIFEST)
 
 
-def find_remains(folder: Path) -> list[Path]:
+def find_partial_output(folder: Path) -> list[Path]:
     """What an unfinished preparation left in `folder`; nothing where there is none.
 
     Raises:
@@ -38,18 +38,18 @@ def find_remains(folder: Path) -> list[Path]:
     return ours
 
 
-def begin_preparation(folder: Path, plan: Plan, resume: bool = False):
+def start_job(folder: Path, plan: PrepareSpec, resume: bool = False):
     """Make `folder` and mark it as unfinished by the plan; what an unfinished preparation left there is cleared.
 
     Args:
         resume: Finished units stay, to go on with them.
 
     Raises:
-        ValueError: See `find_remains`; and if what would be gone on with was another plan.
+        ValueError: See `find_partial_output`; and if what would be gone on with was another plan.
     """
-    remains = find_remains(folder)
-    if resume and finished_units(folder):
-        begun = read_plan(folder)
+    remains = find_partial_output(folder)
+    if resume and finished_partitions(folder):
+        begun = read_spec(folder)
         if differing := plan.differences(begun):
             told = ", ".join(_difference(name, begun, plan) for name in differing)
             raise ValueError(
@@ -57,7 +57,7 @@ def begin_preparation(folder: Path, plan: Plan, resume: bool = False):
                 "with it, another --output_dir, or delete it."
             )
         remains = [path for path in remains if _is_partial(path) or SHARD_NAME.fullmatch(path.name)]
-        clear_unfinished_units(folder)
+        clear_unfinished_partitions(folder)
     # The plan goes last: without it, what is left would not be known as ours.
     for path in sorted(remains, key=lambda path: path.name == PLAN):
         if path.is_dir():
@@ -65,10 +65,10 @@ def begin_preparation(folder: Path, plan: Plan, resume: bool = False):
         else:
             path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    write_plan(folder, plan)
+    write_spec(folder, plan)
 
 
-def is_prepared(folder: Path, plan: Plan) -> bool:
+def is_prepared(folder: Path, plan: PrepareSpec) -> bool:
     """Whether the plan's shards are all there, and nothing but the clearing was cut off.
 
     Raises:
@@ -76,12 +76,12 @@ def is_prepared(folder: Path, plan: Plan) -> bool:
     """
     if not (folder / MANIFEST).exists():
         return False
-    if plan.differences(read_plan(folder)):
+    if plan.differences(read_spec(folder)):
         raise ValueError(PREPARED.format(folder))
     return True
 
 
-def end_preparation(folder: Path, keep_logs: bool = False):
+def finish_job(folder: Path, keep_logs: bool = False):
     """Remove what served the preparation alone, after its manifest was written."""
     shutil.rmtree(folder / UNITS, ignore_errors=True)
     if not keep_logs:
@@ -99,7 +99,7 @@ def _is_partial(path: Path) -> bool:
     return PARTIAL.fullmatch(path.name) is not None and (name in OURS or SHARD_NAME.fullmatch(name) is not None)
 
 
-def _difference(name: str, begun: Plan, now: Plan) -> str:
+def _difference(name: str, begun: PrepareSpec, now: PrepareSpec) -> str:
     before, after = getattr(begun, name), getattr(now, name)
     if name in ("units", "files"):
         return "other text, or text that changed"

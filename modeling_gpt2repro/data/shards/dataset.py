@@ -19,7 +19,7 @@ SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
-class PreparedShards:
+class TokenDataset:
     """An opened folder of shards: the manifest, the tokenizer that made the ids, and each split's memory-mapped ids."""
 
     folder: Path
@@ -43,7 +43,7 @@ class PreparedShards:
         return totals["text_bytes"] / totals["tokens"] if totals.get("text_bytes") and totals["tokens"] else None
 
 
-def open_shards(folder: str | Path) -> PreparedShards:
+def open_shards(folder: str | Path) -> TokenDataset:
     """Open a folder that `prepare_data.py` wrote; sizes are checked, contents are not read.
 
     A folder of the lecture's shards without a manifest, made by other tools, is taken for GPT-2's tokens.
@@ -55,11 +55,11 @@ def open_shards(folder: str | Path) -> PreparedShards:
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}: prepare it with prepare_data.py --output_dir {folder}.")
     if lecture_files(folder, "train") and not any((folder / name).exists() for name in (MANIFEST, PLAN, "tokenizer")):
-        return PreparedShards(folder, lecture_manifest(folder), load_tokenizer("gpt2"))
+        return TokenDataset(folder, lecture_manifest(folder), load_tokenizer("gpt2"))
     manifest = read_manifest(folder)
     if problems := shard_problems(folder, manifest):
         raise ValueError(next(iter(problems.values())))
-    return PreparedShards(folder, manifest, open_tokenizer(folder, manifest))
+    return TokenDataset(folder, manifest, open_tokenizer(folder, manifest))
 
 
 def shard_problems(folder: Path, manifest: dict) -> dict[str, str]:

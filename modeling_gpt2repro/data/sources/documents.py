@@ -26,7 +26,7 @@ class Document:
     """One document, or a piece of one.
 
     Args:
-        id: The same whatever the machine, the folder and the number of workers; decides who validates.
+        id: The same whatever the machine, the folder and the number of workers; decides who is_validation.
         text: Never empty, and not whitespace alone unless it goes on from the piece before.
         continues: The text goes on from the piece before: no end-of-text in between.
     """
@@ -37,7 +37,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Unit:
+class Partition:
     """What one worker reads at a time: `start` to `stop` are bytes of a .txt or .jsonl, one row group of a .parquet.
 
     Args:
@@ -63,7 +63,7 @@ class Unit:
         return f"bytes {self.start} to {self.stop} of {self.path}"
 
 
-def list_units(paths: list[str], text_column: str = "text") -> list[Unit]:
+def list_partitions(paths: list[str], text_column: str = "text") -> list[Partition]:
     """Cut files (local paths or `hf://` addresses of parquet files) into units, in their order.
 
     Raises:
@@ -71,7 +71,7 @@ def list_units(paths: list[str], text_column: str = "text") -> list[Unit]:
             a .jsonl in its first line).
     """
 
-    def units_or_problem(path: str) -> list[Unit] | str:
+    def units_or_problem(path: str) -> list[Partition] | str:
         try:
             return _units_of(path, text_column)
         except ValueError as error:
@@ -85,7 +85,7 @@ def list_units(paths: list[str], text_column: str = "text") -> list[Unit]:
     return [unit for units in found for unit in units]
 
 
-def _units_of(path: str, text_column: str) -> list[Unit]:
+def _units_of(path: str, text_column: str) -> list[Partition]:
     if Path(path).suffix not in FILE_KINDS:
         raise ValueError(f"{path} is not of a kind that can be read: {', '.join(FILE_KINDS)}.")
     if not is_on_hub(path):
@@ -95,16 +95,16 @@ def _units_of(path: str, text_column: str) -> list[Unit]:
             raise ValueError(f"{path} is empty.")
     if path.endswith(".parquet"):
         sizes = row_group_bytes(path, text_column)
-        return [Unit(path, group, group + 1, text_column, size) for group, size in enumerate(sizes)]
+        return [Partition(path, group, group + 1, text_column, size) for group, size in enumerate(sizes)]
     size = Path(path).stat().st_size
     cuts = [*range(0, size, RANGE_BYTES), size]
-    units = [Unit(path, start, stop, text_column, stop - start) for start, stop in pairwise(cuts)]
+    units = [Partition(path, start, stop, text_column, stop - start) for start, stop in pairwise(cuts)]
     if path.endswith(".jsonl"):
         next(_read_json_lines(units[0]), None)  # a wrong field is told before any work
     return units
 
 
-def read_unit(unit: Unit, skipped: Counter | None = None) -> Iterator[Document]:
+def read_partition(unit: Partition, skipped: Counter | None = None) -> Iterator[Document]:
     """Yield the unit's documents, without those that hold nothing but whitespace.
 
     Args:
@@ -125,18 +125,18 @@ def read_unit(unit: Unit, skipped: Counter | None = None) -> Iterator[Document]:
             skipped["whitespace" if document.text else "empty"] += 1
 
 
-def _read_parquet(unit: Unit) -> Iterator[Document]:
+def _read_parquet(unit: Partition) -> Iterator[Document]:
     for row, (name, text) in enumerate(read_row_group(unit.path, unit.start, unit.text_column)):
         yield Document(f"{unit.name}:{row}" if name is None else str(name), text or "")
 
 
-def _read_json_lines(unit: Unit) -> Iterator[Document]:
+def _read_json_lines(unit: Partition) -> Iterator[Document]:
     for place, line in read_lines(unit.path, unit.start, unit.stop):
         if not line.isspace():
             yield _json_document(line, unit, place)
 
 
-def _json_document(line: str, unit: Unit, place: int) -> Document:
+def _json_document(line: str, unit: Partition, place: int) -> Document:
     try:
         row = json.loads(line)
         text, name = row[unit.text_column], row.get("id")
@@ -154,7 +154,7 @@ def _json_document(line: str, unit: Unit, place: int) -> Document:
     return Document(f"{Path(unit.path).name}:{place}" if name is None else str(name), text or "")
 
 
-def _read_text(unit: Unit) -> Iterator[Document]:
+def _read_text(unit: Partition) -> Iterator[Document]:
     """The unit is one document in pieces."""
     for number, text in enumerate(read_pieces(unit.path, unit.start, unit.stop)):
         yield Document(f"{unit.name}:{number}", text, continues=number > 0)

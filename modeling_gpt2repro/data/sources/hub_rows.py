@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 
-from .documents import Document, Unit
+from .documents import Document, Partition
 
 SCHEME = "hub-rows://"
 
 
-def list_row_units(dataset: str, config: str | None, split: str, commit: str, text_column: str) -> list[Unit]:
+def list_row_partitions(dataset: str, config: str | None, split: str, commit: str, text_column: str) -> list[Partition]:
     """One unit a shard.
 
     Raises:
@@ -27,7 +27,7 @@ def list_row_units(dataset: str, config: str | None, split: str, commit: str, te
             f"it has no text column {text_column!r}; it has {', '.join(first)}: name one by --text_column."
         )
     path = SCHEME + "|".join([dataset, config or "", split, commit])
-    return [Unit(path, shard, shard + 1, text_column) for shard in range(stream.num_shards)]
+    return [Partition(path, shard, shard + 1, text_column) for shard in range(stream.num_shards)]
 
 
 def is_of_rows(path: str) -> bool:
@@ -35,7 +35,7 @@ def is_of_rows(path: str) -> bool:
     return path.startswith(SCHEME)
 
 
-def read_row_unit(unit: Unit, skipped: Counter | None = None) -> Iterator[Document]:
+def read_row_partition(unit: Partition, skipped: Counter | None = None) -> Iterator[Document]:
     """Yield the documents of the unit's shard; their ids are the id column's, or else tell the place.
 
     Args:

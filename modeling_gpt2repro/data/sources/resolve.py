@@ -12,8 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFound
 
 from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
 
-from .documents import Document, Unit, list_units, read_unit
-from .hub_rows import is_of_rows, list_row_units, read_row_unit
+from .documents import Document, Partition, list_partitions, read_partition
+from .hub_rows import is_of_rows, list_row_partitions, read_row_partition
 from .python_docs import python_prose_documents
 
 # The corpus that every Python carries: nothing to download.
@@ -24,7 +24,7 @@ PYTHON_PROSE = "python-prose"
 class Source:
     """Units to read and where they come from; `description` goes into the manifest and the run's record."""
 
-    units: list[Unit]
+    units: list[Partition]
     description: dict
 
     @property
@@ -32,18 +32,18 @@ class Source:
         """About as many as the text takes; 0 where nobody knows."""
         return sum(unit.text_bytes for unit in self.units)
 
-    def read(self, unit: Unit, skipped: Counter | None = None) -> Iterator[Document]:
+    def read(self, unit: Partition, skipped: Counter | None = None) -> Iterator[Document]:
         """The unit's documents, in their order; `skipped` counts those without text, by reason."""
         if unit.path == PYTHON_PROSE:
             return iter(_python_prose())
         if is_of_rows(unit.path):
-            return read_row_unit(unit, skipped)
-        return read_unit(unit, skipped)
+            return read_row_partition(unit, skipped)
+        return read_partition(unit, skipped)
 
 
 def python_prose_source() -> Source:
     """The English prose in this Python's own documentation, as one unit."""
-    return Source([Unit(PYTHON_PROSE, 0, 1)], {"dataset": PYTHON_PROSE})
+    return Source([Partition(PYTHON_PROSE, 0, 1)], {"dataset": PYTHON_PROSE})
 
 
 @lru_cache(maxsize=1)
@@ -61,7 +61,7 @@ def local_source(patterns: list[str], text_column: str = "text") -> Source:
     found = [path for pattern in patterns for path in (sorted(glob(pattern, recursive=True)) or [pattern])]
     paths = list(dict.fromkeys(found))  # two patterns may match the same file
     description = {"files": [os.path.basename(path) for path in paths], "text_column": text_column}
-    return Source(list_units(paths, text_column), description)
+    return Source(list_partitions(paths, text_column), description)
 
 
 def hub_source(
@@ -81,9 +81,9 @@ def hub_source(
         commit = retry_hub_read(lambda: _commit(dataset, revision))
         paths = retry_hub_read(lambda: _data_files(dataset, config, split, commit))
         if all(path.endswith(".parquet") for path in paths):
-            units = list_units(paths, text_column)
+            units = list_partitions(paths, text_column)
         else:
-            units = list_row_units(dataset, config, split, commit, text_column)
+            units = list_row_partitions(dataset, config, split, commit, text_column)
             # Compressed files hold more text than this.
             size = retry_hub_read(lambda: sum(HfFileSystem().info(path)["size"] for path in paths if is_on_hub(path)))
             units = [replace(unit, text_bytes=size // len(units)) for unit in units]
