@@ -24,18 +24,18 @@ import modeling_gpt2repro  # noqa: F401 - registers our model, so that its folde
 from modeling_gpt2repro.evaluation.distributed import gather_results
 from modeling_gpt2repro.evaluation.hellaswag.arguments import EvalHellaSwagArguments
 from modeling_gpt2repro.evaluation.hellaswag.compare import compare_results
-from modeling_gpt2repro.evaluation.hellaswag.examples import HellaSwagRow, load_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag.metrics import standing
+from modeling_gpt2repro.evaluation.hellaswag.examples import Example, load_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.metrics import baseline_rank
 from modeling_gpt2repro.evaluation.hellaswag.official import OFFICIAL_ROWS, are_official, hellaswag_sha256
 from modeling_gpt2repro.evaluation.hellaswag.report import (
     comparison_numbers,
     comparison_table,
     progress_on,
+    rank_sentence,
     results_table,
-    standing_sentence,
 )
 from modeling_gpt2repro.evaluation.hellaswag.samples import write_results
-from modeling_gpt2repro.evaluation.hellaswag.score import EndingScores, score_task
+from modeling_gpt2repro.evaluation.hellaswag.score import ExampleScores, score_task
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import prepare_hellaswag
 from modeling_gpt2repro.evaluation.load_model import load_causal_lm
 from modeling_gpt2repro.runtime.accelerator import main_process_first
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     state.destroy_process_group()
 
 
-def load_rows(args: EvalHellaSwagArguments, state: PartialState) -> list[HellaSwagRow]:
+def load_rows(args: EvalHellaSwagArguments, state: PartialState) -> list[Example]:
     """The rows to score; ValueError that names the flag where they cannot be had."""
     try:
         return main_process_first(state, lambda: load_hellaswag(args.data, args.limit))
@@ -66,7 +66,7 @@ def load_rows(args: EvalHellaSwagArguments, state: PartialState) -> list[HellaSw
         raise ValueError(f"--data: {error}") from error
 
 
-def score(args: EvalHellaSwagArguments, state: PartialState, rows: Sequence[HellaSwagRow]) -> list[EndingScores]:
+def score(args: EvalHellaSwagArguments, state: PartialState, rows: Sequence[Example]) -> list[ExampleScores]:
     """What the model says to every row: each process scores its share, and all get the whole.
 
     Raises:
@@ -86,12 +86,12 @@ def score(args: EvalHellaSwagArguments, state: PartialState, rows: Sequence[Hell
             raise ValueError(
                 f"--batch_tokens {task.batch_tokens} is more than {device} has memory for: halve it."
             ) from error
-    if not all(result.answered for result in results):
+    if not all(result.is_finite for result in results):
         raise ValueError(f"--model {args.model} gives NaN or infinite scores: try float32, or check its weights.")
     return results
 
 
-def report(args: EvalHellaSwagArguments, rows: Sequence[HellaSwagRow], results: list[EndingScores], seconds: float):
+def report(args: EvalHellaSwagArguments, rows: Sequence[Example], results: list[ExampleScores], seconds: float):
     """Print the table; save the numbers and what the model said to each row."""
     from modeling_gpt2repro.evaluation.hellaswag.evaluate_metric import accuracies_of  # late: it imports evaluate
 
@@ -99,8 +99,8 @@ def report(args: EvalHellaSwagArguments, rows: Sequence[HellaSwagRow], results: 
     print("\n" + results_table(f"{args.model} on {args.data}: {seconds:.0f} s", numbers) + "\n")
     standings = {}
     if are_official(args.data, len(rows)):
-        standings = {p: standing(p, r["acc_norm"], r["acc_norm_interval"]) for p, r in numbers.items()}
-        print("\n".join(standing_sentence(protocol, place) for protocol, place in standings.items()))
+        standings = {p: baseline_rank(p, r["acc_norm"], r["acc_norm_interval"]) for p, r in numbers.items()}
+        print("\n".join(rank_sentence(protocol, place) for protocol, place in standings.items()))
     else:
         print(
             f"These {len(rows):,} rows are not the official {OFFICIAL_ROWS:,}: the published numbers do not measure "

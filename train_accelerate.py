@@ -40,11 +40,11 @@ from modeling_gpt2repro.data.tokenizer import load_tokenizer, tokenizer_sha256
 from modeling_gpt2repro.evaluation.distributed import (
     evaluate_hellaswag,
     hellaswag_accuracies,
-    in_own_precision,
     validation_loss,
+    without_autocast,
 )
 from modeling_gpt2repro.evaluation.generation import check_prompt, sample_continuations
-from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS, HellaSwagRow, load_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS, Example, load_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag.metrics import BASELINES
 from modeling_gpt2repro.evaluation.hellaswag.samples import write_results
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask, prepare_hellaswag
@@ -393,7 +393,7 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
     accelerator.gradient_accumulation_steps, _ = data.batches.micro_batch_shape
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     place = (accelerator.process_index, accelerator.num_processes)
-    with in_own_precision(bare):
+    with without_autocast(bare):
         task = prepare_hellaswag(bare, data.tokenizer, hellaswag, PROTOCOLS, None, *place) if hellaswag else None
 
     progress, guard = TrainProgress(), StepGuard(accelerator.device, args.skip_outliers)
@@ -494,7 +494,7 @@ def open_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
     return data_from_stream(source, tokenizer, shape, args.validation_share, args.eval_tokens)
 
 
-def open_hellaswag(args: TrainArguments, accelerator: Accelerator) -> list[HellaSwagRow]:
+def open_hellaswag(args: TrainArguments, accelerator: Accelerator) -> list[Example]:
     """HellaSwag's validation rows; none where it is switched off or cannot be reached, which is said."""
     if args.hellaswag == "none":
         return []

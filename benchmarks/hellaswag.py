@@ -32,7 +32,7 @@ from benchmarks.prepare import quartiles
 from benchmarks.training_step import NO_SPECIAL_TOKENS, SEED, SHAPES, add_to_file, machine
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.data.tokenizer import load_tokenizer
-from modeling_gpt2repro.evaluation.hellaswag.examples import HellaSwagRow, load_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.examples import Example, load_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag
 from modeling_gpt2repro.runtime.command_line import bad_input_exits, parse_command_line
 
@@ -112,7 +112,7 @@ def build_model(args: BenchmarkArguments, vocab_size: int) -> PreTrainedModel:
 
 
 def our_scores(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[HellaSwagRow], batch_tokens: int | None
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[Example], batch_tokens: int | None
 ) -> tuple[Scores, Lengths]:
     """As `eval_hellaswag.py` does it."""
     results = score_hellaswag(model, tokenizer, rows, ("completion",), batch_tokens)
@@ -120,9 +120,7 @@ def our_scores(
 
 
 @torch.no_grad()
-def lecture_scores(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[HellaSwagRow]
-) -> tuple[Scores, Lengths]:
+def lecture_scores(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[Example]) -> tuple[Scores, Lengths]:
     """The lecture's way: a row at a time, everything for each of its endings."""
     scores, lengths = [], []
     for row in rows:

@@ -239,11 +239,11 @@ def one_sentence():
 @pytest.fixture(scope="session")
 def hellaswag_rows():
     """Seven rows: a plain one, and the troubles that a scorer may meet."""
-    from modeling_gpt2repro.evaluation.hellaswag.examples import HellaSwagRow
+    from modeling_gpt2repro.evaluation.hellaswag.examples import Example
 
     def row_of(ctx_a, ctx_b, *endings, activity="Roof work", label=1):
         ctx = f"{ctx_a} {ctx_b}".strip()
-        return HellaSwagRow(24, activity, ctx_a, ctx_b, ctx, endings, label)
+        return Example(24, activity, ctx_a, ctx_b, ctx, endings, label)
 
     return [
         row_of("A man is sitting on a roof.", "he", "wraps skis.", "rips tiles off.", "holds a cube.", "pulls it up."),

@@ -10,9 +10,9 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from modeling_gpt2repro.evaluation.hellaswag.examples import HellaSwagRow
+from modeling_gpt2repro.evaluation.hellaswag.examples import Example
 from modeling_gpt2repro.evaluation.hellaswag.metrics import count_correct, summary_of
-from modeling_gpt2repro.evaluation.hellaswag.score import EndingScores, score_task
+from modeling_gpt2repro.evaluation.hellaswag.score import ExampleScores, score_task
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask, prepare_hellaswag
 
 from .validation import summed_loss
@@ -34,7 +34,7 @@ def validation_loss(
 
 
 @contextmanager
-def in_own_precision(model: nn.Module) -> Iterator[None]:
+def without_autocast(model: nn.Module) -> Iterator[None]:
     """Compute in the weights' own precision: with bf16 logits about 1 % of HellaSwag's answers change.
 
     Accelerate sets its autocast on the instance, in front of the class's forward. Flash-attention, which takes 16 bits
@@ -56,7 +56,7 @@ def in_own_precision(model: nn.Module) -> Iterator[None]:
 
 def evaluate_hellaswag(
     accelerator: Accelerator, model: nn.Module, task: HellaSwagTask
-) -> tuple[dict[str, float], list[EndingScores]]:
+) -> tuple[dict[str, float], list[ExampleScores]]:
     """acc and acc_norm over all rows with the bounds of their 95 % intervals, and what the model said to each row.
 
     Args:
@@ -68,7 +68,7 @@ def evaluate_hellaswag(
         `hellaswag_seconds`; and the rows of all processes.
     """
     started = time.perf_counter()
-    with in_own_precision(model):
+    with without_autocast(model):
         results = score_task(model, task)
     numbers = {}
     for protocol, count in count_correct(results, task.protocols).items():
@@ -81,16 +81,16 @@ def evaluate_hellaswag(
     return numbers | {"hellaswag_seconds": time.perf_counter() - started}, gather_results(results)
 
 
-def gather_results(results: Sequence[EndingScores]) -> list[EndingScores]:
+def gather_results(results: Sequence[ExampleScores]) -> list[ExampleScores]:
     """The results of all processes, in the order of the rows."""
     return sorted(gather_object(list(results)), key=lambda result: result.row)
 
 
 def hellaswag_accuracies(
-    accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[HellaSwagRow]
+    accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]
 ) -> dict[str, float]:
     """`evaluate_hellaswag` for once: a caller that scores again keeps the task."""
     place = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
-    with in_own_precision(model):
+    with without_autocast(model):
         task = prepare_hellaswag(model, tokenizer, rows, **place)
     return evaluate_hellaswag(accelerator, model, task)[0]

@@ -52,7 +52,7 @@ def load_causal_lm(
     return model.to(device), tokenizer
 
 
-def longest_context(model: nn.Module) -> int | None:
+def max_context(model: nn.Module) -> int | None:
     """Tokens that the model reads at most; None where no config sets a limit."""
     return getattr(getattr(model, "config", None), "max_position_embeddings", None)
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.storage.atomic import atomic_write
 
-from .load_model import load_causal_lm, longest_context
+from .load_model import load_causal_lm, max_context
 from .validation_arguments import ValidationArguments
 from .validation_text import ValidationText, open_validation_text, row_batches
 
@@ -158,7 +158,7 @@ def block_size_of(model: nn.Module, asked: int | None) -> int:
     Raises:
         ValueError: If the model cannot read so many.
     """
-    longest = longest_context(model)
+    longest = max_context(model)
     if asked and longest and asked > longest:
         raise ValueError(f"--block_size ({asked}) must be at most the model's context ({longest}).")
     return asked or min(longest or LARGEST_BLOCK, LARGEST_BLOCK)

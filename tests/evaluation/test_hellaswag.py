@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
-from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS, HellaSwagRow, load_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS, Example, load_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag.metrics import count_correct, summary_of
-from modeling_gpt2repro.evaluation.hellaswag.prefix_sharing import grow_tree
+from modeling_gpt2repro.evaluation.hellaswag.prefix_sharing import group_by_prefix
 from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag, score_task
-from modeling_gpt2repro.evaluation.hellaswag.tokenize import default_batch_tokens, prepare_hellaswag, tokens_of_row
+from modeling_gpt2repro.evaluation.hellaswag.tokenize import default_batch_tokens, prepare_hellaswag, tokenize_example
 
 REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 N_POSITIONS = 64  # of `make_model`
@@ -90,15 +90,15 @@ def test_a_literal_end_of_text_is_text(hellaswag_tokenizer, hellaswag_rows):
     for protocol in PROTOCOLS:
         assert all(
             hellaswag_tokenizer.eos_token_id not in choice.tokens
-            for choice in tokens_of_row(hellaswag_rows[4], protocol, hellaswag_tokenizer)
+            for choice in tokenize_example(hellaswag_rows[4], protocol, hellaswag_tokenizer)
         )
 
 
 def test_an_ending_without_a_token_to_score_is_refused(hellaswag_tokenizer):
     # The space before the ending is the only token.
-    row = HellaSwagRow(24, "Roof work", "", "", "", ("", "x", "y", "z"), 1)
+    row = Example(24, "Roof work", "", "", "", ("", "x", "y", "z"), 1)
     with pytest.raises(ValueError, match="row 24: the ending '' after '' has no token to score"):
-        tokens_of_row(row, "completion", hellaswag_tokenizer)
+        tokenize_example(row, "completion", hellaswag_tokenizer)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 200, 10**6])
@@ -118,11 +118,11 @@ def test_the_batch_size_changes_no_score_and_is_kept(model, hellaswag_tokenizer,
 
 
 def test_a_tree_joins_what_its_endings_have_in_common():
-    tree = grow_tree([[5, 6, 7, 8], [5, 6, 9]], [1, 1])
+    tree = group_by_prefix([[5, 6, 7, 8], [5, 6, 9]], [1, 1])
     assert (tree.context, tree.endings, tree.inputs) == ([5, 6], [[7, 8], [9]], 3)
     # Scored tokens are no context, even where all endings begin alike.
-    assert grow_tree([[5, 6, 7], [5, 6, 8]], [2, 2]).context == [5]
-    assert grow_tree([[5, 6], [4, 6]], [1, 1]).context == []
+    assert group_by_prefix([[5, 6, 7], [5, 6, 8]], [2, 2]).context == [5]
+    assert group_by_prefix([[5, 6], [4, 6]], [1, 1]).context == []
 
 
 def test_a_model_that_is_not_told_by_a_mask_is_scored_ending_by_ending(
@@ -131,7 +131,7 @@ def test_a_model_that_is_not_told_by_a_mask_is_scored_ending_by_ending(
     together = score_hellaswag(model, hellaswag_tokenizer, hellaswag_rows)
     shapes = []
     hook = model.register_forward_pre_hook(lambda _, __, kw: shapes.append(kw["input_ids"].shape), with_kwargs=True)
-    monkeypatch.setattr("modeling_gpt2repro.evaluation.hellaswag.tokenize.takes_trees", lambda model: False)
+    monkeypatch.setattr("modeling_gpt2repro.evaluation.hellaswag.tokenize.supports_prefix_sharing", lambda model: False)
     apart = score_hellaswag(model, hellaswag_tokenizer, hellaswag_rows)
     hook.remove()
     assert sum(size for size, _ in shapes) == len(hellaswag_rows) * len(PROTOCOLS) * 4
@@ -193,7 +193,7 @@ def test_log_probabilities_of_bf16_logits_are_taken_in_fp32(hellaswag_tokenizer,
     table = model.table.detach().to(torch.bfloat16).double().log_softmax(-1)
     (result,) = score_hellaswag(model, hellaswag_tokenizer, hellaswag_rows[:1], ("completion",))
     for choice, total in zip(
-        tokens_of_row(hellaswag_rows[0], "completion", hellaswag_tokenizer), result.log_likelihoods, strict=True
+        tokenize_example(hellaswag_rows[0], "completion", hellaswag_tokenizer), result.log_likelihoods, strict=True
     ):
         pairs = list(zip(choice.tokens, choice.tokens[1:], strict=False))[-choice.scored :]
         assert total == pytest.approx(sum(table[a, b].item() for a, b in pairs), abs=1e-4)
@@ -232,7 +232,7 @@ def test_a_batch_fills_an_accelerator_but_not_its_memory_with_logits():
 
 
 def test_a_model_under_autocast_is_scored_in_its_weights_own_precision(make_model, hellaswag_tokenizer, hellaswag_rows):
-    from modeling_gpt2repro.evaluation.distributed import evaluate_hellaswag, in_own_precision
+    from modeling_gpt2repro.evaluation.distributed import evaluate_hellaswag, without_autocast
 
     AcceleratorState._reset_state(reset_partial_state=True)  # other tests have made one without mixed precision
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
@@ -242,7 +242,7 @@ def test_a_model_under_autocast_is_scored_in_its_weights_own_precision(make_mode
         expected = plain(ids).logits
         prepared = accelerator.prepare_model(plain, evaluation_mode=True)
         assert not torch.equal(prepared(ids).logits, expected)
-        with in_own_precision(prepared):
+        with without_autocast(prepared):
             assert torch.equal(prepared(ids).logits, expected)
         assert not torch.equal(prepared(ids).logits, expected)
     task = prepare_hellaswag(prepared, hellaswag_tokenizer, hellaswag_rows)

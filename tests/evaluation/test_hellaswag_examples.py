@@ -5,9 +5,9 @@ from dataclasses import asdict
 
 import pytest
 
-from modeling_gpt2repro.evaluation.hellaswag.examples import HellaSwagRow, load_hellaswag, texts_of_row
+from modeling_gpt2repro.evaluation.hellaswag.examples import Example, example_texts, load_hellaswag
 
-ROW = HellaSwagRow(
+ROW = Example(
     24,
     "Roof work",
     "A man is sitting on a roof.",
@@ -20,16 +20,16 @@ GOOD = asdict(ROW)
 
 
 def test_the_wording_of_a_wikihow_row(hellaswag_rows):
-    assert texts_of_row(hellaswag_rows[2], "completion") == (
+    assert example_texts(hellaswag_rows[2], "completion") == (
         "[header] How to roof [title] Sit. [step] Pull a  tile.",
         ["[title] Sit down.", "Up. [substeps] Off.", "[step]", "Sit."],
     )
     # A period comes for [title]; a tag leaves two spaces, which become one; ctx_b is capitalized.
-    assert texts_of_row(hellaswag_rows[2], "lm-eval") == (
+    assert example_texts(hellaswag_rows[2], "lm-eval") == (
         "Roof work: How to roof. Sit. Pull a tile.",
         [" Sit down.", "Up. Off.", "", "Sit."],
     )
-    assert texts_of_row(hellaswag_rows[1], "lm-eval")[0] == "Roof work: The roof is old. The men"
+    assert example_texts(hellaswag_rows[1], "lm-eval")[0] == "Roof work: The roof is old. The men"
 
 
 def test_rows_of_a_file_come_back(tmp_path, hellaswag_rows):

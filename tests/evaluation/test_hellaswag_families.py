@@ -6,13 +6,13 @@ from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS
-from modeling_gpt2repro.evaluation.hellaswag.prefix_sharing import TREE_FAMILIES, takes_trees
+from modeling_gpt2repro.evaluation.hellaswag.prefix_sharing import PREFIX_SHARING_FAMILIES, supports_prefix_sharing
 from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag.tokenize import tokens_of_row
+from modeling_gpt2repro.evaluation.hellaswag.tokenize import tokenize_example
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}
 NAMES_OF_OPENAI = {"n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
-FAMILIES = {family: SHAPE | {"intermediate_size": 64} for family in TREE_FAMILIES} | {
+FAMILIES = {family: SHAPE | {"intermediate_size": 64} for family in PREFIX_SHARING_FAMILIES} | {
     "gpt2repro": NAMES_OF_OPENAI,
     "gpt2": NAMES_OF_OPENAI,
     "gpt_bigcode": NAMES_OF_OPENAI,
@@ -45,7 +45,7 @@ def built(family, tokenizer, **more):
 
 def one_at_a_time(model, tokenizer, row, protocol):
     totals = []
-    for choice in tokens_of_row(row, protocol, tokenizer, model.config.max_position_embeddings):
+    for choice in tokenize_example(row, protocol, tokenizer, model.config.max_position_embeddings):
         tokens = torch.tensor(list(choice.tokens))
         with torch.no_grad():
             log_probs = model(tokens[None, :-1]).logits[0].float().log_softmax(-1)
@@ -56,7 +56,7 @@ def one_at_a_time(model, tokenizer, row, protocol):
 @pytest.mark.parametrize(("family", "shape"), [*FAMILIES.items(), *OTHERS.items()], ids=[*FAMILIES, *OTHERS])
 def test_scores_of_a_family_equal_one_ending_at_a_time(family, shape, hellaswag_tokenizer, hellaswag_rows):
     model = built(family, hellaswag_tokenizer, **shape)
-    assert takes_trees(model) == (family in TREE_FAMILIES)
+    assert supports_prefix_sharing(model) == (family in PREFIX_SHARING_FAMILIES)
     rows = hellaswag_rows[:5]
     for result in score_hellaswag(model, hellaswag_tokenizer, rows):
         expected = one_at_a_time(model, hellaswag_tokenizer, rows[result.row], result.protocol)
@@ -65,9 +65,9 @@ def test_scores_of_a_family_equal_one_ending_at_a_time(family, shape, hellaswag_
 
 def test_an_attention_that_takes_no_mask_of_scores_gets_no_trees(make_model):
     model = make_model("stock", 97)
-    assert takes_trees(model)
+    assert supports_prefix_sharing(model)
     model.config._attn_implementation = "flash_attention_2"
-    assert not takes_trees(model)
+    assert not supports_prefix_sharing(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -80,13 +80,13 @@ def test_log_probabilities_of_a_tree_are_taken_in_fp32(dtype, make_model, hellas
 
 
 def test_a_start_of_text_belongs_to_lm_eval_alone(hellaswag_tokenizer, hellaswag_rows):
-    plain = {p: tokens_of_row(hellaswag_rows[0], p, hellaswag_tokenizer) for p in PROTOCOLS}
+    plain = {p: tokenize_example(hellaswag_rows[0], p, hellaswag_tokenizer) for p in PROTOCOLS}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=hellaswag_tokenizer.backend_tokenizer, bos_token="<|endoftext|>"
     )
     template = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     tokenizer.backend_tokenizer.post_processor = template
-    with_start = {p: tokens_of_row(hellaswag_rows[0], p, tokenizer) for p in PROTOCOLS}
+    with_start = {p: tokenize_example(hellaswag_rows[0], p, tokenizer) for p in PROTOCOLS}
     assert with_start["completion"] == plain["completion"]
     for one, other in zip(with_start["lm-eval"], plain["lm-eval"], strict=True):
         assert list(one.tokens) == [0, *other.tokens]
@@ -95,5 +95,5 @@ def test_a_start_of_text_belongs_to_lm_eval_alone(hellaswag_tokenizer, hellaswag
 
 def test_a_sliding_window_takes_no_trees(hellaswag_tokenizer):
     shape = FAMILIES["mixtral"]
-    assert takes_trees(built("mixtral", hellaswag_tokenizer, **shape))
-    assert not takes_trees(built("mixtral", hellaswag_tokenizer, **shape, sliding_window=16))
+    assert supports_prefix_sharing(built("mixtral", hellaswag_tokenizer, **shape))
+    assert not supports_prefix_sharing(built("mixtral", hellaswag_tokenizer, **shape, sliding_window=16))

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_gpt2repro.evaluation.hellaswag.examples import load_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag.tokenize import tokens_of_row
+from modeling_gpt2repro.evaluation.hellaswag.tokenize import tokenize_example
 
 REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 HARNESS = "0.4.13"
@@ -101,7 +101,7 @@ def test_every_token_score_and_answer_is_that_of_lm_evaluation_harness(
     assert len(found["samples"]) == len(rows) == count
     for row, result, sample in zip(rows, ours, found["samples"], strict=True):
         assert sample["ind"] == row.ind
-        choices = tokens_of_row(row, "lm-eval", tokenizer)
+        choices = tokenize_example(row, "lm-eval", tokenizer)
         for choice, (context, continuation) in zip(choices, sample["tokens"], strict=True):
             assert (list(choice.tokens), choice.scored) == (context + continuation, len(continuation))
             assert (context[0] == tokenizer.eos_token_id) == start_of_text

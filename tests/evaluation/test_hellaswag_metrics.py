@@ -9,16 +9,16 @@ import pytest
 
 from modeling_gpt2repro.evaluation.hellaswag.metrics import (
     BASELINES,
+    baseline_rank,
     count_correct,
-    standing,
     summary_of,
     wilson_interval,
 )
-from modeling_gpt2repro.evaluation.hellaswag.report import standing_sentence
-from modeling_gpt2repro.evaluation.hellaswag.score import EndingScores
+from modeling_gpt2repro.evaluation.hellaswag.report import rank_sentence
+from modeling_gpt2repro.evaluation.hellaswag.score import ExampleScores
 
 # By sum the last ending is best; by length the second (-8 / 4 = -2), as an empty one must not win.
-SCORES = EndingScores(0, "lm-eval", 1, (-5.0, -8.0, -9.0, -1.5), (2, 4, 3, 0))
+SCORES = ExampleScores(0, "lm-eval", 1, (-5.0, -8.0, -9.0, -1.5), (2, 4, 3, 0))
 
 
 def test_a_summary_worked_by_hand():
@@ -37,24 +37,24 @@ def test_a_row_with_a_score_that_is_no_number_is_wrong(said):
         totals = [-5.0, -8.0, -9.0, -6.0]
         totals[place] = said
         for label in range(4):
-            scores = EndingScores(0, "completion", label, tuple(totals), (2, 4, 3, 2))
+            scores = ExampleScores(0, "completion", label, tuple(totals), (2, 4, 3, 2))
             assert (scores.prediction, scores.prediction_norm) == (None, None)
             assert not scores.correct
             assert not scores.correct_norm
 
 
 def test_a_model_is_placed_among_the_published_numbers_of_its_protocol():
-    place = standing("completion", 0.31, (0.3010, 0.3191))
-    assert standing_sentence("completion", place) == "completion: passed gpt2 (0.2955); next GPT-3 124M (0.3370)"
-    place = standing("completion", 0.2960, (0.2871, 0.3050))
-    assert standing_sentence("completion", place) == (
+    place = baseline_rank("completion", 0.31, (0.3010, 0.3191))
+    assert rank_sentence("completion", place) == "completion: passed gpt2 (0.2955); next GPT-3 124M (0.3370)"
+    place = baseline_rank("completion", 0.2960, (0.2871, 0.3050))
+    assert rank_sentence("completion", place) == (
         "completion: passed gpt2 (0.2955, inside the 95 % interval); next GPT-3 124M (0.3370)"
     )
     # Two figures are published for gpt2: the higher one is to be passed.
-    assert standing("completion", 0.2950, (0.2861, 0.3039)).passed == []
-    assert standing("completion", 0.2955, (0.2866, 0.3044)).passed == []  # as good is not better
-    place = standing("lm-eval", 0.51, (0.5002, 0.5198))
-    assert standing_sentence("lm-eval", place).endswith("gpt2-xl (0.5089, inside the 95 % interval); next none")
+    assert baseline_rank("completion", 0.2950, (0.2861, 0.3039)).passed == []
+    assert baseline_rank("completion", 0.2955, (0.2866, 0.3044)).passed == []  # as good is not better
+    place = baseline_rank("lm-eval", 0.51, (0.5002, 0.5198))
+    assert rank_sentence("lm-eval", place).endswith("gpt2-xl (0.5089, inside the 95 % interval); next none")
     assert place.as_json()["next"] is None
     assert place.as_json()["passed"][0] == {"model": "gpt2", "acc_norm": 0.3114, "within_interval": False}
 

@@ -11,7 +11,7 @@ import pytest
 from modeling_gpt2repro.evaluation.hellaswag.compare import PairedDifference, compare_results
 from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS
 from modeling_gpt2repro.evaluation.hellaswag.samples import fingerprint, read_results, write_results
-from modeling_gpt2repro.evaluation.hellaswag.score import EndingScores
+from modeling_gpt2repro.evaluation.hellaswag.score import ExampleScores
 
 
 def results_of(rows, right=lambda row: True, protocols=PROTOCOLS):
@@ -22,7 +22,7 @@ def results_of(rows, right=lambda row: True, protocols=PROTOCOLS):
         return tuple(-1.0 if ending == best else -9.0 for ending in range(4))
 
     return [
-        EndingScores(number, protocol, row.label, said(number, row.label), (1, 1, 1, 1))
+        ExampleScores(number, protocol, row.label, said(number, row.label), (1, 1, 1, 1))
         for number, row in enumerate(rows)
         for protocol in protocols
     ]

@@ -7,7 +7,7 @@ import datasets
 import evaluate
 
 from .metrics import count_rows, summary_of
-from .score import EndingScores
+from .score import ExampleScores
 
 DESCRIPTION = """Share of rows in which the right ending has the largest log-likelihood (acc), and the largest
 log-likelihood by its length (acc_norm), with 95 % intervals (Wilson)."""
@@ -62,13 +62,13 @@ class HellaSwagAccuracy(evaluate.Metric):
                     f"row {number} has {len(totals)} log-likelihoods, {len(sizes)} lengths and the reference {label}: "
                     "give as many of the one as of the other, and one of their numbers, from 0."
                 )
-            rows.append(EndingScores(number, "", label, tuple(totals), tuple(sizes)))
-            if not rows[-1].answered:
+            rows.append(ExampleScores(number, "", label, tuple(totals), tuple(sizes)))
+            if not rows[-1].is_finite:
                 raise ValueError(f"row {number} has log-likelihoods {totals}: NaN and infinity are no scores.")
         return summary_of(count_rows(rows))
 
 
-def accuracies_of(results: Sequence[EndingScores], protocols: Sequence[str]) -> dict[str, dict]:
+def accuracies_of(results: Sequence[ExampleScores], protocols: Sequence[str]) -> dict[str, dict]:
     """{protocol: what the metric says of its results}; nothing is left on disk."""
     numbers = {}
     with tempfile.TemporaryDirectory() as folder:

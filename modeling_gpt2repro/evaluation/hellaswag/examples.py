@@ -15,7 +15,7 @@ FIELDS = ("ind", *TEXT_FIELDS, "endings", "label")
 
 
 @dataclass(frozen=True)
-class HellaSwagRow:
+class Example:
     """One question. `ctx` is `ctx_a`, a space and `ctx_b`, the beginning of a sentence that the endings finish.
 
     Example: ctx_a "A man is sitting on a roof.", ctx_b "he", endings ("is ripping level tiles off.", ...), label 3.
@@ -36,7 +36,7 @@ def without_wikihow_tags(text: str) -> str:
     return text.replace("  ", " ")  # one pass, as in the original: three spaces become two
 
 
-def texts_of_row(row: HellaSwagRow, protocol: str) -> tuple[str, list[str]]:
+def example_texts(row: Example, protocol: str) -> tuple[str, list[str]]:
     """The context and the four endings, without the space that goes between them."""
     if protocol == "completion":
         return row.ctx, list(row.endings)
@@ -44,7 +44,7 @@ def texts_of_row(row: HellaSwagRow, protocol: str) -> tuple[str, list[str]]:
     return without_wikihow_tags(context), [without_wikihow_tags(ending) for ending in row.endings]
 
 
-def load_hellaswag(source: str = HUB_DATASET, limit: int | None = None) -> list[HellaSwagRow]:
+def load_hellaswag(source: str = HUB_DATASET, limit: int | None = None) -> list[Example]:
     """Read the validation rows in their order, each one checked.
 
     Args:
@@ -125,7 +125,7 @@ def _records_of_hub(name: str) -> Iterator[tuple[str, object]]:
         yield f"{name}, row {number}", record
 
 
-def _checked_row(place: str, record: object) -> HellaSwagRow:
+def _checked_row(place: str, record: object) -> Example:
     if not isinstance(record, dict):
         raise ValueError(f"{place}: found {record!r:.40}, not an object with the fields {', '.join(FIELDS)}.")
     missing = [name for name in FIELDS if name not in record]
@@ -146,7 +146,7 @@ def _checked_row(place: str, record: object) -> HellaSwagRow:
             f"{place}: label is {record['label']!r}; it must be 0, 1, 2 or 3. The test split has no labels: use the "
             "validation split."
         )
-    return HellaSwagRow(
+    return Example(
         ind=record["ind"],
         endings=tuple(endings),
         label=int(record["label"]),

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from .examples import PROTOCOLS
-from .score import EndingScores
+from .score import ExampleScores
 
 # model, protocol, acc, acc_norm, source. All on the 10,042 validation rows, without examples in the context.
 BASELINES = (
@@ -22,13 +22,13 @@ BASELINES = (
 Z95 = 1.959964  # the normal distribution's 97.5 % point
 
 
-def count_rows(results: Iterable[EndingScores]) -> dict[str, int]:
+def count_rows(results: Iterable[ExampleScores]) -> dict[str, int]:
     """{"correct", "correct_norm", "rows"}: whole numbers, which processes can add up."""
     right = [(result.correct, result.correct_norm) for result in results]
     return {"correct": sum(a for a, _ in right), "correct_norm": sum(b for _, b in right), "rows": len(right)}
 
 
-def count_correct(results: Sequence[EndingScores], protocols: Sequence[str] = PROTOCOLS) -> dict[str, dict[str, int]]:
+def count_correct(results: Sequence[ExampleScores], protocols: Sequence[str] = PROTOCOLS) -> dict[str, dict[str, int]]:
     """{protocol: `count_rows` of its results}."""
     return {protocol: count_rows(r for r in results if r.protocol == protocol) for protocol in protocols}
 
@@ -50,7 +50,7 @@ def wilson_interval(correct: int, rows: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)  # rounding reaches past the ends
 
 
-class Yardstick(NamedTuple):
+class Baseline(NamedTuple):
     """A published acc_norm; `within_interval`: it lies in the 95 % interval of what was measured.
 
     That interval is of one model alone. Both are of the same rows, so whether two models differ, only --compare says.
@@ -61,11 +61,11 @@ class Yardstick(NamedTuple):
     within_interval: bool
 
 
-class Standing(NamedTuple):
+class BaselineRank(NamedTuple):
     """What a model has passed, the lowest first, and what comes next; None where nothing is left to pass."""
 
-    passed: list[Yardstick]
-    next: Yardstick | None
+    passed: list[Baseline]
+    next: Baseline | None
 
     def as_json(self) -> dict:
         """{"passed": [{"model": "gpt2", "acc_norm": 0.2955, "within_interval": False}], "next": {...}}."""
@@ -75,7 +75,7 @@ class Standing(NamedTuple):
         }
 
 
-def standing(protocol: str, acc_norm: float, interval: tuple[float, float]) -> Standing:
+def baseline_rank(protocol: str, acc_norm: float, interval: tuple[float, float]) -> BaselineRank:
     """Where an acc_norm over all official rows stands among the published ones of its protocol.
 
     Of several figures for one model the highest counts.
@@ -86,8 +86,8 @@ def standing(protocol: str, acc_norm: float, interval: tuple[float, float]) -> S
             published[model] = max(figure, published.get(model, 0.0))
     low, high = interval
     yardsticks = [
-        Yardstick(model, figure, low <= figure <= high)
+        Baseline(model, figure, low <= figure <= high)
         for model, figure in sorted(published.items(), key=lambda item: item[1])
     ]
     passed = [yardstick for yardstick in yardsticks if yardstick.acc_norm < acc_norm]
-    return Standing(passed, next(iter(yardsticks[len(passed) :]), None))
+    return BaselineRank(passed, next(iter(yardsticks[len(passed) :]), None))

@@ -15,7 +15,7 @@ from torch import nn
 # Families whose trees are tested against one ending at a time (tests/evaluation/test_hellaswag.py). Others are scored
 # ending by ending: a recurrent or convolutional layer mixes the endings, ALiBi and GPT-Neo's local attention count
 # places instead of positions, GPT-1 takes no such mask, and nothing in a config says so for all of them.
-TREE_FAMILIES = (
+PREFIX_SHARING_FAMILIES = (
     "gpt2repro", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "codegen", "opt", "biogpt", "llama", "qwen2",
     "qwen3", "gemma", "phi", "stablelm", "olmo2", "granite", "mixtral", "smollm3", "persimmon",
 )  # fmt: skip
@@ -23,7 +23,7 @@ CONTEXT, PADDING = 0, -1  # in place of the number of an ending, which begin at 
 
 
 @dataclass(frozen=True)
-class Tree:
+class PrefixGroup:
     """A context, at least one token, and the tokens of its endings; of each ending the last `scored` ones count."""
 
     context: Sequence[int]
@@ -36,31 +36,31 @@ class Tree:
         return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
 
 
-def grow_tree(tokens: Sequence[Sequence[int]], scored: Sequence[int]) -> Tree:
+def group_by_prefix(tokens: Sequence[Sequence[int]], scored: Sequence[int]) -> PrefixGroup:
     """Join sequences at what they have in common before their scored tokens.
 
     [5, 6, 7, 8], [5, 6, 9] with 1 scored token each -> context [5, 6], endings [7, 8] and [9].
     """
     longest = min(len(sequence) - count for sequence, count in zip(tokens, scored, strict=True))
     common = next((i for i in range(longest) if len({sequence[i] for sequence in tokens}) > 1), longest)
-    return Tree(tokens[0][:common], [sequence[common:] for sequence in tokens], list(scored))
+    return PrefixGroup(tokens[0][:common], [sequence[common:] for sequence in tokens], list(scored))
 
 
-def takes_trees(model: nn.Module) -> bool:
+def supports_prefix_sharing(model: nn.Module) -> bool:
     """Whether a model can be scored so: of a family that was tested, with an attention that obeys a mask.
 
     Not with a sliding window: transformers takes a mask of four dimensions as it is, and the window is gone.
     """
     config = getattr(model, "config", None)
     return (
-        getattr(config, "model_type", None) in TREE_FAMILIES
+        getattr(config, "model_type", None) in PREFIX_SHARING_FAMILIES
         and config._attn_implementation in ("sdpa", "eager")
         and getattr(config, "sliding_window", None) is None
     )
 
 
 @torch.no_grad()
-def tree_log_likelihoods(model: nn.Module, trees: Sequence[Tree]) -> list[list[float]]:
+def prefix_group_log_likelihoods(model: nn.Module, trees: Sequence[PrefixGroup]) -> list[list[float]]:
     """Log-probability of each ending of each tree, in nats."""
     parameter = next(model.parameters())
     T = max(tree.inputs for tree in trees)
@@ -96,7 +96,7 @@ def _logits_only_at(model: nn.Module, places: tuple[torch.Tensor, torch.Tensor])
         hook.remove()
 
 
-def _layout(tree: Tree, T: int) -> tuple[list[int], list[int], list[int]]:
+def _layout(tree: PrefixGroup, T: int) -> tuple[list[int], list[int], list[int]]:
     """A tree's ids, positions and parts (see CONTEXT), T each."""
     padding, context = T - tree.inputs, len(tree.context)
     ids, positions, parts = list(tree.context), list(range(context)), [CONTEXT] * context

@@ -5,16 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 from tqdm import tqdm
 
 from .compare import PairedDifference
-from .metrics import BASELINES, Standing, Yardstick, count_correct
+from .metrics import BASELINES, Baseline, BaselineRank, count_correct
 from .official import OFFICIAL_ROWS
-from .score import EndingScores
+from .score import ExampleScores
 
 
-def progress_on(bar: tqdm, protocols: Sequence[str]) -> Callable[[list[EndingScores]], None]:
+def progress_on(bar: tqdm, protocols: Sequence[str]) -> Callable[[list[ExampleScores]], None]:
     """A callback that moves the bar by rows and shows each protocol's acc_norm so far (long rows come first)."""
     so_far = count_correct([], protocols)
 
-    def on_progress(finished: list[EndingScores]) -> None:
+    def on_progress(finished: list[ExampleScores]) -> None:
         for protocol, count in count_correct(finished, protocols).items():
             for name in count:
                 so_far[protocol][name] += count[name]
@@ -48,10 +48,10 @@ def results_table(title: str, results: Mapping[str, Mapping]) -> str:
     return "\n".join(lines)
 
 
-def standing_sentence(protocol: str, place: Standing) -> str:
+def rank_sentence(protocol: str, place: BaselineRank) -> str:
     """'completion: passed gpt2 (0.2955); next GPT-3 124M (0.3370)', by acc_norm."""
 
-    def words(yardstick: Yardstick) -> str:
+    def words(yardstick: Baseline) -> str:
         doubt = ", inside the 95 % interval" if yardstick.within_interval else ""
         return f"{yardstick.model} ({yardstick.acc_norm:.4f}{doubt})"
 

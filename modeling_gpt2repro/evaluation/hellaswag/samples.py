@@ -10,18 +10,18 @@ from typing import NamedTuple
 
 from modeling_gpt2repro.storage.atomic import atomic_write
 
-from .examples import HellaSwagRow
-from .score import EndingScores
+from .examples import Example
+from .score import ExampleScores
 
 
 class SavedScores(NamedTuple):
     """One line of a file of results: the question's fingerprint, and the scores."""
 
     question: str
-    scores: EndingScores
+    scores: ExampleScores
 
 
-def write_results(path: Path, results: Iterable[EndingScores], rows: Sequence[HellaSwagRow]):
+def write_results(path: Path, results: Iterable[ExampleScores], rows: Sequence[Example]):
     """Write one line for each row and protocol, whole or not at all.
 
     Example, on one line: {"row": 0, "ind": 24, "question": "6a2e51c09b7f", "protocol": "completion", "label": 3,
@@ -48,7 +48,7 @@ def write_results(path: Path, results: Iterable[EndingScores], rows: Sequence[He
             file.write(json.dumps(line).encode() + b"\n")
 
 
-def fingerprint(row: HellaSwagRow) -> str:
+def fingerprint(row: Example) -> str:
     """Twelve hex digits that name a question by what it says, whether it came from the Hub or from a file."""
     said = {name: value for name, value in asdict(row).items() if name != "ind"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
@@ -68,7 +68,7 @@ def read_results(path: str | Path) -> list[SavedScores]:
                 found = json.loads(line)
                 totals = tuple(math.nan if total is None else float(total) for total in found["log_likelihoods"])
                 lengths = tuple(map(int, found["lengths"]))
-                scores = EndingScores(int(found["row"]), str(found["protocol"]), int(found["label"]), totals, lengths)
+                scores = ExampleScores(int(found["row"]), str(found["protocol"]), int(found["label"]), totals, lengths)
                 if not len(scores.log_likelihoods) == len(scores.lengths) == 4:
                     raise ValueError
                 saved.append(SavedScores(str(found["question"]), scores))

@@ -22,13 +22,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .examples import PROTOCOLS, HellaSwagRow
-from .prefix_sharing import tree_log_likelihoods
-from .tokenize import Choice, HellaSwagTask, Key, prepare_hellaswag
+from .examples import PROTOCOLS, Example
+from .prefix_sharing import prefix_group_log_likelihoods
+from .tokenize import Continuation, HellaSwagTask, Key, prepare_hellaswag
 
 
 @dataclass(frozen=True)
-class EndingScores:
+class ExampleScores:
     """What a model says to one row under one protocol: no answer, which is wrong, where a score is NaN or infinite."""
 
     row: int  # its position in the list that was scored
@@ -38,21 +38,21 @@ class EndingScores:
     lengths: tuple[int, ...]  # tokens or characters, by protocol
 
     @property
-    def answered(self) -> bool:
+    def is_finite(self) -> bool:
         """Whether every score is a number."""
         return all(map(math.isfinite, self.log_likelihoods))
 
     @property
     def prediction(self) -> int | None:
         """The likeliest ending."""
-        return self.log_likelihoods.index(max(self.log_likelihoods)) if self.answered else None
+        return self.log_likelihoods.index(max(self.log_likelihoods)) if self.is_finite else None
 
     @property
     def prediction_norm(self) -> int | None:
         """The likeliest ending by its length."""
         # An ending of tags only has no character left: it can never be the best one.
         means = [a / b if b else -math.inf for a, b in zip(self.log_likelihoods, self.lengths, strict=True)]
-        return means.index(max(means)) if self.answered else None
+        return means.index(max(means)) if self.is_finite else None
 
     @property
     def correct(self) -> bool:
@@ -63,22 +63,22 @@ class EndingScores:
         return self.prediction_norm == self.label
 
 
-OnProgress = Callable[[list[EndingScores]], None]
+OnProgress = Callable[[list[ExampleScores]], None]
 
 
 def score_hellaswag(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[HellaSwagRow],
+    rows: Sequence[Example],
     protocols: Sequence[str] = PROTOCOLS,
     batch_tokens: int | None = None,
     on_progress: OnProgress | None = None,
-) -> list[EndingScores]:
+) -> list[ExampleScores]:
     """Score all rows, once: `prepare_hellaswag`, then `score_task`."""
     return score_task(model, prepare_hellaswag(model, tokenizer, rows, protocols, batch_tokens), on_progress)
 
 
-def score_task(model: nn.Module, task: HellaSwagTask, on_progress: OnProgress | None = None) -> list[EndingScores]:
+def score_task(model: nn.Module, task: HellaSwagTask, on_progress: OnProgress | None = None) -> list[ExampleScores]:
     """Score this process's share; no process waits for another.
 
     Args:
@@ -89,7 +89,7 @@ def score_task(model: nn.Module, task: HellaSwagTask, on_progress: OnProgress | 
     Returns:
         One entry for each row and protocol, in the order of the rows.
     """
-    score = tree_log_likelihoods if task.as_trees else choice_log_likelihoods
+    score = prefix_group_log_likelihoods if task.as_trees else continuation_log_likelihoods
     sums: dict[Key, dict[int, float]] = {key: {} for key in task.lengths}
     scores, was_training = {}, model.training
     model.eval()
@@ -102,7 +102,7 @@ def score_task(model: nn.Module, task: HellaSwagTask, on_progress: OnProgress | 
             ]
             for key in done:
                 in_order = tuple(total for _, total in sorted(sums[key].items()))
-                scores[key] = EndingScores(*key, task.rows[key[0]].label, in_order, task.lengths[key])
+                scores[key] = ExampleScores(*key, task.rows[key[0]].label, in_order, task.lengths[key])
             if on_progress is not None:
                 on_progress([scores[key] for key in done])
     finally:
@@ -111,7 +111,7 @@ def score_task(model: nn.Module, task: HellaSwagTask, on_progress: OnProgress | 
 
 
 @torch.no_grad()
-def choice_log_likelihoods(model: nn.Module, batch: Sequence[Choice]) -> list[list[float]]:
+def continuation_log_likelihoods(model: nn.Module, batch: Sequence[Continuation]) -> list[list[float]]:
     """Log-probability of each ending, in nats, for models that cannot be given trees: a list of one for each."""
     device = next(model.parameters()).device
     T = max(len(choice.tokens) for choice in batch) - 1

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from modeling_gpt2repro.evaluation.load_model import longest_context
+from modeling_gpt2repro.evaluation.load_model import max_context
 
-from .examples import PROTOCOLS, HellaSwagRow, texts_of_row
-from .prefix_sharing import Tree, grow_tree, takes_trees
+from .examples import PROTOCOLS, Example, example_texts
+from .prefix_sharing import PrefixGroup, group_by_prefix, supports_prefix_sharing
 
 LOGITS_BYTES = 2 * 10**9  # of a batch, so that a GPU of 8 GB has room: 9,948 tokens of GPT-2's vocabulary
 Key = tuple[int, str]  # a row's position in the list of rows, and the protocol
 
 
-class Choice(NamedTuple):
+class Continuation(NamedTuple):
     """One ending, ready for the model: a row of tokens, of which the last `scored` are the ending's."""
 
     tokens: Sequence[int]  # at most the model's longest input + 1, as the last one is only predicted
@@ -26,12 +26,12 @@ class Choice(NamedTuple):
     length: int  # what acc_norm divides by: tokens or characters, by protocol
 
 
-class Item(NamedTuple):
+class Request(NamedTuple):
     """Part of a batch: endings of one row, what the model reads for them, and how many tokens that is."""
 
     key: Key
     endings: tuple[int, ...]
-    work: Tree | Choice
+    work: PrefixGroup | Continuation
     size: int
 
 
@@ -42,18 +42,18 @@ class HellaSwagTask:
     Contexts are kept once for four endings, in 4-byte numbers: 1,000 rows in both protocols take 4 MB.
     """
 
-    rows: Sequence[HellaSwagRow]  # of all processes
+    rows: Sequence[Example]  # of all processes
     protocols: tuple[str, ...]
     lengths: Mapping[Key, tuple[int, ...]]  # of the four endings; the keys are this process's, in the order of the rows
-    batches: Sequence[Sequence[Item]]
+    batches: Sequence[Sequence[Request]]
     batch_tokens: int
-    as_trees: bool  # an item's work is a Tree or, where the model cannot be given one, a Choice
+    as_trees: bool  # an item's work is a PrefixGroup or, where the model cannot be given one, a Continuation
 
 
 def prepare_hellaswag(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[HellaSwagRow],
+    rows: Sequence[Example],
     protocols: Sequence[str] = PROTOCOLS,
     batch_tokens: int | None = None,
     process_index: int = 0,
@@ -69,21 +69,21 @@ def prepare_hellaswag(
     Raises:
         ValueError: If nothing of an ending can be scored.
     """
-    max_length = longest_context(model)
+    max_length = max_context(model)
     keys = [(row, protocol) for row in range(process_index, len(rows), num_processes) for protocol in protocols]
-    as_trees = takes_trees(model)
+    as_trees = supports_prefix_sharing(model)
     lengths, queue = {}, []
     for key in keys:
-        choices = tokens_of_row(rows[key[0]], key[1], tokenizer, max_length)
+        choices = tokenize_example(rows[key[0]], key[1], tokenizer, max_length)
         lengths[key] = tuple(choice.length for choice in choices)
-        queue += items_of_row(key, choices, as_trees)
+        queue += build_requests(key, choices, as_trees)
     batch_tokens = batch_tokens or default_batch_tokens(next(model.parameters()).device, len(tokenizer))
     return HellaSwagTask(rows, tuple(protocols), lengths, fill_batches(queue, batch_tokens), batch_tokens, as_trees)
 
 
-def tokens_of_row(
-    row: HellaSwagRow, protocol: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
-) -> list[Choice]:
+def tokenize_example(
+    row: Example, protocol: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> list[Continuation]:
     """Tokenize a row's endings as the protocol's own code does; what exceeds `max_length` is cut off on the left."""
 
     def encode(*texts: str) -> list[list[int]]:
@@ -92,7 +92,7 @@ def tokens_of_row(
         options = {"add_special_tokens": protocol == "lm-eval", "split_special_tokens": True, "verbose": False}
         return tokenizer(list(texts), **options)["input_ids"]
 
-    context, endings = texts_of_row(row, protocol)
+    context, endings = example_texts(row, protocol)
     if protocol == "completion":
         start, *ends = encode(context, *(f" {ending}" for ending in endings))
         wholes = [start + end for end in ends]
@@ -106,25 +106,28 @@ def tokens_of_row(
         scored = min(len(whole) - len(start), len(tokens) - 1)  # a first token has nothing to be predicted from
         if scored < 1:
             raise ValueError(f"row {row.ind}: the ending {ending!r} after {context!r:.60} has no token to score.")
-        choices.append(Choice(tokens, scored, scored if protocol == "completion" else len(ending)))
+        choices.append(Continuation(tokens, scored, scored if protocol == "completion" else len(ending)))
     return choices
 
 
-def items_of_row(key: Key, choices: Sequence[Choice], as_trees: bool) -> list[Item]:
+def build_requests(key: Key, choices: Sequence[Continuation], as_trees: bool) -> list[Request]:
     """One item with all endings behind one context, where the model takes trees and they have one; else one each."""
     if as_trees:
-        tree = grow_tree([choice.tokens for choice in choices], [choice.scored for choice in choices])
+        tree = group_by_prefix([choice.tokens for choice in choices], [choice.scored for choice in choices])
         if tree.context:
-            return [Item(key, tuple(range(len(choices))), tree, tree.inputs)]
+            return [Request(key, tuple(range(len(choices))), tree, tree.inputs)]
     return [
-        Item(
-            key, (number,), grow_tree([choice.tokens], [choice.scored]) if as_trees else choice, len(choice.tokens) - 1
+        Request(
+            key,
+            (number,),
+            group_by_prefix([choice.tokens], [choice.scored]) if as_trees else choice,
+            len(choice.tokens) - 1,
         )
         for number, choice in enumerate(choices)
     ]
 
 
-def fill_batches(items: Sequence[Item], batch_tokens: int) -> list[list[Item]]:
+def fill_batches(items: Sequence[Request], batch_tokens: int) -> list[list[Request]]:
     """The largest come first, so that memory runs out at once or not at all; like sizes stand together."""
     queue = sorted(items, key=lambda item: item.size, reverse=True)
     batches, start = [], 0
