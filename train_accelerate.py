@@ -65,7 +65,7 @@ from modeling_gpt2repro.pretrain.messages import (
     warn_of_slow_cpu,
 )
 from modeling_gpt2repro.pretrain.preflight import Measured, preflight_report, time_steps
-from modeling_gpt2repro.runs.config import changed_arguments, make_writable, write_run_record
+from modeling_gpt2repro.runs.config import diff_config, make_writable, write_run_config
 from modeling_gpt2repro.runs.figures import plot_loss
 from modeling_gpt2repro.runs.logger import Monitor
 from modeling_gpt2repro.runs.metrics import MetricsLog
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None):
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """Everything a run consists of: what its functions below share."""
 
     args: TrainArguments
@@ -181,7 +181,7 @@ class Run:
         return self.whole_model("cpu", keep=self.accelerator.is_main_process)
 
 
-def introduce(run: Run):
+def introduce(run: TrainingRun):
     """Say what will happen, and what the losses are to be measured by."""
     args, accelerator, vocab_size = run.args, run.accelerator, run.bare_model.config.vocab_size
     run.yardsticks = {
@@ -198,14 +198,14 @@ def introduce(run: Run):
         run.monitor.say(start_block(args, accelerator, run.bare_model, run.data.summary, shape, run.yardsticks, step))
 
 
-def train(run: Run):
+def train(run: TrainingRun):
     """One optimizer step, logged and shown; and what was pushed meanwhile."""
     note_skipped(run, run.monitor.trained(*take_step(run)))
     for sentence in run.pushes.news():
         run.monitor.say(sentence)
 
 
-def take_step(run: Run) -> tuple[StepNumbers, float, float]:
+def take_step(run: TrainingRun) -> tuple[StepNumbers, float, float]:
     """One optimizer step at the rate of its number; its numbers, the rate, and how long it waited for data."""
     args, progress, optimizer = run.args, run.progress, run.optimizer
     learning_rate = learning_rate_at(
@@ -219,7 +219,7 @@ def take_step(run: Run) -> tuple[StepNumbers, float, float]:
     return numbers, learning_rate, micro_batches.seconds
 
 
-def evaluate(run: Run):
+def evaluate(run: TrainingRun):
     """Validation loss, HellaSwag and samples of the model as it is, logged and shown; less, if the run is to stop."""
     args, accelerator = run.args, run.accelerator
     note_skipped(run, run.monitor.read())
@@ -250,7 +250,7 @@ def evaluate(run: Run):
         accelerator.wait_for_everyone()
 
 
-def note_skipped(run: Run, steps: list[int]):
+def note_skipped(run: TrainingRun, steps: list[int]):
     """Log the rows of steps whose update was skipped, and stop where too many come in a row."""
     for step in steps:
         rows = gather_object([run.data.batches.sample_ids(step - 1)])
@@ -260,7 +260,7 @@ def note_skipped(run: Run, steps: list[int]):
             raise SystemExit(too_many_skipped(run.args, run.progress) if run.accelerator.is_main_process else 1)
 
 
-def save(run: Run, must: bool = False):
+def save(run: TrainingRun, must: bool = False):
     """A checkpoint: a Hub folder that the run can go on from.
 
     Args:
@@ -294,7 +294,7 @@ def save(run: Run, must: bool = False):
             save(run, must)
 
 
-def write_checkpoint(run: Run, folder: Path, keep: checkpoints.Keep) -> str | None:
+def write_checkpoint(run: TrainingRun, folder: Path, keep: checkpoints.Keep) -> str | None:
     """Write everything that a run goes on from; why it could not be written, if so."""
     accelerator, module = run.accelerator, run.model_to_save()
     state = {
@@ -315,7 +315,7 @@ def write_checkpoint(run: Run, folder: Path, keep: checkpoints.Keep) -> str | No
     )
 
 
-def leave(run: Run):
+def leave(run: TrainingRun):
     """End early, as a signal asked for, with a checkpoint and the command that goes on."""
     save(run, must=True)
     by = run.stop.asked_by or "a signal to another process"
@@ -325,7 +325,7 @@ def leave(run: Run):
     end(run, EXIT_CODE)
 
 
-def export(run: Run) -> Path:
+def export(run: TrainingRun) -> Path:
     """The final model: the last checkpoint's Hub folder without the training state."""
     module, folder, aside = run.model_to_save(), run.output_dir / "model", run.output_dir / ".model.partial"
     if run.accelerator.is_main_process:
@@ -340,12 +340,12 @@ def export(run: Run) -> Path:
     return folder
 
 
-def publish(run: Run) -> int:
+def publish(run: TrainingRun) -> int:
     """Push the final model, if that was asked for; returns the exit code, which is not 0 where it is not on the Hub."""
     return run.pushes.finish(run.output_dir / "model", run.monitor.say, lambda: run.stop.asked_by is not None)
 
 
-def end(run: Run, code: int = 0):
+def end(run: TrainingRun, code: int = 0):
     """Close the trackers, let the processes part, and leave with the exit code if there is one.
 
     DDP goes before the process group: as the last to hold it, it would end the group's threads while it keeps them from
@@ -359,7 +359,7 @@ def end(run: Run, code: int = 0):
         raise SystemExit(code)
 
 
-def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
+def open_run(args: TrainArguments, accelerator: Accelerator) -> TrainingRun:
     """Open everything that the arguments name, and go on where the checkpoint stood, if there is one.
 
     Raises:
@@ -410,10 +410,10 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> Run:
     monitor = open_monitor(args, accelerator, progress, flops_and_peak(bare, args.block_size, accelerator))
     if accelerator.is_main_process and not args.preflight:
         checkpoints.clear_remains(output_dir)
-        write_run_record(args, hardware_record(accelerator), data.identity)
+        write_run_config(args, hardware_record(accelerator), data.identity)
     parts = (model, optimizer, progress, guard, monitor, pushes, origin)
     here = checkpoint is None or checkpoint.parent.resolve() == output_dir.resolve()
-    return Run(args, accelerator, data, task, *parts, saved_step=progress.step if here else None)
+    return TrainingRun(args, accelerator, data, task, *parts, saved_step=progress.step if here else None)
 
 
 def open_pushes(args: TrainArguments, accelerator: Accelerator) -> Pushes:
@@ -560,7 +560,7 @@ def open_monitor(
     args: TrainArguments, accelerator: Accelerator, progress: TrainProgress, speed: tuple[int, float | None]
 ) -> Monitor:
     """The log and what is shown of it; a run that goes on says what has changed in its arguments."""
-    output_dir, changed = Path(args.output_dir), changed_arguments(args)
+    output_dir, changed = Path(args.output_dir), diff_config(args)
     for name, (then, now) in changed.items():
         accelerator.print(f"This run began with {name} {then} and goes on with {now}.")
     resumed_step = progress.step if args.resume_from_checkpoint and not args.preflight else None
@@ -571,7 +571,7 @@ def open_monitor(
     return Monitor(accelerator, args.total_steps, args.logging_steps, progress, log, *speed)
 
 
-def preflight(run: Run):
+def preflight(run: TrainingRun):
     """A few steps, part of an evaluation and a checkpoint, none of which is kept; then what the whole run will take."""
     args, accelerator, monitor = run.args, run.accelerator, run.monitor
     with closing(run.data.batches), closing(monitor), out_of_memory_is_told(args):

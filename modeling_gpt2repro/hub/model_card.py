@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
 from modeling_gpt2repro.runs.panels import HELLASWAG
-from modeling_gpt2repro.runs.read import METRICS_FILE, RunLog, read_run
+from modeling_gpt2repro.runs.read import METRICS_FILE, Run, read_run
 
 FROM_SCRATCH = "A GPT-2 trained from scratch."
 LOSS_PICTURE = "loss.png"
@@ -80,7 +80,7 @@ def table(lines: dict[str, str]) -> str:
     return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in lines.items())
 
 
-def result_lines(run: RunLog, evaluation: dict) -> dict[str, str]:
+def result_lines(run: Run, evaluation: dict) -> dict[str, str]:
     """Name -> value: the run's last evaluation, and what its HellaSwag is to be measured by."""
     loss = "no number"  # of a model that has diverged
     if evaluation["validation_loss"] is not None:
@@ -105,7 +105,7 @@ def result_lines(run: RunLog, evaluation: dict) -> dict[str, str]:
     return lines
 
 
-def training_lines(run: RunLog) -> dict[str, str]:
+def training_lines(run: Run) -> dict[str, str]:
     """Name -> value: data, recipe, machine and versions, as the run's record has them."""
     record, arguments = run.record, run.record["arguments"]
     hardware, versions = record["hardware"], record["versions"]
@@ -132,7 +132,7 @@ def training_lines(run: RunLog) -> dict[str, str]:
     return lines
 
 
-def hub_results(run: RunLog, evaluation: dict) -> list[EvalResult]:
+def hub_results(run: Run, evaluation: dict) -> list[EvalResult]:
     """The numbers as the Hub shows them beside a model; only those of public data, which others can repeat."""
     task = {"task_type": "text-generation", "task_name": "Text Generation"}
     results = []
@@ -163,6 +163,6 @@ def hub_results(run: RunLog, evaluation: dict) -> list[EvalResult]:
     return results
 
 
-def is_whole_hellaswag(run: RunLog) -> bool:
+def is_whole_hellaswag(run: Run) -> bool:
     """Whether the rows are those that others publish numbers of."""
     return run.record.get("arguments", {}).get("hellaswag") in (HELLASWAG_DATASET, "official")

@@ -29,7 +29,7 @@ def make_writable(folder: Path):
         raise ValueError(f"output_dir ({folder}) cannot be written ({error.strerror}): give another.") from error
 
 
-def write_run_record(args: TrainArguments, hardware: dict, data: dict):
+def write_run_config(args: TrainArguments, hardware: dict, data: dict):
     """Write the run's record into its folder, or leave the one that is there (a resumed run keeps its own).
 
     Args:
@@ -50,19 +50,19 @@ def write_run_record(args: TrainArguments, hardware: dict, data: dict):
         file.write(json.dumps(record, indent=1).encode())
 
 
-def recorded_arguments(output_dir: Path) -> dict:
+def saved_config(output_dir: Path) -> dict:
     """The arguments that a run began with; none where there is no record."""
     record = output_dir / RUN_RECORD
     return json.loads(record.read_text(encoding="utf-8"))["arguments"] if record.exists() else {}
 
 
-def changed_arguments(args: TrainArguments) -> dict[str, tuple]:
+def diff_config(args: TrainArguments) -> dict[str, tuple]:
     """Which arguments differ from those in the run's record: name -> (then, now); none where there is no record.
 
     Where things are and what is shown may change freely and is left out. Files go by their names alone: metrics.jsonl,
     where this is noted, is published with the model.
     """
-    then = recorded_arguments(Path(args.output_dir))
+    then = saved_config(Path(args.output_dir))
     return {
         name: (without_folder(then[name]), without_folder(now))
         for name, now in asdict(args).items()

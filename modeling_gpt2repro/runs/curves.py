@@ -23,7 +23,7 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     return (sums[last] - sums[first]) / (last - first)
 
 
-def thinned(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
+def downsample(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
     """At most `points` of the points (n,): the lowest and the highest of each stretch, so that no spike is lost."""
     if len(x) <= points:
         return x, y
@@ -32,7 +32,7 @@ def thinned(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndar
     return x[kept], y[kept]
 
 
-def shown_range(
+def axis_limits(
     values: np.ndarray, yardsticks: Sequence[float] = (), below: float = 0.0, above: float = 0.0
 ) -> tuple[float, float]:
     """The lowest and highest value (n,) that an axis shows: all but the highest 2 % of many, the fall at the start.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .curves import mean_width, running_mean, shown_range, thinned
-from .read import RunLog
+from .curves import axis_limits, downsample, mean_width, running_mean
+from .read import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,18 +40,18 @@ def in_tokens() -> EngFormatter:
     return formatter
 
 
-def look_of(index: int) -> dict[str, str]:
+def line_style(index: int) -> dict[str, str]:
     """Colour and line style of the run that comes `index`-th."""
     return {"color": COLORS[index % len(COLORS)], "linestyle": STYLES[index // len(COLORS) % len(STYLES)]}
 
 
-def loss_panel(axes: Axes, runs: Sequence[RunLog]):
+def loss_panel(axes: Axes, runs: Sequence[Run]):
     """Training loss, each step's faint and their mean, and validation loss; what they are to be measured by."""
     axes.set_title("Loss, nats per token")
     shown, yardsticks = [], {}
     for index, run in enumerate(runs):
         yardsticks |= run.loss_yardsticks | ({"GPT-2 124M": GPT2_LOSS} if run.reads_fineweb_edu() else {})
-        look = look_of(index)
+        look = line_style(index)
         shown.append(_noisy_curve(axes, *run.series("loss"), look))
         tokens, losses = run.series("validation_loss")
         shown.append(losses)
@@ -61,18 +61,18 @@ def loss_panel(axes: Axes, runs: Sequence[RunLog]):
         if alone and len(losses):
             side = "right" if tokens[-1] else "left"
             _write(axes, f"{losses[-1]:.3f}", (tokens[-1], losses[-1]), "data", side, True, look["color"])
-        _marks_at_the_foot(axes, run, look_of(index)["color"])
+        _marks_at_the_foot(axes, run, line_style(index)["color"])
     _limit(axes, shown, yardsticks, below=1.0, above=0.1, side="right")
 
 
-def hellaswag_panel(axes: Axes, runs: Sequence[RunLog], protocol: str):
+def hellaswag_panel(axes: Axes, runs: Sequence[Run], protocol: str):
     """acc_norm of one protocol with its 95 % interval, and the published numbers of that protocol near it."""
     axes.set_title(f"HellaSwag acc_norm, {protocol}")
     name, shown, yardsticks = HELLASWAG[protocol], [], {}
     for index, run in enumerate(runs):
         yardsticks |= run.hellaswag_yardsticks.get(protocol, {})
         tokens, accuracies = run.series(name)
-        look = look_of(index)
+        look = line_style(index)
         axes.plot(tokens, accuracies, marker="o", markersize=3, markevery=max(1, len(tokens) // 25), **look)
         low, high = run.series(f"{name}_low")[1], run.series(f"{name}_high")[1]
         if len(low) == len(high) == len(tokens):
@@ -81,29 +81,29 @@ def hellaswag_panel(axes: Axes, runs: Sequence[RunLog], protocol: str):
     _limit(axes, shown, yardsticks, below=0.02, above=0.06, side="left")
 
 
-def step_panel(axes: Axes, runs: Sequence[RunLog], name: str):
+def step_panel(axes: Axes, runs: Sequence[Run], name: str):
     """A number that each training step has."""
     axes.set_title(STEP_NUMBERS[name])
     shown = [np.zeros(1)]  # from 0, or a small change looks large
     for index, run in enumerate(runs):
         if name == "learning_rate":
             tokens, values = run.series(name)
-            axes.plot(*thinned(tokens, values), **look_of(index))
+            axes.plot(*downsample(tokens, values), **line_style(index))
             shown.append(values)
         else:
-            shown.append(_noisy_curve(axes, *run.series(name), look_of(index)))
+            shown.append(_noisy_curve(axes, *run.series(name), line_style(index)))
     _limit(axes, shown)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(in_tokens() if name == "tokens_per_second" else "{x:g}")
 
 
 def _noisy_curve(axes: Axes, tokens: np.ndarray, values: np.ndarray, look: dict[str, str]) -> np.ndarray:
-    axes.plot(*thinned(tokens, values), color=look["color"], linewidth=0.5, alpha=0.25)
-    axes.plot(*thinned(tokens, running_mean(values, mean_width(len(values)))), linewidth=1.3, **look)
+    axes.plot(*downsample(tokens, values), color=look["color"], linewidth=0.5, alpha=0.25)
+    axes.plot(*downsample(tokens, running_mean(values, mean_width(len(values)))), linewidth=1.3, **look)
     return values
 
 
-def _marks_at_the_foot(axes: Axes, run: RunLog, color: str):
+def _marks_at_the_foot(axes: Axes, run: Run, color: str):
     foot = axes.get_xaxis_transform()  # x in tokens, y from the panel's foot to its head
     for tokens, marker in ((run.resumed_tokens(), "|"), (run.skipped_tokens(), "x")):
         axes.plot(tokens, np.full(len(tokens), 0.03), marker, color=color, markersize=6, transform=foot)
@@ -121,7 +121,7 @@ def _limit(
     if not sum(map(len, shown)):
         return
     values = np.concatenate(shown)
-    low, high = shown_range(values, list(yardsticks.values()), below, above)
+    low, high = axis_limits(values, list(yardsticks.values()), below, above)
     axes.set_ylim(low, high)
     reached = min(series[-1] for series in shown if len(series))
     for label, value in yardsticks.items():

@@ -16,7 +16,7 @@ FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 
 
 @dataclass(frozen=True)
-class RunLog:
+class Run:
     """One run, as if it had never been stopped.
 
     Args:
@@ -79,7 +79,7 @@ class RunLog:
         return next((row["tokens"] / row["step"] for row in self.rows if row["step"] and "tokens" in row), 0.0)
 
 
-def read_run(folder: Path) -> RunLog:
+def read_run(folder: Path) -> Run:
     """Read what there is of a run.
 
     Raises:
@@ -91,7 +91,7 @@ def read_run(folder: Path) -> RunLog:
     record = _read_json(folder / RUN_RECORD)
     if record:
         record["arguments"] |= {name: now for name, (_, now) in changed.items()}
-    return RunLog(folder, rows, resumed_steps, record, **_read_json(folder / YARDSTICKS_FILE))
+    return Run(folder, rows, resumed_steps, record, **_read_json(folder / YARDSTICKS_FILE))
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from . import panels
 from .curves import mean_width
-from .read import RunLog
+from .read import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,17 +26,17 @@ STYLE = {
     "legend.frameon": False,
     "svg.hashsalt": "gpt2repro",  # the same numbers give the same file
 }
-Panel = Callable[["Axes", Sequence[RunLog]], None]
+Panel = Callable[["Axes", Sequence[Run]], None]
 
 
-def draw_sheet(runs: Sequence[RunLog]) -> Figure:
+def draw_sheet(runs: Sequence[Run]) -> Figure:
     """All panels that the runs have numbers for, two in a row; of an odd number the loss is as wide as two."""
     draw = panels_of(runs)
     columns = min(2, len(draw))
     return draw_panels(runs, draw, columns, (10, 5) if columns == 1 else (11, 1 + 2.9 * -(-len(draw) // 2)))
 
 
-def panels_of(runs: Sequence[RunLog]) -> list[Panel]:
+def panels_of(runs: Sequence[Run]) -> list[Panel]:
     """What there is to draw, in the sheet's order."""
     names = {name for run in runs for row in run.rows for name in row}
     found = [panels.loss_panel] if names & {"loss", "validation_loss"} else []
@@ -45,7 +45,7 @@ def panels_of(runs: Sequence[RunLog]) -> list[Panel]:
     return found + [partial(panels.step_panel, name=name) for name in panels.STEP_NUMBERS if name in names]
 
 
-def draw_panels(runs: Sequence[RunLog], draw: Sequence[Panel], columns: int, size: tuple[float, float]) -> Figure:
+def draw_panels(runs: Sequence[Run], draw: Sequence[Panel], columns: int, size: tuple[float, float]) -> Figure:
     """Draw panels for the runs, in rows of `columns`, on a sheet of `size` inches."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -70,15 +70,15 @@ def draw_panels(runs: Sequence[RunLog], draw: Sequence[Panel], columns: int, siz
     return figure
 
 
-def legend_of(runs: Sequence[RunLog]) -> list[Line2D]:
+def legend_of(runs: Sequence[Run]) -> list[Line2D]:
     """Handles for the sheet's one legend: the runs, if several, and what each kind of mark means."""
     from matplotlib.lines import Line2D
 
     alone, marks = len(runs) == 1, []
-    color = panels.look_of(0)["color"] if alone else panels.GREY
+    color = panels.line_style(0)["color"] if alone else panels.GREY
     widths = [mean_width(len(run.series("loss")[0])) for run in runs]
     if not alone:
-        marks += [Line2D([], [], label=name, **panels.look_of(i)) for i, name in enumerate(names_of(runs))]
+        marks += [Line2D([], [], label=name, **panels.line_style(i)) for i, name in enumerate(names_of(runs))]
     if any(len(run.series("loss")[0]) for run in runs):
         label = f"training (mean of {widths[0]:,} steps)" if alone and widths[0] > 1 else "training"
         marks.append(Line2D([], [], color=color, label=label))
@@ -94,7 +94,7 @@ def legend_of(runs: Sequence[RunLog]) -> list[Line2D]:
     return marks
 
 
-def names_of(runs: Sequence[RunLog]) -> list[str]:
+def names_of(runs: Sequence[Run]) -> list[str]:
     """The folders' names; with what is above them where two have the same."""
     names = [run.folder.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from modeling_gpt2repro.evaluation.hellaswag.metrics import BASELINES
 from modeling_gpt2repro.runs import figures
-from modeling_gpt2repro.runs.curves import mean_width, running_mean, shown_range, thinned
+from modeling_gpt2repro.runs.curves import axis_limits, downsample, mean_width, running_mean
 from modeling_gpt2repro.runs.read import read_metrics, read_run, replay, write_yardsticks
 
 TOKENS_PER_STEP = 100
@@ -102,26 +102,26 @@ def test_the_running_mean_is_that_of_each_value_and_its_neighbours():
 def test_thinning_keeps_order_ends_of_range_and_every_spike():
     values = np.sin(np.arange(19_073) / 50)
     values[[7_777, 12_345]] = 100, -100
-    x, y = thinned(np.arange(19_073), values)
+    x, y = downsample(np.arange(19_073), values)
     assert len(x) <= 1000
     assert np.all(np.diff(x) > 0)
     assert {7_777, 12_345} <= set(x.tolist())
     assert y.tolist() == values[x].tolist()
     few = np.arange(3.0)
-    assert thinned(few, few) == (few, few)
+    assert downsample(few, few) == (few, few)
 
 
 def test_an_axis_leaves_out_the_fall_at_the_start_and_takes_in_a_near_yardstick():
     losses = np.array([10.0] * 2 + list(np.linspace(4, 3, 198)))
-    low, high = shown_range(losses)
+    low, high = axis_limits(losses)
     assert 2.9 < low < 3
     assert 4 < high < 4.1
-    low, high = shown_range(losses, [2.5, 8.0], below=1.0, above=0.1)
+    low, high = axis_limits(losses, [2.5, 8.0], below=1.0, above=0.1)
     assert low < 2.5
     assert high < 4.2  # guessing is far away by then
-    assert shown_range(losses, [2.5], below=0.1)[0] > 2.9
-    assert shown_range(losses, [4.5], above=1.0)[1] > 4.6
-    assert shown_range(np.array([3.0, 9.0]))[1] > 9  # all of a few
+    assert axis_limits(losses, [2.5], below=0.1)[0] > 2.9
+    assert axis_limits(losses, [4.5], above=1.0)[1] > 4.6
+    assert axis_limits(np.array([3.0, 9.0]))[1] > 9  # all of a few
 
 
 def test_a_sheet_has_a_panel_for_each_number_that_there_is(run, tmp_path):

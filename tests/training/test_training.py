@@ -335,11 +335,11 @@ def test_emulated_bf16_is_noticed(warm_python):
 
 
 def test_the_run_record_can_be_read_back(tmp_path):
-    from modeling_gpt2repro.runs.config import make_writable, write_run_record
+    from modeling_gpt2repro.runs.config import make_writable, write_run_config
 
     args = TrainArguments(output_dir=str(tmp_path / "run"))
     make_writable(tmp_path / "run")
-    write_run_record(args, {"processes": 1}, {"seed": 1})
+    write_run_config(args, {"processes": 1}, {"seed": 1})
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["arguments"]["train_tokens"] == 10_000_000_000
     assert record["versions"]["torch"] == torch.__version__
