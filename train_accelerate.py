@@ -50,10 +50,10 @@ from modeling_gpt2repro.evaluation.hellaswag.samples import write_results
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask, prepare_hellaswag
 from modeling_gpt2repro.evaluation.validation import unigram_entropy, validation_numbers
 from modeling_gpt2repro.evaluation.validation_text import bytes_per_token
-from modeling_gpt2repro.hub.background_upload import Pushes
-from modeling_gpt2repro.hub.conversion import load_as_ours
+from modeling_gpt2repro.hub.background_upload import UploadQueue
+from modeling_gpt2repro.hub.conversion import load_gpt2
 from modeling_gpt2repro.hub.export import save_hub_folder
-from modeling_gpt2repro.hub.model_card import origin_of
+from modeling_gpt2repro.hub.model_card import base_model_sentence
 from modeling_gpt2repro.pretrain.batch_size import find_batch_size
 from modeling_gpt2repro.pretrain.messages import (
     cannot_save,
@@ -139,7 +139,7 @@ class TrainingRun:
     progress: TrainProgress
     guard: StepGuard
     monitor: Monitor
-    pushes: Pushes
+    pushes: UploadQueue
     origin: str  # where the weights come from, for the model card
     saved_step: int | None  # the last step whose checkpoint stands in the run's folder; 0 needs none
     stop: StopRequest = field(default_factory=StopRequest)
@@ -397,7 +397,7 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> TrainingRun:
         task = prepare_hellaswag(bare, data.tokenizer, hellaswag, PROTOCOLS, None, *place) if hellaswag else None
 
     progress, guard = TrainProgress(), StepGuard(accelerator.device, args.skip_outliers)
-    origin = origin_of(args.init_from)
+    origin = base_model_sentence(args.init_from)
     if checkpoint:
         state = checkpoints.read_state(checkpoint, data.identity)
         origin = state["origin"]
@@ -416,16 +416,16 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> TrainingRun:
     return TrainingRun(args, accelerator, data, task, *parts, saved_step=progress.step if here else None)
 
 
-def open_pushes(args: TrainArguments, accelerator: Accelerator) -> Pushes:
+def open_pushes(args: TrainArguments, accelerator: Accelerator) -> UploadQueue:
     """What pushes to the Hub, on the main process; whether it can was tried.
 
     Raises:
         ValueError: If it cannot, or the Hub is away and the run has not begun yet.
     """
-    pushes = Pushes(None, "end", Path(args.output_dir))
+    pushes = UploadQueue(None, "end", Path(args.output_dir))
     if args.push_to_hub:
         if accelerator.is_main_process:
-            pushes = Pushes(args.hub_repository, args.hub_strategy, Path(args.output_dir), args.hub_private_repo)
+            pushes = UploadQueue(args.hub_repository, args.hub_strategy, Path(args.output_dir), args.hub_private_repo)
         goes_on = (Path(args.output_dir) / RUN_RECORD).exists()
         found = told_by_main_process(accelerator, lambda: pushes.check(goes_on))
         accelerator.print(f"Hub          {found}")
@@ -455,7 +455,7 @@ def open_weights(
         with checkpoints.damage_is_told(checkpoint):
             model, tokenizer = GPT2ReproForCausalLM.from_pretrained(checkpoint), None
     elif args.init_from:
-        model, tokenizer = main_process_first(accelerator, lambda: load_as_ours(args.init_from))
+        model, tokenizer = main_process_first(accelerator, lambda: load_gpt2(args.init_from))
     else:
         return None, None
     source = checkpoint or args.init_from

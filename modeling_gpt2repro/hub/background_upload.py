@@ -22,7 +22,7 @@ SECONDS_BETWEEN_LOOKS = 0.05
 
 
 @dataclass(frozen=True)
-class Push:
+class UploadJob:
     """A folder, the branch that is to hold it, and what the commit says."""
 
     folder: Path
@@ -31,8 +31,8 @@ class Push:
     with_training_state: bool = False
 
 
-class Pushes:
-    """Pushes the checkpoints of a run while it goes on, and its model in the end.
+class UploadQueue:
+    """UploadQueue the checkpoints of a run while it goes on, and its model in the end.
 
     Args:
         repository: 'owner/name', or the name of one's own; None where nothing is to be pushed.
@@ -45,8 +45,10 @@ class Pushes:
 
     def __init__(self, repository: str | None, strategy: str, output_dir: Path, private: bool | None = None):
         self.repository, self.strategy, self.output_dir, self.private = repository, strategy, output_dir, private
-        self._waiting: list[Push] = []
-        self._running: tuple[Push, subprocess.Popen, int] | None = None  # with the place in the log where it begins
+        self._waiting: list[UploadJob] = []
+        self._running: tuple[UploadJob, subprocess.Popen, int] | None = (
+            None  # with the place in the log where it begins
+        )
         self._news: list[str] = []
         self._hub_is_away = False  # as the last push has found
 
@@ -71,7 +73,9 @@ class Pushes:
         """A checkpoint stands: push it as the strategy says; what still waits for the same branch gives way."""
         if self.repository is None or self.strategy == "end":
             return
-        on_main = Push(checkpoint, "main", f"Training in progress, step {int(checkpoint.name.removeprefix('step-'))}")
+        on_main = UploadJob(
+            checkpoint, "main", f"Training in progress, step {int(checkpoint.name.removeprefix('step-'))}"
+        )
         wanted = [on_main]
         if self.strategy == "checkpoint":
             wanted.append(replace(on_main, branch=LAST_CHECKPOINT, with_training_state=True))
@@ -159,7 +163,7 @@ class Pushes:
             self._drop(branch)
         self.repository = None
 
-    def _end_running(self) -> Push:
+    def _end_running(self) -> UploadJob:
         push, process, _ = self._running
         process.kill()  # who ignores SIGTERM has let his children inherit that
         process.wait()
@@ -188,7 +192,7 @@ class Pushes:
             else:
                 self._running = (push, process, begin)
 
-    def _fail(self, push: Push, error: OSError):
+    def _fail(self, push: UploadJob, error: OSError):
         reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else error.strerror  # of many files the first
         self._news.append(f"{push.message}: not pushed to {push.branch} ({reason or error})")
         shutil.rmtree(push.folder, ignore_errors=True)
@@ -206,7 +210,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "GPT2REPRO_LAZY": "1"}
 
 
-def take_snapshot(push: Push, snapshot: Path):
+def take_snapshot(push: UploadJob, snapshot: Path):
     """The folder as it is now, for a push that may take longer than the run keeps it: hard links, or else copies."""
     shutil.rmtree(snapshot, ignore_errors=True)
     left_out = None if push.with_training_state else shutil.ignore_patterns(Path(TRAINING_STATE).parent.name)

@@ -31,7 +31,7 @@ from .export import save_hub_folder
 SHAPE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 SHARED = (*SHAPE, "layer_norm_epsilon", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
 # Options of stock GPT-2 that change what it computes, and the values that ours computes.
-COMPUTED = {
+SUPPORTED_OPTIONS = {
     "activation_function": ("gelu_pytorch_tanh", "gelu_new"),  # one function, as one kernel and written out
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -69,8 +69,8 @@ def convert_folder(source: str, target: Path, revision: str | None = None) -> Pr
     """
     if target.exists():
         raise ValueError(f"{target} is there already: give another --to.")
-    model, tokenizer = load_either(source, revision)
-    converted = from_stock(model) if isinstance(model, GPT2LMHeadModel) else to_stock(model)
+    model, tokenizer = load_gpt2_or_hf(source, revision)
+    converted = from_hf_gpt2(model) if isinstance(model, GPT2LMHeadModel) else to_hf_gpt2(model)
     origin = f"Converted from {Path(source).name if Path(source).exists() else source}."
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target.parent) as aside:
@@ -80,13 +80,13 @@ def convert_folder(source: str, target: Path, revision: str | None = None) -> Pr
     return converted
 
 
-def load_as_ours(source: str) -> tuple[GPT2ReproForCausalLM, PreTrainedTokenizerBase]:
-    """Load the model at `source`, stock or ours, as ours, and its tokenizer; raises what `load_either` does."""
-    model, tokenizer = load_either(source)
-    return from_stock(model) if isinstance(model, GPT2LMHeadModel) else model, tokenizer
+def load_gpt2(source: str) -> tuple[GPT2ReproForCausalLM, PreTrainedTokenizerBase]:
+    """Load the model at `source`, stock or ours, as ours, and its tokenizer; raises what `load_gpt2_or_hf` does."""
+    model, tokenizer = load_gpt2_or_hf(source)
+    return from_hf_gpt2(model) if isinstance(model, GPT2LMHeadModel) else model, tokenizer
 
 
-def load_either(
+def load_gpt2_or_hf(
     source: str, revision: str | None = None
 ) -> tuple[GPT2LMHeadModel | GPT2ReproForCausalLM, PreTrainedTokenizerBase]:
     """Load the model at `source` (a folder or a Hub id), stock or ours, and its tokenizer.
@@ -107,10 +107,10 @@ def load_either(
     if config.model_type == GPT2Config.model_type:
         our_config(config)  # refused before the weights are fetched
     tokenizer = load_its_tokenizer(source, revision, config)
-    return load_whole(classes[config.model_type], source, revision), tokenizer
+    return load_strict(classes[config.model_type], source, revision), tokenizer
 
 
-def load_whole(model_class: type[PreTrainedModel], source: str, revision: str | None) -> PreTrainedModel:
+def load_strict(model_class: type[PreTrainedModel], source: str, revision: str | None) -> PreTrainedModel:
     """Load every tensor that the model has, from a file that holds no others.
 
     Raises:
@@ -163,7 +163,7 @@ def our_config(config: PreTrainedConfig) -> GPT2ReproConfig:
     """
     strange = [
         f"{name} is {getattr(config, name)} and not {' or '.join(map(str, values))}"
-        for name, values in COMPUTED.items()
+        for name, values in SUPPORTED_OPTIONS.items()
         if getattr(config, name) not in values
     ]
     if config.n_inner not in (None, 4 * config.n_embd):
@@ -173,7 +173,7 @@ def our_config(config: PreTrainedConfig) -> GPT2ReproConfig:
     return GPT2ReproConfig(**{name: getattr(config, name) for name in SHARED})
 
 
-def from_stock(stock: GPT2LMHeadModel) -> GPT2ReproForCausalLM:
+def from_hf_gpt2(stock: GPT2LMHeadModel) -> GPT2ReproForCausalLM:
     """Our model with the stock model's weights, in their dtype.
 
     In fp32 the logits are the same up to rounding; with `gelu_new`, GELU in several operations, that is a few
@@ -183,16 +183,16 @@ def from_stock(stock: GPT2LMHeadModel) -> GPT2ReproForCausalLM:
         ValueError: If the stock model computes something that ours does not.
     """
     model = GPT2ReproForCausalLM(our_config(stock.config)).to(stock.dtype)
-    return carry(stock, model)
+    return copy_weights(stock, model)
 
 
-def to_stock(model: GPT2ReproForCausalLM) -> GPT2LMHeadModel:
+def to_hf_gpt2(model: GPT2ReproForCausalLM) -> GPT2LMHeadModel:
     """A stock model with our weights, in their dtype: in fp32 the logits are the same up to rounding."""
     shared = {name: getattr(model.config, name) for name in SHARED}
-    return carry(model, GPT2LMHeadModel(GPT2Config(**shared, **AS_TRAINED)).to(model.dtype))
+    return copy_weights(model, GPT2LMHeadModel(GPT2Config(**shared, **AS_TRAINED)).to(model.dtype))
 
 
-def carry(source: PreTrainedModel, target: PreTrainedModel) -> PreTrainedModel:
+def copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> PreTrainedModel:
     """Copy all weights from the one kind into the other, the blocks' matrices transposed.
 
     Raises:

@@ -31,7 +31,7 @@ print(generator("Hello, I'm a language model,", max_new_tokens=30)[0]["generated
 """
 
 
-def origin_of(init_from: str | None) -> str:
+def base_model_sentence(init_from: str | None) -> str:
     """A card's first sentence: where the weights come from; of a folder the name alone."""
     if not init_from:
         return FROM_SCRATCH

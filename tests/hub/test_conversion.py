@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from modeling_gpt2repro import GPT2ReproForCausalLM
-from modeling_gpt2repro.hub.conversion import carry, from_stock, load_as_ours, main, our_config, to_stock
+from modeling_gpt2repro.hub.conversion import carry, from_hf_gpt2, load_gpt2, main, our_config, to_hf_gpt2
 
 
 @pytest.fixture
@@ -83,10 +83,10 @@ def test_logits_are_equal_both_ways(stock, random_ids, activation):
     model = GPT2LMHeadModel(GPT2Config(**{**stock.config.to_dict(), "activation_function": activation})).eval()
     model.load_state_dict(stock.state_dict())
     assert model(ids).logits.abs().max() > 2
-    ours = from_stock(model)
+    ours = from_hf_gpt2(model)
     for some in (ids, ids[:1, :1], ids[:1, :7]):
         assert largest_difference(ours, model, some) < 1e-6
-        assert largest_difference(to_stock(ours), ours, some) < 1e-6
+        assert largest_difference(to_hf_gpt2(ours), ours, some) < 1e-6
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh"])
@@ -95,10 +95,10 @@ def test_with_weights_as_gpt2_begins_no_logit_differs_by_a_millionth(stock, rand
     torch.manual_seed(6)
     changed = {"activation_function": activation, "initializer_range": 0.02}
     model = GPT2LMHeadModel(GPT2Config(**{**stock.config.to_dict(), **changed})).eval()
-    ours, ids = from_stock(model), random_ids(3, 40)
+    ours, ids = from_hf_gpt2(model), random_ids(3, 40)
     for some in (ids, ids[:1, :1], ids[:1, :7]):
         assert (ours(some).logits - model(some).logits).abs().max() <= 1e-6
-        assert (to_stock(ours)(some).logits - ours(some).logits).abs().max() <= 1e-6
+        assert (to_hf_gpt2(ours)(some).logits - ours(some).logits).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh"])
@@ -106,10 +106,10 @@ def test_in_fp64_they_are_one_function(stock, random_ids, activation):
     """What differs in fp32 is rounding: at 124M stock itself is off by up to 5e-6 there, ours by 2e-6."""
     model = GPT2LMHeadModel(GPT2Config(**{**stock.config.to_dict(), "activation_function": activation})).eval()
     model.load_state_dict(stock.state_dict())
-    ours, ids = from_stock(model.double()), random_ids(3, 40)
+    ours, ids = from_hf_gpt2(model.double()), random_ids(3, 40)
     assert ours.dtype == torch.float64
     assert largest_difference(ours, model, ids) < 1e-13
-    assert largest_difference(to_stock(ours), ours, ids) < 1e-13
+    assert largest_difference(to_hf_gpt2(ours), ours, ids) < 1e-13
 
 
 @pytest.mark.parametrize(
@@ -194,4 +194,4 @@ def test_stock_weights_in_a_folder_of_ours_are_refused(stock_folder, tmp_path, c
     (tmp_path / "ours" / "model.safetensors").write_bytes((stock_folder / "model.safetensors").read_bytes())
     assert "h.0.attn.c_attn.weight" in refusal(tmp_path / "ours", tmp_path / "back", capsys)
     with pytest.raises(ValueError, match="of another shape"):
-        load_as_ours(str(tmp_path / "ours"))
+        load_gpt2(str(tmp_path / "ours"))

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 from huggingface_hub import ModelCard
 
-from modeling_gpt2repro.hub.model_card import FROM_SCRATCH, model_card, origin_of
+from modeling_gpt2repro.hub.model_card import FROM_SCRATCH, base_model_sentence, model_card
 from modeling_gpt2repro.training.arguments import TrainArguments
 
 
@@ -130,6 +130,6 @@ def test_a_streamed_run_in_fp32_has_no_shards_to_tell_of(run_folder, tiny_model)
 
 
 def test_where_the_weights_come_from(tmp_path):
-    assert origin_of(None) == FROM_SCRATCH
-    assert origin_of(str(tmp_path)) == f"A GPT-2 trained on from {tmp_path.name}."
-    assert origin_of("openai-community/gpt2") == "A GPT-2 trained on from openai-community/gpt2."
+    assert base_model_sentence(None) == FROM_SCRATCH
+    assert base_model_sentence(str(tmp_path)) == f"A GPT-2 trained on from {tmp_path.name}."
+    assert base_model_sentence("openai-community/gpt2") == "A GPT-2 trained on from openai-community/gpt2."

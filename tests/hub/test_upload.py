@@ -20,7 +20,7 @@ from toy_runs import ROOT, rows_of, train_here
 import train_accelerate
 from modeling_gpt2repro.hub import background_upload as pushes
 from modeling_gpt2repro.hub import upload as push_command
-from modeling_gpt2repro.hub.background_upload import Pushes
+from modeling_gpt2repro.hub.background_upload import UploadQueue
 from modeling_gpt2repro.hub.upload import explain_hub_error
 from modeling_gpt2repro.storage.retry import backoff_seconds, is_transient, retry
 from modeling_gpt2repro.training.arguments import TrainArguments
@@ -269,7 +269,7 @@ def waits(seconds: float):
     return lambda self, *words: [sys.executable, "-c", program, str(seconds), *words]
 
 
-def news_of(running: Pushes) -> list[str]:
+def news_of(running: UploadQueue) -> list[str]:
     news = []
     while running._running or running._waiting:
         news += running.news()
@@ -301,8 +301,8 @@ def test_the_newest_waits_what_it_outdates_does_not(folder, tmp_path, monkeypatc
         started.append(words)
         return stand_in(self, place)
 
-    monkeypatch.setattr(Pushes, "_command", command)
-    running = Pushes("user/any", strategy, tmp_path)
+    monkeypatch.setattr(UploadQueue, "_command", command)
+    running = UploadQueue("user/any", strategy, tmp_path)
     for step in (10, 20, 30):
         made = checkpoint(folder, step)
         running.offer(made)
@@ -319,25 +319,25 @@ def test_the_newest_waits_what_it_outdates_does_not(folder, tmp_path, monkeypatc
 
 
 def test_a_snapshot_takes_time_and_room_only_where_the_disk_has_no_hard_links(folder, tmp_path, monkeypatch):
-    pushes.take_snapshot(pushes.Push(folder, "main", "any"), tmp_path / "linked")
+    pushes.take_snapshot(pushes.UploadJob(folder, "main", "any"), tmp_path / "linked")
     assert (tmp_path / "linked" / "model.safetensors").samefile(folder / "model.safetensors")
     monkeypatch.setattr(pushes.os, "link", lambda source, target: (_ for _ in ()).throw(OSError(95, "not supported")))
-    pushes.take_snapshot(pushes.Push(folder, "main", "any"), tmp_path / "copied")
+    pushes.take_snapshot(pushes.UploadJob(folder, "main", "any"), tmp_path / "copied")
     assert files_in(tmp_path / "copied") == files_in(tmp_path / "linked")
 
 
 def test_a_push_beside_the_run_never_ends_it(folder, tmp_path, monkeypatch):
-    running = Pushes("user/any", "every_save", tmp_path)
-    monkeypatch.setattr(Pushes, "_command", lambda self, *words: ["/there/is/no/such/program"])
+    running = UploadQueue("user/any", "every_save", tmp_path)
+    monkeypatch.setattr(UploadQueue, "_command", lambda self, *words: ["/there/is/no/such/program"])
     running.strategy = "checkpoint"
     running.offer(folder)
     told = "Training in progress, step 10: not pushed to {} (No such file or directory)"
     assert running.news() == [told.format(branch) for branch in ("main", "last-checkpoint")]  # none stops the next one
     running.strategy = "every_save"
-    monkeypatch.setattr(Pushes, "_command", lambda self, *words: [sys.executable, "-c", "exit('no rights')"])
+    monkeypatch.setattr(UploadQueue, "_command", lambda self, *words: [sys.executable, "-c", "exit('no rights')"])
     running.offer(folder)
     assert news_of(running) == ["Training in progress, step 10: not pushed, because no rights"]
-    monkeypatch.setattr(Pushes, "_command", lambda self, *words: ["sh", "-c", "kill -9 $$"])
+    monkeypatch.setattr(UploadQueue, "_command", lambda self, *words: ["sh", "-c", "kill -9 $$"])
     running.offer(folder)
     assert news_of(running) == ["Training in progress, step 10: not pushed, because it ended with -9"]
     monkeypatch.setattr(pushes, "link_or_copy", lambda source, target: (_ for _ in ()).throw(OSError(28, "disk full")))
@@ -347,11 +347,11 @@ def test_a_push_beside_the_run_never_ends_it(folder, tmp_path, monkeypatch):
 
 
 def test_the_final_model_does_not_wait_for_what_it_makes_up_for(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(Pushes, "_command", waits(60))
-    running = Pushes("user/any", "every_save", tmp_path)
+    monkeypatch.setattr(UploadQueue, "_command", waits(60))
+    running = UploadQueue("user/any", "every_save", tmp_path)
     running.offer(folder)
     (_, process, _) = running._running
-    monkeypatch.setattr(Pushes, "_command", waits(0))
+    monkeypatch.setattr(UploadQueue, "_command", waits(0))
     assert running.finish(folder, print, lambda: False) == 0
     assert process.returncode < 0
     assert not list(tmp_path.glob(".push-*"))
@@ -359,8 +359,8 @@ def test_the_final_model_does_not_wait_for_what_it_makes_up_for(folder, tmp_path
 
 def test_the_last_push_waits_for_a_slow_hub_but_not_for_each_push_that_finds_none(folder, tmp_path, monkeypatch):
     said = []
-    running = Pushes("user/any", "all_checkpoints", tmp_path)
-    monkeypatch.setattr(Pushes, "_command", lambda self, *words: ["sh", "-c", "sleep 0.1; exit 3"])
+    running = UploadQueue("user/any", "all_checkpoints", tmp_path)
+    monkeypatch.setattr(UploadQueue, "_command", lambda self, *words: ["sh", "-c", "sleep 0.1; exit 3"])
     for step in (10, 20, 30):
         running.offer(checkpoint(folder, step))
     assert running.finish(folder, said.append, lambda: False) == 3
@@ -370,8 +370,8 @@ def test_the_last_push_waits_for_a_slow_hub_but_not_for_each_push_that_finds_non
 
 
 def test_what_waits_to_be_pushed_gives_way_to_a_save_that_fails(folder, shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(Pushes, "_command", waits(60))
-    running = Pushes("user/any", "all_checkpoints", tmp_path)
+    monkeypatch.setattr(UploadQueue, "_command", waits(60))
+    running = UploadQueue("user/any", "all_checkpoints", tmp_path)
     for step in (10, 20):
         running.offer(checkpoint(folder, step))
     running.make_room()
@@ -380,14 +380,16 @@ def test_what_waits_to_be_pushed_gives_way_to_a_save_that_fails(folder, shards, 
 
     asked, write = [], train_accelerate.write_checkpoint
     monkeypatch.setattr(train_accelerate, "write_checkpoint", lambda *given: None if asked else "No space left")
-    monkeypatch.setattr(Pushes, "make_room", lambda self: asked.append(write))
+    monkeypatch.setattr(UploadQueue, "make_room", lambda self: asked.append(write))
     assert train_here(tmp_path / "run", shards, train_tokens=3 * 256, save_steps=1) == 0
     assert len(asked) == 1
 
 
 def test_a_push_is_ended_by_whoever_ignores_signals_too(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(Pushes, "_command", lambda self, *words: ["sh", "-c", "trap '' TERM; echo begun; sleep 60"])
-    running = Pushes("user/any", "every_save", tmp_path)
+    monkeypatch.setattr(
+        UploadQueue, "_command", lambda self, *words: ["sh", "-c", "trap '' TERM; echo begun; sleep 60"]
+    )
+    running = UploadQueue("user/any", "every_save", tmp_path)
     running.offer(folder)
     while "begun" not in (tmp_path / "push.log").read_text():
         time.sleep(0.01)
@@ -397,9 +399,9 @@ def test_a_push_is_ended_by_whoever_ignores_signals_too(folder, tmp_path, monkey
 
 
 def test_who_is_told_to_stop_waits_for_no_push(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(Pushes, "_command", waits(60))
+    monkeypatch.setattr(UploadQueue, "_command", waits(60))
     said = []
-    running = Pushes("user/any", "all_checkpoints", tmp_path)
+    running = UploadQueue("user/any", "all_checkpoints", tmp_path)
     running.offer(folder)
     assert running.finish(folder, said.append, lambda: True) == 3
     assert "Push it with" in said[-1]
@@ -412,7 +414,7 @@ def test_who_is_told_to_stop_waits_for_no_push(folder, tmp_path, monkeypatch):
 def test_a_run_that_goes_on_does_not_wait_for_the_hub(on_hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", AWAY)
     monkeypatch.setattr(pushes, "CHECK_SECONDS", 0)
-    running = Pushes("user/any", "every_save", tmp_path)
+    running = UploadQueue("user/any", "every_save", tmp_path)
     assert "The run goes on, and pushes when it is back." in running.check(goes_on=True)
     with pytest.raises(ValueError, match="push_to_hub: the Hub cannot be reached"):
         running.check(goes_on=False)
@@ -437,7 +439,7 @@ def test_arguments_that_do_not_fit_are_told(given, said):
 
 def test_only_the_main_process_pushes_and_a_run_that_has_begun_waits_for_no_hub(tmp_path, monkeypatch):
     checked = []
-    monkeypatch.setattr(Pushes, "check", lambda self, goes_on: checked.append((self.repository, goes_on)))
+    monkeypatch.setattr(UploadQueue, "check", lambda self, goes_on: checked.append((self.repository, goes_on)))
     monkeypatch.setattr(train_accelerate, "told_by_main_process", lambda accelerator, work: work())
     args = TrainArguments(push_to_hub=True, hub_model_id="me/mine", output_dir=str(tmp_path))
     main, other = (SimpleNamespace(is_main_process=is_main, print=print) for is_main in (True, False))
