@@ -56,15 +56,15 @@ from modeling_gpt2repro.hub.export import save_hub_folder
 from modeling_gpt2repro.hub.model_card import base_model_sentence
 from modeling_gpt2repro.pretrain.batch_size import find_batch_size
 from modeling_gpt2repro.pretrain.messages import (
-    cannot_save,
-    end_block,
-    not_usable,
-    out_of_memory_is_told,
-    start_block,
-    too_many_skipped,
+    cannot_save_message,
+    end_message,
+    explain_oom,
+    start_message,
+    too_many_skipped_message,
+    unusable_steps_message,
     warn_of_slow_cpu,
 )
-from modeling_gpt2repro.pretrain.preflight import Measured, preflight_report, time_steps
+from modeling_gpt2repro.pretrain.preflight import StepTimings, preflight_report, time_steps
 from modeling_gpt2repro.runs.config import diff_config, make_writable, write_run_config
 from modeling_gpt2repro.runs.figures import plot_loss
 from modeling_gpt2repro.runs.logger import Monitor
@@ -85,11 +85,11 @@ from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.optimization import build_optimizer
 from modeling_gpt2repro.training.optimizer_state import load_optimizer, load_random, optimizer_tensors, random_tensors
-from modeling_gpt2repro.training.outliers import StepGuard
+from modeling_gpt2repro.training.outliers import OutlierDetector
 from modeling_gpt2repro.training.presets import PRESETS
 from modeling_gpt2repro.training.schedule import learning_rate_at, set_learning_rate
-from modeling_gpt2repro.training.state import TimedIterator, TrainProgress, is_due
-from modeling_gpt2repro.training.step import StepNumbers, train_step
+from modeling_gpt2repro.training.state import TimedIterator, TrainState, is_due
+from modeling_gpt2repro.training.step import StepMetrics, train_step
 from modeling_gpt2repro.training.validate import RUN_RECORD
 
 FAILED_SAVES = 3  # in a row, after which a run stops
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None):
     progress = run.progress
     if args.preflight:
         return preflight(run)
-    with closing(run.data.batches), closing(run.monitor), closing(run.pushes), run.stop, out_of_memory_is_told(args):
+    with closing(run.data.batches), closing(run.monitor), closing(run.pushes), run.stop, explain_oom(args):
         introduce(run)
         while progress.step < args.total_steps and not run.stop.agreed():
             if is_due(progress.step, args.eval_steps):
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None):
             leave(run)
         save(run, must=True)
         evaluate(run)  # the weights that were saved
-        run.monitor.say(end_block(args, progress, export(run)))
+        run.monitor.say(end_message(args, progress, export(run)))
         code = publish(run)
     end(run, code)
 
@@ -136,8 +136,8 @@ class TrainingRun:
     hellaswag: HellaSwagTask | None
     model: nn.Module | None
     optimizer: Optimizer | None
-    progress: TrainProgress
-    guard: StepGuard
+    progress: TrainState
+    guard: OutlierDetector
     monitor: Monitor
     pushes: UploadQueue
     origin: str  # where the weights come from, for the model card
@@ -195,7 +195,7 @@ def introduce(run: TrainingRun):
             write_yardsticks(run.output_dir, run.yardsticks, BASELINES)
     shape, step = run.data.batches.micro_batch_shape, run.progress.step
     with run.monitor.apart():
-        run.monitor.say(start_block(args, accelerator, run.bare_model, run.data.summary, shape, run.yardsticks, step))
+        run.monitor.say(start_message(args, accelerator, run.bare_model, run.data.summary, shape, run.yardsticks, step))
 
 
 def train(run: TrainingRun):
@@ -205,7 +205,7 @@ def train(run: TrainingRun):
         run.monitor.say(sentence)
 
 
-def take_step(run: TrainingRun) -> tuple[StepNumbers, float, float]:
+def take_step(run: TrainingRun) -> tuple[StepMetrics, float, float]:
     """One optimizer step at the rate of its number; its numbers, the rate, and how long it waited for data."""
     args, progress, optimizer = run.args, run.progress, run.optimizer
     learning_rate = learning_rate_at(
@@ -257,7 +257,7 @@ def note_skipped(run: TrainingRun, steps: list[int]):
         run.monitor.say(f"step {step:>6}: skipped, its loss or gradient norm is not usable; its rows: metrics.jsonl")
         run.monitor.record({"event": "skipped", "rows_by_process": rows}, step)
         if run.progress.skipped(step) >= run.args.max_skipped:
-            raise SystemExit(too_many_skipped(run.args, run.progress) if run.accelerator.is_main_process else 1)
+            raise SystemExit(too_many_skipped_message(run.args, run.progress) if run.accelerator.is_main_process else 1)
 
 
 def save(run: TrainingRun, must: bool = False):
@@ -275,7 +275,7 @@ def save(run: TrainingRun, must: bool = False):
             run.monitor.say(f"step {progress.step:>6}: no checkpoint, because this step was skipped")
             return
         started = time.perf_counter()
-        keep = checkpoints.Keep(run.args.save_total_limit, run.args.keep_every)
+        keep = checkpoints.RetentionPolicy(run.args.save_total_limit, run.args.keep_every)
         folder = run.output_dir / checkpoints.checkpoint_name(progress.step)
         problem = write_checkpoint(run, folder, keep)
         run.monitor.record({"save_seconds": time.perf_counter() - started})
@@ -287,14 +287,14 @@ def save(run: TrainingRun, must: bool = False):
         run.monitor.say(f"step {progress.step:>6}: no checkpoint ({problem}); the one before stays")
         run.pushes.make_room()
         if run.failed_saves >= (TRIES_OF_THE_LAST_SAVE if must else FAILED_SAVES):
-            raise SystemExit(cannot_save(run.args, problem) if accelerator.is_main_process else 1)
+            raise SystemExit(cannot_save_message(run.args, problem) if accelerator.is_main_process else 1)
         if must:
             run.monitor.say(f"It is tried again every {SECONDS_BETWEEN_TRIES} s: make room in {run.output_dir}.")
             time.sleep(SECONDS_BETWEEN_TRIES)
             save(run, must)
 
 
-def write_checkpoint(run: TrainingRun, folder: Path, keep: checkpoints.Keep) -> str | None:
+def write_checkpoint(run: TrainingRun, folder: Path, keep: checkpoints.RetentionPolicy) -> str | None:
     """Write everything that a run goes on from; why it could not be written, if so."""
     accelerator, module = run.accelerator, run.model_to_save()
     state = {
@@ -335,7 +335,7 @@ def export(run: TrainingRun) -> Path:
             shutil.copyfile(numbers, aside / numbers.name)
             replace_dir(aside, folder)
         except (OSError, SafetensorError) as error:
-            raise SystemExit(cannot_save(run.args, str(error))) from error
+            raise SystemExit(cannot_save_message(run.args, str(error))) from error
     run.accelerator.wait_for_everyone()
     return folder
 
@@ -396,7 +396,7 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> TrainingRun:
     with without_autocast(bare):
         task = prepare_hellaswag(bare, data.tokenizer, hellaswag, PROTOCOLS, None, *place) if hellaswag else None
 
-    progress, guard = TrainProgress(), StepGuard(accelerator.device, args.skip_outliers)
+    progress, guard = TrainState(), OutlierDetector(accelerator.device, args.skip_outliers)
     origin = base_model_sentence(args.init_from)
     if checkpoint:
         state = checkpoints.read_state(checkpoint, data.identity)
@@ -404,12 +404,12 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> TrainingRun:
         progress.load_state_dict(state["progress"])
         data.batches.load_state_dict(state["data"])
         guard.load_state_dict(state["guard"])
-        with checkpoints.damage_is_told(checkpoint):
+        with checkpoints.raise_if_corrupt(checkpoint):
             load_optimizer(checkpoint / checkpoints.STATE_FOLDER, bare, optimizer)
             load_random(checkpoint / checkpoints.STATE_FOLDER, accelerator)
     monitor = open_monitor(args, accelerator, progress, flops_and_peak(bare, args.block_size, accelerator))
     if accelerator.is_main_process and not args.preflight:
-        checkpoints.clear_remains(output_dir)
+        checkpoints.remove_stale_files(output_dir)
         write_run_config(args, hardware_record(accelerator), data.identity)
     parts = (model, optimizer, progress, guard, monitor, pushes, origin)
     here = checkpoint is None or checkpoint.parent.resolve() == output_dir.resolve()
@@ -452,7 +452,7 @@ def open_weights(
         ValueError: If it is damaged, no GPT-2, or of another shape than the arguments'.
     """
     if checkpoint:
-        with checkpoints.damage_is_told(checkpoint):
+        with checkpoints.raise_if_corrupt(checkpoint):
             model, tokenizer = GPT2ReproForCausalLM.from_pretrained(checkpoint), None
     elif args.init_from:
         model, tokenizer = main_process_first(accelerator, lambda: load_gpt2(args.init_from))
@@ -557,7 +557,7 @@ def take_largest_batch(args: TrainArguments, accelerator: Accelerator, data: Tra
 
 
 def open_monitor(
-    args: TrainArguments, accelerator: Accelerator, progress: TrainProgress, speed: tuple[int, float | None]
+    args: TrainArguments, accelerator: Accelerator, progress: TrainState, speed: tuple[int, float | None]
 ) -> Monitor:
     """The log and what is shown of it; a run that goes on says what has changed in its arguments."""
     output_dir, changed = Path(args.output_dir), diff_config(args)
@@ -574,7 +574,7 @@ def open_monitor(
 def preflight(run: TrainingRun):
     """A few steps, part of an evaluation and a checkpoint, none of which is kept; then what the whole run will take."""
     args, accelerator, monitor = run.args, run.accelerator, run.monitor
-    with closing(run.data.batches), closing(monitor), out_of_memory_is_told(args):
+    with closing(run.data.batches), closing(monitor), explain_oom(args):
         introduce(run)
         skipped = []
 
@@ -601,17 +601,17 @@ def preflight(run: TrainingRun):
             evaluation += (time.perf_counter() - started) * len(run.hellaswag.rows) / len(few)
         memory = peak_memory_gb(accelerator.device)
         started, folder = time.perf_counter(), run.output_dir / checkpoints.PREFLIGHT
-        problem = write_checkpoint(run, folder, checkpoints.Keep())
+        problem = write_checkpoint(run, folder, checkpoints.RetentionPolicy())
         seconds = time.perf_counter() - started
         if accelerator.is_main_process:
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            measured = Measured(first, median, waited, evaluation, seconds, size, memory, plain)
+            measured = StepTimings(first, median, waited, evaluation, seconds, size, memory, plain)
             rows_per_epoch = getattr(run.data.batches, "rows_per_epoch", None)
             epochs = rows_per_epoch and args.total_steps * args.sequences_per_step / rows_per_epoch
             report, problems = preflight_report(args, measured, monitor.flops_per_token, monitor.peak_flops, epochs)
             shutil.rmtree(folder, ignore_errors=True)
-            problems += [cannot_save(args, problem)] if problem else []
-            problems += [not_usable(args, sum(skipped), len(skipped))] if any(skipped) else []
+            problems += [cannot_save_message(args, problem)] if problem else []
+            problems += [unusable_steps_message(args, sum(skipped), len(skipped))] if any(skipped) else []
             monitor.say("\n".join([report, *problems]))
             if problems:
                 raise SystemExit(1)

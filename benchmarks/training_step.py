@@ -36,7 +36,7 @@ from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.runtime.command_line import parse_command_line
 from modeling_gpt2repro.runtime.hardware import device_name
 from modeling_gpt2repro.training.optimization import build_optimizer
-from modeling_gpt2repro.training.outliers import StepGuard
+from modeling_gpt2repro.training.outliers import OutlierDetector
 from modeling_gpt2repro.training.step import train_step
 
 MicroBatches = list[dict[str, torch.Tensor]]
@@ -148,7 +148,7 @@ def build_our_step(args: BenchmarkArguments) -> tuple[nn.Module, Step]:
     optimizer = build_optimizer(model, LEARNING_RATE, WEIGHT_DECAY, BETAS, EPSILON)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     prepared.train()
-    guard = StepGuard(accelerator.device)
+    guard = OutlierDetector(accelerator.device)
 
     def step(micro_batches: MicroBatches) -> float:
         tokens = sum(micro_batch["input_ids"].numel() for micro_batch in micro_batches)

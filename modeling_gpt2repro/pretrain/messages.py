@@ -16,7 +16,7 @@ from modeling_gpt2repro.runtime.hardware import (
     readable_duration,
 )
 from modeling_gpt2repro.training.arguments import TrainArguments
-from modeling_gpt2repro.training.state import TrainProgress
+from modeling_gpt2repro.training.state import TrainState
 
 
 def warn_of_slow_cpu(args: TrainArguments, accelerator: Accelerator):
@@ -34,7 +34,7 @@ def warn_of_slow_cpu(args: TrainArguments, accelerator: Accelerator):
         accelerator.print(f"On this CPU that takes at least {readable_duration(seconds)}. {advice}\n")
 
 
-def start_block(
+def start_message(
     args: TrainArguments,
     accelerator: Accelerator,
     model: PreTrainedModel,
@@ -83,7 +83,7 @@ def start_block(
     return text
 
 
-def end_block(args: TrainArguments, progress: TrainProgress, model_folder: Path) -> str:
+def end_message(args: TrainArguments, progress: TrainState, model_folder: Path) -> str:
     """What came out, where it is, and how to make it talk."""
     output_dir = Path(args.output_dir)
     return f"""
@@ -100,7 +100,7 @@ Make it talk:
 """
 
 
-def too_many_skipped(args: TrainArguments, progress: TrainProgress) -> str:
+def too_many_skipped_message(args: TrainArguments, progress: TrainState) -> str:
     """Why a run stops whose steps are all skipped, and what to do."""
     first = progress.last_skipped - progress.skipped_in_a_row + 1
     return (
@@ -111,7 +111,7 @@ def too_many_skipped(args: TrainArguments, progress: TrainProgress) -> str:
     )
 
 
-def not_usable(args: TrainArguments, skipped: int, steps: int) -> str:
+def unusable_steps_message(args: TrainArguments, skipped: int, steps: int) -> str:
     """What a preflight says of steps that would have been skipped."""
     return (
         f"the loss or the gradient's norm of {skipped} of {steps} steps was not usable: try a lower --learning_rate "
@@ -119,7 +119,7 @@ def not_usable(args: TrainArguments, skipped: int, steps: int) -> str:
     )
 
 
-def cannot_save(args: TrainArguments, problem: str) -> str:
+def cannot_save_message(args: TrainArguments, problem: str) -> str:
     """Why a run stops that cannot write its checkpoints."""
     return (
         f"no checkpoint can be written to {args.output_dir} ({problem}): make room there, then go on from the last one "
@@ -128,7 +128,7 @@ def cannot_save(args: TrainArguments, problem: str) -> str:
 
 
 @contextmanager
-def out_of_memory_is_told(args: TrainArguments) -> Iterator[None]:
+def explain_oom(args: TrainArguments) -> Iterator[None]:
     """Around training and evaluation: what to try where memory ran out, in one sentence; exit code 1."""
     try:
         yield

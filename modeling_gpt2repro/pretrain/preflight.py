@@ -14,7 +14,7 @@ WARM_STEPS, TIMED_STEPS = 3, 10
 
 
 @dataclass(frozen=True)
-class Measured:
+class StepTimings:
     """What a preflight has measured, in seconds unless it says so.
 
     Args:
@@ -51,7 +51,7 @@ def time_steps(take_step: Callable[[], float]) -> tuple[float, float, float]:
     return seconds[0], statistics.median(seconds[WARM_STEPS:]), statistics.median(waits[WARM_STEPS:])
 
 
-def whole_run_seconds(args: TrainArguments, measured: Measured) -> dict[str, float]:
+def whole_run_seconds(args: TrainArguments, measured: StepTimings) -> dict[str, float]:
     """Part of the run -> seconds. Evaluations: at step 0, every `eval_steps`, and at the end."""
     evaluations = 2 + ((args.total_steps - 1) // args.eval_steps if args.eval_steps else 0)
     saves = 1 + ((args.total_steps - 1) // args.save_steps if args.save_steps else 0)
@@ -71,7 +71,7 @@ def disk_bytes(args: TrainArguments, checkpoint_bytes: int) -> int:
 
 
 def preflight_report(
-    args: TrainArguments, measured: Measured, flops_per_token: int, peak_flops: float | None, epochs: float | None
+    args: TrainArguments, measured: StepTimings, flops_per_token: int, peak_flops: float | None, epochs: float | None
 ) -> tuple[str, list[str]]:
     """The table that a person reads, and what stands in the way of the run, a sentence each."""
     parts = whole_run_seconds(args, measured)

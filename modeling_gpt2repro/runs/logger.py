@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from modeling_gpt2repro.runtime.hardware import peak_memory_gb, readable_duration
-from modeling_gpt2repro.training.state import TrainProgress
-from modeling_gpt2repro.training.step import StepNumbers
+from modeling_gpt2repro.training.state import TrainState
+from modeling_gpt2repro.training.step import StepMetrics
 
 from .metrics import MetricsLog
 
@@ -40,7 +40,7 @@ class Monitor:
         accelerator: Accelerator,
         total_steps: int,
         logging_steps: int,
-        progress: TrainProgress,
+        progress: TrainState,
         log: MetricsLog,
         flops_per_token: int = 0,
         peak_flops: float | None = None,
@@ -54,7 +54,7 @@ class Monitor:
         self.bar = tqdm(
             total=total_steps, initial=progress.step, unit="step", disable=not self.as_bar, dynamic_ncols=True
         )
-        self._unread: list[tuple[int, StepNumbers, float, float]] = []
+        self._unread: list[tuple[int, StepMetrics, float, float]] = []
         self._clock = time.perf_counter()
         self._last_line = 0.0
         self._mean_seconds: float | None = None  # of a step; None until steps were read that are not the first ones
@@ -69,7 +69,7 @@ class Monitor:
                 tqdm.write(text, file=sys.stdout)
                 sys.stdout.flush()
 
-    def trained(self, numbers: StepNumbers, learning_rate: float, data_seconds: float) -> list[int]:
+    def trained(self, numbers: StepMetrics, learning_rate: float, data_seconds: float) -> list[int]:
         """Note the training step that was just done; every `logging_steps` read and log those that were noted.
 
         Args:

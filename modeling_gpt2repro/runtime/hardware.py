@@ -54,7 +54,7 @@ def usable_cores() -> int:
 def cpu_lacks_bf16() -> bool:
     """Whether bf16 matrix products are emulated on this CPU: they then take several times as long as fp32 ones.
 
-    Measured, because the instructions have many names. Training took 0.7 times as long as in fp32 with AVX-512 bf16,
+    StepTimings, because the instructions have many names. Training took 0.7 times as long as in fp32 with AVX-512 bf16,
     and 8 times with oneDNN restricted to AVX2, on the same processor: both far from the factor of two.
     """
     return matmul_seconds(torch.bfloat16, side=512) > 2 * matmul_seconds(torch.float32, side=512)

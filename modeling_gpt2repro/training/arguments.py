@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers.hf_argparser import HfArg
 
 from .presets import PRESETS
-from .validate import problems_of
+from .validate import validate_args
 
 
 @dataclass
@@ -125,7 +125,7 @@ class TrainArguments:
     def __post_init__(self):
         if self.dataset_config_name is None and self.dataset_name == "HuggingFaceFW/fineweb-edu":
             self.dataset_config_name = "sample-10BT"
-        problems = list(problems_of(self))
+        problems = list(validate_args(self))
         if problems:
             raise ValueError("\n".join(problems))
 

@@ -21,7 +21,9 @@ from .optimizer_state import OPTIMIZER_FILE, RANDOM_FILE, save_tensors
 STATE_FOLDER = "training_state"
 STATE_FILE = f"{STATE_FOLDER}/state.json"
 PREFLIGHT = "step-preflight"  # a checkpoint for a trial, not to be gone on from
-LISTING = f"{STATE_FOLDER}/files.json"  # sizes and hashes of all others; written last, so it says that all are there
+CHECKSUMS_FILE = (
+    f"{STATE_FOLDER}/files.json"  # sizes and hashes of all others; written last, so it says that all are there
+)
 HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
@@ -38,7 +40,7 @@ def step_of(checkpoint: Path) -> int:
 def find_checkpoints(output_dir: Path) -> list[Path]:
     """All finished checkpoints, the oldest first. A folder gets its name only when everything is in it."""
     named = [path for path in output_dir.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted((path for path in named if (path / LISTING).is_file()), key=step_of)
+    return sorted((path for path in named if (path / CHECKSUMS_FILE).is_file()), key=step_of)
 
 
 def find_resume_checkpoint(resume_from: str | None, output_dir: Path) -> tuple[Path | None, list[str]]:
@@ -57,7 +59,7 @@ def find_resume_checkpoint(resume_from: str | None, output_dir: Path) -> tuple[P
     if resume_from == "latest":
         damaged = []
         for checkpoint in reversed(found):
-            wrong = verify_checksums(checkpoint, LISTING)
+            wrong = verify_checksums(checkpoint, CHECKSUMS_FILE)
             if wrong is None:
                 return checkpoint, damaged
             damaged.append(f"{checkpoint} is damaged ({wrong}) and passed over.")
@@ -91,15 +93,15 @@ def open_named_checkpoint(name: str) -> Path:
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(f"{name} is no folder, and the Hub does not give it ({reason}).") from error
-    if not (checkpoint / LISTING).is_file():
-        raise ValueError(f"{name} is no checkpoint (it has no {LISTING}): give a step-... folder or 'latest'.")
-    if wrong := verify_checksums(checkpoint, LISTING):
+    if not (checkpoint / CHECKSUMS_FILE).is_file():
+        raise ValueError(f"{name} is no checkpoint (it has no {CHECKSUMS_FILE}): give a step-... folder or 'latest'.")
+    if wrong := verify_checksums(checkpoint, CHECKSUMS_FILE):
         raise ValueError(f"{name} is damaged ({wrong}): resume from another one, or move this one away.")
     return checkpoint
 
 
 @dataclass(frozen=True)
-class Keep:
+class RetentionPolicy:
     """Which checkpoints stay when a new one stands.
 
     Args:
@@ -110,7 +112,7 @@ class Keep:
     limit: int | None = None
     every: int = 0
 
-    def too_many(self, found: list[Path], newest: Path) -> list[Path]:
+    def expired(self, found: list[Path], newest: Path) -> list[Path]:
         """Those to delete; never one that is later than the newest, which can only be a damaged one."""
         if not self.limit:
             return []
@@ -126,7 +128,7 @@ def save_checkpoint(
     optimizer: dict[str, torch.Tensor],
     random: dict[str, torch.Tensor],
     state: dict,
-    keep: Keep,
+    keep: RetentionPolicy,
 ) -> str | None:
     """Write `folder`, a `step-NNNNNN`; to be called by all processes together, the main one writes.
 
@@ -149,9 +151,9 @@ def save_checkpoint(
             save_tensors(optimizer, aside / STATE_FOLDER / OPTIMIZER_FILE)
             save_tensors(random, aside / STATE_FOLDER / RANDOM_FILE)
             (aside / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-            write_checksums(aside, LISTING)
+            write_checksums(aside, CHECKSUMS_FILE)
             replace_dir(aside, folder)
-            for old in keep.too_many(find_checkpoints(folder.parent), folder):
+            for old in keep.expired(find_checkpoints(folder.parent), folder):
                 delete_dir(old)
         except (OSError, SafetensorError) as error:
             problem = getattr(error, "strerror", None) or str(error)
@@ -159,7 +161,7 @@ def save_checkpoint(
     return broadcast_object_list([problem])[0]
 
 
-def clear_remains(output_dir: Path):
+def remove_stale_files(output_dir: Path):
     """Remove what a killed save left half-written."""
     for pattern in (
         ".step-*.partial",
@@ -184,7 +186,7 @@ def join_states(states: list[dict]) -> dict:
 
 
 @contextmanager
-def damage_is_told(checkpoint: Path):
+def raise_if_corrupt(checkpoint: Path):
     """Around reading a checkpoint: what a damaged file raises becomes a ValueError that names the folder."""
     try:
         yield
@@ -203,7 +205,7 @@ def read_state(checkpoint: Path, identity: dict) -> dict:
     Raises:
         ValueError: If it belongs to another run: every difference, one a line.
     """
-    with damage_is_told(checkpoint):
+    with raise_if_corrupt(checkpoint):
         state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     differences = [
         f"{checkpoint} was made with {name} {state['identity'].get(name)}, not {value}: give the same, or start a new "

@@ -11,7 +11,7 @@ LEAST_DEVIATION = 0.01
 MAD_OF_NORMAL = 1.4826  # standard deviation over median absolute deviation, of a normal distribution
 
 
-class StepGuard:
+class OutlierDetector:
     """Decides on the device, from numbers that are the same on all processes; so they decide together, without waiting.
 
     Args:
@@ -24,7 +24,7 @@ class StepGuard:
         self.good_steps = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def rejects(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
+    def should_skip(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
         """Whether the step is to be skipped, a boolean scalar; takes the numbers of a good step into its window."""
         values = torch.stack([loss.float(), grad_norm.float()])  # (2,)
         bad = ~values.isfinite().all()

@@ -9,7 +9,7 @@ Item = TypeVar("Item")
 
 
 @dataclass
-class TrainProgress:
+class TrainState:
     """How far a run is.
 
     Args:

@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 
 from modeling_gpt2repro.runtime.fsdp import full
 
-from .outliers import StepGuard
+from .outliers import OutlierDetector
 
 
-class StepNumbers(NamedTuple):
+class StepMetrics(NamedTuple):
     """What a step gave: scalars on the device, the same on all processes, so that nothing waits for them here.
 
     Args:
@@ -34,8 +34,8 @@ def train_step(
     micro_batches: Iterable[dict[str, torch.Tensor]],
     tokens: int,
     max_grad_norm: float,
-    guard: StepGuard,
-) -> StepNumbers:
+    guard: OutlierDetector,
+) -> StepMetrics:
     """Accumulate the gradients of all micro-batches, clip their norm, and step, unless the guard says no.
 
     The accelerator must have been made with as many accumulation steps as there are micro-batches: it divides each loss
@@ -59,10 +59,10 @@ def train_step(
     assert accelerator.sync_gradients, "as many micro-batches as accumulation steps"
     grad_norm = full(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
     loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
-    skipped = guard.rejects(loss, grad_norm)
+    skipped = guard.should_skip(loss, grad_norm)
     step_unless(skipped, optimizer)
     optimizer.zero_grad()
-    return StepNumbers(loss, grad_norm, skipped)
+    return StepMetrics(loss, grad_norm, skipped)
 
 
 def on_device(ids: torch.Tensor, device: torch.device) -> torch.Tensor:

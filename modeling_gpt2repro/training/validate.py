@@ -18,7 +18,7 @@ RUN_RECORD = "run.json"
 HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 
 
-def problems_of(args: "TrainArguments") -> Iterator[str]:
+def validate_args(args: "TrainArguments") -> Iterator[str]:
     """All that does not fit, a sentence each: what was given, what is allowed, what to do."""
     yield from range_problems(args)
     yield from size_problems(args)

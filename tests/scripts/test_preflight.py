@@ -14,10 +14,10 @@ import train_accelerate
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig
 from modeling_gpt2repro.pretrain import batch_size
 from modeling_gpt2repro.pretrain.batch_size import find_batch_size, largest
-from modeling_gpt2repro.pretrain.preflight import Measured, disk_bytes, preflight_report, whole_run_seconds
+from modeling_gpt2repro.pretrain.preflight import StepTimings, disk_bytes, preflight_report, whole_run_seconds
 from modeling_gpt2repro.training.arguments import TrainArguments
 
-MEASURED = Measured(30.0, 0.3, 0.01, 40.0, 5.0, 1_500_000_000, 60.0)
+MEASURED = StepTimings(30.0, 0.3, 0.01, 40.0, 5.0, 1_500_000_000, 60.0)
 
 
 def test_the_whole_run_is_the_sum_of_its_parts():

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from modeling_gpt2repro.hub.export import save_tokenizer
 from modeling_gpt2repro.storage import atomic
 from modeling_gpt2repro.training import checkpoints
-from modeling_gpt2repro.training.checkpoints import Keep, find_resume_checkpoint
+from modeling_gpt2repro.training.checkpoints import RetentionPolicy, find_resume_checkpoint
 from modeling_gpt2repro.training.optimization import build_optimizer
 from modeling_gpt2repro.training.optimizer_state import load_optimizer, load_random, optimizer_tensors, random_tensors
 
@@ -35,7 +35,7 @@ def optimizer(tiny_model):
 def save(tiny_model, optimizer, tmp_path):
     """save(step) -> the checkpoint's folder, or why there is none."""
 
-    def save(step, keep=Keep(), write_model=None, folder=tmp_path):  # noqa: B008 - frozen
+    def save(step, keep=RetentionPolicy(), write_model=None, folder=tmp_path):  # noqa: B008 - frozen
         accelerator = Accelerator(cpu=True)
         problem = checkpoints.save_checkpoint(
             accelerator,
@@ -81,9 +81,9 @@ def test_nothing_in_a_checkpoint_can_run_code(save):
 
 def test_every_file_is_listed_with_its_size_and_hash(save):
     folder = save(3)
-    listed = json.loads((folder / checkpoints.LISTING).read_text())
+    listed = json.loads((folder / checkpoints.CHECKSUMS_FILE).read_text())
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert set(listed) == files - {checkpoints.LISTING}
+    assert set(listed) == files - {checkpoints.CHECKSUMS_FILE}
     assert listed["model.safetensors"]["bytes"] == 700
     assert all(re.fullmatch("[0-9a-f]{64}", entry["sha256"]) for entry in listed.values())
 
@@ -130,7 +130,7 @@ def test_old_checkpoints_go_after_the_new_one_stands(save, tmp_path, monkeypatch
     seen = []
     monkeypatch.setattr(checkpoints, "delete_dir", lambda old: (seen.append(names(tmp_path)), atomic.delete_dir(old)))
     for step in (9, 10, 11):
-        save(step, Keep(limit=2))
+        save(step, RetentionPolicy(limit=2))
     assert seen == [["step-000009", "step-000010", "step-000011"]]
     assert names(tmp_path) == ["step-000010", "step-000011"]
     assert find_resume_checkpoint("latest", tmp_path)[0].name == "step-000011"
@@ -138,9 +138,9 @@ def test_old_checkpoints_go_after_the_new_one_stands(save, tmp_path, monkeypatch
 
 def test_milestones_stay_beside_the_newest(save, tmp_path):
     for step in range(10, 70, 10):
-        save(step, Keep(limit=2, every=20))
+        save(step, RetentionPolicy(limit=2, every=20))
     assert names(tmp_path) == ["step-000020", "step-000030", "step-000040", "step-000050", "step-000060"]
-    save(70, Keep(limit=2, every=20))
+    save(70, RetentionPolicy(limit=2, every=20))
     assert names(tmp_path) == ["step-000020", "step-000040", "step-000050", "step-000060", "step-000070"]
 
 
@@ -153,13 +153,18 @@ def test_a_half_written_folder_is_no_checkpoint(save, tmp_path):
     save(5)
     (tmp_path / ".step-000006.partial" / "training_state").mkdir(parents=True)
     shutil.copytree(tmp_path / "step-000005", tmp_path / "step-000007")
-    (tmp_path / "step-000007" / checkpoints.LISTING).unlink()
+    (tmp_path / "step-000007" / checkpoints.CHECKSUMS_FILE).unlink()
     assert find_resume_checkpoint("latest", tmp_path) == (tmp_path / "step-000005", [])
     with pytest.raises(ValueError, match="step-000007 is no checkpoint"):
         find_resume_checkpoint(str(tmp_path / "step-000007"), tmp_path)
 
 
-FILES = ["model.safetensors", "training_state/optimizer.safetensors", "training_state/state.json", checkpoints.LISTING]
+FILES = [
+    "model.safetensors",
+    "training_state/optimizer.safetensors",
+    "training_state/state.json",
+    checkpoints.CHECKSUMS_FILE,
+]
 
 
 def cut(path):
@@ -200,10 +205,10 @@ def test_where_all_are_damaged_nothing_starts_afresh(save, tmp_path):
 def test_a_damaged_later_checkpoint_does_not_push_out_a_good_one(save, tmp_path):
     save(4)
     cut(save(6) / "model.safetensors")
-    save(5, Keep(limit=1))
+    save(5, RetentionPolicy(limit=1))
     assert names(tmp_path) == ["step-000005", "step-000006"]
     assert find_resume_checkpoint("latest", tmp_path)[0].name == "step-000005"
-    assert len(names(save(6, Keep(limit=1)).parent)) == 1
+    assert len(names(save(6, RetentionPolicy(limit=1)).parent)) == 1
 
 
 def test_a_card_may_be_edited(save, tmp_path):
@@ -216,14 +221,14 @@ def test_a_card_may_be_edited(save, tmp_path):
 
 
 def test_a_save_that_fails_leaves_all_as_it_was(save, tmp_path):
-    save(5, Keep(limit=1))
+    save(5, RetentionPolicy(limit=1))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     def no_room(aside):
         (aside / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    assert save(6, Keep(limit=1), no_room) == "No space left on device"
+    assert save(6, RetentionPolicy(limit=1), no_room) == "No space left on device"
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert names(tmp_path) == ["step-000005"]
 
@@ -301,7 +306,7 @@ def test_a_checkpoint_that_was_being_deleted_does_not_come_back(save, tmp_path, 
         with pytest.raises(KeyboardInterrupt):
             atomic.delete_dir(tmp_path / "step-000005")
     assert find_resume_checkpoint("latest", tmp_path) == (None, [])
-    checkpoints.clear_remains(tmp_path)
+    checkpoints.remove_stale_files(tmp_path)
     assert names(tmp_path) == []
 
 
@@ -331,5 +336,5 @@ def test_what_a_killed_save_left_is_cleared(save, tmp_path):
     save(5)
     for name in (".step-000006.partial", ".step-000004.old", ".model.partial", ".push-main-step-000005"):
         (tmp_path / name).mkdir()
-    checkpoints.clear_remains(tmp_path)
+    checkpoints.remove_stale_files(tmp_path)
     assert names(tmp_path) == ["step-000005"]

@@ -7,15 +7,15 @@ import torch
 from test_training import accelerator_for, random_rows, step_of
 
 from modeling_gpt2repro.training.optimization import build_optimizer
-from modeling_gpt2repro.training.outliers import WINDOW_STEPS, StepGuard
-from modeling_gpt2repro.training.state import TrainProgress
+from modeling_gpt2repro.training.outliers import WINDOW_STEPS, OutlierDetector
+from modeling_gpt2repro.training.state import TrainState
 from modeling_gpt2repro.training.step import step_unless
 
 CPU = torch.device("cpu")
 
 
-def rejected(guard: StepGuard, loss: float, norm: float) -> bool:
-    return bool(guard.rejects(torch.tensor(loss), torch.tensor(norm)))
+def rejected(guard: OutlierDetector, loss: float, norm: float) -> bool:
+    return bool(guard.should_skip(torch.tensor(loss), torch.tensor(norm)))
 
 
 def usual(step: int) -> tuple[float, float]:
@@ -24,8 +24,8 @@ def usual(step: int) -> tuple[float, float]:
     return 4 - step / 1000 + 0.05 * noise[0], 0.5 + 0.05 * noise[1]
 
 
-def full_guard(steps: int = WINDOW_STEPS) -> StepGuard:
-    guard = StepGuard(CPU, skip_outliers=True)
+def full_guard(steps: int = WINDOW_STEPS) -> OutlierDetector:
+    guard = OutlierDetector(CPU, skip_outliers=True)
     assert not any(rejected(guard, *usual(step)) for step in range(steps))
     return guard
 
@@ -33,7 +33,7 @@ def full_guard(steps: int = WINDOW_STEPS) -> StepGuard:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("skip_outliers", [False, True])
 def test_what_is_no_number_is_always_rejected(bad, skip_outliers):
-    guard = StepGuard(CPU, skip_outliers)
+    guard = OutlierDetector(CPU, skip_outliers)
     assert rejected(guard, bad, 1.0)
     assert rejected(guard, 1.0, bad)
     assert not rejected(guard, 1.0, 1.0)
@@ -80,7 +80,7 @@ def test_a_step_that_is_taken_is_that_of_plain_adamw(tiny_model):
 
 
 def test_outliers_are_rejected_only_when_asked_for():
-    guard = StepGuard(CPU)
+    guard = OutlierDetector(CPU)
     assert not any(rejected(guard, *usual(step)) for step in range(200))
     assert not rejected(guard, 50.0, 50.0)
 
@@ -91,7 +91,7 @@ def test_an_outlier_of_either_number_is_rejected(loss, norm):
 
 
 def test_the_limit_is_six_robust_deviations_above_the_median():
-    guard = StepGuard(CPU, skip_outliers=True)
+    guard = OutlierDetector(CPU, skip_outliers=True)
     for step in range(WINDOW_STEPS):  # median 2, median absolute deviation 0.1 for the loss; all equal for the norm
         rejected(guard, 2.0 + 0.1 * (step % 3 - 1), 1.0)
     loss_limit, norm_limit = guard.limits().tolist()
@@ -122,7 +122,7 @@ def test_the_window_moves_on_with_the_run():
 
 
 def test_the_window_is_part_of_the_checkpoint():
-    guard, fresh = full_guard(150), StepGuard(CPU, skip_outliers=True)
+    guard, fresh = full_guard(150), OutlierDetector(CPU, skip_outliers=True)
     fresh.load_state_dict(guard.state_dict())
     assert torch.equal(fresh.window, guard.window)
     for values in (usual(7), (50.0, 0.5), usual(8), (3.9, 50.0)):
@@ -131,5 +131,5 @@ def test_the_window_is_part_of_the_checkpoint():
 
 
 def test_only_steps_next_to_each_other_are_in_a_row():
-    progress = TrainProgress()
+    progress = TrainState()
     assert [progress.skipped(step) for step in (3, 4, 5, 7, 8)] == [1, 2, 3, 1, 2]

@@ -23,11 +23,11 @@ from modeling_gpt2repro.runtime.command_line import parse_command_line
 from modeling_gpt2repro.training import validate as argument_checks
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.optimization import build_optimizer
-from modeling_gpt2repro.training.outliers import StepGuard
+from modeling_gpt2repro.training.outliers import OutlierDetector
 from modeling_gpt2repro.training.presets import PRESETS
 from modeling_gpt2repro.training.schedule import learning_rate_at
 from modeling_gpt2repro.training.state import is_due
-from modeling_gpt2repro.training.step import StepNumbers, train_step
+from modeling_gpt2repro.training.step import StepMetrics, train_step
 
 
 def accelerator_for(micro_batches: int) -> Accelerator:
@@ -39,10 +39,10 @@ def random_rows(count: int, length: int = 33, seed: int = 5) -> torch.Tensor:
     return torch.randint(0, 97, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
-def step_of(accelerator, model, optimizer, rows, size, max_grad_norm=1.0, guard=None) -> StepNumbers:
+def step_of(accelerator, model, optimizer, rows, size, max_grad_norm=1.0, guard=None) -> StepMetrics:
     """A step over `rows` in micro-batches of `size`; the last one is filled up as in the data room."""
     micro_batches = [as_batch(part.numpy(), fill_to=size) for part in rows.split(size)]
-    guard = guard or StepGuard(torch.device("cpu"))
+    guard = guard or OutlierDetector(torch.device("cpu"))
     tokens = rows[:, 1:].numel()
     return train_step(accelerator, model, optimizer, micro_batches, tokens, max_grad_norm, guard)
 
@@ -126,7 +126,7 @@ def run_without_numbers(tiny_config, tmp_path, monkeypatch):
     """run(skip_outliers) on torch's meta device, which holds no numbers: reading one, so waiting, is an error."""
     from modeling_gpt2repro import GPT2ReproForCausalLM
     from modeling_gpt2repro.runs.logger import Monitor
-    from modeling_gpt2repro.training.state import TrainProgress
+    from modeling_gpt2repro.training.state import TrainState
 
     meta, tiny_config.n_layer = torch.device("meta"), 1
     monkeypatch.setattr(Accelerator, "device", meta)
@@ -136,7 +136,7 @@ def run_without_numbers(tiny_config, tmp_path, monkeypatch):
     def run(skip_outliers: bool) -> SimpleNamespace:
         with meta:
             model = GPT2ReproForCausalLM(tiny_config).train()
-        accelerator, progress = accelerator_for(2), TrainProgress()
+        accelerator, progress = accelerator_for(2), TrainState()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, False])
         rows = TokenSequences([np.arange(1000) % 97], 32)
@@ -147,7 +147,7 @@ def run_without_numbers(tiny_config, tmp_path, monkeypatch):
             model=model,
             optimizer=optimizer,
             progress=progress,
-            guard=StepGuard(meta, skip_outliers),
+            guard=OutlierDetector(meta, skip_outliers),
             monitor=Monitor(accelerator, 100, 2, progress, MetricsLog(tmp_path, None, enabled=True)),
         )
 
@@ -347,17 +347,17 @@ def test_the_run_record_can_be_read_back(tmp_path):
 
 def test_mfu_is_the_share_of_the_peak_that_training_alone_reaches(tmp_path, monkeypatch):
     from modeling_gpt2repro.runs import logger as monitor
-    from modeling_gpt2repro.training.state import TrainProgress
+    from modeling_gpt2repro.training.state import TrainState
 
     clock = iter([0.0, 100.0, 104.0])  # begun; an evaluation until 100; two steps until 104
     monkeypatch.setattr(monitor.time, "perf_counter", lambda: next(clock))
-    progress, log = TrainProgress(), MetricsLog(tmp_path, None, enabled=True)
+    progress, log = TrainState(), MetricsLog(tmp_path, None, enabled=True)
     watch = monitor.Monitor(Accelerator(cpu=True), 2, 2, progress, log, flops_per_token=50, peak_flops=1e6)
     with watch.apart():
         pass
     for _ in range(2):
         progress.advance(1_000)
-        watch.trained(StepNumbers(torch.tensor(3.0), torch.tensor(1.0), torch.tensor(False)), 1e-3, 0.0)
+        watch.trained(StepMetrics(torch.tensor(3.0), torch.tensor(1.0), torch.tensor(False)), 1e-3, 0.0)
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2]
     assert {(row["step_seconds"], row["tokens_per_second"], row["mfu"]) for row in rows} == {(2.0, 500.0, 0.025)}
