@@ -38,15 +38,15 @@ from modeling_gpt2repro.evaluation.hellaswag.samples import write_results
 from modeling_gpt2repro.evaluation.hellaswag.score import ExampleScores, score_task
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import prepare_hellaswag
 from modeling_gpt2repro.evaluation.load_model import load_causal_lm
-from modeling_gpt2repro.runtime.accelerator import main_process_first
-from modeling_gpt2repro.runtime.command_line import bad_input_exits, parse_command_line
+from modeling_gpt2repro.runtime.accelerator import call_main_process_first
+from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
 from modeling_gpt2repro.storage.atomic import atomic_write
 
 
 def main(argv: list[str] | None = None) -> None:
     """Score one model and save what it said, or compare two such results."""
     args = parse_command_line(EvalHellaSwagArguments, argv, description=__doc__)
-    with bad_input_exits():
+    with exit_on_input_error():
         if args.compare:
             return compare(args)
         state = PartialState(cpu=args.device == "cpu")
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 def load_rows(args: EvalHellaSwagArguments, state: PartialState) -> list[Example]:
     """The rows to score; ValueError that names the flag where they cannot be had."""
     try:
-        return main_process_first(state, lambda: load_hellaswag(args.data, args.limit))
+        return call_main_process_first(state, lambda: load_hellaswag(args.data, args.limit))
     except (OSError, ValueError) as error:
         raise ValueError(f"--data: {error}") from error
 
@@ -73,7 +73,7 @@ def score(args: EvalHellaSwagArguments, state: PartialState, rows: Sequence[Exam
         ValueError: The model cannot be had or scored, or memory runs out.
     """
     device = state.device if state.num_processes > 1 else args.device
-    model, tokenizer = main_process_first(
+    model, tokenizer = call_main_process_first(
         state, lambda: load_causal_lm(args.model, args.dtype, device, args.trust_remote_code)
     )
     place = (args.batch_tokens, state.process_index, state.num_processes)

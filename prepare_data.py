@@ -28,7 +28,7 @@ from modeling_gpt2repro.data.shards.verify import verify_shards
 from modeling_gpt2repro.data.sources.resolve import Source, hub_source, local_source
 from modeling_gpt2repro.data.tokenize import make_prepare_spec
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, save_tokenizer, train_tokenizer
-from modeling_gpt2repro.runtime.command_line import bad_input_exits, parse_command_line
+from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
 from modeling_gpt2repro.runtime.progress import ProgressBar
 from modeling_gpt2repro.storage.atomic import explain_disk_full
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None):
         return verify(Path(args.verify), args.quick)
     folder, started = Path(args.output_dir).absolute(), time.perf_counter()
     try:
-        with bad_input_exits(), explain_disk_full(folder):
+        with exit_on_input_error(), explain_disk_full(folder):
             begun = read_spec(folder)
             source = open_source(args, begun)
             tokenizer = open_tokenizer(args, source, begun, folder)
@@ -100,7 +100,7 @@ def tell(args: PrepareArguments, plan: PrepareSpec, folder: Path):
 
 def verify(folder: Path, quick: bool):
     """Say that a folder is what its manifest says, or what is not; exit code 1 where something is not."""
-    with bad_input_exits():
+    with exit_on_input_error():
         problems = verify_shards(folder, quick)
     if problems:
         print("\n".join(problems), file=sys.stderr)

@@ -71,13 +71,13 @@ from modeling_gpt2repro.runs.logger import Monitor
 from modeling_gpt2repro.runs.metrics import MetricsLog
 from modeling_gpt2repro.runs.read import write_yardsticks
 from modeling_gpt2repro.runtime.accelerator import (
-    main_process_first,
-    start_accelerator,
-    told_by_main_process,
-    without_determinism,
+    build_accelerator,
+    call_main_process_first,
+    nondeterministic,
+    run_on_main_and_broadcast,
 )
-from modeling_gpt2repro.runtime.command_line import Problems, bad_input_exits, parse_command_line
-from modeling_gpt2repro.runtime.fsdp import fill_whole, is_sharded
+from modeling_gpt2repro.runtime.command_line import InputErrors, exit_on_input_error, parse_command_line
+from modeling_gpt2repro.runtime.fsdp import is_sharded, load_full_state_dict
 from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record, peak_memory_gb
 from modeling_gpt2repro.runtime.signals import EXIT_CODE, StopRequest
 from modeling_gpt2repro.storage.atomic import replace_dir
@@ -103,15 +103,15 @@ def main(argv: list[str] | None = None):
     Below stand what it shares, what happens in it, how its parts are opened, and the preflight.
     """
     args = parse_command_line(TrainArguments, argv, PRESETS, __doc__)  # field default < preset < command line
-    with bad_input_exits():
-        accelerator = start_accelerator(args)
+    with exit_on_input_error():
+        accelerator = build_accelerator(args)
         run = open_run(args, accelerator)
     progress = run.progress
     if args.preflight:
         return preflight(run)
     with closing(run.data.batches), closing(run.monitor), closing(run.pushes), run.stop, explain_oom(args):
         introduce(run)
-        while progress.step < args.total_steps and not run.stop.agreed():
+        while progress.step < args.total_steps and not run.stop.should_stop():
             if is_due(progress.step, args.eval_steps):
                 evaluate(run)
             train(run)
@@ -172,7 +172,7 @@ class TrainingRun:
             return self.bare_model
         with torch.device("meta"):
             whole = GPT2ReproForCausalLM(self.bare_model.config)
-        fill_whole(whole, self.bare_model, keep, device)
+        load_full_state_dict(whole, self.bare_model, keep, device)
         whole.tie_weights()
         return whole
 
@@ -191,7 +191,7 @@ def introduce(run: TrainingRun):
         ),
     }
     if accelerator.is_main_process and not args.preflight:
-        with run.monitor.failing_in_words("yardsticks.json"):
+        with run.monitor.warn_on_io_error("yardsticks.json"):
             write_yardsticks(run.output_dir, run.yardsticks, BASELINES)
     shape, step = run.data.batches.micro_batch_shape, run.progress.step
     with run.monitor.apart():
@@ -230,22 +230,22 @@ def evaluate(run: TrainingRun):
         with accelerator.autocast():  # which a copy of a sharded model does not bring along
             loss, tokens = validation_loss(accelerator, module, batches)
         numbers = {**validation_numbers(loss, run.bytes_per_token), "validation_tokens": tokens}
-        if run.hellaswag and not run.stop.agreed():
+        if run.hellaswag and not run.stop.should_stop():
             accuracies, results = evaluate_hellaswag(accelerator, module, run.hellaswag)
             numbers |= accuracies
             if accelerator.is_main_process:
-                with run.monitor.failing_in_words("hellaswag.jsonl"):
+                with run.monitor.warn_on_io_error("hellaswag.jsonl"):
                     write_results(run.output_dir / "hellaswag.jsonl", results, run.hellaswag.rows)
         numbers["evaluation_seconds"] = time.perf_counter() - started
         run.monitor.evaluated(numbers)
-        if args.num_samples and accelerator.is_main_process and not run.stop.asked_by:
+        if args.num_samples and accelerator.is_main_process and not run.stop.signal_name:
             lengths = (args.num_samples, args.sample_tokens, args.seed)
             with accelerator.autocast():
                 texts = sample_continuations(module, run.data.tokenizer, args.sample_prompts, *lengths)
             for prompt, of_prompt in zip(args.sample_prompts, texts, strict=True):
                 run.monitor.sampled(prompt, of_prompt)
         if accelerator.is_main_process:
-            with run.monitor.failing_in_words("loss.png"):
+            with run.monitor.warn_on_io_error("loss.png"):
                 plot_loss(run.output_dir)
         accelerator.wait_for_everyone()
 
@@ -318,8 +318,8 @@ def write_checkpoint(run: TrainingRun, folder: Path, keep: checkpoints.Retention
 def leave(run: TrainingRun):
     """End early, as a signal asked for, with a checkpoint and the command that goes on."""
     save(run, must=True)
-    by = run.stop.asked_by or "a signal to another process"
-    command = run.stop.command_that_goes_on
+    by = run.stop.signal_name or "a signal to another process"
+    command = run.stop.resume_command
     run.monitor.say(f"\nStopped by {by} after step {run.progress.step}. Go on with:\n\n    {command}\n")
     run.accelerator.wait_for_everyone()
     end(run, EXIT_CODE)
@@ -342,7 +342,7 @@ def export(run: TrainingRun) -> Path:
 
 def publish(run: TrainingRun) -> int:
     """Push the final model, if that was asked for; returns the exit code, which is not 0 where it is not on the Hub."""
-    return run.pushes.finish(run.output_dir / "model", run.monitor.say, lambda: run.stop.asked_by is not None)
+    return run.pushes.finish(run.output_dir / "model", run.monitor.say, lambda: run.stop.signal_name is not None)
 
 
 def end(run: TrainingRun, code: int = 0):
@@ -368,18 +368,18 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> TrainingRun:
     output_dir = Path(args.output_dir)
     make_writable(output_dir)
     warn_of_slow_cpu(args, accelerator)
-    data, hellaswag, problems = None, [], Problems()
-    with problems.collected():
+    data, hellaswag, problems = None, [], InputErrors()
+    with problems.capture():
         pushes = open_pushes(args, accelerator)
-    with problems.collected():
+    with problems.capture():
         checkpoint = open_checkpoint(args, accelerator)
         weights, their_tokenizer = open_weights(args, accelerator, checkpoint)
-    with problems.collected():
+    with problems.capture():
         hellaswag = open_hellaswag(args, accelerator)
-    with problems.collected():
+    with problems.capture():
         data = open_data(args, accelerator)
     for prompt in args.sample_prompts if data else ():
-        with problems.collected():
+        with problems.capture():
             check_prompt(prompt, data.tokenizer, args.block_size)
     problems.raise_if_any()
 
@@ -427,7 +427,7 @@ def open_pushes(args: TrainArguments, accelerator: Accelerator) -> UploadQueue:
         if accelerator.is_main_process:
             pushes = UploadQueue(args.hub_repository, args.hub_strategy, Path(args.output_dir), args.hub_private_repo)
         goes_on = (Path(args.output_dir) / RUN_RECORD).exists()
-        found = told_by_main_process(accelerator, lambda: pushes.check(goes_on))
+        found = run_on_main_and_broadcast(accelerator, lambda: pushes.check(goes_on))
         accelerator.print(f"Hub          {found}")
     return pushes
 
@@ -435,7 +435,7 @@ def open_pushes(args: TrainArguments, accelerator: Accelerator) -> UploadQueue:
 def open_checkpoint(args: TrainArguments, accelerator: Accelerator) -> Path | None:
     """What `--resume_from_checkpoint` names, every file of it checked; what had to be passed over is said."""
     find = partial(checkpoints.find_resume_checkpoint, args.resume_from_checkpoint, Path(args.output_dir))
-    checkpoint, passed_over = told_by_main_process(accelerator, find)
+    checkpoint, passed_over = run_on_main_and_broadcast(accelerator, find)
     for sentence in passed_over:
         accelerator.print(sentence)
     if checkpoint and not checkpoint.is_dir():  # another machine, with a cache of its own
@@ -455,7 +455,7 @@ def open_weights(
         with checkpoints.raise_if_corrupt(checkpoint):
             model, tokenizer = GPT2ReproForCausalLM.from_pretrained(checkpoint), None
     elif args.init_from:
-        model, tokenizer = main_process_first(accelerator, lambda: load_gpt2(args.init_from))
+        model, tokenizer = call_main_process_first(accelerator, lambda: load_gpt2(args.init_from))
     else:
         return None, None
     source = checkpoint or args.init_from
@@ -487,7 +487,7 @@ def open_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
     if args.dataset_name == PYTHON_PROSE:
         folder = Path(args.output_dir) / "data"
         recipe = (folder, args.tokenizer_vocab_size, args.block_size, args.validation_share)
-        shards = main_process_first(accelerator, lambda: python_prose_shards(*recipe))
+        shards = call_main_process_first(accelerator, lambda: python_prose_shards(*recipe))
         return data_from_shards(shards, shape)
     source = hub_source(args.dataset_name, args.dataset_config_name, "train", args.dataset_revision, args.text_column)
     tokenizer = load_tokenizer(args.tokenizer or "gpt2")
@@ -500,7 +500,7 @@ def open_hellaswag(args: TrainArguments, accelerator: Accelerator) -> list[Examp
         return []
     rows = []
     try:
-        rows = main_process_first(accelerator, lambda: load_hellaswag(args.hellaswag))
+        rows = call_main_process_first(accelerator, lambda: load_hellaswag(args.hellaswag))
     except ConnectionError as error:
         accelerator.print(f"HellaSwag is left out: {error}")
     found = accelerator.reduce(torch.tensor(len(rows), device=accelerator.device), reduction="sum")
@@ -586,7 +586,7 @@ def preflight(run: TrainingRun):
         first, median, waited = time_steps(step)
         plain = None
         if torch.are_deterministic_algorithms_enabled():
-            with without_determinism(is_compiled_module(run.model)):
+            with nondeterministic(is_compiled_module(run.model)):
                 _, plain, _ = time_steps(step)
         started, module = time.perf_counter(), run.whole_model(accelerator.device)
         rows = args.per_device_eval_batch_size or args.per_device_train_batch_size

@@ -34,7 +34,7 @@ from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.data.tokenizer import load_tokenizer
 from modeling_gpt2repro.evaluation.hellaswag.examples import Example, load_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag
-from modeling_gpt2repro.runtime.command_line import bad_input_exits, parse_command_line
+from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
 
 SIDES = ("ours", "lecture")
 SCORES_WITHIN = 1e-4  # relative, in fp32
@@ -70,7 +70,7 @@ class BenchmarkArguments:
 
 def main(argv: list[str] | None = None):
     args = parse_command_line(BenchmarkArguments, argv, description=__doc__)
-    with bad_input_exits():
+    with exit_on_input_error():
         rows, tokenizer = load_hellaswag(args.data), load_tokenizer(args.tokenizer)
     rows = [rows[i * len(rows) // args.rows] for i in range(args.rows)] if args.rows < len(rows) else rows
     load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -107,17 +107,17 @@ def score_text(model: nn.Module, text: ValidationText, batch_rows: int, device: 
 def main(argv: list[str] | None = None) -> None:
     """The command. Like a script it combines rooms; what it calls knows its own only."""
     from modeling_gpt2repro.data.shards.dataset import open_shards
-    from modeling_gpt2repro.runtime.accelerator import main_process_first
-    from modeling_gpt2repro.runtime.command_line import bad_input_exits, parse_command_line
+    from modeling_gpt2repro.runtime.accelerator import call_main_process_first
+    from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
 
     from ..data.tokenizer import tokenizer_sha256
 
     args = parse_command_line(ValidationArguments, argv, description=__doc__)
-    with bad_input_exits():
+    with exit_on_input_error():
         state = PartialState(cpu=args.device == "cpu")
         device = state.device if state.num_processes > 1 else torch.device(args.device)
         shards = open_shards(args.shards)
-        model, tokenizer = main_process_first(
+        model, tokenizer = call_main_process_first(
             state, lambda: load_causal_lm(args.model, args.dtype, device, args.trust_remote_code)
         )
         fast = isinstance(tokenizer, PreTrainedTokenizerFast)

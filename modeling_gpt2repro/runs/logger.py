@@ -119,7 +119,7 @@ class Monitor:
             self._clock = time.perf_counter()
 
     @contextmanager
-    def failing_in_words(self, what: str) -> Iterator[None]:
+    def warn_on_io_error(self, what: str) -> Iterator[None]:
         """Around writing what a run can do without: a full disk is told, and the run goes on."""
         try:
             yield
@@ -157,7 +157,7 @@ class Monitor:
     def sampled(self, prompt: str, texts: list[str]):
         """Log the samples to samples.jsonl, and show them, each on a line."""
         row = {"step": self.progress.step, "prompt": prompt, "samples": texts}
-        with self.failing_in_words("samples.jsonl"), open(self.log.path.with_name("samples.jsonl"), "ab") as file:
+        with self.warn_on_io_error("samples.jsonl"), open(self.log.path.with_name("samples.jsonl"), "ab") as file:
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
         self.say("\n".join(f"    > {' '.join(text.split())}" for text in texts))
 

@@ -21,13 +21,13 @@ from transformers.utils.logging import disable_progress_bar
 from modeling_gpt2repro.training.arguments import TrainArguments
 
 from .hardware import cpu_lacks_bf16, usable_cores
-from .launcher import processes_asked_for
+from .launcher import requested_num_processes
 
 Result = TypeVar("Result")
 LONGEST_SAVE = timedelta(hours=1)  # 1558M: 19 GB are written, hashed and flushed; the default is ten minutes
 
 
-def start_accelerator(args: TrainArguments) -> Accelerator:
+def build_accelerator(args: TrainArguments) -> Accelerator:
     """Start the accelerator of this process.
 
     Compiles on CUDA, where Triton is, unless told otherwise; takes fp32 on a CPU that would only emulate bf16.
@@ -47,7 +47,7 @@ def start_accelerator(args: TrainArguments) -> Accelerator:
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     on_cuda = torch.cuda.is_available() and not on_cpu
     if args.deterministic if args.deterministic is not None else on_cpu:
-        be_deterministic()
+        enable_determinism()
     compiled = args.torch_compile if args.torch_compile is not None else on_cuda and has_triton()
     emulated = on_cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and cpu_lacks_bf16()
     accelerator = Accelerator(
@@ -80,7 +80,7 @@ def start_accelerator(args: TrainArguments) -> Accelerator:
             "would train separately. On CPUs launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
             f"--num_processes {args.num_processes}; on GPUs check that each process has one."
         )
-    asked = processes_asked_for()
+    asked = requested_num_processes()
     if asked and accelerator.num_processes == 1 < asked:  # what --cpu does to it
         raise ValueError(
             f"the launcher was asked for {asked} processes and started one: on CPUs launch with "
@@ -89,7 +89,7 @@ def start_accelerator(args: TrainArguments) -> Accelerator:
     return accelerator
 
 
-def be_deterministic():
+def enable_determinism():
     """Let every operation give the same bits each time; compiled training on the CPU does not do so by itself."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it, before its first use
     torch.use_deterministic_algorithms(True)
@@ -97,8 +97,8 @@ def be_deterministic():
 
 
 @contextmanager
-def without_determinism(compiled: bool) -> Iterator[None]:
-    """Inside, operations may give other bits each time: to measure what `be_deterministic` costs."""
+def nondeterministic(compiled: bool) -> Iterator[None]:
+    """Inside, operations may give other bits each time: to measure what `enable_determinism` costs."""
     torch.use_deterministic_algorithms(False)
     if compiled:
         torch.compiler.reset()  # code was made for the other way
@@ -110,7 +110,7 @@ def without_determinism(compiled: bool) -> Iterator[None]:
             torch.compiler.reset()
 
 
-def told_by_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+def run_on_main_and_broadcast(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     """What `work` gives on the main process, where alone it is called; what it raises is raised on all.
 
     Raises:
@@ -128,7 +128,7 @@ def told_by_main_process(accelerator: Accelerator, work: Callable[[], Result]) -
     return result
 
 
-def main_process_first(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+def call_main_process_first(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     """Call `work` on all processes, on the main one before the others, which then find what it left.
 
     What it raises is raised when all have been through: who left earlier would let the others wait for ever.

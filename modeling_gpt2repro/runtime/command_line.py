@@ -24,7 +24,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-class ProblemCollector(HfArgumentParser):
+class ArgumentParser(HfArgumentParser):
     """An `HfArgumentParser` that notes a bad value and goes on with the default, so that the next one is seen too.
 
     Whole numbers may be written as people write them: `10e9` for an `int` field is 10,000,000,000.
@@ -71,7 +71,7 @@ class ProblemCollector(HfArgumentParser):
         return f"there is no flag {word}{question} --help lists all."
 
     def error(self, message: str) -> NoReturn:
-        exit_with_problems([*self.problems, message])
+        exit_with_errors([*self.problems, message])
 
 
 def whole_number(text: str) -> int:
@@ -103,7 +103,7 @@ def parse_command_line(
         SystemExit: With code 2 and every problem in words, each with the value, the limit and what to do.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = ProblemCollector(arguments_class, description)
+    parser = ArgumentParser(arguments_class, description)
     if presets:
         chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         chooser.add_argument("--preset", nargs="?", default=parser.get_default("preset"))
@@ -119,11 +119,11 @@ def parse_command_line(
     except ValueError as error:
         problems += str(error).splitlines()
     if problems:
-        exit_with_problems(problems)
+        exit_with_errors(problems)
     return arguments
 
 
-def exit_with_problems(problems: list[str]) -> NoReturn:
+def exit_with_errors(problems: list[str]) -> NoReturn:
     """Print the problems and exit with code 2.
 
     Of several processes the first one speaks: the others wait, and the launcher ends them meanwhile. Only a problem
@@ -141,14 +141,14 @@ def exit_with_problems(problems: list[str]) -> NoReturn:
     raise SystemExit(2)
 
 
-class Problems:
+class InputErrors:
     """Collects what is wrong with several inputs, so that all of it is told at once."""
 
     def __init__(self):
         self.found: list[str] = []
 
     @contextlib.contextmanager
-    def collected(self):
+    def capture(self):
         """Note the ValueError or OSError of the block instead of raising it."""
         try:
             yield
@@ -162,9 +162,9 @@ class Problems:
 
 
 @contextlib.contextmanager
-def bad_input_exits():
+def exit_on_input_error():
     """Around the opening of what a person named: each line of its ValueError or OSError is a problem; exit code 2."""
     try:
         yield
     except (ValueError, OSError) as error:
-        exit_with_problems(str(error).splitlines())
+        exit_with_errors(str(error).splitlines())

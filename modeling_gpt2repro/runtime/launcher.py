@@ -20,7 +20,7 @@ def launcher() -> list[str] | None:
     return words if any(Path(word).name in LAUNCHERS for word in words[:4]) else None
 
 
-def command_that_goes_on() -> str:
+def resume_command() -> str:
     """The command that this run was started by, with `--resume_from_checkpoint latest`."""
     words = list(launcher() or sys.orig_argv)
     if words[1:2] and Path(words[1]).name in LAUNCHERS:
@@ -32,14 +32,14 @@ def command_that_goes_on() -> str:
     return shlex.join([*words, "--resume_from_checkpoint", "latest"])
 
 
-def end_with_launcher():
+def exit_with_launcher():
     """Let the kernel send SIGTERM when the launcher dies: `accelerate launch` of one process does not pass it on."""
     if sys.platform == "linux" and launcher():
         death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
         ctypes.CDLL(None).prctl(death_signal, signal.SIGTERM)
 
 
-def processes_asked_for() -> int | None:
+def requested_num_processes() -> int | None:
     """What the launcher was told by `--num_processes N`; None where it was not, or there is none."""
     words = [word for given in launcher() or [] for word in given.split("=", 1)]
     flags = [place for place, word in enumerate(words[:-1]) if word in ("--num_processes", "--num-processes")]

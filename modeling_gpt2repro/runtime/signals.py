@@ -11,7 +11,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from .launcher import command_that_goes_on, end_with_launcher
+from .launcher import exit_with_launcher, resume_command
 
 EXIT_CODE = 143  # 128 + SIGTERM: what a scheduler takes for "ended as it was told"
 # Ctrl-C reaches every process of a terminal, and a launcher may pass it on to the same ones: still one Ctrl-C.
@@ -22,8 +22,8 @@ class StopRequest:
     """Notes the signals between `with` and its end, and lets all processes hear of them in the same step."""
 
     def __init__(self):
-        self.asked_by: str | None = None
-        self.command_that_goes_on = command_that_goes_on()  # now, while the launcher lives
+        self.signal_name: str | None = None
+        self.resume_command = resume_command()  # now, while the launcher lives
         self._asked_at = 0.0
         self._before: dict[int, object] = {}
         self._group = self._word = self._flag = None
@@ -35,7 +35,7 @@ class StopRequest:
             number = getattr(signal, name, None)  # Windows has not all of them
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._before[number] = signal.signal(number, self._note)
-        end_with_launcher()
+        exit_with_launcher()
         return self
 
     def __exit__(self, *exception):
@@ -44,25 +44,25 @@ class StopRequest:
         if self._word is not None and exception[0] is None:
             self._word.wait()
 
-    def agreed(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether to stop now; all processes must ask equally often.
 
         What one process was told is under way to the others while they train, so all hear of it one call later.
         """
         if self._group is None:
-            return self.asked_by is not None
+            return self.signal_name is not None
         heard = False
         if self._word is not None:
             self._word.wait()
             heard = bool(self._flag)
-        self._flag = torch.tensor(float(self.asked_by is not None or heard))
+        self._flag = torch.tensor(float(self.signal_name is not None or heard))
         self._word = torch.distributed.all_reduce(
             self._flag, torch.distributed.ReduceOp.MAX, self._group, async_op=True
         )
         return heard
 
     def _note(self, number: int, frame: FrameType | None):
-        if number == signal.SIGINT and self.asked_by and time.monotonic() - self._asked_at > SECONDS_OF_ONE_CTRL_C:
+        if number == signal.SIGINT and self.signal_name and time.monotonic() - self._asked_at > SECONDS_OF_ONE_CTRL_C:
             raise KeyboardInterrupt
-        if self.asked_by is None:
-            self.asked_by, self._asked_at = signal.Signals(number).name, time.monotonic()
+        if self.signal_name is None:
+            self.signal_name, self._asked_at = signal.Signals(number).name, time.monotonic()

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from modeling_gpt2repro.runtime.fsdp import gathered, spread_like
+from modeling_gpt2repro.runtime.fsdp import gather_tensors, shard_like
 
 OPTIMIZER_FILE, RANDOM_FILE = "optimizer.safetensors", "random.safetensors"
 
@@ -31,7 +31,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer, keep: bool) -> dic
         for parameter, state in optimizer.state.items()
         for kind, tensor in state.items()
     }
-    return gathered(tensors, keep)
+    return gather_tensors(tensors, keep)
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer):
@@ -46,7 +46,7 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer):
             kinds.setdefault(parameter, []).append(kind)
         for name, parameter in model.named_parameters():
             optimizer.state[parameter] = {
-                kind: spread_like(file.get_tensor(f"{name}.{kind}"), parameter)
+                kind: shard_like(file.get_tensor(f"{name}.{kind}"), parameter)
                 if kind != "step"
                 else file.get_tensor(f"{name}.{kind}").to(parameter.device, copy=True)
                 for kind in kinds[name]

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
-from modeling_gpt2repro.runtime.fsdp import full
+from modeling_gpt2repro.runtime.fsdp import full_tensor
 
 from .outliers import OutlierDetector
 
@@ -57,7 +57,7 @@ def train_step(
             accelerator.backward(loss)
             losses.append(loss.detach())
     assert accelerator.sync_gradients, "as many micro-batches as accumulation steps"
-    grad_norm = full(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
+    grad_norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
     loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
     skipped = guard.should_skip(loss, grad_norm)
     step_unless(skipped, optimizer)

@@ -440,7 +440,7 @@ def test_arguments_that_do_not_fit_are_told(given, said):
 def test_only_the_main_process_pushes_and_a_run_that_has_begun_waits_for_no_hub(tmp_path, monkeypatch):
     checked = []
     monkeypatch.setattr(UploadQueue, "check", lambda self, goes_on: checked.append((self.repository, goes_on)))
-    monkeypatch.setattr(train_accelerate, "told_by_main_process", lambda accelerator, work: work())
+    monkeypatch.setattr(train_accelerate, "run_on_main_and_broadcast", lambda accelerator, work: work())
     args = TrainArguments(push_to_hub=True, hub_model_id="me/mine", output_dir=str(tmp_path))
     main, other = (SimpleNamespace(is_main_process=is_main, print=print) for is_main in (True, False))
     opened = [train_accelerate.open_pushes(args, accelerator) for accelerator in (main, other)]

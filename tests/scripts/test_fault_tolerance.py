@@ -20,7 +20,7 @@ from toy_runs import CPU_FP32, RECIPE, ROWS, SCRIPT, as_flags, rows_of, train_he
 import train_accelerate
 from modeling_gpt2repro.runs.read import read_metrics
 from modeling_gpt2repro.runtime import launcher as launchers
-from modeling_gpt2repro.runtime.launcher import command_that_goes_on, processes_asked_for
+from modeling_gpt2repro.runtime.launcher import requested_num_processes, resume_command
 from modeling_gpt2repro.runtime.signals import StopRequest
 
 WEIGHTS = "model/model.safetensors"
@@ -81,7 +81,7 @@ def test_a_second_ctrl_c_ends_at_once(usual_signals):
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # the same one, passed on by a launcher
-        assert stop.agreed()
+        assert stop.should_stop()
         stop._asked_at -= 10
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -357,11 +357,11 @@ def test_when_one_of_two_processes_dies_the_other_ends_within_a_minute(shards, t
 
 def test_the_command_that_goes_on_is_the_one_that_was_given(monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python3", "train_accelerate.py", "--preset", "quickstart"])
-    assert command_that_goes_on() == "python3 train_accelerate.py --preset quickstart --resume_from_checkpoint latest"
+    assert resume_command() == "python3 train_accelerate.py --preset quickstart --resume_from_checkpoint latest"
     monkeypatch.setattr(
         sys, "orig_argv", ["python", "a/t.py", "--resume_from_checkpoint", "step-000005", "--seed", "1"]
     )
-    assert command_that_goes_on() == "python a/t.py --seed 1 --resume_from_checkpoint latest"
+    assert resume_command() == "python a/t.py --seed 1 --resume_from_checkpoint latest"
 
 
 def test_a_renamed_checkpoint_in_the_runs_folder_can_be_gone_on_from(finished, shards, tmp_path, capsys):
@@ -383,15 +383,15 @@ def test_a_finished_run_that_is_started_again_writes_no_checkpoint_again(finishe
 def test_one_process_where_several_were_asked_for_is_noticed(shards, tmp_path, monkeypatch, capsys):
     words = ["python", "/usr/bin/accelerate", "launch", "--cpu", "--num_processes", "2", "train_accelerate.py"]
     monkeypatch.setattr(launchers, "launcher", lambda: words)
-    assert processes_asked_for() == 2
+    assert requested_num_processes() == 2
     assert train_here(tmp_path / "run", shards) == 2
     assert (
         "asked for 2 processes and started one: on CPUs launch with ACCELERATE_USE_CPU=true" in capsys.readouterr().err
     )
     monkeypatch.setattr(launchers, "launcher", lambda: [*words[:3], "--num_processes=8", "--config_file", "a.yaml"])
-    assert processes_asked_for() == 8
+    assert requested_num_processes() == 8
     monkeypatch.setattr(launchers, "launcher", lambda: None)
-    assert processes_asked_for() is None
+    assert requested_num_processes() is None
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(shards, tmp_path, capsys):
