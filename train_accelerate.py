@@ -302,7 +302,7 @@ def write_checkpoint(run: TrainingRun, folder: Path, keep: checkpoints.Retention
         "data": checkpoints.join_states(gather_object([run.data.batches.state_dict()])),
         "guard": run.guard.state_dict(),
         "origin": run.origin,
-        "identity": run.data.identity,
+        "identity": run.data.data_fingerprint,
     }
     return checkpoints.save_checkpoint(
         accelerator,
@@ -399,7 +399,7 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> TrainingRun:
     progress, guard = TrainState(), OutlierDetector(accelerator.device, args.skip_outliers)
     origin = base_model_sentence(args.init_from)
     if checkpoint:
-        state = checkpoints.read_state(checkpoint, data.identity)
+        state = checkpoints.read_state(checkpoint, data.data_fingerprint)
         origin = state["origin"]
         progress.load_state_dict(state["progress"])
         data.batches.load_state_dict(state["data"])
@@ -410,7 +410,7 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> TrainingRun:
     monitor = open_monitor(args, accelerator, progress, flops_and_peak(bare, args.block_size, accelerator))
     if accelerator.is_main_process and not args.preflight:
         checkpoints.remove_stale_files(output_dir)
-        write_run_config(args, hardware_record(accelerator), data.identity)
+        write_run_config(args, hardware_record(accelerator), data.data_fingerprint)
     parts = (model, optimizer, progress, guard, monitor, pushes, origin)
     here = checkpoint is None or checkpoint.parent.resolve() == output_dir.resolve()
     return TrainingRun(args, accelerator, data, task, *parts, saved_step=progress.step if here else None)

@@ -46,9 +46,7 @@ class UploadQueue:
     def __init__(self, repository: str | None, strategy: str, output_dir: Path, private: bool | None = None):
         self.repository, self.strategy, self.output_dir, self.private = repository, strategy, output_dir, private
         self._waiting: list[UploadJob] = []
-        self._running: tuple[UploadJob, subprocess.Popen, int] | None = (
-            None  # with the place in the log where it begins
-        )
+        self._running: tuple[UploadJob, subprocess.Popen, int] | None = None  # and its offset in the log
         self._news: list[str] = []
         self._hub_is_away = False  # as the last push has found
 
@@ -73,6 +71,7 @@ class UploadQueue:
         """A checkpoint stands: push it as the strategy says; what still waits for the same branch gives way."""
         if self.repository is None or self.strategy == "end":
             return
+        step = int(checkpoint.name.removeprefix("step-"))
         on_main = UploadJob(
             checkpoint, "main", f"Training in progress, step {int(checkpoint.name.removeprefix('step-'))}"
         )

@@ -21,9 +21,7 @@ from .optimizer_state import OPTIMIZER_FILE, RANDOM_FILE, save_tensors
 STATE_FOLDER = "training_state"
 STATE_FILE = f"{STATE_FOLDER}/state.json"
 PREFLIGHT = "step-preflight"  # a checkpoint for a trial, not to be gone on from
-CHECKSUMS_FILE = (
-    f"{STATE_FOLDER}/files.json"  # sizes and hashes of all others; written last, so it says that all are there
-)
+CHECKSUMS_FILE = f"{STATE_FOLDER}/files.json"  # written last: its presence means that all files are there
 HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 

@@ -172,8 +172,8 @@ def test_too_little_text_for_a_row_is_a_sentence_for_each_split(token_shards, on
 def test_the_data_of_a_run_says_who_it_is(token_shards):
     data = data_from_shards(token_shards, shape(block_size=64))
     again = data_from_shards(open_shards(token_shards.folder), shape(block_size=64, process_index=1, num_processes=2))
-    assert data.identity == again.identity
-    assert data.identity != data_from_shards(token_shards, shape(block_size=64, seed=2)).identity
+    assert data.data_fingerprint == again.data_fingerprint
+    assert data.data_fingerprint != data_from_shards(token_shards, shape(block_size=64, seed=2)).data_fingerprint
     assert sum(len(batch["input_ids"]) for batch in data.validation_batches(640, 4)) == 10
 
 
@@ -346,7 +346,7 @@ def test_the_identity_of_a_stream_says_what_decides_its_rows(tmp_path, streamed,
     source, order = streamed().source, streamed().shape
     data = data_from_stream(source, tiny_tokenizer, order, 0.001, 100)
     same = data_from_stream(source, tiny_tokenizer, replace(order, micro_batch_size=1), 0.001, 100)
-    assert data.identity == same.identity
+    assert data.data_fingerprint == same.data_fingerprint
     for other in (
         data_from_stream(source, tiny_tokenizer, replace(order, seed=9), 0.001, 100),
         data_from_stream(source, tiny_tokenizer, order, 0.5, 100),
@@ -354,5 +354,5 @@ def test_the_identity_of_a_stream_says_what_decides_its_rows(tmp_path, streamed,
             local_source([source.units[0].path], "text"), train_tokenizer(["a b " * 99], 258), order, 0.001, 9
         ),
     ):
-        assert other.identity != data.identity
+        assert other.data_fingerprint != data.data_fingerprint
     assert data.summary == "files, streamed: 16 units in 4 lanes"

@@ -98,7 +98,10 @@ def test_folders_are_opened_and_validated_in_their_proportions(two_folders):
     assert data.summary == f"75.0% {a}, 25.0% {b}"
     validation = mixed_validation(open_mix(shares), [0.75, 0.25], 16, 800)
     assert [len(part) for part in validation.shards] == [617, 217]
-    assert data.identity != data_from_mix(parse_mix(f"{a}:1,{b}:1"), BatchConfig(16, 8, 4, 1), 800).identity
+    assert (
+        data.data_fingerprint
+        != data_from_mix(parse_mix(f"{a}:1,{b}:1"), BatchConfig(16, 8, 4, 1), 800).data_fingerprint
+    )
 
 
 def test_folders_that_do_not_go_together_are_told(two_folders, tmp_path, tiny_texts):

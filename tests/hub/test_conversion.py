@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from modeling_gpt2repro import GPT2ReproForCausalLM
-from modeling_gpt2repro.hub.conversion import carry, from_hf_gpt2, load_gpt2, main, our_config, to_hf_gpt2
+from modeling_gpt2repro.hub.conversion import copy_weights, from_hf_gpt2, load_gpt2, main, our_config, to_hf_gpt2
 
 
 @pytest.fixture
@@ -122,8 +122,8 @@ def test_all_four_sizes_have_the_same_tensors(shape):
     config = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     with torch.device("meta"):
         stock, ours = GPT2LMHeadModel(config), GPT2ReproForCausalLM(our_config(config))
-    carry(stock, ours)
-    carry(ours, stock)
+    copy_weights(stock, ours)
+    copy_weights(ours, stock)
     assert ours.num_parameters() == stock.num_parameters()
 
 

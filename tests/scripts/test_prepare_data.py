@@ -162,7 +162,7 @@ for processes in (1, 2):
         validation[processes] += sum(len(batch["input_ids"]) for batch in data.validation_batches(1000, 4))
         data.batches.close()
     rows[processes] = [row for together in zip(*parts, strict=True) for row in together]
-print(json.dumps({"rows": rows, "summary": data.summary, "identity": data.identity, "validation": validation}))
+print(json.dumps({"rows": rows, "summary": data.summary, "identity": data.data_fingerprint, "validation": validation}))
 """
 
 

@@ -24,14 +24,14 @@ class TrainingData:
     Args:
         batches: `micro_batches(step)`, `state_dict()`, `load_state_dict(state)`.
         validation: Rows that are never trained on.
-        identity: Equal for two runs that read the same rows in the same order.
+        data_fingerprint: Equal for two runs that read the same rows in the same order.
         summary: One line for a person.
     """
 
     tokenizer: PreTrainedTokenizerFast
     batches: ShuffledBatches | StreamedBatches  # MixedBatches are shuffled ones, too
     validation: TokenSequences
-    identity: dict
+    data_fingerprint: dict
     summary: str
 
     def validation_batches(self, tokens: int, micro_batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
