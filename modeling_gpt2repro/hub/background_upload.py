@@ -72,9 +72,7 @@ class UploadQueue:
         if self.repository is None or self.strategy == "end":
             return
         step = int(checkpoint.name.removeprefix("step-"))
-        on_main = UploadJob(
-            checkpoint, "main", f"Training in progress, step {int(checkpoint.name.removeprefix('step-'))}"
-        )
+        on_main = UploadJob(checkpoint, "main", f"Training in progress, step {step}")
         wanted = [on_main]
         if self.strategy == "checkpoint":
             wanted.append(replace(on_main, branch=LAST_CHECKPOINT, with_training_state=True))
