@@ -147,11 +147,10 @@ class InputErrors:
     def __init__(self):
         self.found: list[str] = []
 
-    @contextlib.contextmanager
-    def capture(self):
-        """Note the ValueError or OSError of the block instead of raising it."""
+    def capture(self, function: Callable, *arguments):
+        """Call a function; its ValueError or OSError is noted instead of raised, and None returned."""
         try:
-            yield
+            return function(*arguments)
         except (ValueError, OSError) as error:
             self.found += str(error).splitlines()
 
