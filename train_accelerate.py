@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None):
         data = errors.capture(setup.load_data, args, accelerator)  # shards, a mix of them, or a stream
         errors.raise_if_any()
 
+        # At initialization every token is about equally likely, so the first loss must be near ln(vocabulary): 10.82.
         torch.manual_seed(args.seed)  # equal weights on every process
         config = GPT2ReproConfig(
             vocab_size=len(data.tokenizer),
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None):
         )
         model = GPT2ReproForCausalLM(config) if start.model is None else start.model
         setup.check_model(args, model, data.tokenizer, start.tokenizer)
-        optimizer = build_optimizer(
+        optimizer = build_optimizer(  # AdamW; decays matrices and embeddings, not biases and norms
             model,
             args.learning_rate,
             weight_decay=args.weight_decay,
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None):
             if is_due(state.step, args.eval_steps):
                 evaluate(args, accelerator, model, data, hellaswag, bytes_per_token, state.step, logger, stop)
 
-            # The learning rate and the data are functions of the step alone, so that a resumed run needs no more.
+            # Learning rate and data are functions of the step alone: a resumed run continues exactly where it was.
             learning_rate = learning_rate_at(
                 state.step, args.total_steps, args.warmup_steps, args.learning_rate, args.final_learning_rate_ratio
             )
@@ -153,9 +154,7 @@ def main(argv: list[str] | None = None):
             logger.print(stopped_message(stop, state.step))
             exit_code = EXIT_CODE
         else:
-            evaluate(
-                args, accelerator, model, data, hellaswag, bytes_per_token, state.step, logger, stop
-            )  # the weights just saved
+            evaluate(args, accelerator, model, data, hellaswag, bytes_per_token, state.step, logger, stop)
             model_folder = checkpointer.export()
             logger.print(end_message(args, state, model_folder))
             exit_code = uploads.finish(model_folder, logger.print, lambda: stop.signal_name is not None)

@@ -71,9 +71,10 @@ def start_message(
     if empty:
         batch += f", less {counted(empty, 'sequence')} left empty to divide evenly"
     compiler = accelerator.state.dynamo_plugin.backend.value.lower()
+    precision = accelerator.mixed_precision.replace("no", "fp32")
     lines = {
         "device": f"{num_processes} x {device_name(accelerator.device)}",
-        "precision": f"{accelerator.mixed_precision}, attention: {config._attn_implementation}, compile: {compiler}",
+        "precision": f"{precision}, attention: {config._attn_implementation}, compile: {compiler}",
         "model": f"{model.num_parameters():,} parameters: {config.n_layer} layers, {config.n_head} heads, "
         f"width {config.n_embd}",
         "data": data_summary,
