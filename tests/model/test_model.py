@@ -182,12 +182,12 @@ def test_logits_to_keep_are_the_last_or_the_named(carried, random_ids):
     torch.testing.assert_close(carried(ids, logits_to_keep=mask).logits, whole[mask], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kept", [2, torch.tensor([3]), torch.tensor([[3, 4], [0, 19]]), torch.ones(2, 20).bool()])
-def test_logits_are_kept_as_stock_does(stock, carried, random_ids, kept):
-    if getattr(kept, "ndim", 0) == 2 and not hasattr(transformers.modeling_utils, "slice_logits_to_keep"):
+@pytest.mark.parametrize("keep", [2, torch.tensor([3]), torch.tensor([[3, 4], [0, 19]]), torch.ones(2, 20).bool()])
+def test_logits_to_keep_selects_the_positions_that_stock_selects(stock, carried, random_ids, keep):
+    if getattr(keep, "ndim", 0) == 2 and not hasattr(transformers.modeling_utils, "slice_logits_to_keep"):
         pytest.skip("stock takes no tensor of two dimensions before transformers 5.23")
     ids = random_ids(2, 20)
-    ours, theirs = (model(ids, logits_to_keep=kept).logits for model in (carried, stock))
+    ours, theirs = (model(ids, logits_to_keep=keep).logits for model in (carried, stock))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
@@ -224,8 +224,8 @@ def test_the_parameters_have_gpt2s_names_and_number():
 
 
 def test_ids_outside_the_vocabulary_are_refused_in_words(tiny_model):
-    for ids, told in (([5, 97], "5 to 97"), ([-1, 3], "-1 to 3")):
-        with pytest.raises(ValueError, match=rf"input_ids from {told} leave the vocabulary, 0 to 96"):
+    for ids, id_range in (([5, 97], "5 to 97"), ([-1, 3], "-1 to 3")):
+        with pytest.raises(ValueError, match=rf"input_ids range from {id_range}, outside a vocabulary of 97"):
             tiny_model(torch.tensor([ids]))
 
 
@@ -251,14 +251,14 @@ def test_gradients_of_each_row_by_vmap_equal_those_one_by_one(tiny_model, random
 def test_a_context_that_is_too_long_is_refused_in_words(tiny_model):
     length = tiny_model.config.n_positions + 1
     ids = torch.zeros(1, length, dtype=torch.long)
-    told = rf"context of {length} tokens is longer than n_positions \({length - 1}\)"
-    with pytest.raises(ValueError, match=told):
+    message = rf"context of {length} tokens exceeds n_positions \({length - 1}\)"
+    with pytest.raises(ValueError, match=message):
         tiny_model(ids)
     for cache in ("dynamic", "static"):
         options = {"do_sample": False, "pad_token_id": 0, "cache_implementation": cache}
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             tiny_model.generate(ids, max_new_tokens=1, **options)
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             tiny_model.generate(ids[:, :5], max_new_tokens=length, min_new_tokens=length, **options)
 
 
