@@ -369,17 +369,17 @@ def open_run(args: TrainArguments, accelerator: Accelerator) -> TrainingRun:
     make_writable(output_dir)
     warn_of_slow_cpu(args, accelerator)
     data, hellaswag, problems = None, [], InputErrors()
-    with problems.capture():
+    with problems.capturing():
         pushes = open_pushes(args, accelerator)
-    with problems.capture():
+    with problems.capturing():
         checkpoint = open_checkpoint(args, accelerator)
         weights, their_tokenizer = open_weights(args, accelerator, checkpoint)
-    with problems.capture():
+    with problems.capturing():
         hellaswag = open_hellaswag(args, accelerator)
-    with problems.capture():
+    with problems.capturing():
         data = open_data(args, accelerator)
     for prompt in args.sample_prompts if data else ():
-        with problems.capture():
+        with problems.capturing():
             check_prompt(prompt, data.tokenizer, args.block_size)
     problems.raise_if_any()
 
