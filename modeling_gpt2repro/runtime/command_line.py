@@ -237,16 +237,11 @@ class InputErrors:
 
     def capture(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result | None:
         """Call `function`; None instead of its result, and a message per line, if it raises ValueError or OSError."""
-        with self.capturing():
-            return function(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def capturing(self) -> Iterator[None]:
-        """The same for a `with` block."""
         try:
-            yield
+            return function(*args, **kwargs)
         except (ValueError, OSError) as error:
             self.messages += str(error).splitlines()
+            return None
 
     def raise_if_any(self):
         """Raise one ValueError with a message per line, if there are any."""

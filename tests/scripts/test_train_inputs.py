@@ -15,7 +15,7 @@ def test_a_resumed_run_reports_changed_arguments(finished, shards, tmp_path, cap
     shutil.rmtree(tmp_path / "run" / "step-000030")
     overrides = {"learning_rate": 0.005, "eval_steps": 0, "hellaswag": "none"}
     assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest", **overrides) == 0
-    assert "This run began with learning_rate 0.01 and goes on with 0.005." in capsys.readouterr().out
+    assert "This run began with learning_rate 0.01 and continues with 0.005." in capsys.readouterr().out
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     changed = next(row["changed"] for row in events if row.get("event") == "resume")
     assert changed["learning_rate"] == [0.01, 0.005]
@@ -91,7 +91,7 @@ def test_a_folder_that_does_not_belong_to_a_run_is_left_alone(shards, tmp_path, 
 
 def test_flash_attention_without_mixed_precision_is_refused(shards, tmp_path, capsys):
     assert train_here(tmp_path / "run", shards, attn_implementation="flash_attention_2") == 2
-    assert "takes 16 bits only: launch with --mixed_precision bf16, or take sdpa." in capsys.readouterr().err
+    assert "computes in 16 bits only: launch with --mixed_precision bf16, or use sdpa." in capsys.readouterr().err
 
 
 def test_deepspeed_is_refused_with_its_replacement(shards, tmp_path, monkeypatch, capsys):

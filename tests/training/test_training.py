@@ -5,6 +5,8 @@ import json
 import math
 import platform
 import sys
+import time
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,16 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig, ShuffledBatches, TokenSequences, as_batch
 from modeling_gpt2repro.pretrain import messages as words
-from modeling_gpt2repro.runs.metrics import MetricsLog
+from modeling_gpt2repro.runs.logger import RunLogger
+from modeling_gpt2repro.runs.metrics import MetricsLog, StepMetrics
 from modeling_gpt2repro.runs.read import read_metrics
 from modeling_gpt2repro.runtime import hardware
 from modeling_gpt2repro.training.arguments import TrainArguments
-from modeling_gpt2repro.training.optimization import build_optimizer
+from modeling_gpt2repro.training.optimization import build_optimizer, learning_rate_at, set_learning_rate
 from modeling_gpt2repro.training.outliers import OutlierDetector
 from modeling_gpt2repro.training.presets import PRESETS
-from modeling_gpt2repro.training.schedule import learning_rate_at
-from modeling_gpt2repro.training.state import is_due
-from modeling_gpt2repro.training.step import StepMetrics, train_step
+from modeling_gpt2repro.training.state import TimedIterator, is_due
+from train_accelerate import train_step
 
 
 def accelerator_for(micro_batches: int) -> Accelerator:
@@ -42,7 +44,8 @@ def step_of(accelerator, model, optimizer, rows, size, max_grad_norm=1.0, guard=
     micro_batches = [as_batch(part.numpy(), fill_to=size) for part in rows.split(size)]
     guard = guard or OutlierDetector(torch.device("cpu"))
     tokens = rows[:, 1:].numel()
-    return train_step(accelerator, model, optimizer, micro_batches, tokens, max_grad_norm, guard)
+    limits = {"tokens_per_step": tokens, "max_grad_norm": max_grad_norm, "detector": guard}
+    return train_step(accelerator, model, optimizer, micro_batches, **limits)
 
 
 def test_the_rate_warms_up_linearly_and_falls_to_a_tenth():
@@ -123,8 +126,6 @@ class CopiesBetweenDevices(TorchDispatchMode):
 def run_without_numbers(tiny_config, tmp_path, monkeypatch):
     """run(skip_outliers) on torch's meta device, which holds no numbers: reading one, so waiting, is an error."""
     from modeling_gpt2repro import GPT2ReproForCausalLM
-    from modeling_gpt2repro.runs.logger import Monitor
-    from modeling_gpt2repro.training.state import TrainState
 
     meta, tiny_config.n_layer = torch.device("meta"), 1
     monkeypatch.setattr(Accelerator, "device", meta)
@@ -134,7 +135,7 @@ def run_without_numbers(tiny_config, tmp_path, monkeypatch):
     def run(skip_outliers: bool) -> SimpleNamespace:
         with meta:
             model = GPT2ReproForCausalLM(tiny_config).train()
-        accelerator, progress = accelerator_for(2), TrainState()
+        accelerator = accelerator_for(2)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, False])
         rows = TokenSequences([np.arange(1000) % 97], 32)
@@ -144,9 +145,14 @@ def run_without_numbers(tiny_config, tmp_path, monkeypatch):
             data=SimpleNamespace(batches=ShuffledBatches(rows, BatchConfig(32, 4, 2, seed=1))),
             model=model,
             optimizer=optimizer,
-            progress=progress,
-            guard=OutlierDetector(meta, skip_outliers),
-            monitor=Monitor(accelerator, 100, 2, progress, MetricsLog(tmp_path, None, enabled=True)),
+            detector=OutlierDetector(meta, skip_outliers),
+            logger=RunLogger(
+                accelerator,
+                MetricsLog(tmp_path, None, enabled=True),
+                total_steps=100,
+                tokens_per_step=4 * 32,
+                logging_steps=2,
+            ),
         )
 
     return run
@@ -154,8 +160,6 @@ def run_without_numbers(tiny_config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("skip_outliers", [False, True])
 def test_the_device_is_waited_for_at_logging_steps_only(run_without_numbers, skip_outliers, monkeypatch):
-    from train_accelerate import take_step
-
     run, reads = run_without_numbers(skip_outliers), []
 
     def read(numbers: torch.Tensor) -> list[list[float]]:
@@ -165,9 +169,19 @@ def test_the_device_is_waited_for_at_logging_steps_only(run_without_numbers, ski
     monkeypatch.setattr(torch.Tensor, "tolist", read)
     with CopiesBetweenDevices() as copies:
         for step in range(1, 6):
-            run.monitor.trained(*take_step(run))
+            take_step_as_main_does(run, step)
             assert reads == [(2, 3)] * (step // 2)  # loss, norm and whether it was skipped, of two steps at once
     assert copies.seen == [((2, 32), True)] * (5 * 2 * 2)  # steps, micro-batches of each, tensors of those
+
+
+def take_step_as_main_does(run: SimpleNamespace, step: int):
+    """The body of the loop in train_accelerate.py."""
+    learning_rate = learning_rate_at(step - 1, 100, 10, 1e-3, 0.1)
+    set_learning_rate(run.optimizer, learning_rate)
+    micro_batches = TimedIterator(run.data.batches.micro_batches(step - 1))
+    limits = {"tokens_per_step": 4 * 32, "max_grad_norm": 1.0, "detector": run.detector}
+    metrics = train_step(run.accelerator, run.model, run.optimizer, micro_batches, **limits)
+    run.logger.log_step(step, metrics, learning_rate, data_seconds=micro_batches.seconds)
 
 
 def test_due_at_the_start_and_at_multiples():
@@ -220,29 +234,33 @@ def test_the_run_record_can_be_read_back(tmp_path):
 
     args = TrainArguments(output_dir=str(tmp_path / "run"))
     make_writable(tmp_path / "run")
-    write_run_config(args, {"processes": 1}, {"seed": 1})
+    write_run_config(tmp_path / "run", asdict(args), hardware={"processes": 1}, data_fingerprint={"seed": 1})
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["arguments"]["train_tokens"] == 10_000_000_000
     assert record["versions"]["torch"] == torch.__version__
 
 
 def test_mfu_is_the_share_of_the_peak_that_training_alone_reaches(tmp_path, monkeypatch):
-    from modeling_gpt2repro.runs import logger as monitor
-    from modeling_gpt2repro.training.state import TrainState
-
     clock = iter([0.0, 100.0, 104.0])  # begun; an evaluation until 100; two steps until 104
-    monkeypatch.setattr(monitor.time, "perf_counter", lambda: next(clock))
-    progress, log = TrainState(), MetricsLog(tmp_path, None, enabled=True)
-    watch = monitor.Monitor(Accelerator(cpu=True), 2, 2, progress, log, flops_per_token=50, peak_flops=1e6)
-    with watch.apart():
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    logger = RunLogger(
+        Accelerator(cpu=True),
+        MetricsLog(tmp_path, None, enabled=True),
+        total_steps=2,
+        tokens_per_step=1_000,
+        logging_steps=2,
+        flops_per_token=50,
+        peak_flops=1e6,
+    )
+    with logger.untimed():
         pass
-    for _ in range(2):
-        progress.advance(1_000)
-        watch.trained(StepMetrics(torch.tensor(3.0), torch.tensor(1.0), torch.tensor(False)), 1e-3, 0.0)
+    for step in (1, 2):
+        metrics = StepMetrics(torch.tensor(3.0), torch.tensor(1.0), torch.tensor(False))
+        logger.log_step(step, metrics, 1e-3, data_seconds=0.0)
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2]
     assert {(row["step_seconds"], row["tokens_per_second"], row["mfu"]) for row in rows} == {(2.0, 500.0, 0.025)}
-    assert progress.train_seconds == 4.0
+    assert logger.train_seconds == 4.0
 
 
 def test_a_gpu_is_known_by_a_word_of_its_name(monkeypatch):
@@ -265,5 +283,5 @@ def test_a_slow_cpu_is_told_of_by_the_size_of_the_model_that_is_trained(monkeypa
     # 6 operations a parameter and token, and those of attention: 12 * layers * width * context.
     assert operations[0] == pytest.approx(2_867_200 * (6 * 675_328 + 12 * 2 * 128 * 128), rel=0.03)
     assert operations[1] == pytest.approx(1e10 * (6 * 124_439_808 + 12 * 12 * 768 * 1024), rel=0.03)
-    assert "With fewer --train_tokens it is done sooner." in said[0]
+    assert "Fewer --train_tokens take less time." in said[0]
     assert "--preset quickstart trains a small GPT-2 in minutes" in said[1]
