@@ -1,4 +1,4 @@
-"""The training room: schedule, optimizer, step, checkpoints, metrics, and the command line's words."""
+"""The training room: schedule, optimizer, step, metrics, hardware; the command line is in tests/runtime."""
 
 import itertools
 import json
@@ -22,8 +22,6 @@ from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog, StepMetrics
 from modeling_gpt2repro.runs.read import read_metrics
 from modeling_gpt2repro.runtime import hardware
-from modeling_gpt2repro.runtime.command_line import parse_command_line
-from modeling_gpt2repro.training import validate as argument_checks
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.optimization import build_optimizer, learning_rate_at, set_learning_rate
 from modeling_gpt2repro.training.outliers import OutlierDetector
@@ -221,123 +219,6 @@ def test_the_defaults_are_the_lectures_run():
     args = TrainArguments()
     assert (args.total_steps, args.warmup_steps, args.sequences_per_step) == (19073, 715, 512)
     assert args.tokens_per_step == 524288
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_fits_one_process(preset, tmp_path):
-    args = parse_command_line(TrainArguments, ["--preset", preset, "--output_dir", str(tmp_path)], PRESETS)
-    assert args.gradient_accumulation_steps >= 1
-    assert args.total_steps > args.warmup_steps
-
-
-def test_the_command_line_wins_over_the_preset_and_the_preset_over_the_default(tmp_path):
-    words = ["--preset", "gpt2-350m", "--n_layer", "2", "--train_tokens", "1e9", "--output_dir", str(tmp_path)]
-    args = parse_command_line(TrainArguments, words, PRESETS)
-    assert (args.n_layer, args.n_embd, args.block_size, args.train_tokens) == (2, 1024, 1024, 10**9)
-
-
-def test_all_problems_of_a_command_line_are_told_together(capsys, tmp_path):
-    (tmp_path / "run.json").write_text("{}")
-    words = ["--n_layer", "three", "--n_embd", "100", "--tokens_per_step", "500000", "--shards", "nowhere"]
-    words += [
-        "--save_total_limit",
-        "-1",
-        "--frobnicate",
-        "1",
-        "--output_dir",
-        str(tmp_path),
-        "--hellaswag",
-        "no.jsonl",
-        "--seed",
-        "-1",
-    ]
-    with pytest.raises(SystemExit) as exit_:
-        parse_command_line(TrainArguments, words, PRESETS)
-    assert exit_.value.code == 2
-    told = capsys.readouterr().err
-    for expected in (
-        "9 problems",
-        "save_total_limit (-1) must not be negative",
-        "--n_layer takes a whole number, such as 12 or 1e9, not 'three'",
-        "no flag --frobnicate",
-        "n_embd (100) must be a multiple of n_head (12)",
-        "tokens_per_step (500000) must be a multiple of block_size (1024): try 499712",
-        "there is no folder nowhere",
-        "holds another run",
-        "there is no file no.jsonl",
-        "seed (-1) must not be negative",
-    ):
-        assert expected in told
-
-
-def test_an_unknown_preset_is_named_with_those_there_are(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        parse_command_line(TrainArguments, ["--preset", "gpt5"], PRESETS)
-    assert exit_.value.code == 2
-    assert "there is no preset 'gpt5'; there are gpt2-124m" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "told"),
-    [
-        ("price_per_hour", "12", "price_per_hour (12) is for --preflight's cost: add --preflight."),
-        (
-            "resume_from_checkpoint",
-            "last",
-            "there is no checkpoint folder last: give 'latest', a step-... folder, or owner/name@revision.",
-        ),
-        (
-            "hellaswag",
-            "None",
-            "there is no file None for --hellaswag: give a jsonl, a Hub dataset owner/name, 'official', or 'none'.",
-        ),
-        ("report_to", "tensorbord", "report_to (tensorbord) must be 'none' or one of all, aim, tensorboard, wandb"),
-        ("report_to", "wandb", "report_to (wandb) is not installed: pip install it, or say 'none'."),
-    ],
-)
-def test_a_value_that_cannot_be_is_told_with_those_that_can(capsys, monkeypatch, tmp_path, flag, value, told):
-    monkeypatch.setattr(argument_checks, "get_available_trackers", list)
-    with pytest.raises(SystemExit):
-        parse_command_line(TrainArguments, [f"--{flag}", value, "--output_dir", str(tmp_path)], PRESETS)
-    assert f": {told}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("hellaswag", ["none", "official", "ns/name", __file__])
-def test_what_hellaswag_may_be(hellaswag, tmp_path):
-    assert TrainArguments(output_dir=str(tmp_path), hellaswag=hellaswag).hellaswag == hellaswag
-
-
-@pytest.mark.parametrize(
-    ("given", "question"),
-    [
-        ("--lerning_rate", ": did you mean --learning_rate?"),
-        ("--outptu-dir=x", ": did you mean --output_dir?"),
-        (
-            "--batch_size",
-            ": did you mean --per_device_train_batch_size or --find_batch_size or --per_device_eval_batch_size?",
-        ),
-        ("--tokens", ": did you mean --train_tokens or --tokens_per_step or --warmup_tokens?"),  # of five, the first
-        ("--max_steps", ";"),  # as many letters are those of --eval_steps, --save_steps and --logging_steps
-    ],
-)
-def test_an_unknown_flag_is_told_with_those_that_may_be_meant(capsys, given, question):
-    with pytest.raises(SystemExit):
-        parse_command_line(TrainArguments, [given, "8"], PRESETS)
-    assert f": there is no flag {given}{question} --help lists all.\n" in capsys.readouterr().err
-
-
-def test_help_begins_with_the_description_and_lists_each_flag_once(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        parse_command_line(TrainArguments, ["--preset", "quickstart", "--help"], PRESETS, "What it is for.")
-    assert exit_.value.code == 0
-    told = capsys.readouterr().out
-    assert told.splitlines()[1:3] == ["", "What it is for."]
-    assert "[flags]" in told.splitlines()[0]
-    assert "--tokens_per_step" in told
-    assert "--tokens-per-step" not in told
-    assert f"(default: {PRESETS['quickstart']['n_layer']})" in told
-    assert "default: None" not in " ".join(told.split())
-    assert parse_command_line(TrainArguments, ["--tokens-per-step", "2048"]).tokens_per_step == 2048
 
 
 def test_emulated_bf16_is_noticed(warm_python):
