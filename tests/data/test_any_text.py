@@ -128,13 +128,13 @@ def test_a_document_longer_than_a_shard_goes_on_in_the_next(tmp_path, prepare, t
 @pytest.mark.parametrize("name", ["a.parquet", "escaped.jsonl"])
 def test_any_text_comes_back_from_a_stream(tmp_path, monkeypatch, tokenizer, name):
     monkeypatch.setattr(stream, "MOST_LANES", 1)
-    for part in range(3):  # a unit or more each, of which one is held out
+    for part in range(3):  # a partition or more each, of which one is held out
         WRITERS[name](tmp_path / f"{part}{name}", [*TEXTS.values(), *SKIPPED.values()])
     source = local_source([str(tmp_path / f"*{name}")])
     batches = StreamedBatches(
         source, tokenizer, BatchConfig(block_size=100, sequences_per_step=8, micro_batch_size=8, seed=1)
     )
-    read = [document.text for unit in batches.units for document in source.read(unit)]
+    read = [document.text for partition in batches.partitions for document in source.read(partition)]
     assert not [kind for kind, text in TEXTS.items() if text not in read]
     rows, marks = [], 0
     while marks <= len(read):  # until the next epoch has begun
@@ -161,7 +161,7 @@ def test_halves_of_characters_in_bytes_are_no_text(tmp_path, kind, one_sentence)
         path.write_bytes(b'{"text": "a"}\n{"text": "' + half + b'"}\n')
     source = local_source([str(path)])
     with pytest.raises(ValueError, match=r"is not a whole parquet file|is not UTF-8 \(byte 29 is 0xed\)") as error:
-        list(source.read(source.units[0]))
+        list(source.read(source.partitions[0]))
     one_sentence(error)
 
 

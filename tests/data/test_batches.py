@@ -179,18 +179,20 @@ def test_the_data_of_a_run_says_who_it_is(token_shards):
 
 # Streaming
 
-UNITS, DOCUMENTS_A_UNIT = 17, 2
+PARTITIONS, DOCUMENTS_PER_PARTITION = 17, 2
 
 
 @pytest.fixture
 def streamed(tmp_path, monkeypatch, tiny_tokenizer):
-    """17 units of two documents, all of one length in tokens; a row is as long as a document, so 32 rows in 4 lanes are
-    an epoch."""
+    """17 partitions of two documents, all of one length in tokens; a row is as long as a document, so 32 rows in 4
+    lanes are an epoch."""
     monkeypatch.setattr(stream, "MOST_LANES", 4)
-    texts = [f"the ship {u:02d} found land {d:02d}" for u in range(UNITS) for d in range(DOCUMENTS_A_UNIT)]
+    texts = [f"the ship {u:02d} found land {d:02d}" for u in range(PARTITIONS) for d in range(DOCUMENTS_PER_PARTITION)]
     lengths = {len(text_encoder(tiny_tokenizer)(text)) for text in texts}
     assert len(lengths) == 1
-    source = local_source([write_parquet(tmp_path / "a.parquet", {"text": texts}, row_group_size=DOCUMENTS_A_UNIT)])
+    source = local_source(
+        [write_parquet(tmp_path / "a.parquet", {"text": texts}, row_group_size=DOCUMENTS_PER_PARTITION)]
+    )
     block_size = lengths.pop() + 1
 
     def build(process_index=0, num_processes=1, sequences_per_step=8, micro_batch_size=2, seed=1, **options):
@@ -201,7 +203,7 @@ def streamed(tmp_path, monkeypatch, tiny_tokenizer):
 
 
 def ships(tokenizer, rows):
-    """Which (unit, document) each row holds: two numbers of two digits in its text."""
+    """Which (partition, document) each row holds: two numbers of two digits in its text."""
     texts = tokenizer.batch_decode(rows[:, :-1])
     assert all(text.startswith(END) and text.count(END) == 1 for text in texts)
     return [tuple(map(int, re.findall(r"\d\d", text))) for text in texts]
@@ -211,12 +213,12 @@ def test_an_epoch_of_a_stream_uses_each_unit_once_and_never_one_of_validation(st
     batches = streamed()
     rows = torch.cat([step_rows(batches, step) for step in range(12)])  # 3 epochs
     seen = ships(tiny_tokenizer, rows)
-    held_out = {unit.start for unit in batches.validation_partitions}
-    wanted = {(u, d): 1 for u in range(UNITS) for d in range(DOCUMENTS_A_UNIT) if u not in held_out}
+    held_out = {partition.start for partition in batches.validation_partitions}
+    wanted = {(u, d): 1 for u in range(PARTITIONS) for d in range(DOCUMENTS_PER_PARTITION) if u not in held_out}
     epochs = [seen[first : first + 32] for first in (0, 32, 64)]
     assert [Counter(epoch) for epoch in epochs] == [wanted] * 3
     assert epochs[0] != epochs[1] != epochs[2]
-    assert {u for u, _ in epochs[0][:4]} != set(range(4))  # units are shuffled
+    assert {u for u, _ in epochs[0][:4]} != set(range(4))  # partitions are shuffled
     assert {epoch.index((u, 0)) < epoch.index((u, 1)) for epoch in epochs for u, _ in wanted} == {True, False}
 
     text = tiny_tokenizer.decode(np.concatenate(batches.validation_rows(10**6).shards)).split(END)[1:]
@@ -226,7 +228,7 @@ def test_an_epoch_of_a_stream_uses_each_unit_once_and_never_one_of_validation(st
 
 
 def test_no_more_units_are_read_for_validation_than_its_tokens_take(streamed):
-    batches = streamed(validation_share=0.5)  # 8 units of 2 T tokens; n tokens to predict take n + 1
+    batches = streamed(validation_share=0.5)  # 8 partitions of 2 T tokens; n tokens to predict take n + 1
     T = batches.shape.block_size
     assert [len(batches.validation_rows(tokens).shards) for tokens in (1, 2 * T - 1, 2 * T, 99 * T)] == [1, 1, 2, 8]
     batches.close()
@@ -260,25 +262,25 @@ def test_a_stream_goes_on_with_the_very_next_row_on_other_processes(streamed, st
 
 def watch_reading(batches: StreamedBatches, before_reading) -> None:
     read = batches.source.read
-    batches.source = SimpleNamespace(read=lambda unit: (before_reading(unit), read(unit))[1])
+    batches.source = SimpleNamespace(read=lambda partition: (before_reading(partition), read(partition))[1])
 
 
 def test_a_process_reads_only_the_units_of_its_own_lanes(streamed):
     own = []
     for process in range(4):
-        batches, units = streamed(process, 4, micro_batch_size=1), []
-        watch_reading(batches, units.append)
+        batches, partitions = streamed(process, 4, micro_batch_size=1), []
+        watch_reading(batches, partitions.append)
         for step in range(2):  # half an epoch
             step_rows(batches, step)
         batches.close()
-        own.append(set(units))
-    assert sum(map(len, own)) == len(set.union(*own))  # no unit is read by two
-    assert all(2 <= len(units) <= 4 for units in own)  # of 16: two used, one for a last token, one read ahead
+        own.append(set(partitions))
+    assert sum(map(len, own)) == len(set.union(*own))  # no partition is read by two
+    assert all(2 <= len(partitions) <= 4 for partitions in own)  # of 16: two used, one for a last token, one read ahead
 
 
 def test_a_step_does_not_wait_for_units_that_are_read_ahead(streamed):
-    batches = streamed(sequences_per_step=4, micro_batch_size=4)  # a unit lasts two steps
-    watch_reading(batches, lambda unit: time.sleep(0.2))
+    batches = streamed(sequences_per_step=4, micro_batch_size=4)  # a partition lasts two steps
+    watch_reading(batches, lambda partition: time.sleep(0.2))
     waited = []
     for step in range(8):
         micro_batches = TimedIterator(batches.micro_batches(step))
@@ -299,13 +301,13 @@ def test_a_stream_can_be_set_back(streamed):
 
 
 def test_rows_of_a_stream_join_where_they_should(tmp_path, monkeypatch, tiny_texts, tiny_tokenizer):
-    """One lane: what follows a row's last token is the next row, across documents, units and epochs."""
+    """One lane: what follows a row's last token is the next row, across documents, partitions and epochs."""
     monkeypatch.setattr(stream, "MOST_LANES", 1)
     source = local_source([write_parquet(tmp_path / "a.parquet", {"text": tiny_texts[:30]}, row_group_size=10)])
     batches = StreamedBatches(source, tiny_tokenizer, BatchConfig(64, 4, 2, seed=3))
     rows = torch.cat([step_rows(batches, step) for step in range(60)])
     assert torch.equal(rows[1:, 0], rows[:-1, -1])
-    kept = [document for unit in batches.units for document in source.read(unit)]
+    kept = [document for partition in batches.partitions for document in source.read(partition)]
     tokens = sum(1 + len(text_encoder(tiny_tokenizer)(document.text)) for document in kept)
     flat = rows[:, :-1].flatten()
     assert len(flat) > 2 * tokens
@@ -321,7 +323,7 @@ def test_a_text_file_is_streamed_in_its_order(tmp_path, monkeypatch, tiny_texts,
     text = tiny_tokenizer.decode(step_rows(batches, 0)[:, :-1].flatten()).removeprefix(END)
     assert len(text) > 2 * text_files.PIECE_CHARACTERS
     assert text.split(END)[0] in "\n".join(tiny_texts)
-    assert len(text.split(END)) <= 2  # the next unit may have begun
+    assert len(text.split(END)) <= 2  # the next partition may have begun
 
 
 def test_a_stream_that_cannot_be_is_a_sentence(tmp_path, streamed, tiny_tokenizer, one_sentence):
@@ -329,7 +331,7 @@ def test_a_stream_that_cannot_be_is_a_sentence(tmp_path, streamed, tiny_tokenize
         streamed(0, 5)
     one_sentence(error)
     (tmp_path / "one.txt").write_text("the sea")
-    with pytest.raises(ValueError, match=r"streaming needs two units or more, one for validation") as error:
+    with pytest.raises(ValueError, match=r"streaming needs two partitions or more, one for validation") as error:
         StreamedBatches(local_source([str(tmp_path / "one.txt")]), tiny_tokenizer, shape())
     one_sentence(error)
     blank = local_source([write_parquet(tmp_path / "blank.parquet", {"text": [" "] * 9}, row_group_size=1)])
@@ -351,8 +353,8 @@ def test_the_identity_of_a_stream_says_what_decides_its_rows(tmp_path, streamed,
         data_from_stream(source, tiny_tokenizer, replace(order, seed=9), 0.001, 100),
         data_from_stream(source, tiny_tokenizer, order, 0.5, 100),
         data_from_stream(
-            local_source([source.units[0].path], "text"), train_tokenizer(["a b " * 99], 258), order, 0.001, 9
+            local_source([source.partitions[0].path], "text"), train_tokenizer(["a b " * 99], 258), order, 0.001, 9
         ),
     ):
         assert other.data_fingerprint != data.data_fingerprint
-    assert data.summary == "files, streamed: 16 units in 4 lanes"
+    assert data.summary == "files, streamed: 16 partitions in 4 lanes"

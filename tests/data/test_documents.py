@@ -1,4 +1,4 @@
-"""Documents: how files become units, units become documents, and what is wrong with a file."""
+"""Documents: how files become partitions, partitions become documents, and what is wrong with a file."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def write_parquet(path, columns, row_group_size=10):
 
 
 def read_all(paths):
-    return [document for unit in list_partitions(paths) for document in read_partition(unit)]
+    return [document for partition in list_partitions(paths) for document in read_partition(partition)]
 
 
 TEXTS = {
@@ -70,11 +70,16 @@ def test_pieces_of_a_text_have_the_ids_of_the_whole(tmp_path, monkeypatch, white
 def test_a_text_larger_than_a_unit_loses_and_doubles_nothing(tmp_path, monkeypatch, kind, range_bytes):
     monkeypatch.setattr(documents, "RANGE_BYTES", range_bytes)
     (tmp_path / "a.txt").write_bytes(TEXTS[kind].encode())
-    units = list_partitions([str(tmp_path / "a.txt")])
-    assert len(units) > 2
-    assert "".join(piece for unit in units for piece in read_pieces(unit.path, unit.start, unit.stop)) == TEXTS[kind]
+    partitions = list_partitions([str(tmp_path / "a.txt")])
+    assert len(partitions) > 2
+    assert (
+        "".join(
+            piece for partition in partitions for piece in read_pieces(partition.path, partition.start, partition.stop)
+        )
+        == TEXTS[kind]
+    )
     texts = "".join(document.text for document in read_all([str(tmp_path / "a.txt")]))
-    assert texts.split() == TEXTS[kind].split()  # a unit of nothing but whitespace is no document
+    assert texts.split() == TEXTS[kind].split()  # a partition of nothing but whitespace is no document
 
 
 @pytest.mark.parametrize("range_bytes", [1, 40, 333, 10**6])
@@ -114,11 +119,11 @@ def test_parquet_is_read_by_row_group_with_its_ids_and_without_empty_rows(tmp_pa
     path = write_parquet(
         tmp_path / "a.parquet", {"url": ["x"] * 25, "text": pa.array(texts).cast(text_type), "id": ids}
     )
-    units = list_partitions([path])
-    assert [(unit.start, unit.name) for unit in units] == [(i, f"a.parquet:{i}") for i in range(3)]
+    partitions = list_partitions([path])
+    assert [(partition.start, partition.name) for partition in partitions] == [(i, f"a.parquet:{i}") for i in range(3)]
     wanted = [Document(f"id {i}" if i != 7 else "a.parquet:0:7", f"text {i}") for i in range(25) if i % 5 > 1]
     assert read_all([path]) == wanted
-    assert list(read_partition(units[2])) == [document for document in wanted if int(document.text[5:]) >= 20]
+    assert list(read_partition(partitions[2])) == [document for document in wanted if int(document.text[5:]) >= 20]
 
     unnamed = write_parquet(tmp_path / "b.parquet", {"text": texts})
     assert [document.id for document in read_all([unnamed])][-1] == "b.parquet:2:4"
@@ -137,7 +142,11 @@ def test_patterns_are_expanded_in_order_and_a_file_is_taken_once(tmp_path):
         (tmp_path / f"{name}.txt").write_text(f"text {name}")
     source = local_source([str(tmp_path / "c.txt"), str(tmp_path / "*.txt")])
     assert source.description["files"] == ["c.txt", "a.txt", "b.txt"]
-    assert [document.text for unit in source.units for document in source.read(unit)] == ["text c", "text a", "text b"]
+    assert [document.text for partition in source.partitions for document in source.read(partition)] == [
+        "text c",
+        "text a",
+        "text b",
+    ]
 
 
 def bad_parquet(path):

@@ -38,16 +38,16 @@ def mixed(order: BatchConfig) -> MixedBatches:
 
 @pytest.fixture
 def streamed(monkeypatch, tiny_tokenizer):
-    """A stream in 8 lanes of units that hold 1 to 9 rows of text."""
+    """A stream in 8 lanes of partitions that hold 1 to 9 rows of text."""
     monkeypatch.setattr(stream, "MOST_LANES", 8)
-    units = [Partition("made", number, number + 1) for number in range(24)]
-    return lambda order: StreamedBatches(MadeUp(units, {"dataset": "made"}), tiny_tokenizer, order)
+    partitions = [Partition("made", number, number + 1) for number in range(24)]
+    return lambda order: StreamedBatches(MadeUp(partitions, {"dataset": "made"}), tiny_tokenizer, order)
 
 
 class MadeUp(Source):
-    def read(self, unit, skipped=None):
-        text = f"the ship {unit.start} sailed over the sea " * (1 + unit.start % 9)
-        return [Document(f"{unit.start} {word}", text + word) for word in ("sea", "wind")]
+    def read(self, partition, skipped=None):
+        text = f"the ship {partition.start} sailed over the sea " * (1 + partition.start % 9)
+        return [Document(f"{partition.start} {word}", text + word) for word in ("sea", "wind")]
 
 
 def counted_rows(batches, step) -> list[tuple[int, ...]]:
@@ -119,9 +119,9 @@ def test_a_streamed_row_is_named_by_unit_and_token(streamed, tiny_tokenizer):
     batches = streamed(shape(4))
     rows = counted_rows(batches, 0)
     for row, (name, token) in zip(rows, batches.sample_ids(0), strict=True):
-        unit = next(unit for unit in batches.units if unit.name == name)
+        partition = next(partition for partition in batches.partitions if partition.name == name)
         assert token == 0  # the first row of its lane
-        assert f"the ship {unit.start} " in tiny_tokenizer.decode(row)
+        assert f"the ship {partition.start} " in tiny_tokenizer.decode(row)
 
 
 def test_filled_rows_have_no_targets_and_leave_the_loss_alone(tiny_model):

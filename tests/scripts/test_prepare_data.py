@@ -273,7 +273,7 @@ def test_a_stream_from_the_hub_gives_the_same_rows_to_one_process_and_to_two(war
     answer = json.loads(warm_python.run("-c", STREAM, tokenizer_folder).stdout)
     assert answer["rows"]["1"] == answer["rows"]["2"]
     assert len(answer["rows"]["1"]) == 24
-    assert answer["summary"] == "ns/fineweb, streamed: 7 units in 4 lanes"
+    assert answer["summary"] == "ns/fineweb, streamed: 7 partitions in 4 lanes"
     assert answer["validation"] == {"1": 1000 // 32, "2": 1000 // 32}
     assert len(answer["identity"]["data"]["revision"]) == 40
 

@@ -105,7 +105,7 @@ def data_from_stream(
         **order_identity(shape),
     }
     name = source.description.get("dataset", "files")
-    summary = f"{name}, streamed: {len(batches.units):,} units in {batches.lanes} lanes"
+    summary = f"{name}, streamed: {len(batches.partitions):,} partitions in {batches.lanes} lanes"
     return TrainingData(tokenizer, batches, batches.validation_rows(validation_tokens), identity, summary)
 
 
@@ -122,7 +122,7 @@ def python_prose_shards(folder: Path, vocab_size: int, block_size: int, validati
     """
     if not (folder / MANIFEST).exists():
         source = python_prose_source()
-        texts = (document.text for unit in source.units for document in source.read(unit))
+        texts = (document.text for partition in source.partitions for document in source.read(partition))
         tokenizer = train_tokenizer(texts, vocab_size, max_length=block_size)
         prepare_shards(source, tokenizer, f"trained on {PYTHON_PROSE}", folder, validation_share)
     return open_shards(folder)

@@ -1,10 +1,10 @@
-"""Training straight from a source, without shards on disk: lanes of units, the same rows for any number of processes.
+"""Training straight from a source, without shards on disk: the same rows for any number of processes.
 
-Units are permuted by (seed, epoch) and dealt to L fixed lanes: lane l takes units l, l + L, l + 2L, ... of the epochs
-laid end to end. A lane is one endless run of tokens, cut into rows of T + 1 that overlap by one. Row g of the training
-is the next row of lane g mod L, and process p of P reads the lanes that are p modulo P. Where P does not divide L some
-steps give one process more rows than another; such places are filled as in `rows.py`. The state is two numbers a lane:
-which unit, and which token of it.
+Partitions are permuted by (seed, epoch) and dealt to L fixed lanes: lane l takes partitions l, l + L, l + 2L, ... of
+the epochs laid end to end. A lane is one endless run of tokens, cut into rows of T + 1 that overlap by one. Row g of
+the training is the next row of lane g mod L, and process p of P reads the lanes that are p modulo P. Where P does not
+divide L some steps give one process more rows than another; such places are filled. The state is two numbers a lane:
+which partition, and which token of it.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ class StreamedBatches:
     """The training batches of one process, from step `next_step` on, and the validation rows beside them.
 
     Args:
-        source: Where the units come from; at least two.
+        source: Where the partitions come from; at least two.
         tokenizer: Its ids are the rows' ids.
-        shape: Its seed decides the order of units, and of documents within them.
-        validation_share: Part of the units, chosen by hash, that is never trained on; at least one.
-        threads: Units read ahead at the same time.
+        shape: Its seed decides the order of partitions, and of documents within them.
+        validation_share: Part of the partitions, chosen by hash, that is never trained on; at least one.
+        threads: Partitions read ahead at the same time.
 
     Raises:
-        ValueError: If the source has too few units for a validation split or for this number of processes; later, if
-            there is no text in it.
+        ValueError: If the source has too few partitions for a validation split or for this number of processes; later,
+            if there is no text in it.
     """
 
     def __init__(
@@ -51,17 +51,17 @@ class StreamedBatches:
     ):
         self.source, self.shape = source, shape
         self.encode, self.end_of_text = text_encoder(tokenizer), tokenizer.eos_token_id
-        if len(source.units) < 2:
+        if len(source.partitions) < 2:
             raise ValueError(
-                "streaming needs two units or more, one for validation: use prepare_data.py and give --shards."
+                "streaming needs two partitions or more, one for validation: use prepare_data.py and give --shards."
             )
-        by_hash = sorted(source.units, key=lambda unit: hashlib.sha256(unit.name.encode()).digest())
+        by_hash = sorted(source.partitions, key=lambda partition: hashlib.sha256(partition.name.encode()).digest())
         held_out = max(1, round(validation_share * len(by_hash)))
         self.validation_partitions = by_hash[:held_out]
         validation = set(self.validation_partitions)
-        self.units = [unit for unit in source.units if unit not in validation]
+        self.partitions = [partition for partition in source.partitions if partition not in validation]
         # A power of two, so that 2, 4, 8, ... processes share the lanes evenly.
-        self.lanes = 1 << min(MOST_LANES.bit_length() - 1, len(self.units).bit_length() - 1)
+        self.lanes = 1 << min(MOST_LANES.bit_length() - 1, len(self.partitions).bit_length() - 1)
         if self.lanes < shape.num_processes:
             raise ValueError(
                 f"{shape.num_processes} processes cannot share {self.lanes} lanes: use at most {self.lanes}, or "
@@ -69,7 +69,7 @@ class StreamedBatches:
             )
         self.next_step = 0
         self.positions = {lane: [0, 0] for lane in range(shape.process_index, self.lanes, shape.num_processes)}
-        self._names: dict[int, np.ndarray] = {}  # step -> lane, unit and token of each row
+        self._names: dict[int, np.ndarray] = {}  # step -> lane, partition and token of each row
         self._open: dict[int, tuple[int, np.ndarray]] = {}
         self._ahead: dict[tuple[int, int], Future] = {}
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="stream")
@@ -88,9 +88,9 @@ class StreamedBatches:
         first = step * self.shape.sequences_per_step
         mine = [row % self.lanes for row in range(first, first + self.shape.sequences_per_step)]
         mine = [lane for lane in mine if lane in self.positions]
-        for lane, (unit, _) in self.positions.items():
-            if self._open.get(lane, (-1, None))[0] != unit and (lane, unit) not in self._ahead:
-                self._ahead[lane, unit] = self._pool.submit(self._read, lane, unit)
+        for lane, (partition, _) in self.positions.items():
+            if self._open.get(lane, (-1, None))[0] != partition and (lane, partition) not in self._ahead:
+                self._ahead[lane, partition] = self._pool.submit(self._read, lane, partition)
         (count, size), names = self.micro_batch_shape, []
         for number in range(count):
             ids = np.zeros((size, self.shape.block_size + 1), dtype=np.int64)
@@ -105,14 +105,16 @@ class StreamedBatches:
         self.next_step += 1
 
     def sample_ids(self, step: int) -> list:
-        """Which rows this process took in a recent step: [unit, its token] where each begins."""
-        return [[self._unit(lane, unit)[0].name, token] for lane, unit, token in self._names.get(step, [])]
+        """Which rows this process took in a recent step: [partition, its token] where each begins."""
+        return [
+            [self._partition(lane, partition)[0].name, token] for lane, partition, token in self._names.get(step, [])
+        ]
 
     def validation_rows(self, tokens: int) -> TokenSequences:
-        """Rows over the held-out units, as many of them as `tokens` tokens take."""
+        """Rows over the held-out partitions, as many of them as `tokens` tokens take."""
         parts, held = [], 0
-        for unit in self.validation_partitions:
-            parts.append(self._tokenize(unit))
+        for partition in self.validation_partitions:
+            parts.append(self._tokenize(partition))
             held += len(parts[-1])
             if held > tokens:
                 break
@@ -134,24 +136,24 @@ class StreamedBatches:
 
     def _next_row(self, lane: int) -> np.ndarray:
         """The lane's next T + 1 ids; its place moves on by T."""
-        (unit, place), opened = self.positions[lane], 0
+        (partition, place), opened = self.positions[lane], 0
         row, filled = np.empty(self.shape.block_size + 1, dtype=np.int64), 0
         while True:
-            ids = self._unit_ids(lane, unit)
+            ids = self._partition_ids(lane, partition)
             part = ids[place : place + len(row) - filled]
             row[filled : filled + len(part)] = part
             filled, place = filled + len(part), place + len(part)
             if filled == len(row):
                 break
-            unit, place, opened = unit + 1, 0, opened + 1
-            if not filled and opened > len(self.units):
+            partition, place, opened = partition + 1, 0, opened + 1
+            if not filled and opened > len(self.partitions):
                 raise ValueError("there is no text in the source: every document is empty.")
-        # The last id is the first input of the next row; it may be the only one taken from its unit.
-        self.positions[lane] = [unit, place - 1]
+        # The last id is the first input of the next row; it may be the only one taken from its partition.
+        self.positions[lane] = [partition, place - 1]
         return row
 
-    def _unit_ids(self, lane: int, number: int) -> np.ndarray:
-        """Ids of the lane's unit number `number`; the one after it is being read meanwhile."""
+    def _partition_ids(self, lane: int, number: int) -> np.ndarray:
+        """Ids of the lane's partition number `number`; the one after it is being read meanwhile."""
         if self._open.get(lane, (-1, None))[0] != number:
             future = self._ahead.pop((lane, number), None) or self._pool.submit(self._read, lane, number)
             self._open[lane] = (number, future.result())
@@ -159,17 +161,17 @@ class StreamedBatches:
         return self._open[lane][1]
 
     def _read(self, lane: int, number: int) -> np.ndarray:
-        unit, shuffle = self._unit(lane, number)
-        return self._tokenize(unit, shuffle)
+        partition, shuffle = self._partition(lane, number)
+        return self._tokenize(partition, shuffle)
 
-    def _unit(self, lane: int, number: int) -> tuple[Partition, tuple[int, int, int]]:
-        """The lane's unit number `number`, and what seeds the order of its documents."""
-        epoch, within = divmod(int(number) * self.lanes + int(lane), len(self.units))
-        draws = np.random.PCG64(np.random.SeedSequence([self.shape.seed, epoch])).random_raw(len(self.units))
-        return self.units[int(np.argsort(draws, kind="stable")[within])], (self.shape.seed, epoch, within)
+    def _partition(self, lane: int, number: int) -> tuple[Partition, tuple[int, int, int]]:
+        """The lane's partition number `number`, and what seeds the order of its documents."""
+        epoch, within = divmod(int(number) * self.lanes + int(lane), len(self.partitions))
+        draws = np.random.PCG64(np.random.SeedSequence([self.shape.seed, epoch])).random_raw(len(self.partitions))
+        return self.partitions[int(np.argsort(draws, kind="stable")[within])], (self.shape.seed, epoch, within)
 
-    def _tokenize(self, unit: Partition, shuffle: tuple[int, ...] | None = None) -> np.ndarray:
-        documents = list(self.source.read(unit))
+    def _tokenize(self, partition: Partition, shuffle: tuple[int, ...] | None = None) -> np.ndarray:
+        documents = list(self.source.read(partition))
         # Pieces of one text stay in their order; documents of their own are shuffled.
         if shuffle and not any(document.continues for document in documents):
             draws = np.random.PCG64(np.random.SeedSequence(shuffle)).random_raw(len(documents))

@@ -1,6 +1,7 @@
-"""Where text comes from: files on disk or on the Hub, cut into units that are read independently of each other.
+"""Where text comes from: files on disk or on the Hub, cut into partitions that are read independently of each other.
 
-A unit is a row group of a parquet file, or 16 MiB of a .txt or .jsonl file. Reading one twice gives the same documents.
+A partition is a row group of a parquet file, or 16 MiB of a .txt or .jsonl file. Reading one twice gives the same
+documents.
 """
 
 import json
@@ -56,7 +57,7 @@ class Partition:
         return f"{Path(self.path).name}:{self.start}"
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """For a person: where it is."""
         if self.stop == self.start + 1:
             return f"row group {self.start} of {self.path}"
@@ -64,28 +65,28 @@ class Partition:
 
 
 def list_partitions(paths: list[str], text_column: str = "text") -> list[Partition]:
-    """Cut files (local paths or `hf://` addresses of parquet files) into units, in their order.
+    """Cut files (local paths or `hf://` addresses of parquet files) into partitions, in their order.
 
     Raises:
         ValueError: With every problem, one a line: not there, of an unknown kind, empty, without the text column (of
             a .jsonl in its first line).
     """
 
-    def units_or_problem(path: str) -> list[Partition] | str:
+    def partitions_or_problem(path: str) -> list[Partition] | str:
         try:
-            return _units_of(path, text_column)
+            return _partitions_of(path, text_column)
         except ValueError as error:
             return str(error)
 
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        found = list(pool.map(units_or_problem, paths))
+        found = list(pool.map(partitions_or_problem, paths))
     problems = [problem for problem in found if isinstance(problem, str)]
     if problems:
         raise ValueError("\n".join(problems))
-    return [unit for units in found for unit in units]
+    return [partition for partitions in found for partition in partitions]
 
 
-def _units_of(path: str, text_column: str) -> list[Partition]:
+def _partitions_of(path: str, text_column: str) -> list[Partition]:
     if Path(path).suffix not in FILE_KINDS:
         raise ValueError(f"{path} is not of a kind that can be read: {', '.join(FILE_KINDS)}.")
     if not is_on_hub(path):
@@ -98,14 +99,14 @@ def _units_of(path: str, text_column: str) -> list[Partition]:
         return [Partition(path, group, group + 1, text_column, size) for group, size in enumerate(sizes)]
     size = Path(path).stat().st_size
     cuts = [*range(0, size, RANGE_BYTES), size]
-    units = [Partition(path, start, stop, text_column, stop - start) for start, stop in pairwise(cuts)]
+    partitions = [Partition(path, start, stop, text_column, stop - start) for start, stop in pairwise(cuts)]
     if path.endswith(".jsonl"):
-        next(_read_json_lines(units[0]), None)  # a wrong field is told before any work
-    return units
+        next(_read_json_lines(partitions[0]), None)  # a wrong field is told before any work
+    return partitions
 
 
-def read_partition(unit: Partition, skipped: Counter | None = None) -> Iterator[Document]:
-    """Yield the unit's documents, without those that hold nothing but whitespace.
+def read_partition(partition: Partition, skipped: Counter | None = None) -> Iterator[Document]:
+    """Yield the partition's documents, without those that hold nothing but whitespace.
 
     Args:
         skipped: Counts what is left out, by reason.
@@ -115,9 +116,9 @@ def read_partition(unit: Partition, skipped: Counter | None = None) -> Iterator[
             parquet file, with the place.
         ConnectionError: Where the Hub does not answer.
     """
-    read = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".txt": _read_text}[Path(unit.path).suffix]
+    read = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".txt": _read_text}[Path(partition.path).suffix]
     # A row group from the Hub is tried again as a whole, so it is complete before its first document is handed on.
-    documents = retry_hub_read(lambda: list(read(unit))) if is_on_hub(unit.path) else read(unit)
+    documents = retry_hub_read(lambda: list(read(partition))) if is_on_hub(partition.path) else read(partition)
     for document in documents:
         if document.continues or (document.text and not document.text.isspace()):
             yield document
@@ -125,36 +126,36 @@ def read_partition(unit: Partition, skipped: Counter | None = None) -> Iterator[
             skipped["whitespace" if document.text else "empty"] += 1
 
 
-def _read_parquet(unit: Partition) -> Iterator[Document]:
-    for row, (name, text) in enumerate(read_row_group(unit.path, unit.start, unit.text_column)):
-        yield Document(f"{unit.name}:{row}" if name is None else str(name), text or "")
+def _read_parquet(partition: Partition) -> Iterator[Document]:
+    for row, (name, text) in enumerate(read_row_group(partition.path, partition.start, partition.text_column)):
+        yield Document(f"{partition.name}:{row}" if name is None else str(name), text or "")
 
 
-def _read_json_lines(unit: Partition) -> Iterator[Document]:
-    for place, line in read_lines(unit.path, unit.start, unit.stop):
+def _read_json_lines(partition: Partition) -> Iterator[Document]:
+    for place, line in read_lines(partition.path, partition.start, partition.stop):
         if not line.isspace():
-            yield _json_document(line, unit, place)
+            yield _json_document(line, partition, place)
 
 
-def _json_document(line: str, unit: Partition, place: int) -> Document:
+def _json_document(line: str, partition: Partition, place: int) -> Document:
     try:
         row = json.loads(line)
-        text, name = row[unit.text_column], row.get("id")
+        text, name = row[partition.text_column], row.get("id")
     except KeyError as error:
         raise ValueError(
-            f"{unit.path}: the line at byte {place} has no {unit.text_column!r} field; it has "
+            f"{partition.path}: the line at byte {place} has no {partition.text_column!r} field; it has "
             f"{', '.join(row) or 'none'}: name one by --text_column."
         ) from error
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{unit.path}: the line at byte {place} must be a JSON object.") from error
+        raise ValueError(f"{partition.path}: the line at byte {place} must be a JSON object.") from error
     if not isinstance(text, str | None):
-        raise ValueError(f"{unit.path}: {unit.text_column!r} in the line at byte {place} is not text.")
+        raise ValueError(f"{partition.path}: {partition.text_column!r} in the line at byte {place} is not text.")
     if text and "\\u" in line:  # JSON can spell halves of characters, which UTF-8 cannot: U+FFFD in their place
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return Document(f"{Path(unit.path).name}:{place}" if name is None else str(name), text or "")
+    return Document(f"{Path(partition.path).name}:{place}" if name is None else str(name), text or "")
 
 
-def _read_text(unit: Partition) -> Iterator[Document]:
-    """The unit is one document in pieces."""
-    for number, text in enumerate(read_pieces(unit.path, unit.start, unit.stop)):
-        yield Document(f"{unit.name}:{number}", text, continues=number > 0)
+def _read_text(partition: Partition) -> Iterator[Document]:
+    """The partition is one document in pieces."""
+    for number, text in enumerate(read_pieces(partition.path, partition.start, partition.stop)):
+        yield Document(f"{partition.name}:{number}", text, continues=number > 0)

@@ -1,6 +1,6 @@
 """Hub datasets that are not stored as parquet (jsonl, csv, text, archives): their rows, as `datasets` streams them.
 
-A unit is one of the shards that `datasets` sees, most often a file.
+A partition is one of the shards that `datasets` sees, most often a file.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ SCHEME = "hub-rows://"
 
 
 def list_row_partitions(dataset: str, config: str | None, split: str, commit: str, text_column: str) -> list[Partition]:
-    """One unit a shard.
+    """One partition a shard.
 
     Raises:
         ValueError: If the rows have no such column, or it holds no text.
@@ -31,22 +31,22 @@ def list_row_partitions(dataset: str, config: str | None, split: str, commit: st
 
 
 def is_of_rows(path: str) -> bool:
-    """Whether a unit's path was made here."""
+    """Whether a partition's path was made here."""
     return path.startswith(SCHEME)
 
 
-def read_row_partition(unit: Partition, skipped: Counter | None = None) -> Iterator[Document]:
-    """Yield the documents of the unit's shard; their ids are the id column's, or else tell the place.
+def read_row_partition(partition: Partition, skipped: Counter | None = None) -> Iterator[Document]:
+    """Yield the documents of the partition's shard; their ids are the id column's, or else tell the place.
 
     Args:
         skipped: Counts what is left out, by reason.
     """
-    dataset, config, split, commit = unit.path.removeprefix(SCHEME).split("|")
+    dataset, config, split, commit = partition.path.removeprefix(SCHEME).split("|")
     stream = _stream(dataset, config or None, split, commit)
-    for number, row in enumerate(stream.shard(num_shards=stream.num_shards, index=unit.start)):
-        text, name = row[unit.text_column] or "", row.get("id")
+    for number, row in enumerate(stream.shard(num_shards=stream.num_shards, index=partition.start)):
+        text, name = row[partition.text_column] or "", row.get("id")
         if text and not text.isspace():
-            yield Document(f"{split}:{unit.start}:{number}" if name is None else str(name), text)
+            yield Document(f"{split}:{partition.start}:{number}" if name is None else str(name), text)
         elif skipped is not None:
             skipped["whitespace" if text else "empty"] += 1
 

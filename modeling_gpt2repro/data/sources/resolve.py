@@ -1,4 +1,4 @@
-"""What a person names as data, resolved to units and a description for the manifest."""
+"""What a person names as data, resolved to partitions and a description for the manifest."""
 
 import os
 from collections import Counter
@@ -22,27 +22,27 @@ PYTHON_PROSE = "python-prose"
 
 @dataclass(frozen=True)
 class Source:
-    """Units to read and where they come from; `description` goes into the manifest and the run's record."""
+    """Partitions to read and where they come from; `description` goes into the manifest and the run's record."""
 
-    units: list[Partition]
+    partitions: list[Partition]
     description: dict
 
     @property
     def text_bytes(self) -> int:
         """About as many as the text takes; 0 where nobody knows."""
-        return sum(unit.text_bytes for unit in self.units)
+        return sum(partition.text_bytes for partition in self.partitions)
 
-    def read(self, unit: Partition, skipped: Counter | None = None) -> Iterator[Document]:
-        """The unit's documents, in their order; `skipped` counts those without text, by reason."""
-        if unit.path == PYTHON_PROSE:
+    def read(self, partition: Partition, skipped: Counter | None = None) -> Iterator[Document]:
+        """The partition's documents, in their order; `skipped` counts those without text, by reason."""
+        if partition.path == PYTHON_PROSE:
             return iter(_python_prose())
-        if is_of_rows(unit.path):
-            return read_row_partition(unit, skipped)
-        return read_partition(unit, skipped)
+        if is_of_rows(partition.path):
+            return read_row_partition(partition, skipped)
+        return read_partition(partition, skipped)
 
 
 def python_prose_source() -> Source:
-    """The English prose in this Python's own documentation, as one unit."""
+    """The English prose in this Python's own documentation, as one partition."""
     return Source([Partition(PYTHON_PROSE, 0, 1)], {"dataset": PYTHON_PROSE})
 
 
@@ -81,12 +81,12 @@ def hub_source(
         commit = retry_hub_read(lambda: _commit(dataset, revision))
         paths = retry_hub_read(lambda: _data_files(dataset, config, split, commit))
         if all(path.endswith(".parquet") for path in paths):
-            units = list_partitions(paths, text_column)
+            partitions = list_partitions(paths, text_column)
         else:
-            units = list_row_partitions(dataset, config, split, commit, text_column)
+            partitions = list_row_partitions(dataset, config, split, commit, text_column)
             # Compressed files hold more text than this.
             size = retry_hub_read(lambda: sum(HfFileSystem().info(path)["size"] for path in paths if is_on_hub(path)))
-            units = [replace(unit, text_bytes=size // len(units)) for unit in units]
+            partitions = [replace(partition, text_bytes=size // len(partitions)) for partition in partitions]
     except ConnectionError as error:  # what `datasets` raises offline, too
         raise ValueError(
             f"the Hub cannot be reached for {name} ({' '.join(str(error).split())}): without a network, train with "
@@ -95,7 +95,7 @@ def hub_source(
     except (OSError, ValueError, RuntimeError, HTTPError) as error:  # RuntimeError: it is a script
         raise ValueError(f"the Hub's dataset {name} does not open: {' '.join(str(error).split())}") from error
     return Source(
-        units,
+        partitions,
         {
             "dataset": dataset,
             "config": config,
