@@ -27,13 +27,14 @@ from transformers import PreTrainedTokenizerBase
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.data.batches.build import (
     TrainingData,
-    data_from_mix,
-    data_from_shards,
-    data_from_stream,
-    python_prose_shards,
+    build_mixed_data,
+    build_shuffled_data,
+    build_streamed_data,
+    load_python_prose,
 )
 from modeling_gpt2repro.data.batches.mixture import parse_mix
-from modeling_gpt2repro.data.batches.shuffled import BatchConfig, validation_batches
+from modeling_gpt2repro.data.batches.sequences import validation_batches
+from modeling_gpt2repro.data.batches.shuffled import BatchConfig
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, hub_source
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, tokenizer_sha256
@@ -481,17 +482,17 @@ def open_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
         args.document_mask,
     )
     if args.shards is not None:
-        return data_from_shards(open_shards(args.shards), shape)
+        return build_shuffled_data(open_shards(args.shards), shape)
     if args.mix is not None:
-        return data_from_mix(parse_mix(args.mix), shape, args.eval_tokens)
+        return build_mixed_data(parse_mix(args.mix), shape, args.eval_tokens)
     if args.dataset_name == PYTHON_PROSE:
         folder = Path(args.output_dir) / "data"
         recipe = (folder, args.tokenizer_vocab_size, args.block_size, args.validation_share)
-        shards = call_main_process_first(accelerator, lambda: python_prose_shards(*recipe))
-        return data_from_shards(shards, shape)
+        shards = call_main_process_first(accelerator, lambda: load_python_prose(*recipe))
+        return build_shuffled_data(shards, shape)
     source = hub_source(args.dataset_name, args.dataset_config_name, "train", args.dataset_revision, args.text_column)
     tokenizer = load_tokenizer(args.tokenizer or "gpt2")
-    return data_from_stream(source, tokenizer, shape, args.validation_share, args.eval_tokens)
+    return build_streamed_data(source, tokenizer, shape, args.validation_share, args.eval_tokens)
 
 
 def open_hellaswag(args: TrainArguments, accelerator: Accelerator) -> list[Example]:
@@ -552,7 +553,7 @@ def take_largest_batch(args: TrainArguments, accelerator: Accelerator, data: Tra
     most = -(-args.sequences_per_step // accelerator.num_processes)
     rows = find_batch_size(accelerator, module, args.block_size, bare.config.vocab_size, most)
     args.per_device_train_batch_size = rows
-    data.batches.shape = replace(data.batches.shape, micro_batch_size=rows)
+    data.batches.config = replace(data.batches.config, micro_batch_size=rows)
     accelerator.print(f"The largest batch that fits: --per_device_train_batch_size {rows}.")
 
 
@@ -606,8 +607,8 @@ def preflight(run: TrainingRun):
         if accelerator.is_main_process:
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             measured = StepTimings(first, median, waited, evaluation, seconds, size, memory, plain)
-            rows_per_epoch = getattr(run.data.batches, "rows_per_epoch", None)
-            epochs = rows_per_epoch and args.total_steps * args.sequences_per_step / rows_per_epoch
+            per_epoch = run.data.batches.sequences_per_epoch
+            epochs = per_epoch and args.total_steps * args.sequences_per_step / per_epoch
             report, problems = preflight_report(args, measured, monitor.flops_per_token, monitor.peak_flops, epochs)
             shutil.rmtree(folder, ignore_errors=True)
             problems += [cannot_save_message(args, problem)] if problem else []

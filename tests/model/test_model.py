@@ -94,7 +94,7 @@ def test_packed_rows_do_not_see_each_other(carried, random_ids, attention):
 
 
 def test_nothing_leaks_from_one_document_into_another_under_the_document_mask(carried, random_ids):
-    from modeling_gpt2repro.data.batches.shuffled import as_batch
+    from modeling_gpt2repro.data.batches.sequences import as_batch
 
     row = random_ids(2, 41)
     row[0, [7, 20]] = row[1, [0, 33]] = 0  # where documents begin

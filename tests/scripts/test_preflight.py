@@ -163,10 +163,10 @@ def test_a_compiled_model_under_ddp_keeps_it_when_its_batch_is_found(tiny_model,
         wrapped = torch.nn.parallel.DistributedDataParallel(tiny_model)
         compiled = torch.compile(wrapped)
         args = TrainArguments(block_size=64, tokens_per_step=512)
-        data = SimpleNamespace(batches=SimpleNamespace(shape=BatchConfig(64, 8, 8, 1)))
+        data = SimpleNamespace(batches=SimpleNamespace(config=BatchConfig(64, 8, 8, 1)))
         train_accelerate.take_largest_batch(args, Accelerator(cpu=True), data, compiled)
         assert compiled._orig_mod is wrapped
         assert compiled.no_sync == wrapped.no_sync
     finally:
         dist.destroy_process_group()
-    assert args.per_device_train_batch_size == data.batches.shape.micro_batch_size == 2
+    assert args.per_device_train_batch_size == data.batches.config.micro_batch_size == 2

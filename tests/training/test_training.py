@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_gpt2repro.data.batches.shuffled import BatchConfig, ShuffledBatches, TokenSequences, as_batch
+from modeling_gpt2repro.data.batches.sequences import TokenSequences, as_batch
+from modeling_gpt2repro.data.batches.shuffled import BatchConfig, ShuffledBatches
 from modeling_gpt2repro.pretrain import messages as words
 from modeling_gpt2repro.runs.metrics import MetricsLog
 from modeling_gpt2repro.runs.read import read_metrics
