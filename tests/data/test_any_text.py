@@ -113,7 +113,7 @@ def test_any_text_comes_back_from_shards(tmp_path, prepare, name):
     assert [kind for kind, text in zip(TEXTS, found, strict=True) if text != TEXTS[kind]] == []
 
 
-def test_a_document_longer_than_a_shard_goes_on_in_the_next(tmp_path, prepare, tokenizer):
+def test_a_document_longer_than_a_shard_continues_in_the_next(tmp_path, prepare, tokenizer):
     texts = [TEXTS[kind] for kind in ("plain", "a long document", "emoji", "many letters")]
     write_parquet(tmp_path / "a.parquet", texts)
     prepared = prepare(tmp_path / "a.parquet", shard_tokens=997)

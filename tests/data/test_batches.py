@@ -18,9 +18,9 @@ from modeling_gpt2repro.data.batches.sequences import TokenSequences, as_batch, 
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig, ShuffledBatches
 from modeling_gpt2repro.data.batches.streaming import StreamedBatches
 from modeling_gpt2repro.data.shards.dataset import open_shards
-from modeling_gpt2repro.data.sources import documents
 from modeling_gpt2repro.data.sources import text as text_files
-from modeling_gpt2repro.data.sources.resolve import local_source
+from modeling_gpt2repro.data.sources.documents import list_partitions
+from modeling_gpt2repro.data.sources.resolve import Source, local_source
 from modeling_gpt2repro.data.tokenizer import text_encoder, train_tokenizer
 from modeling_gpt2repro.training.state import TimedIterator
 
@@ -322,10 +322,9 @@ def test_sequences_of_a_stream_overlap_by_one_token(tmp_path, tiny_texts, tiny_t
         assert sorted(tiny_tokenizer.decode(epoch).split(END)[1:]) == sorted(document.text for document in kept)
 
 
-def test_a_text_file_is_streamed_in_its_order(tmp_path, monkeypatch, tiny_texts, tiny_tokenizer):
-    monkeypatch.setattr(documents, "RANGE_BYTES", 20_000)
+def test_a_text_file_is_streamed_in_its_order(tmp_path, tiny_texts, tiny_tokenizer):
     (tmp_path / "a.txt").write_text("\n".join(tiny_texts))
-    source = local_source([str(tmp_path / "a.txt")])
+    source = Source(list_partitions([str(tmp_path / "a.txt")], partition_bytes=20_000), {"files": ["a.txt"]})
     batches = StreamedBatches(source, tiny_tokenizer, BatchConfig(64, 32, 32, seed=3), max_logical_shards=1)
     text = tiny_tokenizer.decode(step_sequences(batches, 0)[:, :-1].flatten()).removeprefix(END)
     assert len(text) > 2 * text_files.PIECE_CHARACTERS
