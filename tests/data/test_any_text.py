@@ -88,7 +88,8 @@ def prepare(tmp_path, tokenizer, all_ids):
         shards = prepare_shards(
             local_source([str(file)]), tokenizer, "any", tmp_path / "out", 0.0, shard_tokens=shard_tokens
         )
-        ids, totals = all_ids(shards), shards.manifest["splits"]["train"]
+        ids = all_ids(shards)
+        totals = shards.manifest["splits"]["train"]
         documents = documents_of(ids, tokenizer)
         assert totals["documents"] == len(documents)
         assert totals["tokens"] == len(ids)

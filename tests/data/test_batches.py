@@ -275,7 +275,8 @@ def watch_reading(batches: StreamedBatches, before_reading) -> None:
 def test_a_process_reads_only_the_partitions_of_its_own_logical_shards(streamed):
     own = []
     for process in range(4):
-        batches, partitions = streamed(process, 4, micro_batch_size=1), []
+        batches = streamed(process, 4, micro_batch_size=1)
+        partitions = []
         watch_reading(batches, partitions.append)
         for step in range(2):  # half an epoch
             step_sequences(batches, step)

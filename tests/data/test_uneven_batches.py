@@ -112,6 +112,7 @@ def test_sample_ids_say_where_a_sequence_is_found():
 def test_sample_ids_of_a_stream_are_partition_and_token(streamed, tiny_tokenizer):
     batches = streamed(config(4))
     sequences = counted_sequences(batches, 0)
+    assert json.loads(json.dumps(batches.sample_ids(0))) == batches.sample_ids(0)  # they go into metrics.jsonl
     for sequence, (name, token) in zip(sequences, batches.sample_ids(0), strict=True):
         partition = next(partition for partition in batches.partitions if partition.name == name)
         assert token == 0  # the first sequence of its logical shard
