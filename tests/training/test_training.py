@@ -42,7 +42,7 @@ def random_rows(count: int, length: int = 33, seed: int = 5) -> torch.Tensor:
 
 def step_of(accelerator, model, optimizer, rows, size, max_grad_norm=1.0, guard=None) -> StepMetrics:
     """A step over `rows` in micro-batches of `size`; the last one is filled up as in the data room."""
-    micro_batches = [as_batch(part.numpy(), fill_to=size) for part in rows.split(size)]
+    micro_batches = [as_batch(part.numpy(), pad_to=size) for part in rows.split(size)]
     guard = guard or OutlierDetector(torch.device("cpu"))
     tokens = rows[:, 1:].numel()
     return train_step(accelerator, model, optimizer, micro_batches, tokens, max_grad_norm, guard)
