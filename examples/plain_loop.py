@@ -76,10 +76,8 @@ def main(argv: list[str] | None = None) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss_accum.item())  # waits for the device
-        tokens_per_second = TOKENS_PER_STEP / (time.time() - started)
-        print(
-            f"step {step:4d} | loss {losses[-1]:.6f} | lr {lr:.4e} | norm {norm:.4f} | {tokens_per_second:,.0f} tokens/s"
-        )
+        speed = TOKENS_PER_STEP / (time.time() - started)
+        print(f"step {step:4d} | loss {losses[-1]:.6f} | lr {lr:.4e} | norm {norm:.4f} | {speed:,.0f} tokens/s")
     prompt = dataset.tokenizer("The function returns", return_tensors="pt").input_ids.to(device)
     text = model.eval().generate(prompt, max_new_tokens=60, do_sample=True, top_k=50, pad_token_id=0)
     print(dataset.tokenizer.decode(text[0]))
