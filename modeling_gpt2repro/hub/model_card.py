@@ -6,8 +6,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
-from modeling_gpt2repro.runs.panels import HELLASWAG
-from modeling_gpt2repro.runs.read import METRICS_FILE, Run, read_run
+from modeling_gpt2repro.runs.folder import METRICS_FILE
+from modeling_gpt2repro.runs.read import HELLASWAG_METRICS, Run, read_run
 
 FROM_SCRATCH = "A GPT-2 trained from scratch."
 LOSS_PICTURE = "loss.png"
@@ -47,7 +47,7 @@ def model_card(model: PreTrainedModel, origin: str = FROM_SCRATCH, run_folder: P
         run_folder: The run it comes from; without it the card tells of no numbers.
     """
     run = read_run(run_folder) if run_folder and (run_folder / METRICS_FILE).is_file() else None
-    evaluation = next((row for row in reversed(run.rows if run else []) if "validation_loss" in row), None)
+    evaluation = next((row for row in reversed(run.records if run else []) if "validation_loss" in row), None)
     results = hub_results(run, evaluation) if evaluation else []
     dataset = run.dataset() if run else None
     metadata = ModelCardData(
@@ -70,7 +70,7 @@ def model_card(model: PreTrainedModel, origin: str = FROM_SCRATCH, run_folder: P
         text += f"\n## Results\n\n{table(result_lines(run, evaluation))}"
         if (run.folder / LOSS_PICTURE).is_file():
             text += f"\n![loss against tokens]({LOSS_PICTURE})\n"
-    if run and run.record:
+    if run and run.config:
         text += f"\n## Training\n\n{table(training_lines(run))}"
     return text
 
@@ -93,13 +93,13 @@ def result_lines(run: Run, evaluation: dict) -> dict[str, str]:
         "after": f"step {evaluation['step']:,}, {evaluation['tokens']:,} tokens",
         "validation loss": f"{loss} on {evaluation['validation_tokens']:,} tokens",
     }
-    for protocol, name in HELLASWAG.items():
+    for protocol, name in HELLASWAG_METRICS.items():
         if name in evaluation:
             lines[f"HellaSwag acc_norm, {protocol}"] = f"{evaluation[name]:.4f}"
             if f"{name}_low" in evaluation:  # not in rows that a run has from before there were intervals
                 low, high = evaluation[f"{name}_low"], evaluation[f"{name}_high"]
                 lines[f"HellaSwag acc_norm, {protocol}"] += f" (95 %: {low:.4f} to {high:.4f})"
-            published = run.hellaswag_yardsticks.get(protocol, {}).get("gpt2")
+            published = run.hellaswag_baselines.get(protocol, {}).get("gpt2")
             if published and is_whole_hellaswag(run):
                 lines[f"HellaSwag acc_norm, {protocol}"] += f"; OpenAI's gpt2 has {published:.4f}"
     return lines
@@ -107,9 +107,9 @@ def result_lines(run: Run, evaluation: dict) -> dict[str, str]:
 
 def training_lines(run: Run) -> dict[str, str]:
     """Name -> value: data, recipe, machine and versions, as the run's record has them."""
-    record, arguments = run.record, run.record["arguments"]
+    record, arguments = run.config, run.config["arguments"]
     hardware, versions = record["hardware"], record["versions"]
-    seconds = sum(row["step_seconds"] for row in run.rows if "step_seconds" in row)
+    seconds = sum(row["step_seconds"] for row in run.records if "step_seconds" in row)
     fingerprint = record["data"]["data"]
     own = "of its own"
     if arguments["dataset_name"] == "python-prose" and not (arguments.get("shards") or arguments.get("mix")):
@@ -149,7 +149,7 @@ def hub_results(run: Run, evaluation: dict) -> list[EvalResult]:
             )
         )
     about = {"dataset_type": HELLASWAG_DATASET, "dataset_name": "HellaSwag", "dataset_split": "validation"}
-    for protocol, name in HELLASWAG.items():
+    for protocol, name in HELLASWAG_METRICS.items():
         if name in evaluation and is_whole_hellaswag(run):
             results.append(
                 EvalResult(
@@ -165,4 +165,4 @@ def hub_results(run: Run, evaluation: dict) -> list[EvalResult]:
 
 def is_whole_hellaswag(run: Run) -> bool:
     """Whether the rows are those that others publish numbers of."""
-    return run.record.get("arguments", {}).get("hellaswag") in (HELLASWAG_DATASET, "official")
+    return run.config.get("arguments", {}).get("hellaswag") in (HELLASWAG_DATASET, "official")

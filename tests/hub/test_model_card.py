@@ -30,8 +30,8 @@ def run_folder(tmp_path):
         "commit": "c0ffee",
     }
     (tmp_path / "run.json").write_text(json.dumps(record))
-    yardsticks = {"completion": {"gpt2": 0.2955}, "lm-eval": {"gpt2": 0.3114}}
-    (tmp_path / "yardsticks.json").write_text(json.dumps({"hellaswag_yardsticks": yardsticks}))
+    baselines = {"completion": {"gpt2": 0.2955}, "lm-eval": {"gpt2": 0.3114}}
+    (tmp_path / "baselines.json").write_text(json.dumps({"hellaswag_baselines": baselines}))
     (tmp_path / "loss.png").write_bytes(b"a picture")
     return tmp_path
 

@@ -158,7 +158,7 @@ def test_a_run_leaves_what_it_says(finished):
         "metrics.jsonl",
         "samples.jsonl",
         "hellaswag.jsonl",
-        "yardsticks.json",
+        "baselines.json",
         "loss.png",
         "model",
         "step-000010",
