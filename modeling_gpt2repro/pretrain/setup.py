@@ -82,7 +82,7 @@ def build_upload_queue(args: TrainArguments, accelerator: Accelerator) -> Upload
         uploads = UploadQueue(args.hub_repository, args.hub_strategy, output_dir, args.hub_private_repo)
     if args.push_to_hub:
         is_resume = (output_dir / RUN_CONFIG_FILE).exists()
-        message = run_on_main_and_broadcast(accelerator, lambda: uploads.check(is_resume))
+        message = run_on_main_and_broadcast(accelerator, lambda: uploads.check_access(is_resume))
         accelerator.print(f"Hub          {message}")
     return uploads
 
