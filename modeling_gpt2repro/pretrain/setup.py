@@ -39,7 +39,7 @@ from modeling_gpt2repro.runs.config import diff_arguments, write_run_config
 from modeling_gpt2repro.runs.folder import BASELINES_FILE, DATA_FOLDER, RUN_CONFIG_FILE
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog
-from modeling_gpt2repro.runs.read import write_yardsticks
+from modeling_gpt2repro.runs.read import write_baselines
 from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.command_line import InputErrors
 from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record
@@ -83,7 +83,7 @@ def build_upload_queue(args: TrainArguments, accelerator: Accelerator) -> Upload
         uploads = UploadQueue(args.hub_repository, args.hub_strategy, output_dir, args.hub_private_repo)
     if args.push_to_hub:
         is_resume = (output_dir / RUN_CONFIG_FILE).exists()
-        message = run_on_main_and_broadcast(accelerator, lambda: uploads.check(is_resume))
+        message = run_on_main_and_broadcast(accelerator, lambda: uploads.check_access(is_resume))
         accelerator.print(f"Hub          {message}")
     return uploads
 
@@ -282,7 +282,7 @@ def log_run_summary(
         }
         if accelerator.is_main_process and not args.preflight:
             with logger.warn_on_io_error(step, BASELINES_FILE):
-                write_yardsticks(Path(args.output_dir), baselines, BASELINES)
+                write_baselines(Path(args.output_dir), baselines, BASELINES)
         module = unwrapped_model(accelerator, model)
         shape = data.batches.micro_batch_shape
         logger.print(start_message(args, accelerator, module, data.summary, shape, baselines, step))
