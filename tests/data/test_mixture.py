@@ -17,8 +17,8 @@ from modeling_gpt2repro.data.batches.mixture import (
     rows_of_period,
 )
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig, TokenSequences
+from modeling_gpt2repro.data.prepare.local import prepare_shards
 from modeling_gpt2repro.data.sources.resolve import local_source
-from modeling_gpt2repro.data.tokenize import prepare_shards
 from modeling_gpt2repro.data.tokenizer import train_tokenizer
 
 

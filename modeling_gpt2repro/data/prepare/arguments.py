@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from modeling_gpt2repro.data.shards.layouts import LAYOUTS
+from modeling_gpt2repro.data.shards.nanogpt_format import LAYOUTS
 from modeling_gpt2repro.data.sources.resolve import Source
 
 from .spec import PrepareSpec, default_validation_share
@@ -120,10 +120,10 @@ class PrepareArguments:
 
     def number_of_workers(self, plan: PrepareSpec) -> int:
         """As many as asked for, but not more than units; a process is not started for what is done before it has."""
-        text_bytes = sum(unit.text_bytes for unit in plan.units)
-        worthwhile = text_bytes // WORKER_BYTES if text_bytes else len(plan.units)
+        text_bytes = sum(unit.text_bytes for unit in plan.partitions)
+        worthwhile = text_bytes // WORKER_BYTES if text_bytes else len(plan.partitions)
         wanted = self.workers or min(8, os.cpu_count() or 1, worthwhile)
-        return max(1, min(wanted, len(plan.units)))
+        return max(1, min(wanted, len(plan.partitions)))
 
     @property
     def sbatch_options(self) -> dict[str, str]:
