@@ -27,7 +27,7 @@ from modeling_gpt2repro.data.prepare.cluster import slurm_scripts, submit_to_slu
 from modeling_gpt2repro.data.prepare.local import tokenize_locally, watch_partitions
 from modeling_gpt2repro.data.prepare.spec import PrepareSpec, make_prepare_spec, read_spec
 from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
-from modeling_gpt2repro.data.prepare.workspace import finish_job, is_prepared, start_job
+from modeling_gpt2repro.data.prepare.workspace import LOGS, finish_job, is_prepared, start_job
 from modeling_gpt2repro.data.shards.dataset import MANIFEST, TokenDataset, open_shards
 from modeling_gpt2repro.data.shards.verify import verify_shards
 from modeling_gpt2repro.data.sources.resolve import Source, hub_source, local_source
@@ -57,12 +57,12 @@ def main(argv: list[str] | None = None):
                 save_tokenizer(tokenizer, folder / "tokenizer")
                 if args.executor == "slurm":
                     submit_to_slurm(folder, workers, args.slurm_partition, args.slurm_time, args.sbatch_options)
-                    print(f"submitted; once the shards are complete, {folder / MANIFEST} is written.")
+                    print(f"submitted; logs are in {folder / LOGS}, and {folder / MANIFEST} is written last.")
                     return
 
                 # Workers tokenize the partitions of the source (parquet row groups, or 16 MiB of a text file) into a
-                # file each. End-of-text goes before every document, and the hash of the document's id decides whether
-                # it is held out for validation: neither depends on which worker reads it, or when.
+                # file each. End-of-text precedes every document: it tells the model that what came before is over. The
+                # hash of a document's id decides whether it is held out for validation, so any worker decides alike.
                 tokenize = tokenize_on_ray if args.executor == "ray" else tokenize_locally
                 with ProgressBar(spec.max_tokens, "tokenizing") as bar, watch_partitions(folder, spec, bar.show):
                     tokenize(folder, workers)

@@ -107,7 +107,8 @@ def test_the_jobs_submitted_to_slurm_make_the_same_shards_and_are_those_of_the_d
     dry = run_script(["--output_dir", tmp_path / "out", *arguments, *slurm, "--dry_run"], PATH=path)
     done = run_script(["--output_dir", tmp_path / "out", *arguments, *slurm], PATH=path)
     assert done.returncode == 0, done.stderr + (commands / "log").read_text()
-    assert f"submitted; once the shards are complete, {tmp_path / 'out' / 'manifest.json'} is written." in done.stdout
+    assert f"submitted; logs are in {tmp_path / 'out/logs'}, and" in done.stdout
+    assert f"{tmp_path / 'out/manifest.json'} is written last." in done.stdout
     assert (commands / "submitted").read_text().count("afterok:17") == 1
     for name in ("tokenize", "assemble"):
         assert (tmp_path / "out/logs" / name / "launch_script.slurm").read_text() in dry.stdout

@@ -55,9 +55,9 @@ def run(folder, kill_at, late=False):
         if not late:
             rename(old, new)
 
-    def tokenize_partition(source, partition, *more):
+    def tokenize_partition(source, partition, **more):
         started.append(partition.start)
-        return tokenize(source, partition, *more)
+        return tokenize(source, partition, **more)
 
     atomic.os.replace = replace
     local.tokenize_partition = tokenize_partition
@@ -177,9 +177,9 @@ def record_tokenized_partitions(monkeypatch):
     started = []
     tokenize = local.tokenize_partition
 
-    def recorded(source, partition, *more):
+    def recorded(source, partition, **more):
         started.append(partition.start)
-        return tokenize(source, partition, *more)
+        return tokenize(source, partition, **more)
 
     monkeypatch.setattr(local, "tokenize_partition", recorded)
     return started
@@ -220,6 +220,24 @@ def test_a_killed_worker_ends_the_preparation_with_one_sentence(tmp_path, texts,
     assert process.returncode == 2
     assert "a worker was killed" in message
     assert "what is finished is kept." in message
+
+
+@pytest.mark.slow
+def test_an_error_in_one_worker_ends_the_others_at_once(tmp_path, texts):
+    line = b'{"text": "The ship sails over the cold sea."}\n'
+    first_partition = line * (2**24 // len(line) + 1)
+    (tmp_path / "a.jsonl").write_bytes(first_partition + b'{"text": 5}\n' + 4 * first_partition)
+    arguments = ["--train_files", str(tmp_path / "a.jsonl"), *texts[0][2:6], "--workers", "2"]
+    command = [sys.executable, "prepare_data.py", "--output_dir", str(tmp_path / "out"), *arguments]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        message = process.stderr.read().splitlines()[-1]
+    assert process.returncode == 2
+    assert f"bytes 16777216 to 33554432 of {tmp_path / 'a.jsonl'}: 'text' in the line at byte" in message
+    assert len(finished_partitions(tmp_path / "out")) <= 1  # the other worker had three to tokenize
+    if Path("/proc").is_dir():
+        wait_for(lambda: not session_of(process.pid))
 
 
 def full_disk_at(monkeypatch, number):

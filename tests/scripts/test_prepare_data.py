@@ -169,7 +169,8 @@ print(json.dumps({"rows": rows, "summary": data.summary, "identity": data.data_f
 @pytest.fixture
 def fineweb(hub, tiny_texts):
     """A dataset like FineWeb-Edu: two parquet files of four row groups, mostly columns that are not read."""
-    folder, random = hub.new_repository("datasets/ns/fineweb"), Random(1)
+    folder = hub.new_repository("datasets/ns/fineweb")
+    random = Random(1)
     (folder / "sample/10BT").mkdir(parents=True)
     for number, name in enumerate(FILES):
         texts = tiny_texts[100 * number :][:100] * 4
@@ -218,7 +219,8 @@ def test_a_hub_dataset_becomes_the_shards_of_its_files_and_only_two_columns_are_
         assert len(asked) == 5  # the footer, and one range for text and id of each row group
         spans = [tuple(map(int, line["range"].removeprefix("bytes=").split("-"))) for line in asked]
         downloaded = sum(last - first + 1 for first, last in spans)
-        metadata, size = pq.read_metadata(fineweb / name), (fineweb / name).stat().st_size
+        metadata = pq.read_metadata(fineweb / name)
+        size = (fineweb / name).stat().st_size
         columns = sum(metadata.row_group(g).column(c).total_compressed_size for g in range(4) for c in (0, 1))
         assert columns < downloaded < columns + 2**16 + 1_000  # the reader's guess at a footer is 64 KiB
         assert downloaded < size / 5
@@ -316,7 +318,8 @@ def test_a_hub_dataset_that_is_not_parquet_gives_the_same_ids_as_its_files(
     hub_options = ["--dataset_name", "ns/lines", "--workers", "1", "--output_dir", tmp_path / "hub"]
     warm_python.run(SCRIPT, *hub_options, *options)
     prepare_data.main(["--output_dir", str(tmp_path / "local"), "--train_files", f"{folder}/*.jsonl", *options])
-    from_hub, local = open_shards(tmp_path / "hub"), open_shards(tmp_path / "local")
+    from_hub = open_shards(tmp_path / "hub")
+    local = open_shards(tmp_path / "local")
     assert from_hub.fingerprint == local.fingerprint
     assert from_hub.manifest["skipped"] == local.manifest["skipped"] == {"empty": 2, "whitespace": 1}
     assert local.manifest["splits"]["validation"]["documents"] > 10

@@ -37,7 +37,7 @@ class TokenizePartitions(PipelineStep):
             logger.info(f"{partition.place}: {train_tokens} training tokens")
             self.stat_update("tokens", value=train_tokens, unit="partition")
 
-        tokenize_partitions(Path(self.folder), rank, world_size, on_tokenized)
+        tokenize_partitions(Path(self.folder), rank, world_size=world_size, on_tokenized=on_tokenized)
 
 
 class AssembleShards(PipelineStep):

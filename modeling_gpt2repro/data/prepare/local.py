@@ -55,7 +55,13 @@ def tokenize_partitions(
             continue
         partition = spec.partitions[index]
         try:
-            tokenized = tokenize_partition(source, partition, encode, spec.end_of_text_id, spec.validation_share)
+            tokenized = tokenize_partition(
+                source,
+                partition,
+                encode=encode,
+                end_of_text_id=spec.end_of_text_id,
+                validation_share=spec.validation_share,
+            )
         except (ValueError, OSError, HTTPError) as error:
             reason = " ".join(str(error).split()).removeprefix(f"{partition.path}: ")
             message = f"{partition.place}: {reason}"
@@ -76,7 +82,7 @@ def tokenize_locally(folder: Path, workers: int):
         return
     context = multiprocessing.get_context("spawn")  # fork would copy locks that the libraries' threads hold
     worker_end, parent_end = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, context, initializer=exit_with_parent, initargs=(worker_end,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=exit_with_parent, initargs=(worker_end,))
     with worker_end, parent_end, pool:  # leaving `pool` waits for the workers
         try:
             futures = [pool.submit(tokenize_partitions, folder, rank, workers) for rank in range(workers)]
