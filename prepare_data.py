@@ -99,7 +99,7 @@ def open_tokenizer(
         tokenizer = load_tokenizer_folder(folder / "tokenizer")
         if len(tokenizer) == args.vocab_size:
             return tokenizer
-    texts = (document.text for partition in source.units for document in source.read(partition))
+    texts = (document.text for partition in source.partitions for document in source.read(partition))
     return train_tokenizer(texts, args.vocab_size)
 
 

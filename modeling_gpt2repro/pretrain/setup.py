@@ -13,13 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2repro.data.batches.build import (
     TrainingData,
-    data_from_mix,
-    data_from_shards,
-    data_from_stream,
-    python_prose_shards,
+    build_mixed_data,
+    build_shuffled_data,
+    build_streamed_data,
+    load_python_prose,
 )
 from modeling_gpt2repro.data.batches.mixture import parse_mix
-from modeling_gpt2repro.data.batches.shuffled import BatchConfig, validation_batches
+from modeling_gpt2repro.data.batches.sequences import validation_batches
+from modeling_gpt2repro.data.batches.shuffled import BatchConfig
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, hub_source
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, tokenizer_sha256
@@ -169,20 +170,20 @@ def load_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
         document_mask=args.document_mask,
     )
     if args.shards is not None:
-        data = data_from_shards(open_shards(args.shards), config)
+        data = build_shuffled_data(open_shards(args.shards), config)
     elif args.mix is not None:
-        data = data_from_mix(parse_mix(args.mix), config, args.eval_tokens)
+        data = build_mixed_data(parse_mix(args.mix), config, args.eval_tokens)
     elif args.dataset_name == PYTHON_PROSE:
         folder = Path(args.output_dir) / DATA_FOLDER
         recipe = (args.tokenizer_vocab_size, args.block_size, args.validation_share)
-        shards = call_main_process_first(accelerator, lambda: python_prose_shards(folder, *recipe))
-        data = data_from_shards(shards, config)
+        shards = call_main_process_first(accelerator, lambda: load_python_prose(folder, *recipe))
+        data = build_shuffled_data(shards, config)
     else:
         source = hub_source(
             args.dataset_name, args.dataset_config_name, "train", args.dataset_revision, args.text_column
         )
         tokenizer = load_tokenizer(args.tokenizer or "gpt2")
-        data = data_from_stream(source, tokenizer, config, args.validation_share, args.eval_tokens)
+        data = build_streamed_data(source, tokenizer, config, args.validation_share, args.eval_tokens)
     errors = InputErrors()
     for prompt in args.sample_prompts:
         errors.capture(check_prompt, prompt, data.tokenizer, args.block_size)

@@ -8,6 +8,7 @@ from accelerate.tracking import LoggerType, get_available_trackers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from modeling_gpt2repro.runs.folder import RUN_CONFIG_FILE
 from modeling_gpt2repro.runtime.command_line import check_limits
 
 from .checkpoints import HUB_NAME
@@ -15,7 +16,6 @@ from .checkpoints import HUB_NAME
 if TYPE_CHECKING:
     from .arguments import TrainArguments
 
-RUN_RECORD = "run.json"
 HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 
 
@@ -72,7 +72,7 @@ def check_data(args: "TrainArguments") -> Iterator[str]:
 def check_output_dir(args: "TrainArguments") -> Iterator[str]:
     """A folder that holds something that the run would replace."""
     output_dir = Path(args.output_dir)
-    is_run = (output_dir / RUN_RECORD).exists()
+    is_run = (output_dir / RUN_CONFIG_FILE).exists()
     resume = args.resume_from_checkpoint
     resumes_here = resume == "latest" or (resume and Path(resume).resolve().parent == output_dir.resolve())
     if output_dir.exists() and not output_dir.is_dir():

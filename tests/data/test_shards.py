@@ -63,7 +63,7 @@ def test_documents_are_split_by_hash_whatever_the_number_of_workers(tmp_path, te
         assert totals["tokens"] == len(all_ids(shards, split))
         assert totals["text_bytes"] == sum(len(text.encode()) for text in found[split])
         assert shards.bytes_per_token(split) == totals["text_bytes"] / totals["tokens"]
-    documents = [document for partition in source.units for document in source.read(partition)]
+    documents = [document for partition in source.partitions for document in source.read(partition)]
     for split, wanted in (("train", False), ("validation", True)):
         assert found[split] == [document.text for document in documents if is_validation(document.id, 0.2) is wanted]
     assert 20 < len(found["validation"]) < 60
@@ -85,7 +85,7 @@ def test_pieces_of_one_text_fall_to_both_splits(tmp_path, tiny_texts, tiny_token
     (tmp_path / "a.txt").write_text("\n".join(tiny_texts))
     source = local_source([str(tmp_path / "a.txt")])
     shards = prepare_shards(source, tiny_tokenizer, "tiny", tmp_path / "out", 0.3)
-    pieces = [piece for partition in source.units for piece in source.read(partition)]
+    pieces = [piece for partition in source.partitions for piece in source.read(partition)]
     chosen = [is_validation(piece.id, 0.3) for piece in pieces]
     for split, wanted in (("train", False), ("validation", True)):
         text = "".join(

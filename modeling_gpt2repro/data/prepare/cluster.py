@@ -34,7 +34,7 @@ class TokenizePartitions(PipelineStep):
 
     def run(self, data: None = None, rank: int = 0, world_size: int = 1):
         def on_tokenized(partition: Partition, train_tokens: int):
-            logger.info(f"{partition.place}: {train_tokens} training tokens")
+            logger.info(f"{partition.location}: {train_tokens} training tokens")
             self.stat_update("tokens", value=train_tokens, unit="partition")
 
         tokenize_partitions(Path(self.folder), rank, world_size=world_size, on_tokenized=on_tokenized)

@@ -64,7 +64,7 @@ def tokenize_partitions(
             )
         except (ValueError, OSError, HTTPError) as error:
             reason = " ".join(str(error).split()).removeprefix(f"{partition.path}: ")
-            message = f"{partition.place}: {reason}"
+            message = f"{partition.location}: {reason}"
             write_error(folder, index, message)
             raise ValueError(message) from error
         write_partition(folder, index, tokenized)

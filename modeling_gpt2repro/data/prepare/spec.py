@@ -66,7 +66,7 @@ def make_prepare_spec(
     """Build the spec of a source and a tokenizer; `options` are max_tokens, shard_tokens and layout."""
     partitions = []
     files = {}
-    for partition in source.units:
+    for partition in source.partitions:
         if os.path.isfile(partition.path):
             path = os.path.abspath(partition.path)  # workers and later runs may have another working directory
             if path not in files:
