@@ -1,14 +1,14 @@
-"""Time prepare_data.py against the way of the lecture, from one parquet file to shards of GPT-2's tokens.
+"""Compare prepare_data.py with the lecture's fineweb.py: one parquet file to shards of GPT-2's ids.
 
     python -m benchmarks.prepare                                  # the language reference's text, 100 MB of it
     python -m benchmarks.prepare --text_file a.txt --megabytes 50
 
-The file is made: FineWeb-Edu's columns and row groups, documents of 3 to 5 kB cut out of a text at random places. The
-lecture's way is written below: rows as dicts from `datasets`, `imap` over single documents, `encode_ordinary`, a buffer
-for a shard. Its table in Arrow's format, which `datasets` makes of a file once, is made before the clock starts. Each
-side runs as a command, so its start-up counts; a file of 0.2 MB tells how much that is. The sides take turns, and which
-goes first alternates; the figures are medians over rounds. Memory is looked at ten times a second in all runs, and on a
-file of more than one shard in a run of its own. Both must make the same number of tokens.
+The file is synthetic: FineWeb-Edu's columns and row groups, documents of 3 to 5 kB cut out of a text at random places.
+The lecture's side is written below: rows as dicts from `datasets`, `imap` over single documents, `encode_ordinary`, a
+buffer for a shard. The Arrow table that `datasets` makes of a file once is made before the clock starts. Each side runs
+as a command, so that its start-up counts; a file of 0.2 MB shows how much that is. The sides take turns, and which runs
+first alternates; the figures are medians over rounds. Memory is sampled ten times a second in all runs, and on a file
+of more than one shard in a run of its own. Both must make the same number of tokens.
 """
 
 import json
@@ -30,7 +30,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-# The lecture's process imports this file, too: what is heavy and not the lecture's is imported where it is used.
+# The lecture's process imports this file, too: heavy imports that it does not need are where they are used.
 
 REPOSITORY = Path(__file__).parents[1]
 SIDES = ("ours", "lecture")
@@ -52,7 +52,7 @@ class BenchmarkArguments:
         default=600, metadata={"help": "Text in the file that only memory is measured on, with most workers; 0: none."}
     )
     workers: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "Worker counts to compare at."})
-    rounds: int = field(default=5, metadata={"help": "How often the two take turns."})
+    rounds: int = field(default=5, metadata={"help": "How often each side runs."})
     output: str | None = field(default=None, metadata={"help": "Add the result to this JSON file (a list of results)."})
 
     def __post_init__(self):
@@ -77,7 +77,7 @@ class BenchmarkArguments:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run of a side took and made; bytes are the most that were seen at once."""
+    """Time, tokens and peak memory of one run of a side."""
 
     seconds: float
     cpu_seconds: float
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None):
         add_to_file(Path(args.output), result)
 
 
-# What is run
+# The two sides
 
 
 def make_parquet(file: Path, megabytes: float, text: str) -> Path:
@@ -116,7 +116,8 @@ def make_parquet(file: Path, megabytes: float, text: str) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    random, text = Random(SEED), text * math.ceil(10_000 / len(text))
+    random = Random(SEED)
+    text *= math.ceil(10_000 / len(text))
     documents = math.ceil(megabytes * 1e6 / 4_000 / (len(text.encode()) / len(text)))
     group_rows = min(ROW_GROUP_ROWS, math.ceil(documents / 8))
     writer = None
@@ -145,14 +146,14 @@ def make_parquet(file: Path, megabytes: float, text: str) -> Path:
 
 @lru_cache(maxsize=1)
 def lecture_encoding():
-    """GPT-2's, once a process; forked workers inherit the parent's."""
+    """GPT-2's encoding, loaded once per process; forked workers inherit the parent's."""
     import tiktoken
 
     return tiktoken.get_encoding("gpt2")
 
 
 def lecture_tokens(row: dict) -> np.ndarray:
-    """A document's ids (n,) uint16 after an end-of-text."""
+    """A document's ids (n,) uint16, end-of-text first."""
     encoding = lecture_encoding()
     ids = np.array([encoding.eot_token, *encoding.encode_ordinary(row["text"])])
     assert (ids >= 0).all()
@@ -161,7 +162,7 @@ def lecture_tokens(row: dict) -> np.ndarray:
 
 
 def lecture_rows(file: str, cache: str):
-    """The file's rows by `datasets`, which makes an Arrow table of it in `cache` the first time."""
+    """The file's rows from `datasets`, which caches them as an Arrow table in `cache`."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -169,18 +170,22 @@ def lecture_rows(file: str, cache: str):
 
 
 def lecture_preparation(file: str, cache: str, folder: str, workers: str):
-    """The lecture's way, run as a command; says how many tokens it wrote."""
+    """The lecture's fineweb.py, run as a command; prints how many tokens it wrote."""
     rows = lecture_rows(file, cache)
     lecture_encoding()
     os.makedirs(folder)
-    buffer, filled, shards = np.empty(SHARD_TOKENS, dtype=np.uint16), 0, 0
+    buffer = np.empty(SHARD_TOKENS, dtype=np.uint16)
+    filled = 0
+    shards = 0
     with multiprocessing.Pool(int(workers)) as pool:
         for ids in pool.imap(lecture_tokens, rows, chunksize=CHUNK_DOCUMENTS):
             if filled + len(ids) > SHARD_TOKENS:
                 rest = SHARD_TOKENS - filled
                 buffer[filled:] = ids[:rest]
                 np.save(os.path.join(folder, f"{shards:06d}.npy"), buffer)
-                ids, filled, shards = ids[rest:], 0, shards + 1
+                ids = ids[rest:]
+                filled = 0
+                shards += 1
             buffer[filled : filled + len(ids)] = ids
             filled += len(ids)
     np.save(os.path.join(folder, f"{shards:06d}.npy"), buffer[:filled])
@@ -195,18 +200,18 @@ def command_of(side: str, file: Path, output: Path, workers: int) -> list[str]:
     return [sys.executable, "-c", start, str(file), str(file.parent / "cache"), str(output), str(workers)]
 
 
-def tokens_written(side: str, output: Path, told: str) -> int:
+def tokens_written(side: str, output: Path, printed: str) -> int:
     if side == "ours":
         splits = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["splits"]
         return sum(split["tokens"] for split in splits.values())
-    return int(re.search(r"(\d+) tokens", told).group(1))
+    return int(re.search(r"(\d+) tokens", printed).group(1))
 
 
-# How it is measured
+# Measurement
 
 
 def measure(args: BenchmarkArguments, folder: Path) -> tuple[dict, dict[str, Run]]:
-    """Runs by (side, workers, size) with size "start-up" or "file", one a round; and the large file's, by side."""
+    """Runs by (side, workers, size) with size "start-up" or "file", one per round; and of the large file, by side."""
     sizes = {"start-up": START_UP_MEGABYTES, "file": args.megabytes}
     sizes |= {"large": args.large_megabytes} if args.large_megabytes else {}
     files = {size: make_parquet(folder / f"{size}.parquet", sizes[size], args.text) for size in sizes}
@@ -232,50 +237,56 @@ def compare_tokens(runs: list[Run]):
 
 
 def run(side: str, file: Path, output: Path, workers: int) -> Run:
-    """Run one side's command into a folder that is gone afterwards, and look at its memory meanwhile."""
+    """Run one side's command into a temporary folder, and sample its memory meanwhile."""
     import psutil
 
     with TemporaryDirectory(dir=output.parent) as scratch:
-        output, before, started = Path(scratch) / "out", os.times(), time.perf_counter()
+        output = Path(scratch) / "out"
         command = command_of(side, file, output, workers)
-        with open(Path(scratch) / "told", "w+") as told, open(Path(scratch) / "errors", "w+") as errors:
-            process = subprocess.Popen(command, cwd=REPOSITORY, stdout=told, stderr=errors)
-            watched, parent_bytes, all_bytes = psutil.Process(process.pid), 0, 0
+        before = os.times()
+        started = time.perf_counter()
+        with open(Path(scratch) / "stdout", "w+") as stdout, open(Path(scratch) / "stderr", "w+") as stderr:
+            process = subprocess.Popen(command, cwd=REPOSITORY, stdout=stdout, stderr=stderr)
+            watched = psutil.Process(process.pid)
+            parent_bytes = 0
+            all_bytes = 0
             while True:
                 try:
                     process.wait(timeout=0.1)
                     break
                 except subprocess.TimeoutExpired:
-                    parent, everyone = resident(watched)
-                    parent_bytes, all_bytes = max(parent_bytes, parent), max(all_bytes, everyone)
-            seconds, after = time.perf_counter() - started, os.times()
-            told.seek(0)
-            errors.seek(0)
+                    now_parent, now_all = resident(watched)
+                    parent_bytes = max(parent_bytes, now_parent)
+                    all_bytes = max(all_bytes, now_all)
+            seconds = time.perf_counter() - started
+            after = os.times()
+            stdout.seek(0)
+            stderr.seek(0)
             if process.returncode:
-                raise RuntimeError(f"{shlex.join(command)} failed:\n{errors.read()}")
-            tokens = tokens_written(side, output, told.read())
+                raise RuntimeError(f"{shlex.join(command)} failed:\n{stderr.read()}")
+            tokens = tokens_written(side, output, stdout.read())
     spent = after.children_user + after.children_system - before.children_user - before.children_system
     return Run(seconds, spent, tokens, parent_bytes, all_bytes)
 
 
 def resident(parent) -> tuple[int, int]:
-    """Bytes in memory now: of a process, and of it with all its descendants (what they share counts for each)."""
+    """Resident bytes of a process, and of it with all its descendants (shared memory counts for each)."""
     import psutil
 
     found = []
     try:
         for process in (parent, *parent.children(recursive=True)):
             found.append(process.memory_info().rss)
-    except psutil.NoSuchProcess:  # one of them ended; the next look sees the others
+    except psutil.NoSuchProcess:  # one of them ended; the next sample sees the others
         pass
     return (found[0], sum(found)) if found else (0, 0)
 
 
-# What it comes to
+# Results
 
 
 def summary(runs: dict, workers: int) -> dict:
-    """Medians and ratios of one number of workers; start-up is taken off by its median, where there is more than it."""
+    """Medians and ratios for one number of workers; the median start-up is subtracted, unless nothing would remain."""
     seconds = {size: {s: [r.seconds for r in runs[s, workers, size]] for s in SIDES} for size in ("start-up", "file")}
     start_up = {side: float(np.median(seconds["start-up"][side])) for side in SIDES}
     spent = {
@@ -296,13 +307,13 @@ def summary(runs: dict, workers: int) -> dict:
 
 
 def quartiles(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Of the lecture's time over ours, round by round: above 1.0 ours is faster."""
+    """Quartiles over rounds of the lecture's time divided by ours: above 1.0 ours is faster."""
     low, median, high = np.quantile(np.divide(seconds["lecture"], seconds["ours"]), (0.25, 0.5, 0.75))
     return {"median": float(median), "lower_quartile": float(low), "upper_quartile": float(high)}
 
 
 def peaks(args: BenchmarkArguments, runs: dict, large: dict[str, Run]) -> list[dict]:
-    """Most memory of each side by size of input, with the most workers."""
+    """Peak memory of each side by size of input, with the most workers."""
     workers = max(args.workers)
     sizes = [(START_UP_MEGABYTES, {side: runs[side, workers, "start-up"] for side in SIDES})]
     sizes += [(args.megabytes, {side: runs[side, workers, "file"] for side in SIDES})]
@@ -320,7 +331,7 @@ def peaks(args: BenchmarkArguments, runs: dict, large: dict[str, Run]) -> list[d
 
 
 def report(args: BenchmarkArguments, result: dict):
-    """Two tables, and a line to take away."""
+    """Print rates, memory, and one line per number of workers."""
     print(f"{args.megabytes:g} MB of text, {args.rounds} rounds; {result['machine']['cpu']}\n")
     print(f"{'workers':>7} {'side':8} {'tokens/s':>11} {'start-up s':>11} {'after start-up':>15} {'tokens/cpu-s':>13}")
     for workers, found in result["workers"].items():
@@ -333,15 +344,17 @@ def report(args: BenchmarkArguments, result: dict):
     print(f"\n{'input MB':>8} {'side':8} {'parent, peak MB':>16} {'all processes, peak MB':>23}")
     for peak in result["peak_memory_bytes"]:
         for side in SIDES:
-            parent, everyone = peak["parent"][side] / 1e6, peak["all_processes"][side] / 1e6
-            print(f"{peak['megabytes']:8g} {side:8} {parent:16,.0f} {everyone:23,.0f}")
+            parent = peak["parent"][side] / 1e6
+            all_processes = peak["all_processes"][side] / 1e6
+            print(f"{peak['megabytes']:8g} {side:8} {parent:16,.0f} {all_processes:23,.0f}")
     print()
     for workers, found in result["workers"].items():
         ratios = found["lecture_over_ours"]
-        ratio, after = ratios["seconds"], ratios.get("seconds_after_start_up", {"median": math.nan})
+        ratio = ratios["seconds"]
+        after = ratios.get("seconds_after_start_up", {"median": math.nan})
         print(
             f"with {workers} worker(s) ours is {ratio['median']:.3f} times as fast (quartiles "
-            f"{ratio['lower_quartile']:.3f} to {ratio['upper_quartile']:.3f}; start-up taken off {after['median']:.3f})"
+            f"{ratio['lower_quartile']:.3f} to {ratio['upper_quartile']:.3f}; without start-up {after['median']:.3f})"
         )
 
 

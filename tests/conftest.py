@@ -202,8 +202,8 @@ def gpt2_tokenizer(tmp_path_factory):
 @pytest.fixture(scope="session")
 def token_shards(tiny_texts, tiny_tokenizer, tmp_path_factory):
     """`tiny_texts` prepared: some 20,000 training tokens in shards of 5,000, a tenth as many for validation."""
+    from modeling_gpt2repro.data.prepare.local import prepare_shards
     from modeling_gpt2repro.data.sources.resolve import local_source
-    from modeling_gpt2repro.data.tokenize import prepare_shards
 
     folder = tmp_path_factory.mktemp("token_shards")
     file = folder / "texts.jsonl"

@@ -106,7 +106,7 @@ import sys
 from transformers import PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArgumentParser
 by_transformers = "torch" in sys.modules  # older versions import it with their tokenizers
-import modeling_gpt2repro.data.prepare.executors, modeling_gpt2repro.data.tokenize
+import modeling_gpt2repro.data.prepare.cluster, modeling_gpt2repro.data.prepare.local
 import modeling_gpt2repro.runtime.command_line
 assert ("torch" in sys.modules) == by_transformers
 assert "modeling_gpt2repro.modeling_gpt2repro" not in sys.modules

@@ -12,8 +12,8 @@ import torch
 from modeling_gpt2repro.data.batches.sequences import TokenSequences
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig
 from modeling_gpt2repro.data.batches.streaming import StreamedBatches
+from modeling_gpt2repro.data.prepare.local import prepare_shards
 from modeling_gpt2repro.data.sources.resolve import local_source
-from modeling_gpt2repro.data.tokenize import prepare_shards
 
 END = "<|endoftext|>"
 

@@ -8,8 +8,8 @@ import pytest
 
 from modeling_gpt2repro.data import describe
 from modeling_gpt2repro.data.describe import PERCENTILES, ShardIndex, document_lengths, excerpt, index_shards
+from modeling_gpt2repro.data.prepare.local import prepare_shards
 from modeling_gpt2repro.data.sources.resolve import local_source
-from modeling_gpt2repro.data.tokenize import prepare_shards
 from modeling_gpt2repro.data.tokenizer import text_encoder
 
 

@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from modeling_gpt2repro.data.prepare.local import prepare_shards
 from modeling_gpt2repro.data.sources import text as text_files
 from modeling_gpt2repro.data.sources.documents import Document, Partition, list_partitions, read_partition
 from modeling_gpt2repro.data.sources.parquet import read_row_group
 from modeling_gpt2repro.data.sources.resolve import local_source
 from modeling_gpt2repro.data.sources.text import read_lines, read_pieces
-from modeling_gpt2repro.data.tokenize import prepare_shards
 from modeling_gpt2repro.data.tokenizer import text_encoder, train_tokenizer
 
 

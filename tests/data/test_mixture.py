@@ -18,8 +18,8 @@ from modeling_gpt2repro.data.batches.mixture import (
 )
 from modeling_gpt2repro.data.batches.sequences import TokenSequences
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig
+from modeling_gpt2repro.data.prepare.local import prepare_shards
 from modeling_gpt2repro.data.sources.resolve import local_source
-from modeling_gpt2repro.data.tokenize import prepare_shards
 from modeling_gpt2repro.data.tokenizer import train_tokenizer
 
 

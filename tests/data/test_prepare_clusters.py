@@ -1,4 +1,4 @@
-"""The same pipeline on a cluster: what Slurm would be given, and Ray on this machine."""
+"""Preparing data on a cluster: the scripts that Slurm is given, and Ray on this machine."""
 
 import os
 import re
@@ -15,11 +15,12 @@ import prepare_data
 from modeling_gpt2repro.data.prepare import arguments as prepare_arguments
 from modeling_gpt2repro.data.prepare.spec import default_validation_share
 from modeling_gpt2repro.data.shards.dataset import open_shards
+from modeling_gpt2repro.data.sources.documents import Partition
 from modeling_gpt2repro.data.sources.resolve import Source, local_source
 
 REPOSITORY = Path(__file__).parents[2]
 
-# What a cluster has: a job of an array after the other, with the variables that Slurm sets.
+# Stands for Slurm's sbatch: runs the tasks of an array one after the other, with the variables that Slurm sets.
 SBATCH = """#!/usr/bin/env bash
 for last; do true; done
 count=$(sed -n 's/#SBATCH --array=0-//p' "$last")
@@ -49,26 +50,27 @@ def run_script(arguments, **environment):
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_a_dry_run_prints_what_slurm_would_be_given_and_writes_nothing(tmp_path, arguments, capsys):
+def test_dry_run_prints_the_scripts_for_slurm_and_writes_nothing(tmp_path, arguments, capsys):
     out = tmp_path / "out"
     slurm = ["--executor", "slurm", "--slurm_partition", "cpu", "--slurm_time", "2:00:00", "--slurm_args", "account=me"]
     prepare_data.main(["--output_dir", str(out), *arguments, *slurm, "--workers", "4", "--dry_run"])
-    told = capsys.readouterr().out
-    assert told.startswith("# 5 units of some ")
-    scripts = [script for script in told.split("\n\n# sbatch ") if "launch_pickled_pipeline" in script]
+    printed = capsys.readouterr().out
+    assert printed.startswith("# 5 partitions of about ")
+    scripts = [script for script in printed.split("\n\n# sbatch ") if "launch_pickled_pipeline" in script]
     assert len(scripts) == 2
     for script, name, last in zip(scripts, ("tokenize", "assemble"), (3, 0), strict=True):
         for line in (f"job-name={name}", "partition=cpu", "time=2:00:00", "account=me", f"array=0-{last}"):
             assert f"#SBATCH --{line}\n" in script
         assert re.search(rf"srun +-l -n 1 launch_pickled_pipeline {out}/logs/{name}/executor\.pik\n", script)
-    assert "--dependency=afterok:1" in scripts[1].splitlines()[0]
+    assert scripts[0].splitlines()[0].endswith("--export=ALL,RUN_OFFSET=0")
+    assert scripts[1].splitlines()[0].endswith("--export=ALL,RUN_OFFSET=0 --dependency=afterok:TOKENIZE_JOB_ID")
     assert not out.exists()
     prepare_data.main(["--output_dir", str(out), *arguments, "--dry_run"])
     assert "by 1 workers (local)" in capsys.readouterr().out
     assert not out.exists()
 
 
-def test_problems_with_clusters_are_told(tmp_path, arguments, capsys, monkeypatch):
+def test_wrong_cluster_options_are_reported_together(tmp_path, arguments, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(prepare_arguments, "find_spec", lambda name: None)
     for more, parts in (
@@ -88,13 +90,13 @@ def test_problems_with_clusters_are_told(tmp_path, arguments, capsys, monkeypatc
         with pytest.raises(SystemExit) as end:
             prepare_data.main(["--output_dir", str(tmp_path / "out"), *arguments, *more])
         assert end.value.code == 2
-        told = capsys.readouterr().err
-        assert all(part in told for part in parts)
+        message = capsys.readouterr().err
+        assert all(part in message for part in parts)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="bash scripts stand for Slurm's commands")
-def test_the_jobs_that_slurm_gets_make_the_same_shards(tmp_path, arguments):
+def test_the_jobs_submitted_to_slurm_make_the_same_shards_and_are_those_of_the_dry_run(tmp_path, arguments):
     commands = tmp_path / "slurm"
     commands.mkdir()
     for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", "#!/bin/sh\necho here\n")):
@@ -102,10 +104,14 @@ def test_the_jobs_that_slurm_gets_make_the_same_shards(tmp_path, arguments):
         (commands / name).chmod(0o755)
     path = os.pathsep.join([str(commands), os.environ["PATH"]])
     slurm = ["--executor", "slurm", "--slurm_partition", "cpu", "--workers", "2"]
+    dry = run_script(["--output_dir", tmp_path / "out", *arguments, *slurm, "--dry_run"], PATH=path)
     done = run_script(["--output_dir", tmp_path / "out", *arguments, *slurm], PATH=path)
     assert done.returncode == 0, done.stderr + (commands / "log").read_text()
-    assert "submitted; the shards are whole when" in done.stdout
+    assert f"submitted; logs are in {tmp_path / 'out/logs'}, and" in done.stdout
+    assert f"{tmp_path / 'out/manifest.json'} is written last." in done.stdout
     assert (commands / "submitted").read_text().count("afterok:17") == 1
+    for name in ("tokenize", "assemble"):
+        assert (tmp_path / "out/logs" / name / "launch_script.slurm").read_text() in dry.stdout
     prepare_data.main(["--output_dir", str(tmp_path / "local"), *arguments])
     assert open_shards(tmp_path / "out").fingerprint == open_shards(tmp_path / "local").fingerprint
     assert (tmp_path / "out/manifest.json").read_bytes() == (tmp_path / "local/manifest.json").read_bytes()
@@ -122,30 +128,28 @@ def test_two_workers_on_ray_make_the_same_shards(tmp_path, arguments):
     for name in [path.name for path in (tmp_path / "local").iterdir() if path.is_file()]:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
 
-    # Ray does not hand on what goes wrong in a worker; the sentence comes all the same.
+    # Ray does not pass on the exception of a worker; its message is reported all the same.
     lines = (tmp_path / "texts.jsonl").open("wb")
     with lines:
         lines.write(b'{"text": "the sea"}\n' * 10**6 + b'{"text": 5}\n')
     files = ["--train_files", tmp_path / "texts.jsonl", *arguments[2:]]
     done = run_script(["--output_dir", tmp_path / "bad", *files, *ray])
     assert done.returncode == 2
-    assert "1 of 2 units are finished, which is not enough: bytes 16777216 to 20000012 of" in done.stderr
+    assert "1 of 2 partitions are finished, which is not enough: bytes 16777216 to 20000012 of" in done.stderr
     assert "'text' in the line at byte 20000000 is not text." in done.stderr
 
 
-def test_the_share_of_a_hub_dataset_holds_ten_million_tokens_where_there_are_enough(arguments):
-    unit = local_source([arguments[1]]).partitions[0]
-
+def test_default_validation_share_of_a_hub_dataset_is_ten_million_tokens_if_there_are_enough(arguments):
     def share_of(tokens, max_tokens=None):
-        units = [type(unit)("hf://x.parquet", 0, 1, "text", 5 * tokens)]
-        return default_validation_share(Source(units, {"dataset": "ns/name"}), max_tokens)
+        partitions = [Partition("hf://x.parquet", 0, 1, "text", 5 * tokens)]
+        return default_validation_share(Source(partitions, {"dataset": "ns/name"}), max_tokens)
 
     assert share_of(10**10) == 0.001
     assert share_of(10**12) == 0.001
     assert share_of(10**9) == 0.01
     assert share_of(3 * 10**9) == 0.003333
     assert share_of(10**10, max_tokens=10**9) == 0.01
-    assert share_of(10**6) == 0.05  # there are not enough
-    assert share_of(0) == 0.001  # nobody knows how large it is
+    assert share_of(10**6) == 0.05  # the largest share, because there are not enough
+    assert share_of(0) == 0.001  # its size is unknown
     assert share_of(0, max_tokens=10**9) == 0.01
     assert default_validation_share(local_source([arguments[1]])) == 0.05

@@ -1,4 +1,4 @@
-"""A preparation that was cut off, at any moment and however hard, and is started again."""
+"""A preparation that is interrupted at any moment, even by kill -9, resumes to the same bytes."""
 
 import errno
 import json
@@ -15,15 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 import prepare_data
-from modeling_gpt2repro.data.prepare import tokenize_units
-from modeling_gpt2repro.data.prepare import workspace as preparation_folder
+from modeling_gpt2repro.data.prepare import assemble, local, workspace
 from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.storage import atomic
 
 REPOSITORY = Path(__file__).parents[2]
 
-# Is killed before its n-th file gets its name, for every n, and each time runs again in peace; prints what was done.
+# For every n: killed when its n-th file is renamed, then run again undisturbed. Prints what each run did.
 KILLED_EVERYWHERE = """
 import json
 import os
@@ -32,7 +31,7 @@ import sys
 from pathlib import Path
 
 import prepare_data
-from modeling_gpt2repro.data.prepare import tokenize_units
+from modeling_gpt2repro.data.prepare import local
 from modeling_gpt2repro.storage import atomic
 from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
 
@@ -42,8 +41,10 @@ def run(folder, kill_at, late=False):
     child = os.fork()  # the imports are done once
     if child:
         return os.waitpid(child, 0)[1]
-    os.dup2(os.open(folder.with_suffix(".told"), os.O_WRONLY | os.O_CREAT), 2)
-    begun, renamed, tokenize = [], [], tokenize_units.tokenize_partition
+    os.dup2(os.open(folder.with_suffix(".stderr"), os.O_WRONLY | os.O_CREAT), 2)
+    started = []
+    renamed = []
+    tokenize = local.tokenize_partition
 
     def replace(old, new, rename=os.replace):
         renamed.append(new)
@@ -54,13 +55,14 @@ def run(folder, kill_at, late=False):
         if not late:
             rename(old, new)
 
-    def tokenize_partition(source, unit, *more):
-        begun.append(unit.start)
-        return tokenize(source, unit, *more)
+    def tokenize_partition(source, partition, **more):
+        started.append(partition.start)
+        return tokenize(source, partition, **more)
 
-    atomic.os.replace, tokenize_units.tokenize_partition = replace, tokenize_partition
+    atomic.os.replace = replace
+    local.tokenize_partition = tokenize_partition
     prepare_data.main(["--output_dir", str(folder), *arguments])
-    folder.with_suffix(".json").write_text(json.dumps(begun))
+    folder.with_suffix(".json").write_text(json.dumps(started))
     os._exit(0)
 
 results = []
@@ -72,15 +74,15 @@ for kill_at in range(1, 100):
     finished = sorted(finished_partitions(folder))
     manifest = (folder / "manifest.json").exists()
     again = run(folder, None)
-    begun = json.loads(folder.with_suffix(".json").read_text())
-    results.append({"killed": killed, "again": again, "finished": finished, "begun": begun, "manifest": manifest})
+    started = json.loads(folder.with_suffix(".json").read_text())
+    results.append({"killed": killed, "again": again, "finished": finished, "started": started, "manifest": manifest})
 print(json.dumps(results))
 """
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory, tiny_texts, tiny_tokenizer):
-    """A parquet file of 5 row groups and the tiny tokenizer's folder, as arguments; and the bytes that they become."""
+    """Arguments for a parquet file of 5 row groups and the tiny tokenizer; and the bytes that they become."""
     folder = tmp_path_factory.mktemp("texts")
     table = pa.table({"text": [*tiny_texts[:197], "", " \n", None], "id": [f"urn:{i}" for i in range(200)]})
     pq.write_table(table, folder / "texts.parquet", row_group_size=40)
@@ -99,7 +101,7 @@ def prepare(folder, arguments, *more):
     prepare_data.main(["--output_dir", str(folder), *arguments, *map(str, more)])
 
 
-def told_by(capsys, folder, arguments, *more):
+def error_of(capsys, folder, arguments, *more):
     with pytest.raises(SystemExit) as end:
         prepare(folder, arguments, *more)
     assert end.value.code == 2
@@ -107,23 +109,23 @@ def told_by(capsys, folder, arguments, *more):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked, to import once")
-def test_killed_before_or_after_any_file_it_goes_on_to_the_same_bytes(tmp_path, texts, warm_python):
+def test_killed_before_or_after_any_file_it_resumes_to_the_same_bytes(tmp_path, texts, warm_python):
     arguments, expected = texts
     done = warm_python.run("-c", KILLED_EVERYWHERE, tmp_path, *arguments)
     results = json.loads(done.stdout.splitlines()[-1])
     shards = [name for name in expected if name.endswith(".npy")]
-    assert len(results) == 1 + 5 + len(shards) + 1  # plan, units, shards, manifest
+    assert len(results) == 1 + 5 + len(shards) + 1  # spec, partitions, shards, manifest
     for kill_at, result in enumerate(results, start=1):
         assert (result["killed"], result["again"]) == (signal.SIGKILL, 0)
-        if not result["manifest"]:  # what was finished is not done again
-            assert sorted(result["finished"] + result["begun"]) == [0, 1, 2, 3, 4]
+        if not result["manifest"]:  # finished partitions are not tokenized again
+            assert sorted(result["finished"] + result["started"]) == [0, 1, 2, 3, 4]
         assert contents(tmp_path / f"killed{kill_at}") == expected
-    # Every second one is killed after its file has its name, the others before.
+    # Every second one is killed after its file was renamed, the others before.
     assert [len(result["finished"]) for result in results[:7]] == [0, 1, 1, 3, 3, 5, 5]
     assert results[-1]["manifest"] is (len(results) % 2 == 0)
 
 
-def test_two_processes_killed_in_the_middle_leave_nothing_behind_and_one_goes_on(
+def test_two_workers_end_when_their_parent_is_killed_and_one_process_resumes(
     tmp_path, texts, tiny_texts, monkeypatch, capsys
 ):
     """Also: two workers make the bytes that one makes."""
@@ -143,14 +145,14 @@ def test_two_processes_killed_in_the_middle_leave_nothing_behind_and_one_goes_on
     before = {number: path.stat().st_mtime_ns for number, (_, path) in finished_partitions(tmp_path / "out").items()}
     assert 4 <= len(before) < 25
 
-    begun = noting_units(monkeypatch)
+    started = record_tokenized_partitions(monkeypatch)
     monkeypatch.setattr(prepare_data, "finish_job", lambda folder: None)
     prepare(tmp_path / "out", arguments, "--workers", 1)
-    assert sorted([*begun, *before]) == list(range(25))
+    assert sorted([*started, *before]) == list(range(25))
     after = {number: path.stat().st_mtime_ns for number, (_, path) in finished_partitions(tmp_path / "out").items()}
     assert {number: after[number] for number in before} == before
     monkeypatch.undo()
-    with pytest.raises(SystemExit):  # what was cut off was the clearing, and these shards are not of another plan
+    with pytest.raises(SystemExit):  # only the clean-up is missing, and these shards are of another spec
         prepare(tmp_path / "out", arguments, "--max_tokens", 5)
     assert "holds prepared shards already" in capsys.readouterr().err
     prepare(tmp_path / "out", arguments)
@@ -158,11 +160,11 @@ def test_two_processes_killed_in_the_middle_leave_nothing_behind_and_one_goes_on
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
 
-def cut_off_before_the_shards(folder, arguments, monkeypatch):
-    def cut_off(*_):
+def interrupt_before_the_shards(folder, arguments, monkeypatch):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokenize_units, "write_shards", cut_off)
+    monkeypatch.setattr(assemble, "write_shards", interrupt)
     with pytest.raises(SystemExit) as end:
         prepare(folder, arguments)
     assert end.value.code == 130
@@ -170,16 +172,17 @@ def cut_off_before_the_shards(folder, arguments, monkeypatch):
     assert len(finished_partitions(folder)) == 5
 
 
-def noting_units(monkeypatch):
+def record_tokenized_partitions(monkeypatch):
     """A list that fills with the row groups that are tokenized in this process."""
-    begun, tokenize = [], tokenize_units.tokenize_partition
+    started = []
+    tokenize = local.tokenize_partition
 
-    def noted(source, unit, *more):
-        begun.append(unit.start)
-        return tokenize(source, unit, *more)
+    def recorded(source, partition, **more):
+        started.append(partition.start)
+        return tokenize(source, partition, **more)
 
-    monkeypatch.setattr(tokenize_units, "tokenize_partition", noted)
-    return begun
+    monkeypatch.setattr(local, "tokenize_partition", recorded)
+    return started
 
 
 def wait_for(condition, seconds=60):
@@ -190,12 +193,12 @@ def wait_for(condition, seconds=60):
 
 
 def session_of(leader):
-    """Processes that live in the session of `leader`."""
+    """Ids of the processes that are alive in the session of `leader`."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-        except OSError:  # gone meanwhile
+        except OSError:  # it has ended
             continue
         if int(session) == leader and state != "Z":
             found.append(stat.parent.name)
@@ -203,7 +206,7 @@ def session_of(leader):
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_ends_in_a_sentence(tmp_path, texts, tiny_texts):
+def test_a_killed_worker_ends_the_preparation_with_one_sentence(tmp_path, texts, tiny_texts):
     pq.write_table(pa.table({"text": tiny_texts * 1000}), tmp_path / "texts.parquet", row_group_size=1600)
     arguments = ["--train_files", str(tmp_path / "texts.parquet"), *texts[0][2:6]]
     command = [sys.executable, "prepare_data.py", "--output_dir", str(tmp_path / "out"), *arguments, "--workers", "2"]
@@ -213,14 +216,32 @@ def test_a_worker_that_is_killed_ends_in_a_sentence(tmp_path, texts, tiny_texts)
         wait_for(lambda: finished_partitions(tmp_path / "out"))
         spawned = [pid for pid in session_of(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(int(spawned[0]), signal.SIGKILL)
-        told = process.stderr.read().splitlines()[-1]
+        message = process.stderr.read().splitlines()[-1]
     assert process.returncode == 2
-    assert "a worker was killed" in told
-    assert "what is finished is kept." in told
+    assert "a worker was killed" in message
+    assert "what is finished is kept." in message
+
+
+@pytest.mark.slow
+def test_an_error_in_one_worker_ends_the_others_at_once(tmp_path, texts):
+    line = b'{"text": "The ship sails over the cold sea."}\n'
+    first_partition = line * (2**24 // len(line) + 1)
+    (tmp_path / "a.jsonl").write_bytes(first_partition + b'{"text": 5}\n' + 4 * first_partition)
+    arguments = ["--train_files", str(tmp_path / "a.jsonl"), *texts[0][2:6], "--workers", "2"]
+    command = [sys.executable, "prepare_data.py", "--output_dir", str(tmp_path / "out"), *arguments]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        message = process.stderr.read().splitlines()[-1]
+    assert process.returncode == 2
+    assert f"bytes 16777216 to 33554432 of {tmp_path / 'a.jsonl'}: 'text' in the line at byte" in message
+    assert len(finished_partitions(tmp_path / "out")) <= 1  # the other worker had three to tokenize
+    if Path("/proc").is_dir():
+        wait_for(lambda: not session_of(process.pid))
 
 
 def full_disk_at(monkeypatch, number):
-    """The `number`-th file that is written does not fit, nor any after it."""
+    """From the `number`-th fsync on, the disk is full."""
     calls = []
 
     def fsync(file, fsync=os.fsync):
@@ -234,27 +255,27 @@ def full_disk_at(monkeypatch, number):
 
 @pytest.mark.parametrize(
     "at", [1, 6, 13, 17]
-)  # each file is flushed twice: the plan, a unit, the first shard, the last
-def test_a_full_disk_is_a_sentence_and_what_is_finished_stays(tmp_path, texts, capsys, monkeypatch, at):
+)  # a file and its folder are flushed: the spec, a partition, the first shard, the last
+def test_a_full_disk_is_one_sentence_and_finished_partitions_stay(tmp_path, texts, capsys, monkeypatch, at):
     arguments, expected = texts
     full_disk_at(monkeypatch, at)
-    told = told_by(capsys, tmp_path / "out", arguments)
-    assert told.endswith("free some space and run the same command again; finished work is kept.")
-    assert told.startswith(
+    message = error_of(capsys, tmp_path / "out", arguments)
+    assert message.endswith("free some space and run the same command again; finished work is kept.")
+    assert message.startswith(
         f"{Path(sys.argv[0]).name}: the disk of {tmp_path / 'out'} is full (No space left on device): "
     )
     assert not list((tmp_path / "out").rglob("*.partial"))  # they would keep the disk full
     assert len(finished_partitions(tmp_path / "out")) == {1: 0, 6: 2, 13: 5, 17: 5}[at]
     monkeypatch.undo()
-    begun = noting_units(monkeypatch)
+    started = record_tokenized_partitions(monkeypatch)
     prepare(tmp_path / "out", arguments)
-    assert begun == {1: [0, 1, 2, 3, 4], 6: [2, 3, 4], 13: [], 17: []}[at]
+    assert started == {1: [0, 1, 2, 3, 4], 6: [2, 3, 4], 13: [], 17: []}[at]
     assert contents(tmp_path / "out") == expected
 
 
-def test_another_plan_is_refused_and_the_same_goes_on(tmp_path, texts, capsys, monkeypatch):
+def test_other_options_are_refused_and_the_same_resume(tmp_path, texts, capsys, monkeypatch):
     arguments, expected = texts
-    cut_off_before_the_shards(tmp_path / "out", arguments, monkeypatch)
+    interrupt_before_the_shards(tmp_path / "out", arguments, monkeypatch)
     before = contents(tmp_path / "out")
     for more, part in (
         (["--max_tokens", "9000"], "max_tokens None there, 9000 now"),
@@ -263,31 +284,31 @@ def test_another_plan_is_refused_and_the_same_goes_on(tmp_path, texts, capsys, m
         (["--layout", "karpathy"], "layout plain there, karpathy now"),
         (["--text_column", "id"], "other text"),
     ):
-        told = told_by(capsys, tmp_path / "out", arguments, *more)
-        assert f"{tmp_path / 'out'} holds an unfinished preparation with another plan (" in told
-        assert part in told
+        message = error_of(capsys, tmp_path / "out", arguments, *more)
+        assert f"{tmp_path / 'out'} holds an unfinished preparation with other options (" in message
+        assert part in message
     file = Path(arguments[1])
     stat = file.stat()
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
-    assert "text that changed" in told_by(capsys, tmp_path / "out", arguments)
+    assert "text that changed" in error_of(capsys, tmp_path / "out", arguments)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert contents(tmp_path / "out") == before
-    monkeypatch.chdir(file.parent)  # where the text lies does not count
+    monkeypatch.chdir(file.parent)  # the folder of the text does not count
     prepare(tmp_path / "out", ["--train_files", file.name, *arguments[2:]])
     assert contents(tmp_path / "out") == expected
 
 
-def test_clearing_that_was_cut_off_goes_on(tmp_path, texts, monkeypatch):
+def test_interrupted_clearing_is_resumed(tmp_path, texts, monkeypatch):
     arguments, expected = texts
-    cut_off_before_the_shards(tmp_path / "out", arguments, monkeypatch)
+    interrupt_before_the_shards(tmp_path / "out", arguments, monkeypatch)
     (tmp_path / "out/train_000000.npy").touch()
-    for _, path in finished_partitions(tmp_path / "out").values():  # so that there is nothing to go on with
+    for _, path in finished_partitions(tmp_path / "out").values():  # so that there is nothing to resume
         path.unlink()
 
-    def cut_off(path):
+    def interrupt(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preparation_folder, "shutil", SimpleNamespace(rmtree=cut_off))
+    monkeypatch.setattr(workspace, "shutil", SimpleNamespace(rmtree=interrupt))
     with pytest.raises(SystemExit):
         prepare(tmp_path / "out", arguments)
     monkeypatch.undo()
@@ -295,22 +316,22 @@ def test_clearing_that_was_cut_off_goes_on(tmp_path, texts, monkeypatch):
     assert contents(tmp_path / "out") == expected
 
 
-def test_a_damaged_unit_is_a_sentence(tmp_path, texts, capsys, monkeypatch):
+def test_a_damaged_partition_file_is_one_sentence(tmp_path, texts, capsys, monkeypatch):
     arguments, expected = texts
-    cut_off_before_the_shards(tmp_path / "out", arguments, monkeypatch)
+    interrupt_before_the_shards(tmp_path / "out", arguments, monkeypatch)
     path = finished_partitions(tmp_path / "out")[2][1]
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    assert "is damaged (Bad CRC-32" in told_by(capsys, tmp_path / "out", arguments)
+    assert "is damaged (Bad CRC-32" in error_of(capsys, tmp_path / "out", arguments)
     path.unlink()
     prepare(tmp_path / "out", arguments)
     assert contents(tmp_path / "out") == expected
 
 
-def test_only_the_units_that_are_needed_are_tokenized(tmp_path, texts, monkeypatch, all_ids):
-    begun = noting_units(monkeypatch)
+def test_only_the_partitions_that_max_tokens_needs_are_tokenized(tmp_path, texts, monkeypatch, all_ids):
+    started = record_tokenized_partitions(monkeypatch)
     prepare(tmp_path / "out", texts[0], "--max_tokens", 6000)
-    assert begun == [0, 1, 2]
+    assert started == [0, 1, 2]
     assert len(all_ids(open_shards(tmp_path / "out"))) == 6000
     assert open_shards(tmp_path / "out").manifest["units"]["count"] == 3

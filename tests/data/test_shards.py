@@ -1,22 +1,24 @@
-"""Prepared shards: how they are made and split, their manifest, and folders that cannot be used."""
+"""Prepared shards: how they are split, what the manifest holds, and folders that cannot be used."""
 
 import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from modeling_gpt2repro.data.prepare.spec import make_spec
-from modeling_gpt2repro.data.prepare.workspace import find_partial_output, start_job
+from modeling_gpt2repro.data.prepare.assemble import assemble
+from modeling_gpt2repro.data.prepare.local import prepare_shards, tokenize_partitions, watch_partitions
+from modeling_gpt2repro.data.prepare.spec import PrepareSpec, make_prepare_spec
+from modeling_gpt2repro.data.prepare.workspace import find_partial_output, finish_job, start_job
+from modeling_gpt2repro.data.shards import writer
 from modeling_gpt2repro.data.shards.dataset import open_shards
-from modeling_gpt2repro.data.sources.resolve import Source, local_source
-from modeling_gpt2repro.data.tokenize import is_validation, prepare_shards
-from modeling_gpt2repro.data.tokenizer import train_tokenizer
+from modeling_gpt2repro.data.sources.resolve import local_source
+from modeling_gpt2repro.data.tokenize import is_validation
+from modeling_gpt2repro.data.tokenizer import save_tokenizer, train_tokenizer
 
 END = "<|endoftext|>"
 
@@ -34,48 +36,56 @@ def texts_parquet(tmp_path, tiny_texts):
     return str(path)
 
 
-def test_the_split_is_by_document_and_nothing_depends_on_the_workers(tmp_path, texts_parquet, tiny_tokenizer, all_ids):
+def prepare_by_ranks(source, tokenizer, folder, validation_share, world_size, **options):
+    """What prepare_data.py does with several workers, one after the other and the last one first."""
+    spec = make_prepare_spec(source, tokenizer, "tiny", validation_share, **options)
+    start_job(folder, spec)
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    for rank in reversed(range(world_size)):
+        tokenize_partitions(folder, rank, world_size)
+    assemble(folder, spec)
+    finish_job(folder)
+    return open_shards(folder)
+
+
+def test_documents_are_split_by_hash_whatever_the_number_of_workers(tmp_path, texts_parquet, tiny_tokenizer, all_ids):
     source = local_source([texts_parquet])
-    made = {
-        workers: prepare_shards(
-            source, tiny_tokenizer, "tiny", tmp_path / str(workers), 0.2, shard_tokens=3_000, workers=workers
-        )
-        for workers in (1, 4)
-    }
+    shards = prepare_shards(source, tiny_tokenizer, "tiny", tmp_path / "1", 0.2, shard_tokens=3_000)
+    by_four = prepare_by_ranks(source, tiny_tokenizer, tmp_path / "4", 0.2, world_size=4, shard_tokens=3_000)
     assert shard_bytes(tmp_path / "1") == shard_bytes(tmp_path / "4")
-    assert made[1].fingerprint == made[4].fingerprint
+    assert shards.fingerprint == by_four.fingerprint
 
     found = {}
     for split in ("train", "validation"):
-        found[split] = tiny_tokenizer.decode(all_ids(made[1], split)).split(END)[1:]
-        totals = made[1].manifest["splits"][split]
+        found[split] = tiny_tokenizer.decode(all_ids(shards, split)).split(END)[1:]
+        totals = shards.manifest["splits"][split]
         assert totals["documents"] == len(found[split])
-        assert totals["tokens"] == len(all_ids(made[1], split))
+        assert totals["tokens"] == len(all_ids(shards, split))
         assert totals["text_bytes"] == sum(len(text.encode()) for text in found[split])
-        assert made[1].bytes_per_token(split) == totals["text_bytes"] / totals["tokens"]
-    everything = [document for unit in source.partitions for document in source.read(unit)]
+        assert shards.bytes_per_token(split) == totals["text_bytes"] / totals["tokens"]
+    documents = [document for partition in source.partitions for document in source.read(partition)]
     for split, wanted in (("train", False), ("validation", True)):
-        assert found[split] == [document.text for document in everything if is_validation(document.id, 0.2) is wanted]
+        assert found[split] == [document.text for document in documents if is_validation(document.id, 0.2) is wanted]
     assert 20 < len(found["validation"]) < 60
 
 
-def test_a_share_is_a_share_and_a_larger_one_holds_the_smaller():
+def test_validation_holds_about_its_share_and_a_larger_share_includes_a_smaller_one():
     small, large = ({i for i in range(5_000) if is_validation(f"id {i}", share)} for share in (0.05, 0.2))
     assert 150 < len(small) < 350
     assert 850 < len(large) < 1150
     assert small < large
 
 
-def test_who_validates_is_fixed_for_good():
-    # As it was first released: shards made on another machine or by a newer version hold out the same documents.
+def test_the_held_out_documents_never_change():
+    # As first released: another machine or a newer version must hold out the same documents.
     assert [i for i in range(100) if is_validation(f"id {i}", 0.05)] == [27, 29, 56, 72, 87]
 
 
-def test_pieces_of_one_text_serve_both_splits(tmp_path, tiny_texts, tiny_tokenizer, all_ids):
+def test_pieces_of_one_text_fall_to_both_splits(tmp_path, tiny_texts, tiny_tokenizer, all_ids):
     (tmp_path / "a.txt").write_text("\n".join(tiny_texts))
     source = local_source([str(tmp_path / "a.txt")])
     shards = prepare_shards(source, tiny_tokenizer, "tiny", tmp_path / "out", 0.3)
-    pieces = [piece for unit in source.partitions for piece in source.read(unit)]
+    pieces = [piece for partition in source.partitions for piece in source.read(partition)]
     chosen = [is_validation(piece.id, 0.3) for piece in pieces]
     for split, wanted in (("train", False), ("validation", True)):
         text = "".join(
@@ -86,12 +96,12 @@ def test_pieces_of_one_text_serve_both_splits(tmp_path, tiny_texts, tiny_tokeniz
         assert tiny_tokenizer.decode(all_ids(shards, split)) == text
 
 
-def test_max_tokens_is_exact_and_cuts_the_same_tokens(tmp_path, texts_parquet, tiny_tokenizer, all_ids):
+def test_max_tokens_is_exact_and_cuts_the_same_sequence(tmp_path, texts_parquet, tiny_tokenizer, all_ids):
     source = local_source([texts_parquet])
     whole = prepare_shards(source, tiny_tokenizer, "tiny", tmp_path / "whole", 0.1)
     for workers, limit in ((1, 4_321), (3, 5_000)):
-        out = tmp_path / f"cut{workers}"
-        cut = prepare_shards(source, tiny_tokenizer, "tiny", out, 0.1, limit, shard_tokens=1_000, workers=workers)
+        options = {"world_size": workers, "max_tokens": limit, "shard_tokens": 1_000}
+        cut = prepare_by_ranks(source, tiny_tokenizer, tmp_path / f"cut{workers}", 0.1, **options)
         assert np.array_equal(all_ids(cut), all_ids(whole)[:limit])
         totals = cut.manifest["splits"]["train"]
         assert totals["tokens"] == limit
@@ -100,7 +110,7 @@ def test_max_tokens_is_exact_and_cuts_the_same_tokens(tmp_path, texts_parquet, t
         assert abs(totals["text_bytes"] - len(kept.encode())) < 100
 
 
-def test_a_shard_is_as_long_as_asked_and_its_hash_is_its_own(token_shards):
+def test_shards_have_the_requested_length_and_their_own_hash(token_shards):
     for split in ("train", "validation"):
         entries = token_shards.manifest["splits"][split]["shards"]
         assert [entry["tokens"] for entry in entries[:-1]] == [5_000] * (len(entries) - 1)
@@ -114,38 +124,39 @@ def test_a_shard_is_as_long_as_asked_and_its_hash_is_its_own(token_shards):
     ]
 
 
-def test_progress_is_told_after_each_unit(tmp_path, texts_parquet, tiny_tokenizer):
-    told = []
-    shards = prepare_shards(
-        local_source([texts_parquet]),
-        tiny_tokenizer,
-        "tiny",
-        tmp_path / "out",
-        0.1,
-        on_progress=lambda *numbers: told.append(numbers),
-    )
-    assert [(units, total) for units, total, _ in told] == [(i, 20) for i in range(1, 21)]
-    assert told[-1][2] == shards.manifest["splits"]["train"]["tokens"]
+def test_progress_is_reported_for_tokenizing_and_for_each_assembled_partition(tmp_path, texts_parquet, tiny_tokenizer):
+    spec = make_prepare_spec(local_source([texts_parquet]), tiny_tokenizer, "tiny", 0.1)
+    start_job(tmp_path / "out", spec)
+    save_tokenizer(tiny_tokenizer, tmp_path / "out/tokenizer")
+    tokenizing = []
+    with watch_partitions(tmp_path / "out", spec, lambda *numbers: tokenizing.append(numbers)):
+        tokenize_partitions(tmp_path / "out")
+    assembling = []
+    assemble(tmp_path / "out", spec, lambda *numbers: assembling.append(numbers))
+    tokens = open_shards(tmp_path / "out").manifest["splits"]["train"]["tokens"]
+    assert tokenizing == sorted(tokenizing)
+    assert tokenizing[-1] == (20, 20, tokens)
+    assert [(done, total) for done, total, _ in assembling] == [(i, 20) for i in range(1, 21)]
+    assert assembling[-1][2] == tokens
 
 
-@dataclass(frozen=True)
-class DyingSource(Source):
-    """Reading its fifth unit ends the program."""
+def test_a_preparation_killed_in_the_middle_can_be_started_again(
+    tmp_path, texts_parquet, tiny_tokenizer, monkeypatch, one_sentence
+):
+    source = local_source([texts_parquet])
+    out = tmp_path / "out"
 
-    def read(self, unit, skipped=None):
-        if unit == self.partitions[4]:
+    def interrupt_at_the_third_shard(path, open_temporary=writer.open_temporary):
+        if path.name == "train_000002.npy":
             raise KeyboardInterrupt
-        return super().read(unit, skipped)
+        return open_temporary(path)
 
-
-def test_a_preparation_killed_in_the_middle_can_be_started_again(tmp_path, texts_parquet, tiny_tokenizer, one_sentence):
-    source, out = local_source([texts_parquet]), tmp_path / "out"
+    monkeypatch.setattr(writer, "open_temporary", interrupt_at_the_third_shard)
     with pytest.raises(KeyboardInterrupt):
-        prepare_shards(
-            DyingSource(source.partitions, source.description), tiny_tokenizer, "tiny", out, 0.1, shard_tokens=1_000
-        )
-    assert list(out.glob("train_*.npy"))
-    (out / "train_000099.npy.0a1b2c3d.partial").touch()  # cut off while it was written
+        prepare_shards(source, tiny_tokenizer, "tiny", out, 0.1, shard_tokens=1_000)
+    monkeypatch.undo()
+    assert len(list(out.glob("train_*.npy"))) == 2
+    (out / "train_000099.npy.0a1b2c3d.partial").touch()  # of a process killed while it wrote
     with pytest.raises(ValueError, match=r"has no manifest\.json: its preparation was not finished") as error:
         open_shards(out)
     one_sentence(error)
@@ -156,43 +167,43 @@ def test_a_preparation_killed_in_the_middle_can_be_started_again(tmp_path, texts
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (tmp_path / "fresh").iterdir())
 
 
-PLAN = make_spec(Source([], {}), {"name": "tiny"}, 0, 0.1)
+SPEC = PrepareSpec({}, [], {"name": "tiny"}, end_of_text_id=0, validation_share=0.1)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "train_000000.npy", "training_set.npy", "tokenizer", "film.partial"])
 def test_a_folder_with_other_files_is_left_alone(tmp_path, name, one_sentence):
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=rf"holds other files \({name}\): give an empty --output_dir\.") as error:
-        start_job(tmp_path, PLAN)
+        start_job(tmp_path, SPEC)
     one_sentence(error)
     assert (tmp_path / name).read_text() == "mine"
 
 
 def test_other_files_beside_an_unfinished_preparation_are_left_alone(tmp_path):
-    start_job(tmp_path / "out", PLAN)
+    start_job(tmp_path / "out", SPEC)
     (tmp_path / "out/train_000000.npy").touch()
     (tmp_path / "out/train_set.npy").touch()
     with pytest.raises(ValueError, match=r"holds other files \(train_set\.npy\)"):
-        start_job(tmp_path / "out", PLAN)
+        start_job(tmp_path / "out", SPEC)
     assert (tmp_path / "out/train_000000.npy").exists()
 
 
-def test_a_folder_that_cannot_be_used_is_a_sentence(tmp_path, monkeypatch, token_shards, one_sentence):
+def test_a_folder_that_cannot_be_used_is_one_sentence(tmp_path, monkeypatch, token_shards, one_sentence):
     with pytest.raises(ValueError, match=r"holds prepared shards already: use them, or give another") as error:
-        start_job(token_shards.folder, PLAN)
+        start_job(token_shards.folder, SPEC)
     one_sentence(error)
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file/inside"):
         with pytest.raises(ValueError, match=r"file is a file: give a folder as --output_dir\.") as error:
             find_partial_output(folder)
         one_sentence(error)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(ValueError, match=r"cannot be written to: give another --output_dir\.") as error:
         find_partial_output(tmp_path / "new")
     one_sentence(error)
 
 
-def test_text_that_is_too_little_to_split_is_refused(tmp_path, tiny_tokenizer, one_sentence):
+def test_too_little_text_to_split_is_refused(tmp_path, tiny_tokenizer, one_sentence):
     (tmp_path / "blank.txt").write_text(" \n\t\n" * 100)
     with pytest.raises(ValueError, match=r"there is no text in the source") as error:
         prepare_shards(local_source([str(tmp_path / "blank.txt")]), tiny_tokenizer, "tiny", tmp_path / "blank", 0.1)
@@ -253,7 +264,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_folder_is_a_sentence(tmp_path, token_shards, kind, one_sentence):
+def test_a_damaged_folder_is_one_sentence(tmp_path, token_shards, kind, one_sentence):
     folder = tmp_path / "shards"
     shutil.copytree(token_shards.folder, folder)
     assert open_shards(folder).fingerprint == token_shards.fingerprint

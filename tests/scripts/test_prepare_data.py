@@ -1,4 +1,4 @@
-"""prepare_data.py as a person runs it: on local files in this process, on the loopback Hub in a process of its own."""
+"""prepare_data.py on local files, in this process, and on the loopback Hub, in a process of its own."""
 
 import json
 import subprocess
@@ -23,14 +23,14 @@ def write_jsonl(path, texts):
     return str(path)
 
 
-def problems_of(capsys, *argv):
-    """What is told on a command line that does not work out: exit code 2, and no traceback."""
+def error_of(capsys, *argv):
+    """The message of a command line that fails with exit code 2 and without a traceback."""
     with pytest.raises(SystemExit) as end:
         prepare_data.main([str(word) for word in argv])
     assert end.value.code == 2
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
-    return told
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def tokenizer_folder(tmp_path, tiny_tokenizer):
     return str(tmp_path / "tiny")
 
 
-def test_local_text_becomes_shards_and_is_told(tmp_path, capsys, tiny_texts, monkeypatch):
+def test_local_text_becomes_shards_and_a_report(tmp_path, capsys, tiny_texts, monkeypatch):
     monkeypatch.setenv("GPT2REPRO_LAZY", "1")  # for the workers, as the script does
     (tmp_path / "a.txt").write_text("\n".join(tiny_texts[:100]))
     write_jsonl(tmp_path / "b.jsonl", tiny_texts[100:])
@@ -55,9 +55,9 @@ def test_local_text_becomes_shards_and_is_told(tmp_path, capsys, tiny_texts, mon
     totals = shards.manifest["splits"]
     text_bytes = len("\n".join(tiny_texts[:100]).encode()) + sum(len(text.encode()) for text in tiny_texts[100:])
     assert totals["train"]["text_bytes"] + totals["validation"]["text_bytes"] == text_bytes
-    told = capsys.readouterr().out
-    assert f"{totals['train']['tokens']:,} tokens" in told
-    assert f"train_accelerate.py --shards {out}" in told
+    printed = capsys.readouterr().out
+    assert f"{totals['train']['tokens']:,} tokens" in printed
+    assert f"train_accelerate.py --shards {out}" in printed
 
 
 def test_options_reach_the_shards(tmp_path, tokenizer_folder, tiny_texts):
@@ -71,22 +71,22 @@ def test_options_reach_the_shards(tmp_path, tokenizer_folder, tiny_texts):
     assert shards.manifest["validation_share"] == 0.05
 
 
-def test_all_problems_of_a_command_line_are_told_together(tmp_path, capsys):
+def test_all_problems_of_a_command_line_are_reported_together(tmp_path, capsys):
     (tmp_path / "file").touch()
-    told = problems_of(
+    message = error_of(
         capsys, "--output_dir", tmp_path / "file", "--train_files", tmp_path / "no.txt", tmp_path / "nor.txt",
         "--validation_share", 1.5, "--workers", 0, "--max_tokens", -1, "--shard_tokens", "many", "--colour", "red",
     )  # fmt: skip
     for part in ("file is a file", "no.txt", "nor.txt", "validation_share (1.5)", "workers (0)", "max_tokens (-1)"):
-        assert told.count(part) == 1
-    assert "--shard_tokens takes a whole number, such as 12 or 1e9, not 'many'" in told
-    assert "there is no flag --colour" in told
+        assert message.count(part) == 1
+    assert "--shard_tokens takes a whole number, such as 12 or 1e9, not 'many'" in message
+    assert "there is no flag --colour" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
-def test_bad_input_is_a_sentence_and_exit_code_2(tmp_path, capsys, tokenizer_folder):
-    def told(*options):
-        return problems_of(capsys, "--output_dir", tmp_path / "out", *options)
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys, tokenizer_folder):
+    def error(*options):
+        return error_of(capsys, "--output_dir", tmp_path / "out", *options)
 
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "blank.txt").write_text("\n\n")
@@ -94,29 +94,29 @@ def test_bad_input_is_a_sentence_and_exit_code_2(tmp_path, capsys, tokenizer_fol
     (tmp_path / "a.csv").write_text("a,b")
     pq.write_table(pa.table({"words": ["a"]}), tmp_path / "a.parquet")
     tiny = ["--tokenizer", tokenizer_folder]
-    assert "latin.txt is not UTF-8 (byte 3 is 0xe9)" in told("--train_files", tmp_path / "latin.txt", *tiny)
-    assert "there is no text in the source" in told("--train_files", tmp_path / "blank.txt", *tiny)
-    assert "none of the text fell to the validation" in told("--train_files", tmp_path / "little.txt", *tiny)
-    assert "--text_column" in told("--train_files", tmp_path / "a.parquet", *tiny)
+    assert "latin.txt is not UTF-8 (byte 3 is 0xe9)" in error("--train_files", tmp_path / "latin.txt", *tiny)
+    assert "there is no text in the source" in error("--train_files", tmp_path / "blank.txt", *tiny)
+    assert "none of the text fell to the validation" in error("--train_files", tmp_path / "little.txt", *tiny)
+    assert "--text_column" in error("--train_files", tmp_path / "a.parquet", *tiny)
     write_jsonl(tmp_path / "late.jsonl", ["the sea"])
     with open(tmp_path / "late.jsonl", "a") as file:
         file.write('{"body": "the sea"}\n')
-    assert f"bytes 0 to 40 of {tmp_path / 'late.jsonl'}: the line at byte 20 has no 'text' field; it has body" in told(
+    assert f"bytes 0 to 40 of {tmp_path / 'late.jsonl'}: the line at byte 20 has no 'text' field; it has body" in error(
         "--train_files", tmp_path / "late.jsonl", *tiny
     )
-    assert "a.csv is not of a kind that can be read" in told("--train_files", tmp_path / "a.csv", *tiny)
-    assert "none/*.txt for --train_files" in told("--train_files", tmp_path / "none" / "*.txt", *tiny)
-    assert "quick (True) is for --verify only: add that" in told("--train_files", tmp_path / "little.txt", "--quick")
-    assert "vocab_size (300) is for --tokenizer train only" in told("--vocab_size", 300)
-    assert "ask for fewer ids" in told("--train_files", tmp_path / "little.txt", "--tokenizer", "train")
-    assert "--tokenizer train works on --train_files only" in told("--tokenizer", "train")
-    assert "nor a folder or Hub id" in told("--train_files", tmp_path / "little.txt", "--tokenizer", tmp_path)
+    assert "a.csv is not of a kind that can be read" in error("--train_files", tmp_path / "a.csv", *tiny)
+    assert "none/*.txt for --train_files" in error("--train_files", tmp_path / "none" / "*.txt", *tiny)
+    assert "quick (True) is for --verify only: add that" in error("--train_files", tmp_path / "little.txt", "--quick")
+    assert "vocab_size (300) is for --tokenizer train only" in error("--vocab_size", 300)
+    assert "ask for fewer ids" in error("--train_files", tmp_path / "little.txt", "--tokenizer", "train")
+    assert "--tokenizer train works on --train_files only" in error("--tokenizer", "train")
+    assert "nor a folder or Hub id" in error("--train_files", tmp_path / "little.txt", "--tokenizer", tmp_path)
 
 
 def test_a_finished_folder_is_left_alone(tmp_path, capsys, token_shards, tokenizer_folder):
     before = (token_shards.folder / "manifest.json").read_bytes()
-    told = problems_of(capsys, "--output_dir", token_shards.folder, "--tokenizer", tokenizer_folder)
-    assert "holds prepared shards already" in told
+    message = error_of(capsys, "--output_dir", token_shards.folder, "--tokenizer", tokenizer_folder)
+    assert "holds prepared shards already" in message
     assert (token_shards.folder / "manifest.json").read_bytes() == before
 
 
@@ -124,7 +124,7 @@ def test_a_finished_folder_is_left_alone(tmp_path, capsys, token_shards, tokeniz
 
 FILES = ["sample/10BT/000_00000.parquet", "sample/10BT/001_00000.parquet"]
 
-# What would be retried inside the Hub's client for 23 seconds comes back to us at once, and we do not wait either.
+# The Hub's client would retry for 23 seconds by itself; here it gives up at once, and our own pauses take no time.
 IMPATIENT = """
 import functools
 from types import SimpleNamespace
@@ -168,8 +168,9 @@ print(json.dumps({"rows": rows, "summary": data.summary, "identity": data.data_f
 
 @pytest.fixture
 def fineweb(hub, tiny_texts):
-    """A dataset like FineWeb-Edu: two parquet files of four row groups, most of it in columns that nobody asks for."""
-    folder, random = hub.new_repository("datasets/ns/fineweb"), Random(1)
+    """A dataset like FineWeb-Edu: two parquet files of four row groups, mostly columns that are not read."""
+    folder = hub.new_repository("datasets/ns/fineweb")
+    random = Random(1)
     (folder / "sample/10BT").mkdir(parents=True)
     for number, name in enumerate(FILES):
         texts = tiny_texts[100 * number :][:100] * 4
@@ -200,7 +201,7 @@ def local_shards(out, fineweb, tokenizer_folder):
     return open_shards(out)
 
 
-def test_a_hub_dataset_becomes_the_shards_of_its_files_and_only_two_columns_travel(
+def test_a_hub_dataset_becomes_the_shards_of_its_files_and_only_two_columns_are_downloaded(
     tmp_path, hub, warm_python, fineweb, tokenizer_folder
 ):
     seen = len(hub.log())
@@ -218,14 +219,15 @@ def test_a_hub_dataset_becomes_the_shards_of_its_files_and_only_two_columns_trav
         assert len(asked) == 5  # the footer, and one range for text and id of each row group
         spans = [tuple(map(int, line["range"].removeprefix("bytes=").split("-"))) for line in asked]
         downloaded = sum(last - first + 1 for first, last in spans)
-        metadata, size = pq.read_metadata(fineweb / name), (fineweb / name).stat().st_size
+        metadata = pq.read_metadata(fineweb / name)
+        size = (fineweb / name).stat().st_size
         columns = sum(metadata.row_group(g).column(c).total_compressed_size for g in range(4) for c in (0, 1))
         assert columns < downloaded < columns + 2**16 + 1_000  # the reader's guess at a footer is 64 KiB
         assert downloaded < size / 5
 
 
-def test_a_busy_hub_is_survived(tmp_path, hub, warm_python, fineweb, tokenizer_folder):
-    """Errors where the client gives up at once, and where it would try again: refused, too many, cut off, dropped."""
+def test_a_busy_hub_is_retried(tmp_path, hub, warm_python, fineweb, tokenizer_folder):
+    """Errors that the client raises at once and errors that it retries: refused, rate limit, truncated, dropped."""
     first, second = (f"GET /lfs/.*{name}" for name in FILES)
     rules = [
         {"match": "GET /api/datasets/ns/fineweb", "status": 503, "times": 1},
@@ -241,7 +243,7 @@ def test_a_busy_hub_is_survived(tmp_path, hub, warm_python, fineweb, tokenizer_f
     assert open_shards(tmp_path / "out").fingerprint == local.fingerprint
 
 
-def test_a_hub_that_is_gone_is_told_with_the_unit_and_what_is_finished_is_not_read_again(
+def test_an_unreachable_hub_is_reported_with_the_partition_and_finished_ones_are_not_read_again(
     tmp_path, hub, warm_python, fineweb, tokenizer_folder
 ):
     second = f"GET /lfs/.*{FILES[1]}"
@@ -255,9 +257,9 @@ def test_a_hub_that_is_gone_is_told_with_the_unit_and_what_is_finished_is_not_re
         program = IMPATIENT + impatient + PREPARE
         done = warm_python.run("-c", program, *hub_arguments(tmp_path / "out", tokenizer_folder), check=False)
     assert done.returncode == 2
-    told = done.stderr.splitlines()[-1]
-    assert "row group 0 of hf://datasets/ns/fineweb@" in told
-    assert f"{FILES[1]}: the Hub did not answer for 4 s (" in told
+    message = done.stderr.splitlines()[-1]
+    assert "row group 0 of hf://datasets/ns/fineweb@" in message
+    assert f"{FILES[1]}: the Hub did not answer for 4 s (" in message
     assert "Traceback" not in done.stderr
     assert sorted(finished_partitions(tmp_path / "out")) == [0, 1, 2, 3]
 
@@ -278,7 +280,7 @@ def test_a_stream_from_the_hub_gives_the_same_rows_to_one_process_and_to_two(war
     assert len(answer["identity"]["data"]["revision"]) == 40
 
 
-def test_what_the_hub_does_not_have_is_a_sentence(hub, warm_python, fineweb):
+def test_what_the_hub_does_not_have_is_one_sentence(hub, warm_python, fineweb):
     (hub.new_repository("datasets/ns/csv") / "train.csv").write_text("body\nthe sea\n")
     code = """
 import sys
@@ -290,18 +292,18 @@ for names in (("ns/nothing", None), ("ns/fineweb", "sample-1T"), ("ns/fineweb", 
     except ValueError as error:
         print(error)
 """
-    told = warm_python.run("-c", code).stdout.splitlines()
-    assert [line.split(" does not open: ")[0] for line in told] == [
+    lines = warm_python.run("-c", code).stdout.splitlines()
+    assert [line.split(" does not open: ")[0] for line in lines] == [
         "the Hub's dataset ns/nothing",
         "the Hub's dataset ns/fineweb (sample-1T)",
         *["the Hub's dataset ns/fineweb (sample-10BT)"] * 2,
         "the Hub's dataset ns/csv",
     ]
-    assert told[0].endswith("there is none of this name, or it is private: then log in with hf auth login.")
-    assert "sample-10BT" in told[1]
-    assert told[2].endswith("it has no split 'test', but train.")
-    assert told[3].endswith("it has no revision 'v9'.")
-    assert told[4].endswith("it has no text column 'text'; it has body: name one by --text_column.")
+    assert lines[0].endswith("there is none of this name, or it is private: then log in with hf auth login.")
+    assert "sample-10BT" in lines[1]
+    assert lines[2].endswith("it has no split 'test', but train.")
+    assert lines[3].endswith("it has no revision 'v9'.")
+    assert lines[4].endswith("it has no text column 'text'; it has body: name one by --text_column.")
 
 
 def test_a_hub_dataset_that_is_not_parquet_gives_the_same_ids_as_its_files(
@@ -316,18 +318,19 @@ def test_a_hub_dataset_that_is_not_parquet_gives_the_same_ids_as_its_files(
     hub_options = ["--dataset_name", "ns/lines", "--workers", "1", "--output_dir", tmp_path / "hub"]
     warm_python.run(SCRIPT, *hub_options, *options)
     prepare_data.main(["--output_dir", str(tmp_path / "local"), "--train_files", f"{folder}/*.jsonl", *options])
-    from_hub, local = open_shards(tmp_path / "hub"), open_shards(tmp_path / "local")
+    from_hub = open_shards(tmp_path / "hub")
+    local = open_shards(tmp_path / "local")
     assert from_hub.fingerprint == local.fingerprint
     assert from_hub.manifest["skipped"] == local.manifest["skipped"] == {"empty": 2, "whitespace": 1}
     assert local.manifest["splits"]["validation"]["documents"] > 10
 
 
-def test_no_network_is_a_sentence_and_soon(tmp_path, hub, tokenizer_folder):
+def test_no_network_is_one_sentence_within_seconds(tmp_path, hub, tokenizer_folder):
     command = [sys.executable, str(SCRIPT), *map(str, hub_arguments(tmp_path / "out", tokenizer_folder))]
-    environment = hub.environment(tmp_path / "home") | {"HF_ENDPOINT": "http://127.0.0.1:9"}  # the port for discarding
+    environment = hub.environment(tmp_path / "home") | {"HF_ENDPOINT": "http://127.0.0.1:9"}  # nothing listens
     started = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, time.monotonic() - started < 25) == (2, True)  # nearly all of it is for imports
+    assert (done.returncode, time.monotonic() - started < 25) == (2, True)  # nearly all of it are imports
     assert "the Hub cannot be reached for ns/fineweb (sample-10BT)" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

@@ -30,8 +30,8 @@ RECIPE = {
 
 def make_shards(folder: Path) -> Path:
     """A few thousand tokens of made-up prose, prepared with a tokenizer of 300 ids, in several shards."""
+    from modeling_gpt2repro.data.prepare.local import prepare_shards
     from modeling_gpt2repro.data.sources.resolve import local_source
-    from modeling_gpt2repro.data.tokenize import prepare_shards
     from modeling_gpt2repro.data.tokenizer import train_tokenizer
 
     words = ["the", "a", "cat", "dog", "tree", "house", "sees", "runs", "under", "over", "big", "small", "and", "then"]

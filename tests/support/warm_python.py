@@ -23,7 +23,6 @@ IMPORTED = [
     "datasets",
     "torch.distributed.fsdp",
     "eval_hellaswag",
-    "modeling_gpt2repro.data.prepare.executors",
     "prepare_data",
     "train_accelerate",
 ]

@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from modeling_gpt2repro.data.prepare.local import prepare_shards
 from modeling_gpt2repro.data.shards.dataset import MANIFEST, TokenDataset, open_shards
 from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, Source, python_prose_source
-from modeling_gpt2repro.data.tokenize import prepare_shards
 from modeling_gpt2repro.data.tokenizer import tokenizer_sha256, train_tokenizer
 
 from .mixture import MixedBatches, load_mixture, mixed_validation

@@ -1,1 +1,1 @@
-"""Preparing a folder of shards: planned, tokenized in parallel, resumable."""
+"""Preparing a folder of token shards: tokenized in parallel, resumable."""

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
-from modeling_gpt2repro.data.shards.layouts import LAYOUTS
+from modeling_gpt2repro.data.shards.nanogpt_format import LAYOUTS
 from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.runtime.command_line import InputErrors, arg, check_limits
 
@@ -172,12 +172,12 @@ class PrepareArguments:
             "layout": self.layout,
         }
 
-    def number_of_workers(self, plan: PrepareSpec) -> int:
+    def number_of_workers(self, spec: PrepareSpec) -> int:
         """Processes to start: at most one per partition, and by default none that would have too little to do."""
-        text_bytes = sum(unit.text_bytes for unit in plan.units)
-        useful = text_bytes // WORKER_BYTES if text_bytes else len(plan.units)
+        text_bytes = sum(partition.text_bytes for partition in spec.partitions)
+        useful = text_bytes // WORKER_BYTES if text_bytes else len(spec.partitions)
         requested = self.workers or min(8, os.cpu_count() or 1, useful)
-        return max(1, min(requested, len(plan.units)))
+        return max(1, min(requested, len(spec.partitions)))
 
     @property
     def sbatch_options(self) -> dict[str, str]:

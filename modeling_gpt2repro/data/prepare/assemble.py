@@ -1,79 +1,109 @@
-"""What became of the units, in their order, to shards and the manifest."""
+"""Assemble tokenized partitions, in their order, into shards and the manifest."""
 
 import itertools
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from modeling_gpt2repro.data.shards.dataset import FORMAT, MANIFEST, SPLITS
 from modeling_gpt2repro.data.shards.writer import ShardWriter
+from modeling_gpt2repro.data.tokenize import TokenizedPartition
 from modeling_gpt2repro.storage.atomic import atomic_write, explain_disk_full
 
 from .spec import PrepareSpec
-from .token_cache import TokenizedPartition
+from .token_cache import CACHE_DIR, finished_partitions, read_errors, read_partition_file, required_partitions
+from .workspace import LOGS
+
+# Called with the number of finished partitions, of all partitions, and of training tokens so far.
+OnProgress = Callable[[int, int, int], None]
 
 
 class UnusableText(ValueError):
     """There is nothing to train on, or nothing to validate with."""
 
 
-# Called after each unit with units done, units in all, and training tokens so far.
-Progress = Callable[[int, int, int], None]
-
-
-def write_shards(folder: Path, plan: PrepareSpec, units: Iterable[TokenizedPartition], on_progress: Progress):
-    """Write what became of the plan's units, in their order, as shards, and then the manifest.
+def assemble(folder: Path, spec: PrepareSpec, on_progress: OnProgress = lambda done, total, tokens: None):
+    """Write the shards and the manifest from the cached partitions, which stay.
 
     Raises:
-        ValueError: If there is no text, none of it fell to a split, or the disk is full.
+        ValueError: If a partition is not finished, the text is unusable, or the disk is full.
     """
-    options = (plan.shard_tokens, plan.end_of_text_id)
-    train = ShardWriter(folder, "train", *options, plan.max_tokens, plan.layout)
-    writers = {"train": train, "validation": ShardWriter(folder, "validation", *options, layout=plan.layout)}
-    skipped, done = Counter(), 0
+    finished = finished_partitions(folder)
+    required = required_partitions(finished, len(spec.partitions), spec.max_tokens)
+    if required is None:
+        errors = read_errors(folder) or [f"see the logs in {folder / LOGS}."]
+        raise ValueError(
+            f"{len(finished):,} of {len(spec.partitions):,} partitions are finished, which is not enough: "
+            f"{' '.join(errors)} Run the same command again to continue."
+        )
+    tokenized = (read_partition_file(finished[index][1]) for index in required)
+    try:
+        write_shards(folder, spec, tokenized, on_progress)
+    except UnusableText:
+        shutil.rmtree(folder / CACHE_DIR)  # another spec is needed, which can reuse none of it
+        raise
+
+
+def write_shards(folder: Path, spec: PrepareSpec, tokenized: Iterable[TokenizedPartition], on_progress: OnProgress):
+    """Write tokenized partitions as shards, and then the manifest.
+
+    Raises:
+        UnusableText: If there is no text, or a split has none.
+        ValueError: If the disk is full.
+    """
+    train = ShardWriter(
+        folder, "train", spec.shard_tokens, spec.end_of_text_id, max_tokens=spec.max_tokens, layout=spec.layout
+    )
+    validation = ShardWriter(folder, "validation", spec.shard_tokens, spec.end_of_text_id, layout=spec.layout)
+    writers = {"train": train, "validation": validation}
+    skipped = Counter()
+    used = 0
     try:
         with explain_disk_full(folder):
-            for done, unit in enumerate(units, start=1):
+            for index, partition in enumerate(tokenized):
                 for split, writer in writers.items():
-                    writer.append(unit.ids[split], unit.text_bytes[split], unit=done - 1)
-                skipped = None if skipped is None or unit.skipped is None else skipped + Counter(unit.skipped)
-                on_progress(done, len(plan.units), train.tokens)
+                    writer.append(partition.ids[split], partition.text_bytes[split], partition=index)
+                skipped.update(partition.skipped)
+                used = index + 1
+                on_progress(used, len(spec.partitions), train.tokens)
                 if train.is_full:
                     break
-            check_splits(writers, plan.validation_share)
+            check_splits(writers, spec.validation_share)
             splits = {split: writer.finish() for split, writer in writers.items()}
-            write_manifest(folder, plan, splits, done, skipped)
+            write_manifest(folder, spec, splits, used, skipped)
     finally:
         for writer in writers.values():
             writer.abandon()
 
 
 def check_splits(writers: dict[str, ShardWriter], validation_share: float):
-    """Raise `UnusableText` where there is nothing to train on or to validate with."""
+    """Raise `UnusableText` if there is nothing to train on or to validate with."""
     if not any(writer.tokens for writer in writers.values()):
         raise UnusableText("there is no text in the source: every document is empty.")
-    for split, wanted in (("train", 1 - validation_share), ("validation", validation_share)):
-        if wanted and not writers[split].tokens:
+    for split, share in (("train", 1 - validation_share), ("validation", validation_share)):
+        if share and not writers[split].tokens:
             raise UnusableText(
                 f"none of the text fell to the {split} split (validation_share {validation_share}): give more text, or "
                 "another --validation_share."
             )
 
 
-def write_manifest(folder: Path, plan: PrepareSpec, splits: dict, units: int, skipped: Counter | None):
-    """Write the manifest last, whole or not at all: a folder without one is not a prepared folder."""
-    files = [(path, len(list(group))) for path, group in itertools.groupby(unit.path for unit in plan.units[:units])]
+def write_manifest(folder: Path, spec: PrepareSpec, splits: dict[str, dict], num_partitions: int, skipped: Counter):
+    """Write manifest.json, last of all and atomically: a folder without one is not a prepared folder."""
+    paths = [partition.path for partition in spec.partitions[:num_partitions]]
+    files = [{"file": _file_name(path), "units": len(list(group))} for path, group in itertools.groupby(paths)]
     manifest = {
         "format": FORMAT,
-        "source": plan.source,
-        "tokenizer": plan.tokenizer,
-        "end_of_text_id": plan.end_of_text_id,
-        "validation_share": plan.validation_share,
-        "layout": plan.layout,
-        "units": {"count": units, "files": [{"file": _file_name(path), "units": count} for path, count in files]},
-        "skipped": None if skipped is None else dict(sorted(skipped.items())),
+        "source": spec.source,
+        "tokenizer": spec.tokenizer,
+        "end_of_text_id": spec.end_of_text_id,
+        "validation_share": spec.validation_share,
+        "layout": spec.layout,
+        "units": {"count": num_partitions, "files": files},
+        "skipped": dict(sorted(skipped.items())),
         "splits": {split: splits[split] for split in SPLITS},
     }
     with atomic_write(folder / MANIFEST) as file:
@@ -81,5 +111,5 @@ def write_manifest(folder: Path, plan: PrepareSpec, splits: dict, units: int, sk
 
 
 def _file_name(path: str) -> str:
-    """An address as it is; of a local file not the folder, which differs between machines."""
+    """A Hub address unchanged; of a local path only the name, because folders differ between machines."""
     return path if "://" in path else os.path.basename(path)

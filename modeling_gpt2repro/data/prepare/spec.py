@@ -1,35 +1,41 @@
-"""What a preparation will do, written down before it begins: one that was cut off goes on with the same, or not."""
+"""Specification of a preparation, written to plan.json before it starts: only the same one may resume it."""
 
 import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from transformers import PreTrainedTokenizerFast
+
+from modeling_gpt2repro.data.shards.dataset import SPEC_FILE
 from modeling_gpt2repro.data.sources.documents import Partition
 from modeling_gpt2repro.data.sources.resolve import Source
+from modeling_gpt2repro.data.tokenizer import save_tokenizer
 from modeling_gpt2repro.storage.atomic import atomic_write
 
-PLAN = "plan.json"
-# Of what is held out by default.
-HUB_SHARE, LOCAL_SHARE, LARGEST_SHARE = 0.001, 0.05, 0.05
-VALIDATION_TOKENS = 10_000_000
-# English is some 4.5 bytes a GPT-2 token; more, so that the tokens are rather more than what was reckoned.
+# Shares of the documents that are held out by default.
+HUB_SHARE = 0.001
+LOCAL_SHARE = 0.05
+MAX_SHARE = 0.05
+VALIDATION_TOKENS = 10_000_000  # about one evaluation of the lecture: 20 batches of 2**19 tokens
+# English has some 4.5 bytes per GPT-2 token; rounded up, so that estimates of tokens are rather too low.
 BYTES_PER_TOKEN = 5
 
 
 @dataclass(frozen=True)
 class PrepareSpec:
-    """All that decides what the shards will hold.
+    """Everything that decides the content of the shards.
 
     Args:
         source: `Source.description`.
-        units: To be read, in this order.
+        partitions: To be read in this order.
         tokenizer: Its name, vocab_size and sha256.
-        files: Of local files, [name, bytes, time of the last change in ns]: a file that changed is another one.
+        files: For each local file [name, bytes, modification time in ns]: a file that changed is another source.
     """
 
     source: dict
-    units: list[Partition]
+    partitions: list[Partition]
     tokenizer: dict
     end_of_text_id: int
     validation_share: float
@@ -38,36 +44,52 @@ class PrepareSpec:
     layout: str = "plain"
     files: list[list] | None = None
 
+    @property
+    def estimated_tokens(self) -> int:
+        """By the bytes of text; 0 if they are unknown."""
+        return sum(partition.text_bytes for partition in self.partitions) // BYTES_PER_TOKEN
+
     def source_to_read(self) -> Source:
-        """The units, to be read by a process that knows nothing but the plan."""
-        return Source(self.units, self.source)
+        """The source, for a process that knows nothing but this spec."""
+        return Source(self.partitions, self.source)
 
     def differences(self, other: "PrepareSpec") -> list[str]:
-        """Names of what is not the same; where the files lie does not count."""
-        mine, others = (_comparable(plan) for plan in (self, other))
+        """Names of the fields that differ; the folder that local files are in does not count."""
+        mine = _comparable(self)
+        others = _comparable(other)
         return [name for name in mine if mine[name] != others[name]]
 
 
-def make_spec(source: Source, tokenizer: dict, end_of_text_id: int, validation_share: float, **options) -> PrepareSpec:
-    """A plan whose files are found from any folder."""
-    units, files = [], {}
-    for unit in source.partitions:
-        if os.path.isfile(unit.path):
-            path = os.path.abspath(unit.path)
+def make_prepare_spec(
+    source: Source, tokenizer: PreTrainedTokenizerFast, tokenizer_name: str, validation_share: float, **options
+) -> PrepareSpec:
+    """Build the spec of a source and a tokenizer; `options` are max_tokens, shard_tokens and layout."""
+    partitions = []
+    files = {}
+    for partition in source.partitions:
+        if os.path.isfile(partition.path):
+            path = os.path.abspath(partition.path)  # workers and later runs may have another working directory
             if path not in files:
                 stat = os.stat(path)
                 files[path] = [os.path.basename(path), stat.st_size, stat.st_mtime_ns]
-            unit = replace(unit, path=path)
-        units.append(unit)
-    description = json.loads(json.dumps(source.description))  # as it will be read back
+            partition = replace(partition, path=path)
+        partitions.append(partition)
+    with TemporaryDirectory() as folder:
+        sha256 = save_tokenizer(tokenizer, Path(folder))  # the hash of what a reader will load
     return PrepareSpec(
-        description, units, tokenizer, end_of_text_id, validation_share, files=list(files.values()), **options
+        source=json.loads(json.dumps(source.description)),  # as it will be read back
+        partitions=partitions,
+        tokenizer={"name": tokenizer_name, "vocab_size": len(tokenizer), "sha256": sha256},
+        end_of_text_id=tokenizer.eos_token_id,
+        validation_share=validation_share,
+        files=list(files.values()),
+        **options,
     )
 
 
 def default_validation_share(source: Source, max_tokens: int | None = None) -> float:
-    """The part of a source that is held out where nobody says: 0.05 of local files; of a Hub dataset 0.001, or more
-    where that would be less than 10 M tokens, as far as its bytes tell, but never more than 0.05.
+    """Share of a source that is held out by default: 0.05 of local files; of a Hub dataset 0.001, or as much as gives
+    10 M tokens (estimated from its bytes), but never more than 0.05.
     """
     if "dataset" not in source.description:
         return LOCAL_SHARE
@@ -76,31 +98,34 @@ def default_validation_share(source: Source, max_tokens: int | None = None) -> f
         tokens = min(tokens, max_tokens) if tokens else max_tokens
     if not tokens:
         return HUB_SHARE
-    return round(min(LARGEST_SHARE, max(HUB_SHARE, VALIDATION_TOKENS / tokens)), 6)
+    return round(min(MAX_SHARE, max(HUB_SHARE, VALIDATION_TOKENS / tokens)), 6)
 
 
-def write_spec(folder: Path, plan: PrepareSpec):
-    """Write it where `read_spec` finds it."""
-    with atomic_write(folder / PLAN) as file:
-        file.write(json.dumps(asdict(plan)).encode())
+def write_spec(folder: Path, spec: PrepareSpec):
+    """Write the spec where `read_spec` finds it."""
+    fields = asdict(spec)
+    fields["units"] = fields.pop("partitions")  # its key on disk since the first release
+    with atomic_write(folder / SPEC_FILE) as file:
+        file.write(json.dumps(fields).encode())
 
 
 def read_spec(folder: Path) -> PrepareSpec | None:
-    """The plan of the preparation in `folder`, None where there is none.
+    """Read the spec of the preparation in `folder`; None if there is none.
 
     Raises:
-        ValueError: If it is of another version.
+        ValueError: If another version wrote it.
     """
+    path = folder / SPEC_FILE
     try:
-        fields = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        return PrepareSpec(**{**fields, "units": [Partition(**unit) for unit in fields["units"]]})
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields["partitions"] = [Partition(**partition) for partition in fields.pop("units")]
+        return PrepareSpec(**fields)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / PLAN} is not of this version ({error}): delete {folder} to begin anew.") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not of this version ({error}): delete {folder} to start again.") from error
 
 
-def _comparable(plan: PrepareSpec) -> dict:
-    fields = asdict(plan)
-    units = [(unit.name, unit.stop, unit.text_column, unit.text_bytes) for unit in plan.units]
-    return {**fields, "units": units}
+def _comparable(spec: PrepareSpec) -> dict:
+    partitions = [(part.name, part.stop, part.text_column, part.text_bytes) for part in spec.partitions]
+    return {**asdict(spec), "partitions": partitions}

@@ -1,44 +1,29 @@
-"""What became of a unit, as a file: handed from the worker that tokenized it to the one who writes the shards.
+"""Cache of tokenized partitions, one .npz file each: written by the workers, read when the shards are assembled.
 
-A file that is there is whole, so a preparation that was cut off goes on with the units that have none.
+Files are written atomically, so an interrupted preparation resumes with the partitions that have no file yet.
 """
 
 import json
 import os
 import zipfile
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from modeling_gpt2repro.data.tokenize import TokenizedPartition
 from modeling_gpt2repro.storage.atomic import PARTIAL, atomic_write
 
-UNITS = "units"
-PROBLEM = ".problem"
+CACHE_DIR = "units"  # the name on disk since the first release; it must stay, so that older preparations resume
+ERROR_SUFFIX = ".problem"
 
 
-@dataclass
-class TokenizedPartition:
-    """What became of one unit.
-
-    Args:
-        ids: Per split, (n,) uint16.
-        text_bytes: Per split, UTF-8 bytes of text.
-        skipped: How many documents were left out, by reason; None where nobody counted.
-    """
-
-    ids: dict[str, np.ndarray]
-    text_bytes: dict[str, int]
-    skipped: dict[str, int] | None = None
-
-
-def write_partition(folder: Path, number: int, unit: TokenizedPartition):
-    """Write the unit's file; its name tells the training tokens, so that a listing of the folder tells them all."""
-    (folder / UNITS).mkdir(exist_ok=True)
-    about = json.dumps({"text_bytes": unit.text_bytes, "skipped": unit.skipped})
-    with atomic_write(folder / UNITS / f"{number:07d}-{len(unit.ids['train'])}.npz") as file:
-        np.savez(file, about=np.array(about), **unit.ids)
+def write_partition(folder: Path, index: int, partition: TokenizedPartition):
+    """Write `units/INDEX-TRAINTOKENS.npz`: with the count in the name, listing the folder is enough for progress."""
+    (folder / CACHE_DIR).mkdir(exist_ok=True)
+    about = json.dumps({"text_bytes": partition.text_bytes, "skipped": partition.skipped})
+    with atomic_write(folder / CACHE_DIR / f"{index:07d}-{len(partition.ids['train'])}.npz") as file:
+        np.savez(file, about=np.array(about), **partition.ids)
 
 
 def read_partition_file(path: Path) -> TokenizedPartition:
@@ -57,44 +42,49 @@ def read_partition_file(path: Path) -> TokenizedPartition:
 
 
 def finished_partitions(folder: Path) -> dict[int, tuple[int, Path]]:
-    """Number -> training tokens and file, of the units that are finished."""
+    """Map the index of each finished partition to its number of training tokens and its file."""
     finished = {}
-    if (folder / UNITS).is_dir():
-        for entry in os.scandir(folder / UNITS):
+    if (folder / CACHE_DIR).is_dir():
+        for entry in os.scandir(folder / CACHE_DIR):
             if entry.name.endswith(".npz"):
-                number, tokens = entry.name.removesuffix(".npz").split("-")
-                finished[int(number)] = (int(tokens), Path(entry.path))
+                index, tokens = entry.name.removesuffix(".npz").split("-")
+                finished[int(index)] = (int(tokens), Path(entry.path))
     return finished
 
 
-def write_error(folder: Path, number: int, sentence: str) -> ValueError:
-    """The error to raise, noted where whoever waits for the units finds it: not every executor hands it on."""
+def write_error(folder: Path, index: int, message: str):
+    """Record a worker's error beside its partition: Ray and Slurm do not pass exceptions on."""
     with suppress(OSError):  # a full disk
-        (folder / UNITS).mkdir(exist_ok=True)
-        (folder / UNITS / f"{number:07d}{PROBLEM}").write_text(sentence, encoding="utf-8")
-    return ValueError(sentence)
+        (folder / CACHE_DIR).mkdir(exist_ok=True)
+        (folder / CACHE_DIR / f"{index:07d}{ERROR_SUFFIX}").write_text(message, encoding="utf-8")
 
 
 def read_errors(folder: Path) -> list[str]:
-    """What `write_error` noted."""
-    return [path.read_text(encoding="utf-8") for path in sorted((folder / UNITS).glob(f"*{PROBLEM}"))]
+    """Return the messages that `write_error` recorded."""
+    return [path.read_text(encoding="utf-8") for path in sorted((folder / CACHE_DIR).glob(f"*{ERROR_SUFFIX}"))]
 
 
 def clear_unfinished_partitions(folder: Path):
-    """Remove what workers left that were killed or had a problem."""
-    for path in (folder / UNITS).iterdir():
-        if PARTIAL.fullmatch(path.name) or path.name.endswith(PROBLEM):
+    """Delete temporary files of killed workers, and recorded errors."""
+    for path in (folder / CACHE_DIR).iterdir():
+        if PARTIAL.fullmatch(path.name) or path.name.endswith(ERROR_SUFFIX):
             path.unlink(missing_ok=True)
 
 
-def required_partitions(finished: dict[int, tuple[int, Path]], units: int, max_tokens: int | None) -> list[int] | None:
-    """Numbers of the units that the shards are made of, from the first one on; None while one of them is missing."""
-    tokens, needed = 0, []
-    for number in range(units):
+def required_partitions(
+    finished: dict[int, tuple[int, Path]], num_partitions: int, max_tokens: int | None
+) -> list[int] | None:
+    """Indices of the partitions that the shards are made of, from 0 on; None while one of them is missing.
+
+    With 900, 800 and 700 training tokens in the first three of ten partitions, max_tokens 1,500 needs [0, 1].
+    """
+    tokens = 0
+    required = []
+    for index in range(num_partitions):
         if max_tokens is not None and tokens >= max_tokens:
             break
-        if number not in finished:
+        if index not in finished:
             return None
-        tokens += finished[number][0]
-        needed.append(number)
-    return needed
+        tokens += finished[index][0]
+        required.append(index)
+    return required

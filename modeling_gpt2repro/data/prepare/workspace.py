@@ -1,92 +1,92 @@
-"""The folder of a preparation, from the first file to the last: what may be begun, gone on with, or cleared."""
+"""The folder of a preparation: started, resumed, cleared, finished."""
 
 import os
 import shutil
 from pathlib import Path
 
-from modeling_gpt2repro.data.shards.dataset import MANIFEST
-from modeling_gpt2repro.data.shards.layouts import SHARD_NAME
+from modeling_gpt2repro.data.shards.dataset import MANIFEST, SPEC_FILE
+from modeling_gpt2repro.data.shards.nanogpt_format import SHARD_NAME
 from modeling_gpt2repro.storage.atomic import PARTIAL
 
-from .spec import PLAN, PrepareSpec, read_spec, write_spec
-from .token_cache import UNITS, clear_unfinished_partitions, finished_partitions
+from .spec import PrepareSpec, read_spec, write_spec
+from .token_cache import CACHE_DIR, clear_unfinished_partitions, finished_partitions
 
 LOGS = "logs"
-PREPARED = "{} holds prepared shards already: use them, or give another --output_dir."
-OURS = (PLAN, UNITS, LOGS, "tokenizer", MANIFEST)
+OURS = (SPEC_FILE, CACHE_DIR, LOGS, "tokenizer", MANIFEST)
+ALREADY_PREPARED = "{} holds prepared shards already: use them, or give another --output_dir."
 
 
 def find_partial_output(folder: Path) -> list[Path]:
-    """What an unfinished preparation left in `folder`; nothing where there is none.
+    """List what an unfinished preparation left in `folder`; empty if there was none.
 
     Raises:
-        ValueError: If shards cannot be written there: it is no folder, write-protected, or holds something else.
+        ValueError: If shards cannot be written there: it is a file, write-protected, or holds other files.
     """
     nearest = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     if nearest.exists() and not nearest.is_dir():
         raise ValueError(f"{nearest} is a file: give a folder as --output_dir.")
     if not os.access(nearest, os.W_OK):
         raise ValueError(f"{nearest} cannot be written to: give another --output_dir.")
-    unfinished = (folder / PLAN).exists()
-    if (folder / MANIFEST).exists() and not unfinished:
-        raise ValueError(PREPARED.format(folder))
-    inside = sorted(folder.iterdir()) if folder.exists() else []
-    ours = [path for path in inside if _is_partial(path) or (unfinished and _is_ours(path))]
-    foreign = [path.name for path in inside if path not in ours]
+    is_unfinished = (folder / SPEC_FILE).exists()
+    if (folder / MANIFEST).exists() and not is_unfinished:
+        raise ValueError(ALREADY_PREPARED.format(folder))
+    content = sorted(folder.iterdir()) if folder.exists() else []
+    ours = [path for path in content if _is_partial(path) or (is_unfinished and _is_ours(path))]
+    foreign = [path.name for path in content if path not in ours]
     if foreign:
         raise ValueError(f"{folder} holds other files ({', '.join(foreign[:3])}): give an empty --output_dir.")
     return ours
 
 
-def start_job(folder: Path, plan: PrepareSpec, resume: bool = False):
-    """Make `folder` and mark it as unfinished by the plan; what an unfinished preparation left there is cleared.
+def start_job(folder: Path, spec: PrepareSpec, resume: bool = False):
+    """Create `folder` and write the spec, which marks it as unfinished; clear what an unfinished preparation left.
 
     Args:
-        resume: Finished units stay, to go on with them.
+        resume: Keep the partitions that are finished already.
 
     Raises:
-        ValueError: See `find_partial_output`; and if what would be gone on with was another plan.
+        ValueError: See `find_partial_output`; or if the preparation to be resumed has another spec.
     """
-    remains = find_partial_output(folder)
+    leftovers = find_partial_output(folder)
     if resume and finished_partitions(folder):
-        begun = read_spec(folder)
-        if differing := plan.differences(begun):
-            told = ", ".join(_difference(name, begun, plan) for name in differing)
+        previous_spec = read_spec(folder)
+        if names := spec.differences(previous_spec):
+            differences = ", ".join(_describe_difference(name, previous_spec, spec) for name in names)
             raise ValueError(
-                f"{folder} holds an unfinished preparation with another plan ({told}): give the same options to go on "
-                "with it, another --output_dir, or delete it."
+                f"{folder} holds an unfinished preparation with other options ({differences}): give the same options "
+                "to resume it, another --output_dir, or delete it."
             )
-        remains = [path for path in remains if _is_partial(path) or SHARD_NAME.fullmatch(path.name)]
+        leftovers = [path for path in leftovers if _is_partial(path) or SHARD_NAME.fullmatch(path.name)]
         clear_unfinished_partitions(folder)
-    # The plan goes last: without it, what is left would not be known as ours.
-    for path in sorted(remains, key=lambda path: path.name == PLAN):
+    # The spec goes last: if this is interrupted, the rest would not be recognized as ours without it.
+    for path in sorted(leftovers, key=lambda path: path.name == SPEC_FILE):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    write_spec(folder, plan)
+    write_spec(folder, spec)
 
 
-def is_prepared(folder: Path, plan: PrepareSpec) -> bool:
-    """Whether the plan's shards are all there, and nothing but the clearing was cut off.
+def is_prepared(folder: Path, spec: PrepareSpec) -> bool:
+    """Whether all shards of the spec are written, and only `finish_job` was interrupted.
 
     Raises:
-        ValueError: If those of another plan are.
+        ValueError: If the shards there are of another spec.
     """
     if not (folder / MANIFEST).exists():
         return False
-    if plan.differences(read_spec(folder)):
-        raise ValueError(PREPARED.format(folder))
+    if spec.differences(read_spec(folder)):
+        raise ValueError(ALREADY_PREPARED.format(folder))
     return True
 
 
 def finish_job(folder: Path, keep_logs: bool = False):
-    """Remove what served the preparation alone, after its manifest was written."""
-    shutil.rmtree(folder / UNITS, ignore_errors=True)
+    """Delete what only the preparation needed, once its manifest is written."""
+    shutil.rmtree(folder / CACHE_DIR, ignore_errors=True)
     if not keep_logs:
         shutil.rmtree(folder / LOGS, ignore_errors=True)
-    (folder / PLAN).unlink(missing_ok=True)
+    (folder / SPEC_FILE).unlink(missing_ok=True)
 
 
 def _is_ours(path: Path) -> bool:
@@ -94,18 +94,18 @@ def _is_ours(path: Path) -> bool:
 
 
 def _is_partial(path: Path) -> bool:
-    """Whether `atomic_write` had begun it in this folder: a plan, a manifest or a shard."""
+    """Whether it is a temporary file of `atomic_write` for a spec, a manifest or a shard."""
     name = path.name.rsplit(".", 2)[0]
     return PARTIAL.fullmatch(path.name) is not None and (name in OURS or SHARD_NAME.fullmatch(name) is not None)
 
 
-def _difference(name: str, begun: PrepareSpec, now: PrepareSpec) -> str:
-    before, after = getattr(begun, name), getattr(now, name)
-    if name in ("units", "files"):
+def _describe_difference(name: str, previous_spec: PrepareSpec, spec: PrepareSpec) -> str:
+    if name in ("partitions", "files"):
         return "other text, or text that changed"
+    before = getattr(previous_spec, name)
+    now = getattr(spec, name)
     if isinstance(before, dict):
-        before, after = (
-            {key: value for key, value in one.items() if other.get(key) != value}
-            for one, other in ((before, after), (after, before))
-        )
-    return f"{name} {before} there, {after} now"
+        changed = {key for key in {**before, **now} if before.get(key) != now.get(key)}
+        before = {key: value for key, value in before.items() if key in changed}
+        now = {key: value for key, value in now.items() if key in changed}
+    return f"{name} {before} there, {now} now"

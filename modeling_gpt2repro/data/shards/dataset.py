@@ -1,4 +1,4 @@
-"""Token shards: 16-bit ids in .npy files, beside a manifest that says what they are and proves that they are whole."""
+"""Open prepared token shards: 16-bit ids in .npy files, and a manifest with their source, tokenizer and checksums."""
 
 import hashlib
 import json
@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from modeling_gpt2repro.data.prepare.spec import PLAN
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, tokenizer_sha256
 
-from .nanogpt_format import lecture_files, lecture_manifest
+from .nanogpt_format import find_nanogpt_shards, nanogpt_manifest
 
 MANIFEST = "manifest.json"
+SPEC_FILE = "plan.json"  # there while a preparation is unfinished, see prepare/spec.py
 FORMAT = 1
 SPLITS = ("train", "validation")
 
@@ -27,18 +27,18 @@ class TokenDataset:
     tokenizer: PreTrainedTokenizerFast
 
     def shards(self, split: str) -> list[np.ndarray]:
-        """Memory maps of the split's shards, uint16, in order; nothing is read until it is used."""
-        return [_open_shard(self.folder / file, tokens) for file, tokens, _ in _listed(self.manifest, split)]
+        """Memory maps (n,) uint16 of the split's shards, in order; the disk is read only where they are indexed."""
+        return [_open_shard(self.folder / file, tokens) for file, tokens, _ in _shard_entries(self.manifest, split)]
 
     @property
     def fingerprint(self) -> str:
-        """One hash of all shards' hashes and the tokenizer's: equal ones mean the same ids in the same order."""
+        """One hash of the shards' and the tokenizer's hashes: if equal, the same ids in the same order."""
         parts = [self.manifest["tokenizer"]["sha256"]]
-        parts += [sha256 for split in SPLITS for _, _, sha256 in _listed(self.manifest, split)]
+        parts += [sha256 for split in SPLITS for _, _, sha256 in _shard_entries(self.manifest, split)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def bytes_per_token(self, split: str) -> float | None:
-        """UTF-8 bytes of text a token of the split stands for; None where the manifest does not tell."""
+        """Mean UTF-8 bytes of text per token of the split; None if the manifest does not have them."""
         totals = self.manifest["splits"][split]
         return totals["text_bytes"] / totals["tokens"] if totals.get("text_bytes") and totals["tokens"] else None
 
@@ -46,16 +46,17 @@ class TokenDataset:
 def open_shards(folder: str | Path) -> TokenDataset:
     """Open a folder that `prepare_data.py` wrote; sizes are checked, contents are not read.
 
-    A folder of the lecture's shards without a manifest, made by other tools, is taken for GPT-2's tokens.
+    A folder of the lecture's own shards, which have no manifest, is taken to hold GPT-2's ids.
 
     Raises:
-        ValueError: If it is no such folder, a shard is missing or truncated, or its tokenizer is not the manifest's.
+        ValueError: If it is not such a folder, a shard is missing or truncated, or the tokenizer is another one.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}: prepare it with prepare_data.py --output_dir {folder}.")
-    if lecture_files(folder, "train") and not any((folder / name).exists() for name in (MANIFEST, PLAN, "tokenizer")):
-        return TokenDataset(folder, lecture_manifest(folder), load_tokenizer("gpt2"))
+    is_ours = any((folder / name).exists() for name in (MANIFEST, SPEC_FILE, "tokenizer"))
+    if not is_ours and find_nanogpt_shards(folder, "train"):
+        return TokenDataset(folder, nanogpt_manifest(folder), load_tokenizer("gpt2"))
     manifest = read_manifest(folder)
     if problems := shard_problems(folder, manifest):
         raise ValueError(next(iter(problems.values())))
@@ -63,10 +64,10 @@ def open_shards(folder: str | Path) -> TokenDataset:
 
 
 def shard_problems(folder: Path, manifest: dict) -> dict[str, str]:
-    """File name -> what is wrong with a shard that the manifest names, as far as it is seen without reading it."""
+    """Map the file name of each missing, truncated or foreign shard to what is wrong; contents are not read."""
     problems = {}
     for split in SPLITS:
-        for file, tokens, _ in _listed(manifest, split):
+        for file, tokens, _ in _shard_entries(manifest, split):
             try:
                 _open_shard(folder / file, tokens)
             except ValueError as error:
@@ -75,7 +76,7 @@ def shard_problems(folder: Path, manifest: dict) -> dict[str, str]:
 
 
 def open_tokenizer(folder: Path, manifest: dict) -> PreTrainedTokenizerFast:
-    """The tokenizer beside the shards.
+    """Load the tokenizer beside the shards.
 
     Raises:
         ValueError: If it does not load, or is not the manifest's.
@@ -89,10 +90,10 @@ def open_tokenizer(folder: Path, manifest: dict) -> PreTrainedTokenizerFast:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest.
+    """Read the manifest.
 
     Raises:
-        ValueError: If it is missing, damaged or of another version, or its sums are wrong.
+        ValueError: If it is missing, damaged or of another version, or its totals are wrong.
     """
     path = folder / MANIFEST
     try:
@@ -102,7 +103,7 @@ def read_manifest(folder: Path) -> dict:
         if len(manifest["tokenizer"]["sha256"]) != 64:
             raise ValueError("it has no hash of the tokenizer")
         for split in SPLITS:
-            if sum(tokens for _, tokens, _ in _listed(manifest, split)) != manifest["splits"][split]["tokens"]:
+            if sum(tokens for _, tokens, _ in _shard_entries(manifest, split)) != manifest["splits"][split]["tokens"]:
                 raise ValueError(f"the shards of {split} do not add up")
     except FileNotFoundError:
         raise ValueError(
@@ -113,7 +114,7 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def _listed(manifest: dict, split: str) -> list[tuple[str, int, str]]:
+def _shard_entries(manifest: dict, split: str) -> list[tuple[str, int, str]]:
     """File name, tokens and hash of each shard."""
     return [(entry["file"], entry["tokens"], entry["sha256"]) for entry in manifest["splits"][split]["shards"]]
 
@@ -122,7 +123,7 @@ def _open_shard(path: Path, tokens: int) -> np.ndarray:
     try:
         ids = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
-        raise ValueError(f"shard {path} is missing: prepare the data again, or copy it whole.") from None
+        raise ValueError(f"shard {path} is missing: prepare the data again, or copy all of it.") from None
     except ValueError as error:
         raise ValueError(f"shard {path} is truncated or damaged ({error}): prepare the data again.") from error
     if ids.dtype != np.uint16 or ids.shape != (tokens,):

@@ -1,35 +1,54 @@
-"""Shards that the lecture's own script made, which have no manifest: GPT-2's tokens, by convention."""
+"""File names of shards, ours and the lecture's, and the lecture's own shards, which have no manifest."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
 
 from modeling_gpt2repro.data.tokenizer import GPT2_SHA256
 
-from .layouts import KARPATHY_SPLITS
+# plain: train_000000.npy. karpathy: what build-nanogpt's fineweb.py writes and its train_gpt2.py finds by name.
+LAYOUTS = ("plain", "karpathy")
+KARPATHY_SPLITS = {"train": "train", "validation": "val"}
+SHARD_NAME = re.compile(r"(?:(?:train|validation)|edufineweb_(?:train|val))_\d{6,}\.npy")
 
-END_OF_TEXT_ID = 50256  # GPT-2's, and the last of its ids
-# Read from both ends of a shard to tell it from others: all of it would take minutes.
+END_OF_TEXT_ID = 50256  # GPT-2's, and the largest of its ids
+# Read from both ends of a shard to tell it from others: reading all of it would take minutes.
 SAMPLE_TOKENS = 2**18
 
 
-def lecture_files(folder: Path, split: str) -> list[Path]:
-    """edufineweb_val_000000.npy and its like, in their order."""
+def shard_name(layout: str, split: str, index: int) -> str:
+    """File name of the `index`-th shard of a split, from 0 on.
+
+    karpathy: edufineweb_val_000000.npy, then edufineweb_train_000001.npy and on: both splits share one numbering.
+    """
+    if layout == "karpathy":
+        return f"edufineweb_{KARPATHY_SPLITS[split]}_{index + (split == 'train'):06d}.npy"
+    return f"{split}_{index:06d}.npy"
+
+
+def shard_length(layout: str, split: str, shard_tokens: int) -> int | None:
+    """Tokens after which a shard ends; None if the split is a single shard, as the lecture's validation is."""
+    return None if layout == "karpathy" and split == "validation" else shard_tokens
+
+
+def find_nanogpt_shards(folder: Path, split: str) -> list[Path]:
+    """List edufineweb_val_000000.npy and the like in their order."""
     return sorted(folder.glob(f"edufineweb_{KARPATHY_SPLITS[split]}_*.npy"))
 
 
-def lecture_manifest(folder: Path) -> dict:
-    """What a manifest of these shards would say; their hashes are those of their names, lengths and ends.
+def nanogpt_manifest(folder: Path) -> dict:
+    """Build the manifest that these shards would have; their hashes are of their names, lengths and both ends.
 
     Raises:
         ValueError: If a split is missing, a shard is truncated, or the ids cannot be GPT-2's.
     """
     splits = {}
     for split, word in KARPATHY_SPLITS.items():
-        entries = [_entry(path) for path in lecture_files(folder, split)]
+        entries = [_manifest_entry(path) for path in find_nanogpt_shards(folder, split)]
         if not entries:
-            raise ValueError(f"{folder} has no edufineweb_{word}_*.npy: copy the shards whole.")
+            raise ValueError(f"{folder} has no edufineweb_{word}_*.npy: copy all of the shards.")
         splits[split] = {"tokens": sum(entry["tokens"] for entry in entries), "shards": entries}
     return {
         "format": 1,
@@ -41,15 +60,18 @@ def lecture_manifest(folder: Path) -> dict:
     }
 
 
-def _entry(path: Path) -> dict:
+def _manifest_entry(path: Path) -> dict:
     try:
         ids = np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:
         raise ValueError(f"shard {path} is truncated or damaged ({error}): copy it again.") from error
     if ids.dtype != np.uint16 or ids.ndim != 1 or not len(ids):
-        raise ValueError(f"shard {path} holds an array {ids.shape} of {ids.dtype}, not a row of uint16.")
+        raise ValueError(f"shard {path} holds an array {ids.shape} of {ids.dtype}, not (n,) of uint16.")
     sample = np.concatenate([ids[:SAMPLE_TOKENS], ids[-SAMPLE_TOKENS:]])
     if sample.max() > END_OF_TEXT_ID:
-        raise ValueError(f"shard {path} has the id {sample.max()}, which GPT-2 has not: prepare_data.py makes others.")
-    told = f"{path.name}:{len(ids)}:".encode()
-    return {"file": path.name, "tokens": len(ids), "sha256": hashlib.sha256(told + sample.tobytes()).hexdigest()}
+        raise ValueError(
+            f"shard {path} has the id {sample.max()}, which GPT-2 does not have: use prepare_data.py for other "
+            "tokenizers."
+        )
+    header = f"{path.name}:{len(ids)}:".encode()
+    return {"file": path.name, "tokens": len(ids), "sha256": hashlib.sha256(header + sample.tobytes()).hexdigest()}

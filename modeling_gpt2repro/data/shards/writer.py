@@ -1,4 +1,4 @@
-"""Writing the token shards of one split."""
+"""Write the token shards of one split."""
 
 import hashlib
 from pathlib import Path
@@ -8,54 +8,64 @@ import numpy as np
 
 from modeling_gpt2repro.storage.atomic import abort, commit, open_temporary
 
-from .layouts import shard_length, shard_name
+from .nanogpt_format import shard_length, shard_name
 
 
 class ShardWriter:
-    """Write the shards of one split, `max_tokens` at most: each aside and as it comes, flushed, then renamed."""
+    """Append ids to the .npy shards of one split; each is streamed to a temporary file and renamed when complete.
+
+    With shard_tokens 4, append([0, 1, 2]) and append([3, 4, 5]) give shards [0, 1, 2, 3] and [4, 5].
+    """
 
     def __init__(
         self,
         folder: Path,
         split: str,
         shard_tokens: int,
-        end_of_text: int,
+        end_of_text_id: int,
         max_tokens: int | None = None,
         layout: str = "plain",
     ):
-        self.folder, self.split, self.layout = folder, split, layout
-        self.end_of_text, self.max_tokens = end_of_text, max_tokens
+        self.folder = folder
+        self.split = split
+        self.layout = layout
+        self.end_of_text_id = end_of_text_id
+        self.max_tokens = max_tokens
         self.shard_tokens = shard_length(layout, split, shard_tokens)
-        self.tokens = self.documents = self.text_bytes = 0
+        self.tokens = 0
+        self.documents = 0
+        self.text_bytes = 0
         self.entries: list[dict] = []
         self._file: BinaryIO | None = None
 
     @property
     def is_full(self) -> bool:
-        """Whether no more is taken."""
+        """Whether max_tokens is reached."""
         return self.tokens == self.max_tokens
 
-    def append(self, ids: np.ndarray, text_bytes: int, unit: int):
-        """Add ids (n,) uint16 after what was added before; a shard ends wherever it is full.
+    def append(self, ids: np.ndarray, text_bytes: int, partition: int):
+        """Add ids (n,) uint16; a shard ends wherever it is full, also in the middle of a document.
 
         Args:
-            text_bytes: UTF-8 bytes that the ids stand for; counted in proportion where not all are taken.
-            unit: Number of the unit that they come from.
+            text_bytes: UTF-8 bytes that the ids stand for; counted in proportion if max_tokens cuts them.
+            partition: Index of the partition that they come from.
         """
-        all_ids, ids = len(ids), ids if self.max_tokens is None else ids[: self.max_tokens - self.tokens]
-        self.text_bytes += text_bytes * len(ids) // max(1, all_ids)
+        given = len(ids)
+        if self.max_tokens is not None:
+            ids = ids[: self.max_tokens - self.tokens]
+        self.text_bytes += text_bytes * len(ids) // max(1, given)
         while len(ids):
             if self._file is None:
-                self._begin(unit)
+                self._begin(partition)
             entry = self.entries[-1]
             taken = ids if self.shard_tokens is None else ids[: self.shard_tokens - entry["tokens"]]
-            documents = int(np.count_nonzero(taken == self.end_of_text))
+            documents = int(np.count_nonzero(taken == self.end_of_text_id))
             data = np.ascontiguousarray(taken, dtype="<u2").data
             self._file.write(data)
             self._hash.update(data)
             entry["tokens"] += len(taken)
             entry["documents"] += documents
-            entry["units"][1] = unit
+            entry["units"][1] = partition
             self.tokens += len(taken)
             self.documents += documents
             ids = ids[len(taken) :]
@@ -63,28 +73,30 @@ class ShardWriter:
                 self._end()
 
     def finish(self) -> dict:
-        """Write what is left and return the split's part of the manifest."""
+        """Complete the last shard and return the split's part of the manifest."""
         if self._file is not None:
             self._end()
         totals = {"tokens": self.tokens, "documents": self.documents, "text_bytes": self.text_bytes}
         return {**totals, "shards": self.entries}
 
     def abandon(self):
-        """Remove the shard that is not whole, if there is one."""
+        """Delete the incomplete shard, if there is one."""
         if self._file is not None:
             abort(self._file)
 
-    def _begin(self, unit: int):
+    def _begin(self, partition: int):
         name = shard_name(self.layout, self.split, len(self.entries))
-        self._file, self._hash = open_temporary(self.folder / name), hashlib.sha256()
-        self.entries.append({"file": name, "tokens": 0, "documents": 0, "units": [unit, unit]})
-        _write_header(self._file, 0)
+        self._file = open_temporary(self.folder / name)
+        self._hash = hashlib.sha256()
+        self.entries.append({"file": name, "tokens": 0, "documents": 0, "units": [partition, partition]})
+        _write_header(self._file, tokens=0)
 
     def _end(self):
         entry = self.entries[-1]
         entry["sha256"] = self._hash.hexdigest()
         self._file.seek(0)
-        _write_header(self._file, entry["tokens"])  # as long as the first: numpy leaves room for the count to grow
+        # Of the same length as the first header: numpy pads it, so that the count can grow in place.
+        _write_header(self._file, entry["tokens"])
         commit(self._file, self.folder / entry["file"])
         self._file = None
 

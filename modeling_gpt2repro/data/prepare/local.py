@@ -1,0 +1,162 @@
+"""Tokenize the partitions of a preparation on this machine, in one process or several."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from huggingface_hub.errors import HTTPError
+from transformers import PreTrainedTokenizerFast
+
+from modeling_gpt2repro.data.shards.dataset import TokenDataset, open_shards
+from modeling_gpt2repro.data.sources.documents import Partition
+from modeling_gpt2repro.data.sources.resolve import Source
+from modeling_gpt2repro.data.tokenize import tokenize_partition
+from modeling_gpt2repro.data.tokenizer import load_tokenizer_folder, save_tokenizer, text_encoder
+from modeling_gpt2repro.storage.atomic import explain_disk_full
+
+from .assemble import OnProgress, assemble
+from .spec import PrepareSpec, make_prepare_spec, read_spec
+from .token_cache import finished_partitions, write_error, write_partition
+from .workspace import finish_job, start_job
+
+POLL_SECONDS = 0.5
+
+
+def tokenize_partitions(
+    folder: Path,
+    rank: int = 0,
+    world_size: int = 1,
+    on_tokenized: Callable[[Partition, int], None] = lambda partition, train_tokens: None,
+):
+    """Tokenize partitions rank, rank + world_size, ... of the spec in `folder`, except those that are finished.
+
+    With max_tokens, it stops as soon as the finished partitions before the next one hold that many.
+
+    Raises:
+        ValueError: If a partition cannot be read; its message names the partition.
+    """
+    spec = read_spec(folder)
+    source = spec.source_to_read()
+    encode = text_encoder(load_tokenizer_folder(folder / "tokenizer"))
+    finished = finished_partitions(folder)
+    for index in range(rank, len(spec.partitions), world_size):
+        if spec.max_tokens is not None:
+            finished = finished_partitions(folder)  # the other workers' as well
+            if sum(tokens for other, (tokens, _) in finished.items() if other < index) >= spec.max_tokens:
+                return
+        if index in finished:
+            continue
+        partition = spec.partitions[index]
+        try:
+            tokenized = tokenize_partition(
+                source,
+                partition,
+                encode=encode,
+                end_of_text_id=spec.end_of_text_id,
+                validation_share=spec.validation_share,
+            )
+        except (ValueError, OSError, HTTPError) as error:
+            reason = " ".join(str(error).split()).removeprefix(f"{partition.path}: ")
+            message = f"{partition.location}: {reason}"
+            write_error(folder, index, message)
+            raise ValueError(message) from error
+        write_partition(folder, index, tokenized)
+        on_tokenized(partition, len(tokenized.ids["train"]))
+
+
+def tokenize_locally(folder: Path, workers: int):
+    """Run `tokenize_partitions` in `workers` processes on this machine; a single worker is this process.
+
+    Raises:
+        ValueError: If a partition cannot be read, or a worker was killed.
+    """
+    if workers == 1:
+        tokenize_partitions(folder)
+        return
+    context = multiprocessing.get_context("spawn")  # fork would copy locks that the libraries' threads hold
+    worker_end, parent_end = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=exit_with_parent, initargs=(worker_end,))
+    with worker_end, parent_end, pool:  # leaving `pool` waits for the workers
+        try:
+            futures = [pool.submit(tokenize_partitions, folder, rank, workers) for rank in range(workers)]
+            for future in as_completed(futures):
+                future.result()
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a worker was killed, most often because there was not enough memory: run the same command again, with "
+                "fewer --workers; what is finished is kept."
+            ) from error
+        except BaseException:
+            parent_end.close()  # the workers exit at once instead of finishing all of their partitions
+            raise
+
+
+def exit_with_parent(worker_end: Connection):
+    """In a new worker: exit as soon as the parent closes its end of the pipe, or dies, however hard.
+
+    Ctrl-C reaches every process of a terminal; the parent handles it and then closes the pipe.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait():
+        with suppress(EOFError, OSError):
+            worker_end.recv()  # nothing is ever sent: it returns when the other end is closed
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def watch_partitions(folder: Path, spec: PrepareSpec, on_progress: OnProgress) -> Iterator[None]:
+    """Report progress twice a second inside the `with` block, by the files that workers write, wherever they run."""
+    is_over = threading.Event()
+
+    def poll():
+        last = False
+        while not last:
+            last = is_over.wait(POLL_SECONDS)
+            finished = finished_partitions(folder)
+            on_progress(len(finished), len(spec.partitions), sum(tokens for tokens, _ in finished.values()))
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def prepare_shards(
+    source: Source,
+    tokenizer: PreTrainedTokenizerFast,
+    tokenizer_name: str,
+    output_dir: str | Path,
+    validation_share: float,
+    **options,
+) -> TokenDataset:
+    """Tokenize a source into `output_dir` within this process: what prepare_data.py does with one worker.
+
+    Args:
+        validation_share: Share of the documents, by hash of their ids, that go to the validation split.
+        options: max_tokens, shard_tokens and layout, see `PrepareSpec`.
+
+    Raises:
+        ValueError: If `output_dir` is in use, a partition cannot be read, or the text is unusable.
+    """
+    folder = Path(output_dir)
+    spec = make_prepare_spec(source, tokenizer, tokenizer_name, validation_share, **options)
+    with explain_disk_full(folder):
+        start_job(folder, spec)
+        save_tokenizer(tokenizer, folder / "tokenizer")
+        tokenize_partitions(folder)
+        assemble(folder, spec)
+        finish_job(folder)
+    return open_shards(folder)
