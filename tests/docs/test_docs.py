@@ -36,6 +36,8 @@ FOREIGN_FLAGS = {
     *("cpu", "help"),
 }
 SHELLS = ("bash", "powershell")
+# Files that are in a run's, a model's or a data folder, not in the repository.
+WRITTEN_BY_PROGRAMS = {"run.json", "state.json", "files.json", "baselines.json", "config.json", "manifest.json"}
 # Problems that depend on the machine that the test runs on.
 OF_THIS_MACHINE = ("needs the package ray", "there is no sbatch here")
 
@@ -74,7 +76,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
 def prose_of(page: Path) -> str:
     """The page without its fenced blocks, in one line per paragraph or table row."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    return re.sub(r"(?<!\n)\n(?![\n|#-])", " ", text)
+    return re.sub(r"(?<!\n)\n(?!\n|\||#|- )", " ", text)
 
 
 def commands_of(text: str) -> Iterator[list[str]]:
@@ -159,6 +161,7 @@ def check_program(module, arguments: list[str], tmp_path: Path, monkeypatch: pyt
     for word in arguments:
         make_stand_in(tmp_path, word)
     said = []
+    end = None
     with monkeypatch.context() as patch:
         patch.chdir(tmp_path)
         patch.setattr(sys, "argv", [module.__name__, *arguments])
@@ -169,12 +172,19 @@ def check_program(module, arguments: list[str], tmp_path: Path, monkeypatch: pyt
         patch.setattr(argparse.ArgumentParser, "parse_args", stops_after(argparse.ArgumentParser.parse_args))
         patch.setattr(argparse.ArgumentParser, "error", lambda self, message: said.append(message) or sys.exit(2))
         with contextlib.redirect_stderr(Lines(said)), contextlib.suppress(Parsed):
-            try:
-                module.main(arguments)
-            except SystemExit as end:
-                problems = [text for text in said if not any(reason in text for reason in OF_THIS_MACHINE)]
-                problems = [text for text in problems if text.strip() and "problems; nothing was started" not in text]
-                assert end.code in (0, None) or not problems, "".join(problems)
+            end = exit_code_of(lambda: module.main(arguments))
+    problems = [text for text in said if not any(reason in text for reason in OF_THIS_MACHINE)]
+    problems = [text for text in problems if text.strip() and "problems; nothing was started" not in text]
+    assert not (end and problems), "".join(problems)
+
+
+def exit_code_of(run: Callable) -> object:
+    """What a program that exits exits with; None where it does not."""
+    try:
+        run()
+    except SystemExit as end:
+        return end.code
+    return None
 
 
 def stops_after(parse: Callable) -> Callable:
@@ -348,19 +358,9 @@ def named_files(page: Path) -> list[str]:
     """Paths in inline code that are of this repository, by their ending."""
     spans = re.findall(r"`([^`\s]+)`", prose_of(page))
     paths = [span for span in spans if re.fullmatch(r"[\w./-]+\.(py|yaml|sbatch|toml|json)", span)]
-    paths += [
-        span for span in spans if re.fullmatch(r"(tests|docs|benchmarks|examples|accelerate_configs)/[\w./-]*", span)
-    ]
-    of_runs = (
-        "run.json",
-        "state.json",
-        "files.json",
-        "manifest.json",
-        "baselines.json",
-        "yardsticks.json",
-        "config.json",
-    )
-    return [path for path in paths if path not in of_runs]
+    folders = r"(tests|docs|benchmarks|examples|accelerate_configs)/[\w./-]*"
+    paths += [span for span in spans if re.fullmatch(folders, span)]
+    return [path for path in paths if path not in WRITTEN_BY_PROGRAMS]
 
 
 def named_functions(page: Path) -> list[tuple[str, str]]:
