@@ -161,7 +161,7 @@ def check_pip(arguments: list[str]):
 
 @cache
 def load_module(name: str):
-    """Import the module that `python -m` would run; an alias stands for the module that it gets its main from."""
+    """Import the module that `python -m` would run; for an alias, the module that its main is defined in."""
     if name.split(".")[0] not in (PACKAGE, "benchmarks"):
         assert importlib.util.find_spec(name), f"there is no module {name}"
         return argparse.Namespace(__name__=name)
