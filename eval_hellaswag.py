@@ -38,7 +38,7 @@ from modeling_gpt2repro.evaluation.hellaswag.samples import write_results
 from modeling_gpt2repro.evaluation.hellaswag.score import ExampleScores, score_task
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import prepare_hellaswag
 from modeling_gpt2repro.evaluation.load_model import load_causal_lm
-from modeling_gpt2repro.runtime.accelerator import call_main_process_first
+from modeling_gpt2repro.runtime.collectives import call_main_process_first
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
 from modeling_gpt2repro.storage.atomic import atomic_write
 

@@ -1,530 +1,80 @@
-"""Train a GPT-2 from scratch.
+"""Train a GPT-2 from scratch: Karpathy's "Let's reproduce GPT-2 (124M)" with Accelerate.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml train_accelerate.py --preset quickstart
     accelerate launch --config_file accelerate_configs/8xa100.yaml train_accelerate.py
 
-The first takes minutes on a laptop and downloads nothing; the second reproduces GPT-2 124M on 10 B tokens of
+The first takes minutes on a laptop and downloads nothing. The second reproduces GPT-2 124M on 10 B tokens of
 FineWeb-Edu. Both end with a folder that `from_pretrained` and `pipeline` load.
+
+Three files matter: this one, the model (modeling_gpt2repro/modeling_gpt2repro.py), and the order of the data
+(modeling_gpt2repro/data/batches/shuffled.py).
 """
 
-import gc
-import math
-import shutil
 import time
+from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, is_compiled_module
-from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from modeling_gpt2repro.data.batches.build import (
-    TrainingData,
-    data_from_mix,
-    data_from_shards,
-    data_from_stream,
-    python_prose_shards,
-)
-from modeling_gpt2repro.data.batches.mixture import parse_mix
-from modeling_gpt2repro.data.batches.shuffled import BatchConfig, validation_batches
-from modeling_gpt2repro.data.shards.dataset import open_shards
-from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, hub_source
-from modeling_gpt2repro.data.tokenizer import load_tokenizer, tokenizer_sha256
-from modeling_gpt2repro.evaluation.distributed import (
-    evaluate_hellaswag,
-    hellaswag_accuracies,
-    validation_loss,
-    without_autocast,
-)
-from modeling_gpt2repro.evaluation.generation import check_prompt, sample_continuations
-from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS, Example, load_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag.metrics import BASELINES
+from modeling_gpt2repro.data.batches.build import TrainingData
+from modeling_gpt2repro.evaluation.distributed import evaluate_hellaswag, validation_loss
+from modeling_gpt2repro.evaluation.generation import sample_continuations
 from modeling_gpt2repro.evaluation.hellaswag.samples import write_results
-from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask, prepare_hellaswag
-from modeling_gpt2repro.evaluation.validation import unigram_entropy, validation_numbers
-from modeling_gpt2repro.evaluation.validation_text import bytes_per_token
-from modeling_gpt2repro.hub.background_upload import UploadQueue
-from modeling_gpt2repro.hub.conversion import load_gpt2
-from modeling_gpt2repro.hub.export import save_hub_folder
-from modeling_gpt2repro.hub.model_card import base_model_sentence
-from modeling_gpt2repro.pretrain.batch_size import find_batch_size
-from modeling_gpt2repro.pretrain.messages import (
-    cannot_save_message,
-    end_message,
-    explain_oom,
-    start_message,
-    too_many_skipped_message,
-    unusable_steps_message,
-    warn_of_slow_cpu,
-)
-from modeling_gpt2repro.pretrain.preflight import StepTimings, preflight_report, time_steps
-from modeling_gpt2repro.runs.config import diff_config, make_writable, write_run_config
+from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask
+from modeling_gpt2repro.evaluation.validation import validation_numbers
+from modeling_gpt2repro.pretrain import setup
+from modeling_gpt2repro.pretrain.batch_size import apply_batch_size_finder
+from modeling_gpt2repro.pretrain.checkpointing import Checkpointer, unsharded_model
+from modeling_gpt2repro.pretrain.messages import end_message, explain_oom, stopped_message, warn_of_slow_cpu
+from modeling_gpt2repro.pretrain.preflight import preflight
+from modeling_gpt2repro.runs.config import make_writable
 from modeling_gpt2repro.runs.figures import plot_loss
-from modeling_gpt2repro.runs.logger import Monitor
-from modeling_gpt2repro.runs.metrics import MetricsLog
-from modeling_gpt2repro.runs.read import write_yardsticks
-from modeling_gpt2repro.runtime.accelerator import (
-    build_accelerator,
-    call_main_process_first,
-    nondeterministic,
-    run_on_main_and_broadcast,
-)
+from modeling_gpt2repro.runs.folder import HELLASWAG_FILE, LOSS_PICTURE
+from modeling_gpt2repro.runs.logger import RunLogger
+from modeling_gpt2repro.runs.metrics import StepMetrics
+from modeling_gpt2repro.runtime.accelerator import build_accelerator
 from modeling_gpt2repro.runtime.command_line import InputErrors, exit_on_input_error, parse_command_line
-from modeling_gpt2repro.runtime.fsdp import is_sharded, load_full_state_dict
-from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record, peak_memory_gb
-from modeling_gpt2repro.runtime.signals import EXIT_CODE, StopRequest
-from modeling_gpt2repro.storage.atomic import replace_dir
-from modeling_gpt2repro.training import checkpoints
+from modeling_gpt2repro.runtime.fsdp import full_tensor
+from modeling_gpt2repro.runtime.signals import EXIT_CODE, StopSignal
 from modeling_gpt2repro.training.arguments import TrainArguments
-from modeling_gpt2repro.training.optimization import build_optimizer
-from modeling_gpt2repro.training.optimizer_state import load_optimizer, load_random, optimizer_tensors, random_tensors
+from modeling_gpt2repro.training.optimization import build_optimizer, learning_rate_at, set_learning_rate
 from modeling_gpt2repro.training.outliers import OutlierDetector
 from modeling_gpt2repro.training.presets import PRESETS
-from modeling_gpt2repro.training.schedule import learning_rate_at, set_learning_rate
 from modeling_gpt2repro.training.state import TimedIterator, TrainState, is_due
-from modeling_gpt2repro.training.step import StepMetrics, train_step
-from modeling_gpt2repro.training.validate import RUN_RECORD
-
-FAILED_SAVES = 3  # in a row, after which a run stops
-TRIES_OF_THE_LAST_SAVE, SECONDS_BETWEEN_TRIES = 20, 30  # ten minutes in which a person may make room
-EVALUATED_PART = 100  # HellaSwag's rows, and batches of validation, from which a preflight reckons an evaluation
 
 
 def main(argv: list[str] | None = None):
-    """One training run, from the command line to the folder that talks.
-
-    Below stand what it shares, what happens in it, how its parts are opened, and the preflight.
-    """
+    """One training run, from the command line to a folder that generates text."""
     args = parse_command_line(TrainArguments, argv, PRESETS, __doc__)  # field default < preset < command line
-    with exit_on_input_error():
-        accelerator = build_accelerator(args)
-        run = open_run(args, accelerator)
-    progress = run.progress
-    if args.preflight:
-        return preflight(run)
-    with closing(run.data.batches), closing(run.monitor), closing(run.pushes), run.stop, explain_oom(args):
-        introduce(run)
-        while progress.step < args.total_steps and not run.stop.should_stop():
-            if is_due(progress.step, args.eval_steps):
-                evaluate(run)
-            train(run)
-            if is_due(progress.step, args.save_steps) and progress.step < args.total_steps:
-                save(run)
-        if progress.step < args.total_steps:
-            leave(run)
-        save(run, must=True)
-        evaluate(run)  # the weights that were saved
-        run.monitor.say(end_message(args, progress, export(run)))
-        code = publish(run)
-    end(run, code)
-
-
-@dataclass
-class TrainingRun:
-    """Everything a run consists of: what its functions below share."""
-
-    args: TrainArguments
-    accelerator: Accelerator
-    data: TrainingData
-    hellaswag: HellaSwagTask | None
-    model: nn.Module | None
-    optimizer: Optimizer | None
-    progress: TrainState
-    guard: OutlierDetector
-    monitor: Monitor
-    pushes: UploadQueue
-    origin: str  # where the weights come from, for the model card
-    saved_step: int | None  # the last step whose checkpoint stands in the run's folder; 0 needs none
-    stop: StopRequest = field(default_factory=StopRequest)
-    failed_saves: int = 0  # in a row
-    yardsticks: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def output_dir(self) -> Path:
-        """The run's folder."""
-        return Path(self.args.output_dir)
-
-    @property
-    def bare_model(self) -> GPT2ReproForCausalLM:
-        """The model without compile and DDP, autocast kept: ragged evaluation batches recompile nothing."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-    @cached_property
-    def bytes_per_token(self) -> float:
-        """Of the validation text that is scored; decoded once."""
-        rows = self.data.validation
-        return bytes_per_token(rows.shards, self.data.tokenizer, self.args.eval_tokens, rows.block_size)
-
-    def whole_model(self, device: torch.device | str, keep: bool = True) -> GPT2ReproForCausalLM:
-        """The bare model; where its parameters are spread over processes, a copy on the device that has them all.
-
-        Args:
-            keep: Whether this process needs it; all must ask.
-        """
-        if not is_sharded(self.bare_model):
-            return self.bare_model
-        with torch.device("meta"):
-            whole = GPT2ReproForCausalLM(self.bare_model.config)
-        load_full_state_dict(whole, self.bare_model, keep, device)
-        whole.tie_weights()
-        return whole
-
-    def model_to_save(self) -> GPT2ReproForCausalLM:
-        """The whole model, on the process that writes it, without taking memory from the training."""
-        return self.whole_model("cpu", keep=self.accelerator.is_main_process)
-
-
-def introduce(run: TrainingRun):
-    """Say what will happen, and what the losses are to be measured by."""
-    args, accelerator, vocab_size = run.args, run.accelerator, run.bare_model.config.vocab_size
-    run.yardsticks = {
-        "guessing evenly, ln(vocabulary)": math.log(vocab_size),
-        "guessing by frequency, unigram entropy": unigram_entropy(
-            validation_batches(run.data.validation, args.eval_tokens, micro_batch_size=64), vocab_size
-        ),
-    }
-    if accelerator.is_main_process and not args.preflight:
-        with run.monitor.warn_on_io_error("yardsticks.json"):
-            write_yardsticks(run.output_dir, run.yardsticks, BASELINES)
-    shape, step = run.data.batches.micro_batch_shape, run.progress.step
-    with run.monitor.apart():
-        run.monitor.say(start_message(args, accelerator, run.bare_model, run.data.summary, shape, run.yardsticks, step))
-
-
-def train(run: TrainingRun):
-    """One optimizer step, logged and shown; and what was pushed meanwhile."""
-    note_skipped(run, run.monitor.trained(*take_step(run)))
-    for sentence in run.pushes.news():
-        run.monitor.say(sentence)
-
-
-def take_step(run: TrainingRun) -> tuple[StepMetrics, float, float]:
-    """One optimizer step at the rate of its number; its numbers, the rate, and how long it waited for data."""
-    args, progress, optimizer = run.args, run.progress, run.optimizer
-    learning_rate = learning_rate_at(
-        progress.step, args.total_steps, args.warmup_steps, args.learning_rate, args.final_learning_rate_ratio
-    )
-    set_learning_rate(optimizer, learning_rate)
-    micro_batches = TimedIterator(run.data.batches.micro_batches(progress.step))
-    limits = (args.tokens_per_step, args.max_grad_norm, run.guard)
-    numbers = train_step(run.accelerator, run.model, optimizer, micro_batches, *limits)
-    progress.advance(args.tokens_per_step)
-    return numbers, learning_rate, micro_batches.seconds
-
-
-def evaluate(run: TrainingRun):
-    """Validation loss, HellaSwag and samples of the model as it is, logged and shown; less, if the run is to stop."""
-    args, accelerator = run.args, run.accelerator
-    note_skipped(run, run.monitor.read())
-    with run.monitor.apart():
-        started, module = time.perf_counter(), run.whole_model(accelerator.device)
-        micro_batch_size = args.per_device_eval_batch_size or args.per_device_train_batch_size
-        batches = run.data.validation_batches(args.eval_tokens, micro_batch_size)
-        with accelerator.autocast():  # which a copy of a sharded model does not bring along
-            loss, tokens = validation_loss(accelerator, module, batches)
-        numbers = {**validation_numbers(loss, run.bytes_per_token), "validation_tokens": tokens}
-        if run.hellaswag and not run.stop.should_stop():
-            accuracies, results = evaluate_hellaswag(accelerator, module, run.hellaswag)
-            numbers |= accuracies
-            if accelerator.is_main_process:
-                with run.monitor.warn_on_io_error("hellaswag.jsonl"):
-                    write_results(run.output_dir / "hellaswag.jsonl", results, run.hellaswag.rows)
-        numbers["evaluation_seconds"] = time.perf_counter() - started
-        run.monitor.evaluated(numbers)
-        if args.num_samples and accelerator.is_main_process and not run.stop.signal_name:
-            lengths = (args.num_samples, args.sample_tokens, args.seed)
-            with accelerator.autocast():
-                texts = sample_continuations(module, run.data.tokenizer, args.sample_prompts, *lengths)
-            for prompt, of_prompt in zip(args.sample_prompts, texts, strict=True):
-                run.monitor.sampled(prompt, of_prompt)
-        if accelerator.is_main_process:
-            with run.monitor.warn_on_io_error("loss.png"):
-                plot_loss(run.output_dir)
-        accelerator.wait_for_everyone()
-
-
-def note_skipped(run: TrainingRun, steps: list[int]):
-    """Log the rows of steps whose update was skipped, and stop where too many come in a row."""
-    for step in steps:
-        rows = gather_object([run.data.batches.sample_ids(step - 1)])
-        run.monitor.say(f"step {step:>6}: skipped, its loss or gradient norm is not usable; its rows: metrics.jsonl")
-        run.monitor.record({"event": "skipped", "rows_by_process": rows}, step)
-        if run.progress.skipped(step) >= run.args.max_skipped:
-            raise SystemExit(too_many_skipped_message(run.args, run.progress) if run.accelerator.is_main_process else 1)
-
-
-def save(run: TrainingRun, must: bool = False):
-    """A checkpoint: a Hub folder that the run can go on from.
-
-    Args:
-        must: No later one makes up for it: where it fails it is tried again for some minutes, then the run ends.
-    """
-    accelerator, progress = run.accelerator, run.progress
-    note_skipped(run, run.monitor.read())
-    if run.saved_step == progress.step:
-        return
-    with run.monitor.apart():
-        if not must and progress.last_skipped == progress.step:
-            run.monitor.say(f"step {progress.step:>6}: no checkpoint, because this step was skipped")
-            return
-        started = time.perf_counter()
-        keep = checkpoints.RetentionPolicy(run.args.save_total_limit, run.args.keep_every)
-        folder = run.output_dir / checkpoints.checkpoint_name(progress.step)
-        problem = write_checkpoint(run, folder, keep)
-        run.monitor.record({"save_seconds": time.perf_counter() - started})
-    run.failed_saves = run.failed_saves + 1 if problem else 0
-    if not problem:
-        run.saved_step = progress.step
-        run.pushes.offer(folder)
-    else:
-        run.monitor.say(f"step {progress.step:>6}: no checkpoint ({problem}); the one before stays")
-        run.pushes.make_room()
-        if run.failed_saves >= (TRIES_OF_THE_LAST_SAVE if must else FAILED_SAVES):
-            raise SystemExit(cannot_save_message(run.args, problem) if accelerator.is_main_process else 1)
-        if must:
-            run.monitor.say(f"It is tried again every {SECONDS_BETWEEN_TRIES} s: make room in {run.output_dir}.")
-            time.sleep(SECONDS_BETWEEN_TRIES)
-            save(run, must)
-
-
-def write_checkpoint(run: TrainingRun, folder: Path, keep: checkpoints.RetentionPolicy) -> str | None:
-    """Write everything that a run goes on from; why it could not be written, if so."""
-    accelerator, module = run.accelerator, run.model_to_save()
-    state = {
-        "progress": run.progress.state_dict(),
-        "data": checkpoints.join_states(gather_object([run.data.batches.state_dict()])),
-        "guard": run.guard.state_dict(),
-        "origin": run.origin,
-        "identity": run.data.data_fingerprint,
-    }
-    return checkpoints.save_checkpoint(
-        accelerator,
-        folder,
-        lambda folder: save_hub_folder(module, run.data.tokenizer, folder, run.origin, run.output_dir),
-        optimizer_tensors(run.bare_model, run.optimizer, keep=accelerator.is_main_process),
-        random_tensors(accelerator),
-        state,
-        keep,
-    )
-
-
-def leave(run: TrainingRun):
-    """End early, as a signal asked for, with a checkpoint and the command that goes on."""
-    save(run, must=True)
-    by = run.stop.signal_name or "a signal to another process"
-    command = run.stop.resume_command
-    run.monitor.say(f"\nStopped by {by} after step {run.progress.step}. Go on with:\n\n    {command}\n")
-    run.accelerator.wait_for_everyone()
-    end(run, EXIT_CODE)
-
-
-def export(run: TrainingRun) -> Path:
-    """The final model: the last checkpoint's Hub folder without the training state."""
-    module, folder, aside = run.model_to_save(), run.output_dir / "model", run.output_dir / ".model.partial"
-    if run.accelerator.is_main_process:
-        try:
-            save_hub_folder(module, run.data.tokenizer, aside, run.origin, run.output_dir)
-            numbers = run.monitor.log.path  # which its card draws on
-            shutil.copyfile(numbers, aside / numbers.name)
-            replace_dir(aside, folder)
-        except (OSError, SafetensorError) as error:
-            raise SystemExit(cannot_save_message(run.args, str(error))) from error
-    run.accelerator.wait_for_everyone()
-    return folder
-
-
-def publish(run: TrainingRun) -> int:
-    """Push the final model, if that was asked for; returns the exit code, which is not 0 where it is not on the Hub."""
-    return run.pushes.finish(run.output_dir / "model", run.monitor.say, lambda: run.stop.signal_name is not None)
-
-
-def end(run: TrainingRun, code: int = 0):
-    """Close the trackers, let the processes part, and leave with the exit code if there is one.
-
-    DDP goes before the process group: as the last to hold it, it would end the group's threads while it keeps them from
-    running Python, and one of them may have a tensor to free (torch 2.13 with gloo: 3 of 9 runs hung on a busy core).
-    """
-    run.model = run.optimizer = None
-    run.accelerator.free_memory()
-    gc.collect()
-    run.accelerator.end_training()
-    if code:
-        raise SystemExit(code)
-
-
-def open_run(args: TrainArguments, accelerator: Accelerator) -> TrainingRun:
-    """Open everything that the arguments name, and go on where the checkpoint stood, if there is one.
-
-    Raises:
-        ValueError: With every problem of the inputs, one a line.
-    """
     output_dir = Path(args.output_dir)
-    make_writable(output_dir)
-    warn_of_slow_cpu(args, accelerator)
-    data, hellaswag, problems = None, [], InputErrors()
-    with problems.capture():
-        pushes = open_pushes(args, accelerator)
-    with problems.capture():
-        checkpoint = open_checkpoint(args, accelerator)
-        weights, their_tokenizer = open_weights(args, accelerator, checkpoint)
-    with problems.capture():
-        hellaswag = open_hellaswag(args, accelerator)
-    with problems.capture():
-        data = open_data(args, accelerator)
-    for prompt in args.sample_prompts if data else ():
-        with problems.capture():
-            check_prompt(prompt, data.tokenizer, args.block_size)
-    problems.raise_if_any()
-
-    model = build_model(args, data, weights, their_tokenizer)
-    betas = (args.adam_beta1, args.adam_beta2)
-    optimizer = build_optimizer(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    model.train()
-    if args.find_batch_size:
-        take_largest_batch(args, accelerator, data, model)
-    accelerator.gradient_accumulation_steps, _ = data.batches.micro_batch_shape
-    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
-    place = (accelerator.process_index, accelerator.num_processes)
-    with without_autocast(bare):
-        task = prepare_hellaswag(bare, data.tokenizer, hellaswag, PROTOCOLS, None, *place) if hellaswag else None
-
-    progress, guard = TrainState(), OutlierDetector(accelerator.device, args.skip_outliers)
-    origin = base_model_sentence(args.init_from)
-    if checkpoint:
-        state = checkpoints.read_state(checkpoint, data.data_fingerprint)
-        origin = state["origin"]
-        progress.load_state_dict(state["progress"])
-        data.batches.load_state_dict(state["data"])
-        guard.load_state_dict(state["guard"])
-        with checkpoints.raise_if_corrupt(checkpoint):
-            load_optimizer(checkpoint / checkpoints.STATE_FOLDER, bare, optimizer)
-            load_random(checkpoint / checkpoints.STATE_FOLDER, accelerator)
-    monitor = open_monitor(args, accelerator, progress, flops_and_peak(bare, args.block_size, accelerator))
-    if accelerator.is_main_process and not args.preflight:
-        checkpoints.remove_stale_files(output_dir)
-        write_run_config(args, hardware_record(accelerator), data.data_fingerprint)
-    parts = (model, optimizer, progress, guard, monitor, pushes, origin)
-    here = checkpoint is None or checkpoint.parent.resolve() == output_dir.resolve()
-    return TrainingRun(args, accelerator, data, task, *parts, saved_step=progress.step if here else None)
-
-
-def open_pushes(args: TrainArguments, accelerator: Accelerator) -> UploadQueue:
-    """What pushes to the Hub, on the main process; whether it can was tried.
-
-    Raises:
-        ValueError: If it cannot, or the Hub is away and the run has not begun yet.
-    """
-    pushes = UploadQueue(None, "end", Path(args.output_dir))
-    if args.push_to_hub:
-        if accelerator.is_main_process:
-            pushes = UploadQueue(args.hub_repository, args.hub_strategy, Path(args.output_dir), args.hub_private_repo)
-        goes_on = (Path(args.output_dir) / RUN_RECORD).exists()
-        found = run_on_main_and_broadcast(accelerator, lambda: pushes.check(goes_on))
-        accelerator.print(f"Hub          {found}")
-    return pushes
-
-
-def open_checkpoint(args: TrainArguments, accelerator: Accelerator) -> Path | None:
-    """What `--resume_from_checkpoint` names, every file of it checked; what had to be passed over is said."""
-    find = partial(checkpoints.find_resume_checkpoint, args.resume_from_checkpoint, Path(args.output_dir))
-    checkpoint, passed_over = run_on_main_and_broadcast(accelerator, find)
-    for sentence in passed_over:
-        accelerator.print(sentence)
-    if checkpoint and not checkpoint.is_dir():  # another machine, with a cache of its own
-        checkpoint = checkpoints.open_named_checkpoint(args.resume_from_checkpoint)
-    return checkpoint
-
-
-def open_weights(
-    args: TrainArguments, accelerator: Accelerator, checkpoint: Path | None
-) -> tuple[GPT2ReproForCausalLM | None, PreTrainedTokenizerBase | None]:
-    """What the weights start from: the checkpoint, else `--init_from` with its tokenizer, else nothing.
-
-    Raises:
-        ValueError: If it is damaged, no GPT-2, or of another shape than the arguments'.
-    """
-    if checkpoint:
-        with checkpoints.raise_if_corrupt(checkpoint):
-            model, tokenizer = GPT2ReproForCausalLM.from_pretrained(checkpoint), None
-    elif args.init_from:
-        model, tokenizer = call_main_process_first(accelerator, lambda: load_gpt2(args.init_from))
-    else:
-        return None, None
-    source = checkpoint or args.init_from
-    shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
-    if any(getattr(args, name) != size for name, size in shape.items()):
-        flags = " ".join(f"--{name} {size}" for name, size in shape.items())
-        raise ValueError(f"{source} has another shape than was asked for: give {flags}.")
-    positions = model.config.n_positions
-    if args.block_size > positions:
-        raise ValueError(f"block_size ({args.block_size}) must be at most the {positions} positions of {source}.")
-    return model.float(), tokenizer  # whatever it was saved in: a small update is lost in bf16
-
-
-def open_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
-    """Prepared shards, one folder or a mix of several, the text that Python carries, or a Hub dataset streamed."""
-    shape = BatchConfig(
-        args.block_size,
-        args.sequences_per_step,
-        args.per_device_train_batch_size,
-        args.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-        args.document_mask,
-    )
-    if args.shards is not None:
-        return data_from_shards(open_shards(args.shards), shape)
-    if args.mix is not None:
-        return data_from_mix(parse_mix(args.mix), shape, args.eval_tokens)
-    if args.dataset_name == PYTHON_PROSE:
-        folder = Path(args.output_dir) / "data"
-        recipe = (folder, args.tokenizer_vocab_size, args.block_size, args.validation_share)
-        shards = call_main_process_first(accelerator, lambda: python_prose_shards(*recipe))
-        return data_from_shards(shards, shape)
-    source = hub_source(args.dataset_name, args.dataset_config_name, "train", args.dataset_revision, args.text_column)
-    tokenizer = load_tokenizer(args.tokenizer or "gpt2")
-    return data_from_stream(source, tokenizer, shape, args.validation_share, args.eval_tokens)
-
-
-def open_hellaswag(args: TrainArguments, accelerator: Accelerator) -> list[Example]:
-    """HellaSwag's validation rows; none where it is switched off or cannot be reached, which is said."""
-    if args.hellaswag == "none":
-        return []
-    rows = []
-    try:
-        rows = call_main_process_first(accelerator, lambda: load_hellaswag(args.hellaswag))
-    except ConnectionError as error:
-        accelerator.print(f"HellaSwag is left out: {error}")
-    found = accelerator.reduce(torch.tensor(len(rows), device=accelerator.device), reduction="sum")
-    return rows if int(found) == len(rows) * accelerator.num_processes else []
-
-
-def build_model(
-    args: TrainArguments,
-    data: TrainingData,
-    model: GPT2ReproForCausalLM | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> GPT2ReproForCausalLM:
-    """The model that was opened, or one with fresh weights, the same on every process.
-
-    Raises:
-        ValueError: If its tokenizer is not the data's, or the attention implementation is not there.
-    """
-    if tokenizer is not None and tokenizer_sha256(tokenizer) != tokenizer_sha256(data.tokenizer):
-        raise ValueError(
-            f"init_from ({args.init_from}) has another tokenizer than the data: prepare the data with --tokenizer "
-            f"{args.init_from}."
+    with exit_on_input_error():
+        accelerator = build_accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            num_processes=args.num_processes,
+            torch_compile=args.torch_compile,
+            deterministic=args.deterministic,
+            attn_implementation=args.attn_implementation,
+            report_to=args.report_to,
+            output_dir=output_dir,
         )
-    if model is None:
-        torch.manual_seed(args.seed)
+        make_writable(output_dir)
+        warn_of_slow_cpu(args, accelerator)
+
+        # Open everything that the arguments name before the first step, and report all problems at once.
+        errors = InputErrors()
+        uploads = errors.capture(setup.build_upload_queue, args, accelerator)
+        start = errors.capture(setup.load_initial_weights, args, accelerator)  # checkpoint, --init_from, or nothing
+        examples = errors.capture(setup.load_hellaswag_examples, args, accelerator)
+        data = errors.capture(setup.load_data, args, accelerator)  # shards, a mix of them, or a stream
+        errors.raise_if_any()
+
+        # At initialization every token is about equally likely, so the first loss must be near ln(vocabulary): 10.82.
+        torch.manual_seed(args.seed)  # equal weights on every process
         config = GPT2ReproConfig(
             vocab_size=len(data.tokenizer),
             n_positions=args.block_size,
@@ -534,88 +84,193 @@ def build_model(
             bos_token_id=data.tokenizer.bos_token_id,
             eos_token_id=data.tokenizer.eos_token_id,
         )
-        model = GPT2ReproForCausalLM(config)
-    try:
-        model.set_attn_implementation(args.attn_implementation)
-    except ImportError as error:
-        raise ValueError(f"attn_implementation ({args.attn_implementation}) is not installed: {error}") from error
-    return model
+        model = GPT2ReproForCausalLM(config) if start.model is None else start.model
+        setup.check_model(args, model, data.tokenizer, start.tokenizer)
+        optimizer = build_optimizer(  # AdamW; decays matrices and embeddings, not biases and norms
+            model,
+            args.learning_rate,
+            weight_decay=args.weight_decay,
+            betas=(args.adam_beta1, args.adam_beta2),
+            epsilon=args.adam_epsilon,
+        )
+        # Moves the model to its device; wraps it in DDP or FSDP, autocast to bf16, and torch.compile.
+        model, optimizer = accelerator.prepare(model, optimizer)
+        model.train()
+        if args.find_batch_size:
+            apply_batch_size_finder(args, accelerator, model, data.batches)
+        accelerator.gradient_accumulation_steps, _ = data.batches.micro_batch_shape
+        hellaswag = setup.prepare_hellaswag_task(accelerator, model, data.tokenizer, examples)
+
+        state = TrainState()
+        detector = OutlierDetector(accelerator.device, args.skip_outliers)
+        stateful = {"progress": state, "data": data.batches, "guard": detector}
+        checkpointer = Checkpointer(args, accelerator, model, optimizer, data, stateful, description=start.description)
+        if start.checkpoint is not None:
+            checkpointer.restore(start.checkpoint)
+        logger = setup.build_logger(args, accelerator, model, data, state)
+
+    if args.preflight:
+        with closing(data.batches), closing(logger), explain_oom(args):
+            exit_code = preflight(
+                args, accelerator, model, optimizer, data, hellaswag, detector, checkpointer, logger, train_step
+            )
+        del model, optimizer, checkpointer
+        return setup.shutdown(accelerator, exit_code)
+
+    stop = StopSignal()
+    with closing(data.batches), closing(logger), closing(uploads), stop, explain_oom(args):
+        bytes_per_token = setup.log_run_summary(args, accelerator, model, data, state.step, logger)
+        while state.step < args.total_steps and not stop.should_stop():
+            # Once in a while: how good is it on text that it has not seen, and what does it write?
+            if is_due(state.step, args.eval_steps):
+                evaluate(args, accelerator, model, data, hellaswag, bytes_per_token, state.step, logger, stop)
+
+            # Learning rate and data are functions of the step alone: a resumed run continues exactly where it was.
+            learning_rate = learning_rate_at(
+                state.step, args.total_steps, args.warmup_steps, args.learning_rate, args.final_learning_rate_ratio
+            )
+            set_learning_rate(optimizer, learning_rate)
+            micro_batches = TimedIterator(data.batches.micro_batches(state.step))
+            metrics = train_step(
+                accelerator,
+                model,
+                optimizer,
+                micro_batches,
+                tokens_per_step=args.tokens_per_step,
+                max_grad_norm=args.max_grad_norm,
+                detector=detector,
+            )
+            state.advance(args.tokens_per_step)
+            logger.log_step(state.step, metrics, learning_rate, data_seconds=micro_batches.seconds)
+            for message in uploads.news():
+                logger.print(message)
+
+            # Once in a while: a checkpoint. The last one is written below.
+            if is_due(state.step, args.save_steps) and state.step < args.total_steps:
+                checkpointer.save(logger, uploads)
+
+        checkpointer.save(logger, uploads, final=True)
+        if state.step < args.total_steps:
+            logger.print(stopped_message(stop, state.step))
+            exit_code = EXIT_CODE
+        else:
+            evaluate(args, accelerator, model, data, hellaswag, bytes_per_token, state.step, logger, stop)
+            model_folder = checkpointer.export()
+            logger.print(end_message(args, state, model_folder))
+            exit_code = uploads.finish(model_folder, logger.print, lambda: stop.signal_name is not None)
+    del model, optimizer, checkpointer
+    setup.shutdown(accelerator, exit_code)
 
 
-def take_largest_batch(args: TrainArguments, accelerator: Accelerator, data: TrainingData, model: nn.Module):
-    """Put the largest batch that fits into the arguments and the data; the rows of a step stay as they are."""
-    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
-    if is_sharded(bare):  # one process that runs out of memory would leave the others waiting for its part
-        raise ValueError("find_batch_size needs whole models: with FSDP give --per_device_train_batch_size.")
-    # Compiled anew: accelerate, asked to keep the compiled one, takes DDP out of it for good.
-    module = torch.compile(bare) if is_compiled_module(model) else bare
-    most = -(-args.sequences_per_step // accelerator.num_processes)
-    rows = find_batch_size(accelerator, module, args.block_size, bare.config.vocab_size, most)
-    args.per_device_train_batch_size = rows
-    data.batches.shape = replace(data.batches.shape, micro_batch_size=rows)
-    accelerator.print(f"The largest batch that fits: --per_device_train_batch_size {rows}.")
+def train_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    micro_batches: Iterable[dict[str, torch.Tensor]],
+    *,
+    tokens_per_step: int,
+    max_grad_norm: float,
+    detector: OutlierDetector,
+) -> StepMetrics:
+    """One optimizer step: add up the gradients of all micro-batches, clip their norm, and update the weights.
+
+    Args:
+        model: Prepared; its output has `.loss`, the sum over a micro-batch's tokens divided by `num_items_in_batch`.
+        micro_batches: Keyword arguments of the model, `gradient_accumulation_steps` of the accelerator many.
+        tokens_per_step: Over all processes and micro-batches.
+        max_grad_norm: Gradients with a larger norm (over all parameters) are scaled down to it.
+        detector: Decides from loss and gradient norm whether to skip the update.
+    """
+    # A batch of half a million tokens does not fit into memory, so its gradient is added up over micro-batches. Each
+    # loss is a mean, and a sum of means is not the mean of the whole: the lecture divides by the number of
+    # micro-batches. Accelerate does that in `backward`, and DDP averages over processes. Dividing here by the tokens
+    # of an average micro-batch, not of this one, makes each token weigh the same when micro-batches are uneven.
+    tokens_each = tokens_per_step / (accelerator.gradient_accumulation_steps * accelerator.num_processes)
+    losses = []
+    for micro_batch in micro_batches:
+        micro_batch = {name: to_device(tensor, accelerator.device) for name, tensor in micro_batch.items()}  # (B, T)
+        # DDP averages gradients over processes while `backward` computes them. Only the last micro-batch needs that:
+        # `accumulate` turns it off (`no_sync`) for all others, which saves sending every gradient several times.
+        with accelerator.accumulate(model):
+            outputs = model(**micro_batch, num_items_in_batch=tokens_each, use_cache=False, return_logits=False)
+            accelerator.backward(outputs.loss)  # divides by the accumulation steps; gradients add up in .grad
+            losses.append(outputs.loss.detach())
+    assert accelerator.sync_gradients, "there must be as many micro-batches as accumulation steps"
+    # A bad batch can give a huge gradient, which would throw the model off: scale the whole gradient down to norm 1.
+    grad_norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
+    loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
+    skip = detector.should_skip(loss, grad_norm)
+    step_unless(skip, optimizer)
+    optimizer.zero_grad()
+    # Still on the device: `.item()` here would make the host wait for the GPU in every step.
+    return StepMetrics(loss, grad_norm, skip)
 
 
-def open_monitor(
-    args: TrainArguments, accelerator: Accelerator, progress: TrainState, speed: tuple[int, float | None]
-) -> Monitor:
-    """The log and what is shown of it; a run that goes on says what has changed in its arguments."""
-    output_dir, changed = Path(args.output_dir), diff_config(args)
-    for name, (then, now) in changed.items():
-        accelerator.print(f"This run began with {name} {then} and goes on with {now}.")
-    resumed_step = progress.step if args.resume_from_checkpoint and not args.preflight else None
-    log = MetricsLog(output_dir, resumed_step, accelerator.is_main_process, changed)
-    if args.report_to != "none" and not args.preflight:
-        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in vars(args).items()}
-        accelerator.init_trackers("gpt2repro", config=plain)  # TensorBoard takes no lists
-    return Monitor(accelerator, args.total_steps, args.logging_steps, progress, log, *speed)
+def step_unless(skip: torch.Tensor, optimizer: Optimizer):
+    """Update the parameters, or leave them, their moments and the count of steps as they are.
+
+    A fused optimizer reads the decision on the device, in the tensor `found_inf` that loss scaling uses after an
+    overflow in fp16; for any other, the host waits for it here.
+    """
+    unwrapped = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    if unwrapped.defaults.get("fused"):
+        unwrapped.found_inf = skip.float()
+        optimizer.step()
+    elif not skip:
+        optimizer.step()
 
 
-def preflight(run: TrainingRun):
-    """A few steps, part of an evaluation and a checkpoint, none of which is kept; then what the whole run will take."""
-    args, accelerator, monitor = run.args, run.accelerator, run.monitor
-    with closing(run.data.batches), closing(monitor), explain_oom(args):
-        introduce(run)
-        skipped = []
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to the device. Only from pinned memory does a copy to a GPU run while the host goes on."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
-        def step() -> float:
-            numbers, _, waited = take_step(run)
-            skipped.append(bool(numbers.skipped))  # waits for the device
-            return waited
 
-        first, median, waited = time_steps(step)
-        plain = None
-        if torch.are_deterministic_algorithms_enabled():
-            with nondeterministic(is_compiled_module(run.model)):
-                _, plain, _ = time_steps(step)
-        started, module = time.perf_counter(), run.whole_model(accelerator.device)
-        rows = args.per_device_eval_batch_size or args.per_device_train_batch_size
-        part = min(args.eval_tokens, EVALUATED_PART * rows * args.block_size * accelerator.num_processes)
+def evaluate(
+    args: TrainArguments,
+    accelerator: Accelerator,
+    model: nn.Module,
+    data: TrainingData,
+    hellaswag: HellaSwagTask | None,
+    bytes_per_token: float,
+    step: int,
+    logger: RunLogger,
+    stop: StopSignal,
+):
+    """Validation loss, HellaSwag, samples and loss.png of the model as it is; less if the run is to stop."""
+    output_dir = Path(args.output_dir)
+    with logger.untimed():
+        started = time.perf_counter()
+        # Without DDP and compile: each process evaluates its share at its own pace, on shapes that vary.
+        module = unsharded_model(accelerator, model)
+        batch_size = args.per_device_eval_batch_size or args.per_device_train_batch_size
+        batches = data.validation_batches(args.eval_tokens, batch_size)
         with accelerator.autocast():
-            validation_loss(accelerator, module, run.data.validation_batches(part, rows))
-        evaluation = (time.perf_counter() - started) * args.eval_tokens / part
-        if run.hellaswag:
-            few = run.hellaswag.rows[:EVALUATED_PART]
-            started = time.perf_counter()
-            hellaswag_accuracies(accelerator, module, run.data.tokenizer, few)
-            evaluation += (time.perf_counter() - started) * len(run.hellaswag.rows) / len(few)
-        memory = peak_memory_gb(accelerator.device)
-        started, folder = time.perf_counter(), run.output_dir / checkpoints.PREFLIGHT
-        problem = write_checkpoint(run, folder, checkpoints.RetentionPolicy())
-        seconds = time.perf_counter() - started
+            loss, tokens = validation_loss(accelerator, module, batches)
+        numbers = {**validation_numbers(loss, bytes_per_token), "validation_tokens": tokens}
+        if hellaswag is not None and not stop.should_stop():
+            accuracies, scores = evaluate_hellaswag(accelerator, module, hellaswag)
+            numbers |= accuracies
+            if accelerator.is_main_process:
+                with logger.warn_on_io_error(step, HELLASWAG_FILE):
+                    write_results(output_dir / HELLASWAG_FILE, scores, hellaswag.rows)
+        numbers["evaluation_seconds"] = time.perf_counter() - started
+        logger.log_evaluation(step, numbers)
+        if args.num_samples and accelerator.is_main_process and stop.signal_name is None:
+            with accelerator.autocast():
+                samples = sample_continuations(
+                    module,
+                    data.tokenizer,
+                    args.sample_prompts,
+                    num_samples=args.num_samples,
+                    max_new_tokens=args.sample_tokens,
+                    seed=args.seed,
+                )
+            for prompt, texts in zip(args.sample_prompts, samples, strict=True):
+                logger.log_samples(step, prompt, texts)
         if accelerator.is_main_process:
-            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            measured = StepTimings(first, median, waited, evaluation, seconds, size, memory, plain)
-            rows_per_epoch = getattr(run.data.batches, "rows_per_epoch", None)
-            epochs = rows_per_epoch and args.total_steps * args.sequences_per_step / rows_per_epoch
-            report, problems = preflight_report(args, measured, monitor.flops_per_token, monitor.peak_flops, epochs)
-            shutil.rmtree(folder, ignore_errors=True)
-            problems += [cannot_save_message(args, problem)] if problem else []
-            problems += [unusable_steps_message(args, sum(skipped), len(skipped))] if any(skipped) else []
-            monitor.say("\n".join([report, *problems]))
-            if problems:
-                raise SystemExit(1)
-    end(run)
+            with logger.warn_on_io_error(step, LOSS_PICTURE):
+                plot_loss(output_dir)
+        accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from modeling_gpt2repro.runtime.command_line import parse_command_line
 from modeling_gpt2repro.runtime.hardware import device_name
 from modeling_gpt2repro.training.optimization import build_optimizer
 from modeling_gpt2repro.training.outliers import OutlierDetector
-from modeling_gpt2repro.training.step import train_step
+from train_accelerate import train_step
 
 MicroBatches = list[dict[str, torch.Tensor]]
 Step = Callable[[MicroBatches], float]  # one optimizer step -> its loss
@@ -152,7 +152,15 @@ def build_our_step(args: BenchmarkArguments) -> tuple[nn.Module, Step]:
 
     def step(micro_batches: MicroBatches) -> float:
         tokens = sum(micro_batch["input_ids"].numel() for micro_batch in micro_batches)
-        numbers = train_step(accelerator, prepared, optimizer, micro_batches, tokens, MAX_GRAD_NORM, guard)
+        numbers = train_step(
+            accelerator,
+            prepared,
+            optimizer,
+            micro_batches,
+            tokens_per_step=tokens,
+            max_grad_norm=MAX_GRAD_NORM,
+            detector=guard,
+        )
         return torch.stack([numbers.loss, numbers.grad_norm]).tolist()[0]
 
     return model, step

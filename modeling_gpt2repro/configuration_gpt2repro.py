@@ -4,6 +4,7 @@ import difflib
 
 import transformers
 
+# Before the imports below, which older versions lack: a person who loads the model then reads what to install.
 if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < (5, 5):
     raise ImportError(
         f"gpt2repro models need transformers 5.5.0 or newer, this is {transformers.__version__}: "
@@ -15,9 +16,10 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
-# What transformers itself passes beside the fields of the class.
+# Keyword arguments that transformers itself passes to a config in addition to its fields.
 NOT_FIELDS = {"attn_implementation", "auto_map", "model_type", "name_or_path", "num_labels", "output_attentions"}
 NOT_FIELDS |= {"experts_implementation", "quantization_config", "torch_dtype", "transformers_weights"}
+# Where the Auto classes find the code of a model on the Hub: file.class.
 AUTO_MAP = {
     "AutoConfig": "configuration_gpt2repro.GPT2ReproConfig",
     "AutoModel": "modeling_gpt2repro.GPT2ReproModel",
@@ -35,33 +37,35 @@ class GPT2ReproConfig(PreTrainedConfig):
     There is no dropout: a model of this size that sees each token once does not overfit, and the lecture has none.
 
     Args:
-        vocab_size: Number of token ids V; the tokenizer's, without padding. GPT-2's BPE has 50,257.
+        vocab_size: Number of token ids V, without padding: 50,257 for GPT-2's BPE.
         n_positions: Longest context in tokens.
         n_embd: Width C of the residual stream; a multiple of `n_head`.
         n_layer: Number of blocks.
-        n_head: Attention heads H of size C / H.
-        layer_norm_epsilon: Added to the variance in every LayerNorm.
-        initializer_range: Standard deviation of all weights at initialization (residual projections are scaled down).
+        n_head: Number of attention heads H, each of size C / H.
+        layer_norm_epsilon: Added to the variance in every LayerNorm, so that constant inputs divide by no zero.
+        initializer_range: Standard deviation of all weights at initialization; projections into the residual stream
+            are scaled down further.
         position_initializer_range: The same for the position embedding: 0.01 in GPT-2's code, 0.02 in build-nanogpt.
 
     Raises:
-        ValueError: On a field that does not exist, or a config.json of another kind of model. In a config.json, where
-            other libraries leave notes, only names that look like a misspelt field; the rest is kept, with a warning.
-        huggingface_hub.errors.StrictDataclassError: On a field of the wrong type or a shape that does not fit, with the
+        ValueError: If a field does not exist, or if config.json belongs to another kind of model. From a config.json,
+            where other libraries store fields of their own, only names that look like misspelled fields are rejected;
+            the rest is kept, with a warning.
+        huggingface_hub.errors.StrictDataclassError: If a field has the wrong type or the shape is impossible, with the
             value and the limit.
     """
 
     model_type = "gpt2repro"
-    _auto_class = "AutoConfig"
+    _auto_class = "AutoConfig"  # `save_pretrained` then copies this file next to the weights
     keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {
+    attribute_map = {  # transformers' names for GPT-2's
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",
         "num_attention_heads": "n_head",
         "num_hidden_layers": "n_layer",
     }
 
-    vocab_size: int = 50257
+    vocab_size: int = 50257  # 256 bytes, 50,000 merges and <|endoftext|>
     n_positions: int = 1024
     n_embd: int = 768
     n_layer: int = 12
@@ -70,10 +74,10 @@ class GPT2ReproConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     position_initializer_range: float = 0.01
     use_cache: bool = True
-    bos_token_id: int | None = 50256
+    bos_token_id: int | None = 50256  # <|endoftext|>, which separates documents
     eos_token_id: int | list[int] | None = 50256
     pad_token_id: int | None = None
-    tie_word_embeddings: bool = True
+    tie_word_embeddings: bool = True  # transformers has no default: without this field the head would be untied
 
     def __post_init__(self, **kwargs):
         if kwargs.get("model_type", self.model_type) != self.model_type:
@@ -84,23 +88,23 @@ class GPT2ReproConfig(PreTrainedConfig):
         from_file = kwargs.pop("_from_file", False)
         unknown = [name for name in kwargs if name not in NOT_FIELDS | set(self.attribute_map) and name[0] != "_"]
         fields = sorted(GPT2ReproConfig.__annotations__)
-        misspelt = [name for name in unknown if not from_file or difflib.get_close_matches(name, fields, 1, 0.8)]
-        if misspelt:
-            raise ValueError(f"{', '.join(misspelt)}: no such field in GPT2ReproConfig; it has {', '.join(fields)}.")
+        rejected = [name for name in unknown if not from_file or difflib.get_close_matches(name, fields, 1, 0.8)]
+        if rejected:
+            raise ValueError(f"{', '.join(rejected)}: no such field in GPT2ReproConfig; it has {', '.join(fields)}.")
         if unknown:
-            logger.warning(f"config.json has {', '.join(unknown)}, which GPT2ReproConfig does not use: kept as it is.")
-        if type(self) is GPT2ReproConfig:
-            # Written into config.json whole: saving one class records only that class, and others could not be loaded.
+            logger.warning(f"config.json has {', '.join(unknown)}, which GPT2ReproConfig does not use but keeps.")
+        if type(self) is GPT2ReproConfig:  # a subclass ships code of its own
+            # All classes: transformers records only the one that is saved, and the others could not be loaded.
             kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """What a config.json is read by; see the class for what it refuses."""
+        """Build from the contents of a config.json, whose unknown fields are kept; see the class for the exceptions."""
         return super().from_dict({**config_dict, "_from_file": True}, **kwargs)
 
     def validate_architecture(self):
-        """Called by `@strict` after init and by `save_pretrained`."""
+        """Check the shape; called by `@strict` after `__init__`, and by `save_pretrained`."""
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1.")

@@ -14,26 +14,63 @@ PACKAGE = ROOT / "modeling_gpt2repro"
 SHIPPED = ("configuration_gpt2repro.py", "modeling_gpt2repro.py")
 
 
-def imported_by(path: Path) -> set[str]:
-    """Full names of the modules that a file of the package imports, relative ones resolved.
+# Floor by floor, the highest first. A file imports from lower floors and from its own room, never from a neighbour.
+FLOORS = (("pretrain",), ("hub",), ("training", "evaluation"), ("data", "runs"), ("runtime", "storage"))
+MODEL_FLOORS = FLOORS[:2]  # which may import the model
 
-    What a `main` imports inside itself does not count: it is a script that `python -m` runs, and scripts combine rooms.
-    """
+
+def imported_by(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, wherever in the file, relative ones resolved."""
     names = set()
-    package = ["modeling_gpt2repro", *path.relative_to(PACKAGE).parent.parts] if PACKAGE in path.parents else []
-    module = ast.parse(path.read_text(encoding="utf-8"))
-    module.body = [node for node in module.body if not (isinstance(node, ast.FunctionDef) and node.name == "main")]
-    for node in ast.walk(module):
+    package = ["modeling_gpt2repro", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
-            names.add(".".join([*base, *([node.module] if node.module else [])]))
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{module}.{alias.name}" for alias in node.names}
     return names
 
 
 def own(names: set[str]) -> set[str]:
     return {name for name in names if name.split(".")[0] == "modeling_gpt2repro"}
+
+
+def rooms_imported_by(path: Path) -> set[str]:
+    """The rooms of our own that a file imports from; "model" for what lies at the package's root."""
+    parts = [name.split(".")[1] for name in own(imported_by(path))]
+    return {part if (PACKAGE / part).is_dir() else "model" for part in parts}
+
+
+@pytest.mark.parametrize("room", [room for floor in FLOORS for room in floor])
+def test_imports_point_down(room):
+    level = next(number for number, floor in enumerate(FLOORS) if room in floor)
+    allowed = {room, *(below for floor in FLOORS[level + 1 :] for below in floor)}
+    if FLOORS[level] in MODEL_FLOORS:
+        allowed.add("model")
+    for path in (PACKAGE / room).rglob("*.py"):
+        assert rooms_imported_by(path) <= allowed, path
+
+
+def test_storage_imports_the_standard_library_and_the_hub_client_only():
+    for path in (PACKAGE / "storage").glob("*.py"):
+        roots = {name.split(".")[0] for name in imported_by(path) - own(imported_by(path))}
+        assert roots <= {*sys.stdlib_module_names, "huggingface_hub"}, path
+
+
+def test_the_package_holds_the_model_and_the_rooms_and_no_folder_is_crowded():
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", *SHIPPED}
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms == {room for floor in FLOORS for room in floor}
+    for folder in PACKAGE.glob("*/**/"):
+        files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(files) <= 12, folder
+
+
+def test_product_code_patches_nothing():
+    for path in [*ROOT.glob("*.py"), *PACKAGE.rglob("*.py")]:
+        assert "unittest" not in path.read_text(encoding="utf-8"), path
 
 
 @pytest.mark.parametrize("name", SHIPPED)

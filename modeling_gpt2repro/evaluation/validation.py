@@ -107,7 +107,7 @@ def score_text(model: nn.Module, text: ValidationText, batch_rows: int, device: 
 def main(argv: list[str] | None = None) -> None:
     """The command. Like a script it combines rooms; what it calls knows its own only."""
     from modeling_gpt2repro.data.shards.dataset import open_shards
-    from modeling_gpt2repro.runtime.accelerator import call_main_process_first
+    from modeling_gpt2repro.runtime.collectives import call_main_process_first
     from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
 
     from ..data.tokenizer import tokenizer_sha256

@@ -1,52 +1,97 @@
-"""The flags of `python -m modeling_gpt2repro.evaluation.validation`, and their checks."""
+"""Arguments of `python -m modeling_gpt2repro.evaluation.validation`, and their checks."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar
 
-from transformers.hf_argparser import HfArg
+from modeling_gpt2repro.runtime.command_line import InputErrors, arg, check_limits
 
 from .load_model import best_device, device_problem, model_problem, output_problem
+
+# What people type who know train_accelerate.py or transformers.
+FLAG_HINTS: dict[tuple[str, ...], str] = {
+    ("model_name_or_path", "pretrained", "checkpoint", "init_from"): "use --model.",
+    ("data", "dataset", "dataset_name", "data_dir"): "prepare it with prepare_data.py and give --shards FOLDER.",
+    ("batch_size", "eval_batch_size"): "use --per_device_eval_batch_size.",
+    ("context_length", "max_length", "seq_len"): "use --block_size.",
+    ("eval_iters", "max_tokens"): "use --eval_tokens.",
+    ("fp16", "half"): "use --dtype float16.",
+    ("bf16",): "use --dtype bfloat16.",
+    ("precision", "mixed_precision", "torch_dtype"): "use --dtype.",
+    ("output_dir", "output_file", "out_dir"): "use --output, a .json file.",
+    ("num_processes", "multi_gpu"): (
+        "the number of processes is chosen at launch: accelerate launch --num_processes 8 -m "
+        "modeling_gpt2repro.evaluation.validation ..."
+    ),
+}
 
 
 @dataclass
 class ValidationArguments:
-    """Raises a ValueError on what can be told without reading data or model, every problem on a line of its own."""
+    """Which model to score on which shards.
 
-    model: str = HfArg(default="openai-community/gpt2", help="A model folder, or a model on the Hub.")
-    shards: str = HfArg(default="data/edu", help="Folder that prepare_data.py wrote, or of the lecture's shards.")
-    eval_tokens: int = HfArg(
-        default=10_485_760, help="Tokens of the validation split, counted by its own tokenizer; less if it is smaller."
+    Raises:
+        ValueError: On values that cannot work, with one error per line.
+    """
+
+    flag_hints: ClassVar[Mapping[tuple[str, ...], str]] = FLAG_HINTS
+
+    model: str = arg(
+        default="openai-community/gpt2", help="Model to score: a folder, or a model on the Hub.", group="model"
     )
-    block_size: int | None = HfArg(
-        default=None, help="Tokens a row: all that a token is predicted from; the model's context, at most 1024."
+    trust_remote_code: bool = arg(default=False, help="Let the model's repository run its own Python code.")
+
+    shards: str = arg(
+        default="data/edu",
+        help="Folder of token shards: one that prepare_data.py wrote, or build-nanogpt's.",
+        group="data",
     )
-    per_device_eval_batch_size: int = HfArg(
-        default=4, help="Rows of one forward. The logits of 4 x 1024 tokens take 0.8 GB in float32, twice."
+    eval_tokens: int = arg(
+        default=10_485_760,
+        minimum=1,
+        help="Tokens of the validation split to score, counted by the shards' tokenizer. Fewer if the split is "
+        "smaller.",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = HfArg(
-        default="float32", help="Of the weights and the forward; log-probabilities are float32 in any case."
-    )
-    device: str | None = HfArg(
+    block_size: int | None = arg(
         default=None,
-        help="cuda, cuda:1, mps or cpu; the first of these there is, if not given, and each process's own of several.",
+        minimum=1,
+        help="Tokens per sequence, the longest context of a prediction. If not given, the model's context, but at most "
+        "1024.",
     )
-    output: str | None = HfArg(default=None, help="Write the results to this JSON file.")
-    trust_remote_code: bool = HfArg(default=False, help="Let the model's repository run its own Python code.")
+
+    output: str | None = arg(
+        default=None, help="JSON file for the results. If not given, they are only printed.", group="results"
+    )
+
+    per_device_eval_batch_size: int = arg(
+        default=4,
+        minimum=1,
+        help="Sequences in one forward on one device. GPT-2's logits of 4 sequences of 1024 tokens take 0.8 GB in "
+        "float32, and are held twice.",
+        group="hardware",
+    )
+    dtype: str = arg(
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="Precision of the weights and the forward. Log-probabilities are always computed in float32.",
+    )
+    device: str | None = arg(
+        default=None,
+        help="'cuda', 'cuda:1', 'mps' or 'cpu'. If not given, the first of cuda, mps and cpu that exists; with several "
+        "processes, one device each.",
+    )
 
     def __post_init__(self):
-        problems = [model_problem(self.model)]
+        self.device = self.device or best_device()
+        InputErrors([*check_limits(self), *self._check_inputs()]).raise_if_any()
+
+    def _check_inputs(self) -> Iterator[str]:
+        yield from filter(None, (model_problem(self.model), device_problem(self.device)))
         if not Path(self.shards).is_dir():
-            problems.append(
+            yield (
                 f"--shards: there is no folder {self.shards}: prepare it with prepare_data.py --output_dir "
                 f"{self.shards}."
             )
-        for name in ("eval_tokens", "block_size", "per_device_eval_batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                problems.append(f"--{name} ({getattr(self, name)}) must be at least 1.")
         if self.output is not None:
-            problems.append(output_problem(self.output))
-        self.device = self.device or best_device()
-        problems.append(device_problem(self.device))
-        if problems := [problem for problem in problems if problem]:
-            raise ValueError("\n".join(problems))
+            yield from filter(None, (output_problem(self.output),))

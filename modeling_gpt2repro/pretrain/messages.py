@@ -1,4 +1,4 @@
-"""What a run says at its start, at its end, and where it has to give up."""
+"""User-facing messages of a training run: at its start, at its end, and where it has to give up."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from modeling_gpt2repro.runs.folder import LOSS_PICTURE, METRICS_FILE
 from modeling_gpt2repro.runtime.hardware import (
     device_name,
     estimate_cpu_seconds,
@@ -15,22 +16,27 @@ from modeling_gpt2repro.runtime.hardware import (
     is_out_of_memory,
     readable_duration,
 )
+from modeling_gpt2repro.runtime.signals import StopSignal
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.state import TrainState
 
+GPT2_VOCABULARY = 50257
+SLOW_SECONDS = 3600
+
 
 def warn_of_slow_cpu(args: TrainArguments, accelerator: Accelerator):
-    """Say at once what a large run would take on a CPU, before anything is read or downloaded."""
+    """Say what a large run would take on a CPU, before anything is read or downloaded."""
     if accelerator.device.type != "cpu":
         return
-    ids = args.tokenizer_vocab_size if args.dataset_name == "python-prose" else 50257  # GPT-2's, as most data have
-    parameters = args.n_layer * 12 * args.n_embd**2 + ids * args.n_embd  # biases left out
+    vocab_size = args.tokenizer_vocab_size if args.dataset_name == "python-prose" else GPT2_VOCABULARY
+    parameters = args.n_layer * 12 * args.n_embd**2 + vocab_size * args.n_embd  # without biases
     flops = args.train_tokens * flops_per_token(parameters, args.n_layer, args.n_embd, args.block_size)
-    seconds = estimate_cpu_seconds(flops, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32)
-    if seconds > 3600:
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    seconds = estimate_cpu_seconds(flops, dtype)
+    if seconds > SLOW_SECONDS:
         advice = "--preset quickstart trains a small GPT-2 in minutes; for this one use a GPU."
         if args.preset == "quickstart":
-            advice = "With fewer --train_tokens it is done sooner."
+            advice = "Fewer --train_tokens take less time."
         accelerator.print(f"On this CPU that takes at least {readable_duration(seconds)}. {advice}\n")
 
 
@@ -40,41 +46,44 @@ def start_message(
     model: PreTrainedModel,
     data_summary: str,
     micro_batch_shape: tuple[int, int],
-    yardsticks: dict[str, float],
+    baselines: dict[str, float],
     step: int,
 ) -> str:
-    """What will happen, and what the losses are to be measured by.
+    """What will happen, and what the losses are to be compared with.
 
     Args:
         model: Unwrapped.
-        micro_batch_shape: Micro-batches of a step on each process, and rows of each.
-        yardsticks: Name -> loss in nats per token.
-        step: Where the run goes on from; 0 for a new one.
+        micro_batch_shape: Micro-batches of a step on each process, and sequences of each.
+        baselines: Name -> loss in nats per token.
+        step: Where the run resumes; 0 for a new one.
     """
-    config, processes = model.config, accelerator.num_processes
-    count, rows = micro_batch_shape
-    batch = [
-        (processes, "process", "processes"),
-        (count, "micro-batch", "micro-batches"),
-        (rows, "row", "rows"),
-        (args.block_size, "token", "tokens"),
+    config = model.config
+    num_processes = accelerator.num_processes
+    count, size = micro_batch_shape
+    factors = [
+        counted(num_processes, "process", "processes"),
+        counted(count, "micro-batch", "micro-batches"),
+        counted(size, "sequence"),
+        counted(args.block_size, "token"),
     ]
-    empty = processes * count * rows - args.sequences_per_step
+    batch = " x ".join(factors)
+    empty = num_processes * count * size - args.sequences_per_step
+    if empty:
+        batch += f", less {counted(empty, 'sequence')} left empty to divide evenly"
+    compiler = accelerator.state.dynamo_plugin.backend.value.lower()
+    precision = accelerator.mixed_precision.replace("no", "fp32")
     lines = {
-        "device": f"{processes} x {device_name(accelerator.device)}",
-        "precision": f"{accelerator.mixed_precision}, attention: {config._attn_implementation}, compile: "
-        + accelerator.state.dynamo_plugin.backend.value.lower(),
+        "device": f"{num_processes} x {device_name(accelerator.device)}",
+        "precision": f"{precision}, attention: {config._attn_implementation}, compile: {compiler}",
         "model": f"{model.num_parameters():,} parameters: {config.n_layer} layers, {config.n_head} heads, "
         f"width {config.n_embd}",
         "data": data_summary,
         "tokenizer": f"{config.vocab_size:,} ids",
-        "training": f"{args.total_steps:,} steps of {args.tokens_per_step:,} tokens: "
-        + " x ".join(f"{count} {one if count == 1 else many}" for count, one, many in batch)
-        + (f", less {empty} {'row' if empty == 1 else 'rows'} left empty to divide evenly" if empty else ""),
-        "yardsticks": "; ".join(f"{name} {loss:.2f}" for name, loss in yardsticks.items()) + " (nats per token)",
-        "writing to": args.output_dir + (f", going on from step {step}" if step else ""),
+        "training": f"{args.total_steps:,} steps of {args.tokens_per_step:,} tokens: {batch}",
+        "baselines": "; ".join(f"{name} {loss:.2f}" for name, loss in baselines.items()) + " (nats per token)",
+        "writing to": args.output_dir + (f", resuming from step {step}" if step else ""),
     }
-    text = "".join(f"{name:<12} {value}\n" for name, value in lines.items())
+    text = table(lines)
     if args.warmup_steps >= args.total_steps:
         text += (
             f"\nThe warm-up ({args.warmup_tokens:,} tokens) is as long as the training: shorten --warmup_tokens, "
@@ -83,14 +92,24 @@ def start_message(
     return text
 
 
-def end_message(args: TrainArguments, progress: TrainState, model_folder: Path) -> str:
-    """What came out, where it is, and how to make it talk."""
+def counted(number: int, singular: str, plural: str | None = None) -> str:
+    """(1, 'token') -> '1 token'; (2, 'token') -> '2 tokens'."""
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"
+
+
+def table(lines: dict[str, str]) -> str:
+    """Names and values in two columns."""
+    return "".join(f"{name:<12} {value}\n" for name, value in lines.items())
+
+
+def end_message(args: TrainArguments, state: TrainState, model_folder: Path) -> str:
+    """What the run has produced, where it is, and how to generate text with it."""
     output_dir = Path(args.output_dir)
     return f"""
-trained      {progress.step:,} steps, {progress.tokens:,} tokens in {readable_duration(progress.train_seconds)}
+trained      {state.step:,} steps, {state.tokens:,} tokens in {readable_duration(state.train_seconds)}
 model        {model_folder}
-loss plot    {output_dir / "loss.png"}
-numbers      {output_dir / "metrics.jsonl"}
+loss plot    {output_dir / LOSS_PICTURE}
+numbers      {output_dir / METRICS_FILE}
 
 Make it talk:
 
@@ -100,21 +119,33 @@ Make it talk:
 """
 
 
-def too_many_skipped_message(args: TrainArguments, progress: TrainState) -> str:
+def stopped_message(stop: StopSignal, step: int) -> str:
+    """Why the run stopped early, and the command that resumes it."""
+    reason = stop.signal_name or "a signal to another process"
+    return f"\nStopped by {reason} after step {step}. Resume with:\n\n    {stop.resume_command}\n"
+
+
+def skipped_step_message(step: int) -> str:
+    """That the update of a step was skipped, and where its data are."""
+    return f"step {step:>6}: skipped, its loss or gradient norm is not usable; its sequences: {METRICS_FILE}"
+
+
+def too_many_skipped_message(args: TrainArguments, state: TrainState) -> str:
     """Why a run stops whose steps are all skipped, and what to do."""
-    first = progress.last_skipped - progress.skipped_in_a_row + 1
+    first = state.last_skipped - state.skipped_in_a_row + 1
     return (
-        f"the updates of {progress.skipped_in_a_row} steps in a row (from step {first} on) were skipped, because the "
-        f"loss or the gradient's norm was not usable; their rows stand in {args.output_dir}/metrics.jsonl. Go on from "
-        f"the last checkpoint with --resume_from_checkpoint latest and a lower --learning_rate than "
-        f"{args.learning_rate}; if only these rows are at fault, with a larger --max_skipped than {args.max_skipped}."
+        f"the updates of {state.skipped_in_a_row} steps in a row (from step {first} on) were skipped, because the loss "
+        f"or the gradient norm was not usable; their sequences are listed in {args.output_dir}/{METRICS_FILE}. Resume "
+        "from the last checkpoint with --resume_from_checkpoint latest and a lower --learning_rate than "
+        f"{args.learning_rate}; if only these sequences are at fault, with a larger --max_skipped than "
+        f"{args.max_skipped}."
     )
 
 
 def unusable_steps_message(args: TrainArguments, skipped: int, steps: int) -> str:
-    """What a preflight says of steps that would have been skipped."""
+    """What a preflight says of steps whose update would have been skipped."""
     return (
-        f"the loss or the gradient's norm of {skipped} of {steps} steps was not usable: try a lower --learning_rate "
+        f"the loss or the gradient norm of {skipped} of {steps} steps was not usable: try a lower --learning_rate "
         f"than {args.learning_rate}, or look at the data."
     )
 
@@ -122,31 +153,31 @@ def unusable_steps_message(args: TrainArguments, skipped: int, steps: int) -> st
 def cannot_save_message(args: TrainArguments, problem: str) -> str:
     """Why a run stops that cannot write its checkpoints."""
     return (
-        f"no checkpoint can be written to {args.output_dir} ({problem}): make room there, then go on from the last one "
-        "with --resume_from_checkpoint latest."
+        f"no checkpoint can be written to {args.output_dir} ({problem}): free some space there, then resume from the "
+        "last one with --resume_from_checkpoint latest."
     )
 
 
 @contextmanager
 def explain_oom(args: TrainArguments) -> Iterator[None]:
-    """Around training and evaluation: what to try where memory ran out, in one sentence; exit code 1."""
+    """Where memory runs out in training or evaluation, exit with code 1 and one sentence on what to try."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        rows = args.per_device_train_batch_size
+        size = args.per_device_train_batch_size
         advice = "a smaller --block_size or model, or a device with more memory"
-        if rows > 1:
-            count = -(-args.sequences_per_step // (rows // 2 * args.num_processes))
+        if size > 1:
+            count = -(-args.sequences_per_step // (size // 2 * args.num_processes))
             advice = (
-                f"--per_device_train_batch_size {rows // 2}; a step then takes {count} micro-batches on each process "
+                f"--per_device_train_batch_size {size // 2}; a step then takes {count} micro-batches on each process "
                 "and gives the same numbers"
             )
         if args.per_device_eval_batch_size:
             advice += f" (and less than --per_device_eval_batch_size {args.per_device_eval_batch_size} in evaluations)"
-        told = (str(error).splitlines() or [""])[0]
+        reason = (str(error).splitlines() or [""])[0]
         raise SystemExit(
-            f"Memory ran out with --per_device_train_batch_size {rows} ({told}): go on with --resume_from_checkpoint "
-            f"latest and {advice}."
+            f"Memory ran out with --per_device_train_batch_size {size} ({reason}): resume with "
+            f"--resume_from_checkpoint latest and {advice}."
         ) from error

@@ -1,4 +1,4 @@
-"""What a run will take, from its first steps: time, memory, disk, money."""
+"""What a run will take, measured on its first steps: time, memory, disk, money."""
 
 import shutil
 import statistics
@@ -7,24 +7,46 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from modeling_gpt2repro.runtime.hardware import readable_bytes, readable_duration
-from modeling_gpt2repro.training.arguments import TrainArguments
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_compiled_module
+from torch import nn
+from torch.optim import Optimizer
 
-WARM_STEPS, TIMED_STEPS = 3, 10
+from modeling_gpt2repro.data.batches.build import TrainingData
+from modeling_gpt2repro.evaluation.distributed import hellaswag_accuracies, validation_loss
+from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask
+from modeling_gpt2repro.runs.logger import RunLogger
+from modeling_gpt2repro.runs.metrics import StepMetrics
+from modeling_gpt2repro.runtime.accelerator import nondeterministic
+from modeling_gpt2repro.runtime.hardware import peak_memory_gb, readable_bytes, readable_duration
+from modeling_gpt2repro.training.arguments import TrainArguments
+from modeling_gpt2repro.training.checkpoints import PREFLIGHT_NAME, RetentionPolicy
+from modeling_gpt2repro.training.optimization import learning_rate_at, set_learning_rate
+from modeling_gpt2repro.training.outliers import OutlierDetector
+from modeling_gpt2repro.training.state import TimedIterator
+
+from .checkpointing import Checkpointer, unsharded_model
+from .messages import cannot_save_message, table, unusable_steps_message
+from .setup import log_run_summary
+
+WARMUP_STEPS = 3
+TIMED_STEPS = 10
+EVALUATED_PART = 100  # HellaSwag examples, and validation batches, from which a whole evaluation is extrapolated
 
 
 @dataclass(frozen=True)
 class StepTimings:
-    """What a preflight has measured, in seconds unless it says so.
+    """What a preflight has measured, in seconds unless stated otherwise.
 
     Args:
         first_step: With compilation.
-        step, data: Medians of a step, and of what it waited for data.
-        evaluation: Of one whole evaluation, from a part of it.
-        save: Of one checkpoint.
+        step, data: Medians of a step, and of its wait for data.
+        evaluation: A whole evaluation, extrapolated from a part of it.
+        save: One checkpoint.
         checkpoint_bytes: Its size.
-        memory_gb: The most that one process has used, in 10**9 bytes.
-        step_not_deterministic: A step without --deterministic; None where the run goes without it.
+        memory_gb: The peak of one process, in 10**9 bytes.
+        step_not_deterministic: A step without --deterministic; None if the run is without it anyway.
     """
 
     first_step: float
@@ -37,34 +59,141 @@ class StepTimings:
     step_not_deterministic: float | None = None
 
 
+def preflight(
+    args: TrainArguments,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    data: TrainingData,
+    hellaswag: HellaSwagTask | None,
+    detector: OutlierDetector,
+    checkpointer: Checkpointer,
+    logger: RunLogger,
+    train_step: Callable[..., StepMetrics],
+) -> int:
+    """Take some steps, a part of an evaluation and a save, keep none of it, and report what the whole run will take.
+
+    Args:
+        train_step: The script's.
+
+    Returns:
+        The exit code: 0 if nothing stands in the way of the run.
+    """
+    log_run_summary(args, accelerator, model, data, checkpointer.state.step, logger)
+    skipped = []
+
+    def take_step() -> float:
+        """One step, waited for; returns how long it waited for data."""
+        step = checkpointer.state.step
+        learning_rate = learning_rate_at(
+            step, args.total_steps, args.warmup_steps, args.learning_rate, args.final_learning_rate_ratio
+        )
+        set_learning_rate(optimizer, learning_rate)
+        micro_batches = TimedIterator(data.batches.micro_batches(step))
+        metrics = train_step(
+            accelerator,
+            model,
+            optimizer,
+            micro_batches,
+            tokens_per_step=args.tokens_per_step,
+            max_grad_norm=args.max_grad_norm,
+            detector=detector,
+        )
+        checkpointer.state.advance(args.tokens_per_step)
+        skipped.append(bool(metrics.skipped))  # waits for the device
+        return micro_batches.seconds
+
+    first, median, waited = time_steps(take_step)
+    nondeterministic_median = None
+    if torch.are_deterministic_algorithms_enabled():
+        with nondeterministic(compiled=is_compiled_module(model)):
+            _, nondeterministic_median, _ = time_steps(take_step)
+    evaluation_seconds = time_evaluation(args, accelerator, model, data, hellaswag)
+    memory_gb = peak_memory_gb(accelerator.device)
+    folder = Path(args.output_dir) / PREFLIGHT_NAME
+    started = time.perf_counter()
+    save_problem = checkpointer.write(folder, RetentionPolicy())
+    save_seconds = time.perf_counter() - started
+    if not accelerator.is_main_process:
+        return 0
+    measured = StepTimings(
+        first_step=first,
+        step=median,
+        data=waited,
+        evaluation=evaluation_seconds,
+        save=save_seconds,
+        checkpoint_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        memory_gb=memory_gb,
+        step_not_deterministic=nondeterministic_median,
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    sequences_per_epoch = getattr(data.batches, "rows_per_epoch", None)  # a stream does not know
+    epochs = sequences_per_epoch and args.total_steps * args.sequences_per_step / sequences_per_epoch
+    report, problems = preflight_report(args, measured, logger.flops_per_token, logger.peak_flops, epochs)
+    if save_problem:
+        problems.append(cannot_save_message(args, save_problem))
+    if any(skipped):
+        problems.append(unusable_steps_message(args, sum(skipped), len(skipped)))
+    logger.print("\n".join([report, *problems]))
+    return 1 if problems else 0
+
+
 def time_steps(take_step: Callable[[], float]) -> tuple[float, float, float]:
-    """Seconds of the first step, the median of ten later ones, and the median of what they waited for data.
+    """Seconds of the first step, the median of ten later ones, and the median of their waits for data.
 
     Args:
         take_step: Takes a step, waits for the device, and returns how long it waited for data.
     """
-    seconds, waits = [], []
-    for _ in range(WARM_STEPS + TIMED_STEPS):
+    seconds = []
+    waits = []
+    for _ in range(WARMUP_STEPS + TIMED_STEPS):
         started = time.perf_counter()
         waits.append(take_step())
         seconds.append(time.perf_counter() - started)
-    return seconds[0], statistics.median(seconds[WARM_STEPS:]), statistics.median(waits[WARM_STEPS:])
+    return seconds[0], statistics.median(seconds[WARMUP_STEPS:]), statistics.median(waits[WARMUP_STEPS:])
+
+
+def time_evaluation(
+    args: TrainArguments,
+    accelerator: Accelerator,
+    model: nn.Module,
+    data: TrainingData,
+    hellaswag: HellaSwagTask | None,
+) -> float:
+    """Seconds of a whole evaluation, extrapolated from a part of it."""
+    module = unsharded_model(accelerator, model)
+    batch_size = args.per_device_eval_batch_size or args.per_device_train_batch_size
+    part = min(args.eval_tokens, EVALUATED_PART * batch_size * args.block_size * accelerator.num_processes)
+    started = time.perf_counter()
+    with accelerator.autocast():
+        validation_loss(accelerator, module, data.validation_batches(part, batch_size))
+    seconds = (time.perf_counter() - started) * args.eval_tokens / part
+    if hellaswag is not None:
+        examples = hellaswag.rows[:EVALUATED_PART]
+        started = time.perf_counter()
+        hellaswag_accuracies(accelerator, module, data.tokenizer, examples)
+        seconds += (time.perf_counter() - started) * len(hellaswag.rows) / len(examples)
+    return seconds
 
 
 def whole_run_seconds(args: TrainArguments, measured: StepTimings) -> dict[str, float]:
     """Part of the run -> seconds. Evaluations: at step 0, every `eval_steps`, and at the end."""
     evaluations = 2 + ((args.total_steps - 1) // args.eval_steps if args.eval_steps else 0)
-    saves = 1 + ((args.total_steps - 1) // args.save_steps if args.save_steps else 0)
     return {
         "training": measured.first_step + measured.step * (args.total_steps - 1),
         "evaluation": measured.evaluation * evaluations,
-        "saving": measured.save * saves,
+        "saving": measured.save * number_of_saves(args),
     }
 
 
+def number_of_saves(args: TrainArguments) -> int:
+    """Checkpoints of a run: every `save_steps`, and at the end."""
+    return 1 + ((args.total_steps - 1) // args.save_steps if args.save_steps else 0)
+
+
 def disk_bytes(args: TrainArguments, checkpoint_bytes: int) -> int:
-    """The most that the run's folder will hold: what stays, the one that is being written, and the result."""
-    saves = 1 + ((args.total_steps - 1) // args.save_steps if args.save_steps else 0)
+    """The most that the run's folder will hold: what is kept, the one that is being written, and the final model."""
+    saves = number_of_saves(args)
     kept = min(saves, args.save_total_limit) if args.save_total_limit else saves
     milestones = args.total_steps // args.keep_every if args.keep_every else 0
     return (kept + milestones + 2) * checkpoint_bytes
@@ -73,25 +202,26 @@ def disk_bytes(args: TrainArguments, checkpoint_bytes: int) -> int:
 def preflight_report(
     args: TrainArguments, measured: StepTimings, flops_per_token: int, peak_flops: float | None, epochs: float | None
 ) -> tuple[str, list[str]]:
-    """The table that a person reads, and what stands in the way of the run, a sentence each."""
+    """The table for a person, and what stands in the way of the run, a sentence each."""
     parts = whole_run_seconds(args, measured)
-    total, rate = sum(parts.values()), args.tokens_per_step / measured.step
+    total_seconds = sum(parts.values())
+    tokens_per_second = args.tokens_per_step / measured.step
     needed = disk_bytes(args, measured.checkpoint_bytes)
     free = shutil.disk_usage(Path(args.output_dir)).free
     mfu = "unknown: the peak of a CPU is not in the table"
     if peak_flops:
-        mfu = f"{rate * flops_per_token / peak_flops:.1%} of {peak_flops / 1e12:,.0f} TFLOP/s"
+        mfu = f"{tokens_per_second * flops_per_token / peak_flops:.1%} of {peak_flops / 1e12:,.0f} TFLOP/s"
     lines = {
         "a step": f"{1000 * measured.step:,.0f} ms for {args.tokens_per_step:,} tokens; the first, with compilation, "
         f"{measured.first_step:.1f} s",
-        "speed": f"{rate:,.0f} tokens/s; {1000 * measured.data:,.1f} ms of a step are waiting for data",
+        "speed": f"{tokens_per_second:,.0f} tokens/s; {1000 * measured.data:,.1f} ms of a step are waiting for data",
         "MFU": mfu,
         "memory": f"{readable_bytes(1e9 * measured.memory_gb)} at most on one process",
         "evaluation": f"{readable_duration(measured.evaluation)} each",
         "a checkpoint": f"{readable_bytes(measured.checkpoint_bytes)} in {measured.save:.1f} s",
         "disk": f"{readable_bytes(needed)} at most, {readable_bytes(free)} free",
         "epochs": "unknown: streamed" if epochs is None else f"{epochs:.2f} of the training data",
-        "whole run": f"{readable_duration(total)}: "
+        "whole run": f"{readable_duration(total_seconds)}: "
         + ", ".join(f"{name} {readable_duration(seconds)}" for name, seconds in parts.items()),
     }
     if measured.step_not_deterministic:
@@ -99,12 +229,13 @@ def preflight_report(
             f"the same each time; without --deterministic a step takes {1000 * measured.step_not_deterministic:,.0f} ms"
         )
     if args.price_per_hour:
-        lines["cost"] = f"{total / 3600 * args.price_per_hour:,.2f} at {args.price_per_hour:g} an hour"
+        cost = total_seconds / 3600 * args.price_per_hour
+        lines["cost"] = f"{cost:,.2f} at {args.price_per_hour:g} an hour"
     problems = []
     if needed > free:
         problems.append(
             f"output_dir ({args.output_dir}) has {readable_bytes(free)} free, and the run needs "
-            f"{readable_bytes(needed)}: make room, or keep fewer checkpoints than --save_total_limit "
+            f"{readable_bytes(needed)}: free some space, or keep fewer checkpoints than --save_total_limit "
             f"{args.save_total_limit}."
         )
-    return "".join(f"{name:<12} {value}\n" for name, value in lines.items()), problems
+    return table(lines), problems

@@ -1,47 +1,70 @@
-"""metrics.jsonl: every number of a run, one JSON object a row, `step` in each. Plots and cards read it."""
+"""metrics.jsonl: every number of a run, one JSON object a line, `step` in each. Plots and model cards read it."""
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-METRICS_FILE = "metrics.jsonl"
-INFINITE = (float("inf"), float("-inf"))  # with NaN, what JSON cannot say: null in the file
+import torch
+
+from .folder import METRICS_FILE
+
+
+class StepMetrics(NamedTuple):
+    """The result of an optimizer step: scalars on the device, equal on all processes, so that nothing waits for them.
+
+    Args:
+        loss: Nats per token, over all tokens of the step.
+        grad_norm: Before clipping, over all parameters.
+        skipped: Whether the update was left out.
+    """
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    skipped: torch.Tensor
 
 
 class MetricsLog:
-    """Appends rows; a restart goes on in the same file after a row that says from which step.
+    """Appends records; a resumed run continues the file with a record that names the step it resumes from.
 
-    A full disk does not end a run: rows wait in memory until they can be written.
+    A full disk does not end a run: records wait in memory until they can be written.
     """
 
     def __init__(self, output_dir: Path, resumed_step: int | None, enabled: bool, changed: dict | None = None):
-        self.path, self.enabled = output_dir / METRICS_FILE, enabled
-        self._waiting: list[str] = []
+        self.path = output_dir / METRICS_FILE
+        self.enabled = enabled
+        self._pending: list[str] = []
         if enabled and self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            self._waiting.append("")  # ends a line that a crash cut off
+            self._pending.append("")  # ends a line that a crash cut off
         if resumed_step is not None:
             self.append({"step": resumed_step, "event": "resume", "changed": changed or {}})
 
-    def append(self, row: dict):
-        """Write one row and flush it, so that a killed run has lost none."""
-        assert "step" in row, "every row has its step"
+    def append(self, record: dict):
+        """Write one record and flush it, so that a killed run loses none. NaN and infinity, not in JSON, are null."""
+        assert "step" in record, "every record has its step"
         if self.enabled:
-            known = {name: None if value != value or value in INFINITE else value for name, value in row.items()}
-            self._waiting.append(json.dumps(known))
+            finite = {name: None if is_not_finite(value) else value for name, value in record.items()}
+            self._pending.append(json.dumps(finite))
             self.flush()
 
     def flush(self):
-        """Write the rows that wait; where that fails they go on waiting, and the file stays whole."""
-        if not self._waiting:
+        """Write the pending records; if that fails they stay pending, and the file keeps whole lines only."""
+        if not self._pending:
             return
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(line + "\n" for line in self._waiting))
-            self._waiting = []
+                file.write("".join(line + "\n" for line in self._pending))
+            self._pending = []
         except OSError as error:
-            if len(self._waiting) == 1:
-                print(f"{self.path} cannot be written ({error.strerror}); its rows wait.", file=sys.stderr)
+            if len(self._pending) == 1:
+                print(f"{self.path} cannot be written ({error.strerror}); its records wait.", file=sys.stderr)
             if self.path.exists():
                 os.truncate(self.path, size)
+
+
+def is_not_finite(value: object) -> bool:
+    """Whether a value is a number that JSON cannot express."""
+    return isinstance(value, float) and not math.isfinite(value)

@@ -1,81 +1,164 @@
-"""Command lines: one dataclass a script; every problem of a command line told at once, in words, with exit code 2."""
+"""Command line of a script: flags from one dataclass, a grouped --help, and all input errors reported at once.
+
+A field written with `arg` carries its help, its limits and, where a group of flags begins, the group's title:
+
+    learning_rate: float = arg(default=6e-4, above=0, help="Peak learning rate.", group="optimization")
+
+    train.py --learning_rate -1    ->    train.py: learning_rate (-1.0) must be greater than 0.    (exit code 2)
+"""
 
 import argparse
 import contextlib
+import copy
 import dataclasses
+import operator
 import os
+import re
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
+from transformers.hf_argparser import HfArg, string_to_bool
 
 Arguments = TypeVar("Arguments")
-SECONDS_FOR_THE_FIRST_PROCESS = 20
+Result = TypeVar("Result")
+
+BOUNDS = {
+    "minimum": ("at least", operator.ge),
+    "above": ("greater than", operator.gt),
+    "below": ("less than", operator.lt),
+}
+OWN_METADATA = ("group", "choices", *BOUNDS)  # argparse's add_argument must not see these
+METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", string_to_bool: "BOOL"}
+EXPECTED = {int: "a whole number, such as 12 or 1e9", float: "a number", string_to_bool: "true or false"}
+RANK_0_HEAD_START_SECONDS = 20  # a launcher ends the other ranks a few seconds after rank 0 has exited
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind the flags that have one, and the description as it is written."""
+def arg(
+    *,
+    help: str,
+    group: str | None = None,
+    minimum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: Iterable[str] | None = None,
+    **field_options: Any,
+) -> Any:
+    """`HfArg` with limits for `check_limits` and a group for `--help`.
+
+    Args:
+        help: Sentences for `--help`; a default other than None is added to them.
+        group: Title of the group that begins with this field and lasts until the next title.
+        minimum: The value must be at least this.
+        above: The value must be greater than this.
+        below: The value must be less than this.
+        choices: The value must be one of these.
+        field_options: `default` or `default_factory`, as for `dataclasses.field`.
+    """
+    limits = {"minimum": minimum, "above": above, "below": below, "choices": choices and tuple(choices)}
+    return HfArg(help=help, metadata={"group": group, **limits}, **field_options)
+
+
+def check_limits(args: Any) -> Iterator[str]:
+    """Yield a sentence for each field of the dataclass `args` outside its limits; None is always allowed."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if value is None:
+            continue
+        choices = field.metadata.get("choices")
+        if choices and value not in choices:
+            yield f"{field.name} ({value}) must be one of {', '.join(choices)}."
+        bounds = [(*BOUNDS[name], field.metadata[name]) for name in BOUNDS if field.metadata.get(name) is not None]
+        # NaN, which compares as false with everything, is outside of every bound.
+        if not all(is_inside(value, bound) for _, is_inside, bound in bounds):
+            allowed = " and ".join(f"{wording} {bound}" for wording, _, bound in bounds)
+            yield f"{field.name} ({value}) must be {allowed}."
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the description and the hyphenated words of the help; adds each default."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        if action.default in (None, argparse.SUPPRESS):
+            return action.help
+        is_long = type(action.default) is int and action.default >= 100_000
+        return f"{action.help} (default: {f'{action.default:_}' if is_long else '%(default)s'})"
 
 
 class ArgumentParser(HfArgumentParser):
-    """An `HfArgumentParser` that notes a bad value and goes on with the default, so that the next one is seen too.
+    """`HfArgumentParser` that collects bad values in `errors` and uses the default instead, to find the next one too.
 
-    Whole numbers may be written as people write them: `10e9` for an `int` field is 10,000,000,000.
+    Integers may be written as 10e9 or 524_288, a boolean flag needs no value, and --a-b is taken for --a_b.
     """
 
     def __init__(self, arguments_class: type, description: str | None):
-        self.problems: list[str] = []
-        shown = {"usage": "%(prog)s [flags]", "description": description, "formatter_class": HelpFormatter}
-        super().__init__(arguments_class, allow_abbrev=False, **shown)
+        self.errors: list[str] = []
+        self.hints: Mapping[tuple[str, ...], str] = getattr(arguments_class, "flag_hints", {})
+        self.group = self
+        super().__init__(
+            arguments_class,
+            usage="%(prog)s [flags]",
+            description=description,
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
         for action in self._actions:
-            # --a-b is taken for --a_b, but not listed beside it.
+            # --help leaves out --a-b, which HfArgumentParser adds beside --a_b; parsing does not read this list.
             action.option_strings = [flag for flag in action.option_strings if "-" not in flag[2:]]
-            if action.type is string_to_bool and action.nargs is None:
-                action.nargs, action.const = "?", True  # the flag alone, where the default is None, too
-            if action.option_strings and action.type is not None:
-                action.type = self._forgiving(action, action.type)
-                action.choices, action.allowed = None, action.choices
-                if action.allowed and action.metavar is None:
-                    action.metavar = "{" + ",".join(map(str, action.allowed)) + "}"
+            if action.type is string_to_bool:
+                action.nargs = "?"
+                action.const = True
+            if action.type is not None:
+                action.metavar = action.metavar or METAVARS.get(action.type)
+                action.type = self._collect_errors(action, action.type)
 
-    def _forgiving(self, action: argparse.Action, convert: Callable) -> Callable:
-        def converted(text: str):
+    def _parse_dataclass_field(self, parser: argparse.ArgumentParser, field: dataclasses.Field):
+        """Add a field to its group; HfArgumentParser calls this for each field in order."""
+        if title := field.metadata.get("group"):
+            self.group = self.add_argument_group(title)
+        field = copy.copy(field)
+        choices = field.metadata.get("choices")
+        field.metadata = {name: value for name, value in field.metadata.items() if name not in OWN_METADATA}
+        if choices:
+            field.metadata["metavar"] = "{" + ",".join(choices) + "}"
+        super()._parse_dataclass_field(self.group, field)
+
+    def _collect_errors(self, action: argparse.Action, convert: Callable[[str], Any]) -> Callable[[str], Any]:
+        def convert_or_default(text: str) -> Any:
             try:
-                value = whole_number(text) if convert is int else convert(text)
-            except (ValueError, TypeError, argparse.ArgumentTypeError):
-                kind = {int: "a whole number, such as 12 or 1e9", float: "a number"}.get(convert, "true or false")
-                self.problems.append(f"--{action.dest} takes {kind}, not {text!r}.")
+                return whole_number(text) if convert is int else convert(text)
+            except (ValueError, argparse.ArgumentTypeError):
+                self.errors.append(f"--{action.dest} takes {EXPECTED[convert]}, not {text!r}.")
                 return action.default
-            if action.allowed and value not in action.allowed:
-                allowed = ", ".join(map(str, action.allowed))
-                self.problems.append(f"--{action.dest} takes one of {allowed}, not {text!r}.")
-                return action.default
-            return value
 
-        return converted
+        return convert_or_default
 
-    def unknown_flag(self, word: str) -> str:
-        """Told with the flags that may be meant: up to three that have its words, or one that is nearly it."""
+    def unknown_flag_message(self, word: str) -> str:
+        """Say what to use instead: the class's own hint, else up to three flags with its words, else a near one."""
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
-        names = [action.dest for action in self._actions]
-        meant = [other for other in names if set(name.split("_")) <= set(other.split("_"))][:3]
-        meant = meant or get_close_matches(name, names, n=1, cutoff=0.75)
-        question = f": did you mean {' or '.join(f'--{other}' for other in meant)}?" if meant else ";"
+        for slips, hint in self.hints.items():
+            if name in slips:
+                return f"there is no flag {word}: {hint}"
+        flags = [action.dest for action in self._actions]
+        similar = [flag for flag in flags if set(name.split("_")) <= set(flag.split("_"))][:3]
+        similar = similar or get_close_matches(name, flags, n=1, cutoff=0.75)
+        question = f": did you mean {' or '.join(f'--{flag}' for flag in similar)}?" if similar else ";"
         return f"there is no flag {word}{question} --help lists all."
 
     def error(self, message: str) -> NoReturn:
-        exit_with_errors([*self.problems, message])
+        """Report what argparse cannot continue after, such as a flag without its value, with the errors so far."""
+        exit_with_errors([*self.errors, message])
 
 
 def whole_number(text: str) -> int:
-    """'524288', '524_288' or '10e9' -> int; ValueError where it is not whole."""
+    """'524288', '524_288' or '10e9' -> int; ValueError for '1.5'."""
     try:
         return int(text)
     except ValueError:
@@ -88,82 +171,87 @@ def whole_number(text: str) -> int:
 def parse_command_line(
     arguments_class: type[Arguments],
     argv: list[str] | None = None,
-    presets: Mapping[str, Mapping] | None = None,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
     description: str | None = None,
 ) -> Arguments:
     """Build the arguments of a script: field default < preset < command line.
 
     Args:
-        arguments_class: A dataclass whose `__post_init__` raises a ValueError with one problem a line.
-        argv: The words after the script's name; those of this process if None.
+        arguments_class: A dataclass whose `__post_init__` raises a ValueError with one error per line. Its class
+            attribute `flag_hints`, where it has one, maps likely wrong flags to what to use instead.
+        argv: The words after the script's name; `sys.argv[1:]` if None.
         presets: Name -> overrides of defaults, chosen by the field `preset`.
-        description: Shown by `--help`.
+        description: Text at the top of `--help`.
 
     Raises:
-        SystemExit: With code 2 and every problem in words, each with the value, the limit and what to do.
+        SystemExit: With code 2, after all errors were printed, one per line.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = ArgumentParser(arguments_class, description)
     if presets:
-        chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        chooser.add_argument("--preset", nargs="?", default=parser.get_default("preset"))
-        parser.set_defaults(**presets.get(chooser.parse_known_args(argv)[0].preset, {}))
+        preset_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        preset_parser.add_argument("--preset", nargs="?", default=parser.get_default("preset"))
+        preset = preset_parser.parse_known_args(argv)[0].preset
+        parser.set_defaults(**presets.get(preset, {}))  # an unknown preset is reported with the other errors
     namespace, unknown = parser.parse_known_args(argv)
-    problems = parser.problems
-    problems += [parser.unknown_flag(word) for word in unknown if word.startswith("-")]
-    if unknown and not any(word.startswith("-") for word in unknown):
-        problems.append(f"{' '.join(unknown)!r} stands alone: put the flag it belongs to before it.")
-    arguments = None
-    try:
-        arguments = arguments_class(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(arguments_class)})
-    except ValueError as error:
-        problems += str(error).splitlines()
-    if problems:
-        exit_with_errors(problems)
+    errors = InputErrors(parser.errors)
+    unknown_flags = [word for word in unknown if re.match(r"-+[a-zA-Z]", word)]  # -1 is the value of one
+    errors.messages += [parser.unknown_flag_message(word) for word in unknown_flags]
+    if unknown and not unknown_flags:
+        errors.messages.append(f"{' '.join(unknown)!r} belongs to no flag: put the flag before it.")
+    arguments = errors.capture(arguments_class, **vars(namespace))
+    if errors.messages:
+        exit_with_errors(errors.messages)
     return arguments
 
 
-def exit_with_errors(problems: list[str]) -> NoReturn:
-    """Print the problems and exit with code 2.
+def exit_with_errors(messages: list[str]) -> NoReturn:
+    """Print the messages and exit with code 2.
 
-    Of several processes the first one speaks: the others wait, and the launcher ends them meanwhile. Only a problem
-    that the first has not is told by another.
+    With several processes rank 0 prints first. The other ranks wait, and the launcher ends them meanwhile; only an
+    error that rank 0 does not have is printed by another rank.
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        time.sleep(SECONDS_FOR_THE_FIRST_PROCESS)
+        time.sleep(RANK_0_HEAD_START_SECONDS)
     script = os.path.basename(sys.argv[0]) + (f", process {rank}" if rank != "0" else "")
-    if len(problems) == 1:
-        print(f"{script}: {problems[0]}", file=sys.stderr)
+    if len(messages) == 1:
+        print(f"{script}: {messages[0]}", file=sys.stderr)
     else:
-        print(f"{script}: {len(problems)} problems; nothing was started:", file=sys.stderr)
-        print("\n".join(f"  - {problem}" for problem in problems), file=sys.stderr)
+        print(f"{script}: {len(messages)} problems; nothing was started:", file=sys.stderr)
+        print("\n".join(f"  - {message}" for message in messages), file=sys.stderr)
     raise SystemExit(2)
 
 
 class InputErrors:
-    """Collects what is wrong with several inputs, so that all of it is told at once."""
+    """Collects the errors of several inputs, to report them together.
 
-    def __init__(self):
-        self.found: list[str] = []
+    errors = InputErrors()
+    tokenizer = errors.capture(load_tokenizer, args.tokenizer)
+    examples = errors.capture(load_hellaswag, args.hellaswag)
+    errors.raise_if_any()
+    """
 
-    @contextlib.contextmanager
-    def capture(self):
-        """Note the ValueError or OSError of the block instead of raising it."""
+    def __init__(self, messages: Iterable[str] = ()):
+        self.messages = list(messages)
+
+    def capture(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result | None:
+        """Call `function`; None instead of its result, and a message per line, if it raises ValueError or OSError."""
         try:
-            yield
+            return function(*args, **kwargs)
         except (ValueError, OSError) as error:
-            self.found += str(error).splitlines()
+            self.messages += str(error).splitlines()
+            return None
 
     def raise_if_any(self):
-        """Raise one ValueError with a problem a line, if there are any."""
-        if self.found:
-            raise ValueError("\n".join(self.found))
+        """Raise one ValueError with a message per line, if there are any."""
+        if self.messages:
+            raise ValueError("\n".join(self.messages))
 
 
 @contextlib.contextmanager
-def exit_on_input_error():
-    """Around the opening of what a person named: each line of its ValueError or OSError is a problem; exit code 2."""
+def exit_on_input_error() -> Iterator[None]:
+    """Turn a ValueError or OSError of the block, raised by what the user named, into messages and exit code 2."""
     try:
         yield
     except (ValueError, OSError) as error:

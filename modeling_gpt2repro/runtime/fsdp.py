@@ -1,4 +1,4 @@
-"""Tensors that are spread over processes (FSDP2), where something needs all of them."""
+"""Full tensors of parameters that FSDP2 shards over processes (DTensors). All processes must call these together."""
 
 from collections.abc import Mapping
 
@@ -7,44 +7,48 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the model's parameters are sharded over processes."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor; all processes must ask together if it is spread."""
+    """Gather a sharded tensor; any other tensor is returned as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor, where `like` is spread; on its device in any case."""
+    """Copy a full tensor to the device of `like`: this process's shard of it, if `like` is sharded."""
     if isinstance(like, DTensor):
-        part = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-        return part.clone()  # a part may be a view that holds the whole
+        shard = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        return shard.clone()  # a shard may be a view, which would keep the full tensor alive
     return tensor.to(like.device, copy=True)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether the parameters are spread over processes."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def gather_tensors(
     tensors: Mapping[str, torch.Tensor], keep: bool, device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """Whole tensors on the device, one after the other; only where `keep`, but all processes must call."""
-    result = {}
+    """Gather tensors one after the other.
+
+    Args:
+        keep: Whether this process needs them; it gets an empty dictionary otherwise.
+        device: Where the full tensors go.
+    """
+    gathered = {}
     for name, tensor in tensors.items():
-        whole = full_tensor(tensor.detach())
+        full = full_tensor(tensor.detach())
         if keep:
-            result[name] = whole.to(device)
-    return result
+            gathered[name] = full.to(device)
+    return gathered
 
 
 def load_full_state_dict(plain: nn.Module, sharded: nn.Module, keep: bool, device: torch.device | str):
-    """Give a plain model the parameters of a spread one, on the device; only where `keep`, but all processes must call.
-
-    Each process can then use it at its own pace, where the spread one's forward passes need all of them.
+    """Load the parameters of a sharded model into a plain one, which its process can then use at its own pace.
 
     Args:
-        plain: Its own parameters may be on the meta device; those that were tied no longer are.
+        plain: May be on the meta device. Tied parameters must be tied again afterwards.
+        keep: Whether this process needs them.
     """
-    weights = gather_tensors(sharded.state_dict(), keep, device)
+    weights = gather_tensors(sharded.state_dict(), keep=keep, device=device)
     if keep:
         plain.load_state_dict(weights, assign=True)

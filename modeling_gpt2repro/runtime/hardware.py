@@ -1,4 +1,4 @@
-"""What a run costs: floating-point operations a token, the device's name, and an honest estimate for slow machines."""
+"""The machine: its devices and their peak, memory, and what a run costs on it in floating-point operations."""
 
 import os
 import platform
@@ -13,16 +13,18 @@ from transformers import PreTrainedModel
 
 
 def flops_per_token(parameters: int, n_layer: int, n_embd: int, block_size: int) -> int:
-    """Forward and backward operations a token: 6 N + 12 L C T (PaLM, appendix B).
+    """Floating-point operations of forward and backward per token: 6 N + 12 L C T (PaLM, appendix B).
 
     Args:
-        parameters: N, without the position embedding.
+        parameters: N, without the position embedding, which is looked up and not multiplied.
     """
+    # A weight takes one multiplication and one addition in the forward pass, and twice that in the backward pass. The
+    # second term is attention: C T products for the scores and as many for the mixing, in each layer.
     return 6 * parameters + 12 * n_layer * n_embd * block_size
 
 
 def flops_and_peak(model: PreTrainedModel, block_size: int, accelerator: Accelerator) -> tuple[int, float | None]:
-    """Operations a token of this model, and a second of all devices together at their best; None for CPUs."""
+    """Operations per token of this model, and peak operations per second of all devices; None for CPUs."""
     config = model.config
     parameters = model.num_parameters() - config.n_positions * config.n_embd
     peak = peak_flops(accelerator.device)
@@ -31,7 +33,7 @@ def flops_and_peak(model: PreTrainedModel, block_size: int, accelerator: Acceler
 
 
 def hardware_record(accelerator: Accelerator) -> dict:
-    """What the arguments do not say: device, its peak, processes, precision, machine."""
+    """What the arguments do not contain, for run.json: device, its peak, processes, precision, machine."""
     return {
         "device": device_name(accelerator.device),
         "peak_flops": peak_flops(accelerator.device),
@@ -44,8 +46,10 @@ def hardware_record(accelerator: Accelerator) -> dict:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on: fewer than there are under taskset, Slurm or a container's cpuset. More
-    threads than that make a small model several times slower."""
+    """Cores that this process may use; under taskset, Slurm or a container's cpuset, fewer than the machine has.
+
+    More threads than that make a small model several times slower.
+    """
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -62,7 +66,8 @@ def cpu_lacks_bf16() -> bool:
 
 def matmul_seconds(dtype: torch.dtype, side: int) -> float:
     """Seconds of a (side, side) matrix product on this CPU, the best of five."""
-    a, b = torch.randn(side, side, dtype=dtype), torch.randn(side, side, dtype=dtype)
+    a = torch.randn(side, side, dtype=dtype)
+    b = torch.randn(side, side, dtype=dtype)
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
@@ -71,7 +76,7 @@ def matmul_seconds(dtype: torch.dtype, side: int) -> float:
     return min(seconds)
 
 
-# Dense bf16 operations per second, from NVIDIA's data sheets; the first that is a part of the GPU's name counts.
+# Dense bf16 operations per second, from NVIDIA's data sheets. The first entry found in the GPU's name counts.
 PEAK_FLOPS = (
     ("GB200", 2500e12),
     ("B200", 2250e12),
@@ -96,9 +101,9 @@ PEAK_FLOPS = (
 
 @cache
 def peak_flops(device: torch.device) -> tuple[float, str] | None:
-    """Operations per second that the device can do at most, in bf16, and where that is from; None for a CPU.
+    """Peak operations per second of the device in bf16, and the source of that figure; None for a CPU.
 
-    A GPU that is not in the table is measured: a large matrix product, which comes close to its peak.
+    A GPU that is not in the table is measured by a large matrix product, which comes close to its peak.
     """
     if device.type == "cpu":
         return None
@@ -111,7 +116,8 @@ def peak_flops(device: torch.device) -> tuple[float, str] | None:
 
 def measured_flops(device: torch.device, dtype: torch.dtype, side: int = 8192) -> float:
     """Operations per second of a (side, side) matrix product, the best of ten."""
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    a = torch.randn(side, side, device=device).to(dtype)
+    b = torch.randn(side, side, device=device).to(dtype)
     seconds = []
     for _ in range(10):
         started = time.perf_counter()
@@ -121,7 +127,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype, side: int = 8192) -
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory this process has used at once, in 10**9 bytes: of the GPU, else of the machine."""
+    """Peak memory of this process in 10**9 bytes: on the GPU, or else in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 1e9
     if device.type == "mps":
@@ -140,7 +146,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    """A name that a person recognizes: the GPU's, or the processor's with its threads."""
+    """A name that people recognize: that of the GPU, or of the processor with its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
@@ -149,7 +155,7 @@ def device_name(device: torch.device) -> str:
 
 
 def estimate_cpu_seconds(flops: float, dtype: torch.dtype) -> float:
-    """Seconds that `flops` would take on this CPU at the rate of one measured matrix product: a lower bound."""
+    """A lower bound of the seconds that `flops` take on this CPU: at the rate of one measured matrix product."""
     side = 1024
     return flops * matmul_seconds(dtype, side) / (2 * side**3)
 

@@ -1,68 +1,118 @@
-"""Being told to stop: the step is finished, a checkpoint written, and the command shown that goes on.
+"""Stop when a signal asks for it: finish the step, write a checkpoint, show the command that resumes the run.
 
 SIGTERM is what schedulers, containers and launchers send before they kill; SIGUSR1 is the warning that Slurm can be
-asked for; SIGHUP says that the terminal is gone; Ctrl-C is a person.
+asked for; SIGHUP means that the terminal is gone; Ctrl-C sends SIGINT.
 """
 
+import ctypes
+import shlex
 import signal
+import sys
 import time
+from itertools import pairwise
+from pathlib import Path
 from types import FrameType
 
+import psutil
 import torch
 import torch.distributed as dist
 
-from .launcher import exit_with_launcher, resume_command
+EXIT_CODE = 143  # 128 + SIGTERM: schedulers read it as "terminated on request"
+# Ctrl-C reaches every process of a terminal, and a launcher may forward it to the same ones: still one Ctrl-C.
+SAME_CTRL_C_SECONDS = 2.0
+LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun", "accelerate.commands.launch", "torch.distributed.run")
 
-EXIT_CODE = 143  # 128 + SIGTERM: what a scheduler takes for "ended as it was told"
-# Ctrl-C reaches every process of a terminal, and a launcher may pass it on to the same ones: still one Ctrl-C.
-SECONDS_OF_ONE_CTRL_C = 2.0
 
+class StopSignal:
+    """Context manager that records SIGTERM, SIGUSR1, SIGHUP and SIGINT, and lets all processes stop at the same step.
 
-class StopRequest:
-    """Notes the signals between `with` and its end, and lets all processes hear of them in the same step."""
+    Attributes:
+        signal_name: The signal that this process received, such as "SIGTERM"; None while there is none.
+        resume_command: The shell command that resumes the run.
+    """
 
     def __init__(self):
         self.signal_name: str | None = None
-        self.resume_command = resume_command()  # now, while the launcher lives
-        self._asked_at = 0.0
-        self._before: dict[int, object] = {}
-        self._group = self._word = self._flag = None
+        self.resume_command = resume_command()  # read now, while the launcher is alive
+        self._received_at = 0.0
+        self._previous_handlers: dict[int, object] = {}
+        self._group: dist.ProcessGroup | None = None
+        self._all_reduce: dist.Work | None = None
+        self._flag: torch.Tensor | None = None
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> "StopSignal":
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo")  # between CPUs: a GPU is not waited for
+            self._group = dist.new_group(backend="gloo")  # on the CPU, so that no GPU is waited for
         for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"):
-            number = getattr(signal, name, None)  # Windows has not all of them
+            number = getattr(signal, name, None)  # Windows lacks some of them
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                self._before[number] = signal.signal(number, self._note)
+                self._previous_handlers[number] = signal.signal(number, self._record)
         exit_with_launcher()
         return self
 
     def __exit__(self, *exception):
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        if self._word is not None and exception[0] is None:
-            self._word.wait()
+        if self._all_reduce is not None and exception[0] is None:
+            self._all_reduce.wait()
 
     def should_stop(self) -> bool:
-        """Whether to stop now; all processes must ask equally often.
+        """Whether to stop now. With several processes this is a collective: all must call it equally often.
 
-        What one process was told is under way to the others while they train, so all hear of it one call later.
+        The all-reduce of the flags runs while the processes train, and its result is read one call later: so nothing
+        waits for it, and all processes see it at the same step.
         """
         if self._group is None:
             return self.signal_name is not None
-        heard = False
-        if self._word is not None:
-            self._word.wait()
-            heard = bool(self._flag)
-        self._flag = torch.tensor(float(self.signal_name is not None or heard))
-        self._word = torch.distributed.all_reduce(
-            self._flag, torch.distributed.ReduceOp.MAX, self._group, async_op=True
-        )
-        return heard
+        stop = False
+        if self._all_reduce is not None:
+            self._all_reduce.wait()
+            stop = bool(self._flag)
+        self._flag = torch.tensor(float(self.signal_name is not None or stop))
+        self._all_reduce = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return stop
 
-    def _note(self, number: int, frame: FrameType | None):
-        if number == signal.SIGINT and self.signal_name and time.monotonic() - self._asked_at > SECONDS_OF_ONE_CTRL_C:
-            raise KeyboardInterrupt
+    def _record(self, number: int, frame: FrameType | None):
+        is_repeated = self.signal_name is not None and time.monotonic() - self._received_at > SAME_CTRL_C_SECONDS
+        if number == signal.SIGINT and is_repeated:
+            raise KeyboardInterrupt  # a second Ctrl-C: leave at once
         if self.signal_name is None:
-            self.signal_name, self._asked_at = signal.Signals(number).name, time.monotonic()
+            self.signal_name = signal.Signals(number).name
+            self._received_at = time.monotonic()
+
+
+def launcher_command() -> list[str] | None:
+    """The words of the `accelerate launch` or `torchrun` that is this process's parent; None if there is none."""
+    try:
+        words = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):  # not permitted to look, or already gone
+        return None
+    return words if any(Path(word).name in LAUNCHERS for word in words[:4]) else None
+
+
+def resume_command() -> str:
+    """The command that started this run, with `--resume_from_checkpoint latest`."""
+    words = list(launcher_command() or sys.orig_argv)
+    if words[1:2] and Path(words[1]).name in LAUNCHERS:
+        del words[0]  # the interpreter that runs an installed launcher
+    words[0] = Path(words[0]).name
+    if "--resume_from_checkpoint" in words:
+        index = words.index("--resume_from_checkpoint")
+        del words[index : index + 2]
+    return shlex.join([*words, "--resume_from_checkpoint", "latest"])
+
+
+def requested_num_processes() -> int | None:
+    """N of the launcher's `--num_processes N`; None if it was not given, or there is no launcher."""
+    words = [part for word in launcher_command() or [] for part in word.split("=", 1)]
+    for flag, value in pairwise(words):
+        if flag in ("--num_processes", "--num-processes"):
+            return int(value) if value.isdigit() else None
+    return None
+
+
+def exit_with_launcher():
+    """Let the kernel send SIGTERM when the launcher dies: `accelerate launch` of one process does not forward it."""
+    if sys.platform == "linux" and launcher_command():
+        pr_set_pdeathsig = 1  # linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

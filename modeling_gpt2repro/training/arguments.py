@@ -1,133 +1,234 @@
-"""The arguments of a training run. Names are those of transformers' `TrainingArguments` where the meaning is the same;
-horizons are in tokens, steps are derived."""
+"""Arguments of a training run. A name is that of transformers' `TrainingArguments` where the meaning is the same.
+
+Lengths are given in tokens, so that they mean the same at every batch size; numbers of steps are derived from them.
+"""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from transformers.hf_argparser import HfArg
+from modeling_gpt2repro.runtime.command_line import InputErrors, arg
 
+from .flag_hints import FLAG_HINTS
 from .presets import PRESETS
-from .validate import validate_args
+from .validate import HUB_STRATEGIES, validate_args
 
 
 @dataclass
 class TrainArguments:
-    """Defaults are GPT-2 124M on 10 B tokens of FineWeb-Edu, as in the lecture; numbers without a source are its own.
+    """Defaults are GPT-2 124M on 10 B tokens of FineWeb-Edu, as in the lecture.
 
     Raises:
-        ValueError: On values that do not fit, every problem on a line of its own.
+        ValueError: On values that cannot work, with one error per line.
     """
 
-    preset: str = HfArg(default="gpt2-124m", help=f"Defaults to start from: {', '.join(PRESETS)}.")
-    output_dir: str = HfArg(default="runs/gpt2-124m", help="Where checkpoints, logs, plot and the final model go.")
-    resume_from_checkpoint: str | None = HfArg(
+    flag_hints: ClassVar[Mapping[tuple[str, ...], str]] = FLAG_HINTS
+
+    preset: str = arg(
+        default="gpt2-124m",
+        choices=PRESETS,
+        help="Set of defaults to start from; other flags override it. `--preset NAME --help` shows its values.",
+        group="run",
+    )
+    output_dir: str = arg(
+        default="runs/gpt2-124m", help="Folder for checkpoints, metrics.jsonl, the loss plot and the final model."
+    )
+    seed: int = arg(default=1337, minimum=0, help="Seed of initial weights, data order and samples.")
+    logging_steps: int = arg(
+        default=10,
+        minimum=1,
+        help="Optimizer steps between two reads of the metrics. Every step is logged; a read waits for the device.",
+    )
+    report_to: str = arg(
+        default="none",
+        help="Tracker to log to, besides metrics.jsonl: 'tensorboard', 'wandb', 'trackio', ..., 'all' (every "
+        "installed one) or 'none'.",
+    )
+    preflight: bool = arg(
+        default=False, help="Check all inputs, time ten steps, print what the whole run will take, and exit."
+    )
+    price_per_hour: float | None = arg(
         default=None,
-        help="'latest' (a fresh start where there is none yet), a step-... folder, or owner/name@revision on the Hub.",
+        above=0,
+        help="Price of one hour of all machines together, for --preflight, in any currency. If not given, no cost is "
+        "printed.",
     )
 
-    shards: str | None = HfArg(default=None, help="Folder written by prepare_data.py; without it, data is streamed.")
-    mix: str | None = HfArg(
-        default=None, help="Several such folders with their shares, 'data/a:0.7,data/b:0.3', instead of --shards."
+    n_layer: int = arg(default=12, minimum=1, help="Number of transformer blocks.", group="model")
+    n_head: int = arg(default=12, minimum=1, help="Attention heads per block. Must divide n_embd.")
+    n_embd: int = arg(default=768, minimum=1, help="Width of the embeddings and of every block.")
+    block_size: int = arg(default=1024, minimum=1, help="Context length in tokens.")
+    init_from: str | None = arg(
+        default=None,
+        help="Model whose weights to start from: a folder or a Hub id, of this project or of transformers' GPT-2. If "
+        "not given, weights are random.",
     )
-    dataset_name: str = HfArg(
-        default="HuggingFaceFW/fineweb-edu",
-        help="Hub dataset to stream, or python-prose: the text that Python carries.",
+    attn_implementation: str = arg(
+        default="sdpa", help="Attention implementation: 'eager', 'sdpa', 'flash_attention_2', ..."
     )
-    dataset_config_name: str | None = HfArg(default=None, help="Its config; sample-10BT for FineWeb-Edu.")
-    dataset_revision: str | None = HfArg(default=None, help="Branch, tag or commit of that dataset.")
-    text_column: str = HfArg(default="text", help="Column that holds the text.")
-    tokenizer: str | None = HfArg(
-        default=None, help="'gpt2' (the default), a folder or a Hub id; shards and python-prose bring their own."
-    )
-    tokenizer_vocab_size: int = HfArg(default=4096, help="Vocabulary of a tokenizer that is trained.")
-    validation_share: float = HfArg(default=0.001, help="Part of the data held out where no shards are given.")
-    document_mask: bool = HfArg(
-        default=False, help="Attention does not cross documents, whose positions start again; GPT-2 has no such mask."
-    )
-
-    init_from: str | None = HfArg(
-        default=None, help="Weights to start from instead of fresh ones: a folder or Hub id, ours or stock GPT-2."
-    )
-    n_layer: int = HfArg(default=12, help="Blocks.")
-    n_head: int = HfArg(default=12, help="Attention heads.")
-    n_embd: int = HfArg(default=768, help="Width.")
-    block_size: int = HfArg(default=1024, help="Context: tokens a row.")
-    attn_implementation: str = HfArg(default="sdpa", help="eager, sdpa, flash_attention_2, ...")
-
-    train_tokens: int = HfArg(default=10_000_000_000, help="Tokens to train on; 10e9 is understood.")
-    tokens_per_step: int = HfArg(default=2**19, help="Tokens an optimizer step, over all processes.")
-    per_device_train_batch_size: int = HfArg(default=32, help="Rows of one forward on one device: what fits.")
-    learning_rate: float = HfArg(default=6e-4, help="Peak, reached after warm-up.")
-    final_learning_rate_ratio: float = HfArg(default=0.1, help="Share of the peak at the end of the cosine.")
-    warmup_tokens: int = HfArg(default=375_000_000, help="Linear warm-up (GPT-3, appendix B).")
-    weight_decay: float = HfArg(default=0.1, help="On matrices and embeddings.")
-    adam_beta1: float = HfArg(default=0.9, help="AdamW, GPT-3 appendix B.")
-    adam_beta2: float = HfArg(default=0.95, help="AdamW, GPT-3 appendix B.")
-    adam_epsilon: float = HfArg(default=1e-8, help="AdamW, GPT-3 appendix B.")
-    max_grad_norm: float = HfArg(default=1.0, help="Gradients are scaled down to this norm.")
-    skip_outliers: bool = HfArg(
+    document_mask: bool = arg(
         default=False,
-        help="Skip steps whose loss or gradient norm is far above the last 128; NaN and infinity always are.",
-    )
-    max_skipped: int = HfArg(default=10, help="Skipped steps in a row after which the run stops.")
-    seed: int = HfArg(default=1337, help="Of the weights, the order of the data and the samples.")
-    torch_compile: bool | None = HfArg(default=None, help="Compile the training step; by default on CUDA only.")
-    deterministic: bool | None = HfArg(
-        default=None, help="The same bits each time; by default on the CPU only, as it can cost time on a GPU."
+        help="Keep attention inside a document, and number positions from each document's start. GPT-2 does neither.",
     )
 
-    preflight: bool = HfArg(
-        default=False, help="Check everything, take ten steps, say what the whole run will take, and leave."
+    shards: str | None = arg(
+        default=None,
+        help="Folder of token shards that prepare_data.py wrote. If not given, --mix or --dataset_name is used.",
+        group="data (--shards, or --mix, or --dataset_name)",
     )
-    price_per_hour: float | None = HfArg(default=None, help="Of all machines together, for the preflight's cost.")
-    find_batch_size: bool = HfArg(
-        default=False, help="Find the largest per_device_train_batch_size that fits, and take it."
+    mix: str | None = arg(
+        default=None,
+        help="Several folders of shards, each with its share of the training tokens: data/a:0.7,data/b:0.3. If not "
+        "given, --shards or --dataset_name is used.",
+    )
+    dataset_name: str = arg(
+        default="HuggingFaceFW/fineweb-edu",
+        help="Hub dataset to stream and tokenize while training; or 'python-prose', the documentation that comes with "
+        "Python, for which nothing is downloaded.",
+    )
+    dataset_config_name: str | None = arg(
+        default=None,
+        help="Configuration of the dataset. If not given, sample-10BT for FineWeb-Edu, and the default one for others.",
+    )
+    dataset_revision: str | None = arg(
+        default=None, help="Branch, tag or commit of the dataset. If not given, its main branch."
+    )
+    text_column: str = arg(default="text", help="Column of the dataset that holds the text.")
+    tokenizer: str | None = arg(
+        default=None,
+        help="Tokenizer of a streamed dataset: 'gpt2', a folder or a Hub id. If not given, 'gpt2'. Shards and "
+        "python-prose have their own.",
+    )
+    tokenizer_vocab_size: int = arg(
+        default=4096, minimum=1, help="Vocabulary size of the tokenizer that is trained on python-prose."
+    )
+    validation_share: float = arg(
+        default=0.001,
+        minimum=0,
+        below=1,
+        help="Fraction of the dataset held out for validation. Shards have a validation split of their own.",
     )
 
-    logging_steps: int = HfArg(
-        default=10, help="Steps between looks at the numbers, for each of which the device is waited for."
+    train_tokens: int = arg(
+        default=10_000_000_000,
+        minimum=1,
+        help="Tokens to train on. May be written as 10e9.",
+        group="optimization (lengths in tokens; steps = tokens / tokens_per_step)",
     )
-    eval_steps: int = HfArg(default=250, help="Steps between evaluations; 0: at the start and the end only.")
-    eval_tokens: int = HfArg(default=10_485_760, help="Validation tokens, the same on any number of processes.")
-    per_device_eval_batch_size: int | None = HfArg(
-        default=None, help="Rows of one validation forward. By default as in training."
+    tokens_per_step: int = arg(
+        default=2**19,
+        minimum=1,
+        help="Tokens per optimizer step, over all processes: the batch size that the learning rate goes with. "
+        "Micro-batches are accumulated until a step has them.",
     )
-    hellaswag: str = HfArg(default="Rowan/hellaswag", help="A Hub dataset, a local jsonl, 'official', or 'none'.")
-    sample_prompts: list[str] = HfArg(
-        default_factory=lambda: ["Hello, I'm a language model,"], help="What samples go on from; each in quotes."
+    learning_rate: float = arg(default=6e-4, above=0, help="Peak learning rate, reached after warm-up.")
+    warmup_tokens: int = arg(
+        default=375_000_000, minimum=0, help="Tokens of linear warm-up. The default is GPT-3's (appendix B)."
     )
-    num_samples: int = HfArg(default=4, help="Samples of each prompt an evaluation; 0 for none.")
-    sample_tokens: int = HfArg(default=32, help="New tokens a sample.")
-    save_steps: int = HfArg(default=1000, help="Steps between checkpoints; 0: at the end only.")
-    save_total_limit: int | None = HfArg(default=3, help="Checkpoints kept; 0 keeps all.")
-    keep_every: int = HfArg(default=0, help="Also keep every checkpoint whose step is a multiple of this; 0: none.")
-    report_to: str = HfArg(
-        default="none", help="A tracker beside metrics.jsonl: tensorboard, wandb, trackio, ..., or 'all' there are."
+    final_learning_rate_ratio: float = arg(
+        default=0.1,
+        minimum=0,
+        below=1,
+        help="Learning rate at the end of the cosine decay, as a fraction of the peak.",
+    )
+    weight_decay: float = arg(
+        default=0.1, minimum=0, help="AdamW's weight decay, on matrices and embeddings; not on biases and LayerNorm."
+    )
+    adam_beta1: float = arg(default=0.9, minimum=0, below=1, help="AdamW's beta1 (GPT-3, appendix B).")
+    adam_beta2: float = arg(default=0.95, minimum=0, below=1, help="AdamW's beta2 (GPT-3, appendix B).")
+    adam_epsilon: float = arg(default=1e-8, minimum=0, help="AdamW's epsilon (GPT-3, appendix B).")
+    max_grad_norm: float = arg(default=1.0, above=0, help="Gradients are clipped to this global norm.")
+    skip_outliers: bool = arg(
+        default=False,
+        help="Skip the update of a step whose loss or gradient norm is far above those of the last 128 steps. NaN and "
+        "infinity are always skipped.",
+    )
+    max_skipped: int = arg(default=10, minimum=1, help="Stop the run after this many skipped steps in a row.")
+
+    eval_steps: int = arg(
+        default=250,
+        minimum=0,
+        help="Optimizer steps between evaluations; 0: only at the start and at the end.",
+        group="evaluation",
+    )
+    eval_tokens: int = arg(
+        default=10_485_760,
+        minimum=1,
+        help="Tokens of the validation loss. They are the same ones on any number of processes.",
+    )
+    hellaswag: str = arg(
+        default="Rowan/hellaswag",
+        help="HellaSwag examples: a Hub dataset, a local .jsonl file, 'official' (the original file), or 'none'.",
+    )
+    sample_prompts: list[str] = arg(
+        default_factory=lambda: ["Hello, I'm a language model,"],
+        help="Prompts for sampled text, each in quotes.",
+    )
+    num_samples: int = arg(default=4, minimum=0, help="Samples per prompt at each evaluation; 0: none.")
+    sample_tokens: int = arg(default=32, minimum=0, help="New tokens per sample.")
+
+    resume_from_checkpoint: str | None = arg(
+        default=None,
+        help="Checkpoint to resume from: 'latest' of output_dir (a fresh start where there is none yet), a step-... "
+        "folder, or owner/name@revision on the Hub. If not given, the run starts at step 0.",
+        group="checkpoints",
+    )
+    save_steps: int = arg(default=1000, minimum=0, help="Optimizer steps between checkpoints; 0: only at the end.")
+    save_total_limit: int | None = arg(
+        default=3, minimum=0, help="Number of checkpoints to keep, the newest ones; 0: all."
+    )
+    keep_every: int = arg(
+        default=0, minimum=0, help="Also keep every checkpoint whose step is a multiple of this; 0: none."
     )
 
-    push_to_hub: bool = HfArg(
-        default=False, help="Push the model to the Hub, with the token of `hf auth login` or HF_TOKEN."
+    push_to_hub: bool = arg(
+        default=False,
+        help="Push the model to the Hub, with the token of `hf auth login` or HF_TOKEN.",
+        group="hub",
     )
-    hub_model_id: str | None = HfArg(
-        default=None, help="owner/name on the Hub, or the name of one of yours; the name of output_dir by default."
+    hub_model_id: str | None = arg(
+        default=None,
+        help="Repository to push to: owner/name, or name for one of yours. If not given, the name of output_dir.",
     )
-    hub_strategy: str = HfArg(
+    hub_strategy: str = arg(
         default="every_save",
-        help="What is pushed before the final model. 'end': nothing. 'every_save': each checkpoint's model. "
-        "'checkpoint': also the newest one with its training state, to go on from, on a branch last-checkpoint. "
-        "'all_checkpoints': also each checkpoint's model, on a branch of its own.",
+        choices=HUB_STRATEGIES,
+        help="What to push before the final model. end: nothing. every_save: the model of each checkpoint. checkpoint: "
+        "also the newest training state, to resume from, on the branch last-checkpoint. all_checkpoints: also the "
+        "model of each checkpoint on a branch of its own.",
     )
-    hub_private_repo: bool | None = HfArg(
-        default=None, help="Make a new repository private; by default as its owner has set it."
+    hub_private_repo: bool | None = arg(
+        default=None, help="Make a new repository private. If not given, the owner's setting on the Hub decides."
+    )
+
+    per_device_train_batch_size: int = arg(
+        default=32,
+        minimum=1,
+        help="Sequences of block_size tokens in one forward on one device (a micro-batch). Limited by memory.",
+        group="hardware (processes and precision belong to accelerate launch)",
+    )
+    per_device_eval_batch_size: int | None = arg(
+        default=None,
+        minimum=1,
+        help="Sequences in one validation forward on one device. If not given, per_device_train_batch_size.",
+    )
+    find_batch_size: bool = arg(
+        default=False, help="Find the largest per_device_train_batch_size that fits into memory, and use it."
+    )
+    torch_compile: bool | None = arg(
+        default=None, help="Compile the training step with torch.compile. If not given, on CUDA only."
+    )
+    deterministic: bool | None = arg(
+        default=None,
+        help="Give bitwise equal results each time. If not given, on the CPU only, since it can cost time on a GPU.",
     )
 
     def __post_init__(self):
         if self.dataset_config_name is None and self.dataset_name == "HuggingFaceFW/fineweb-edu":
             self.dataset_config_name = "sample-10BT"
-        problems = list(validate_args(self))
-        if problems:
-            raise ValueError("\n".join(problems))
+        InputErrors(validate_args(self)).raise_if_any()
 
     @property
     def total_steps(self) -> int:
@@ -141,20 +242,20 @@ class TrainArguments:
 
     @property
     def hub_repository(self) -> str | None:
-        """Where the model is pushed to; None where it is not."""
+        """Repository that the model is pushed to; None without `push_to_hub`."""
         return (self.hub_model_id or Path(self.output_dir).resolve().name) if self.push_to_hub else None
 
     @property
     def sequences_per_step(self) -> int:
-        """Rows of an optimizer step over all processes."""
+        """Sequences of `block_size` tokens per optimizer step, over all processes: 512 by default."""
         return self.tokens_per_step // self.block_size
 
     @property
     def num_processes(self) -> int:
-        """What the launcher said; 1 where nothing was launched."""
+        """Number of processes that the launcher started; 1 without a launcher."""
         return int(os.environ.get("WORLD_SIZE", "1"))
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        """Micro-batches of an optimizer step on each process; a stream may take more, see `stream.py`."""
+        """Micro-batches per optimizer step on each process, rounded up; streamed data may take more."""
         return -(-self.sequences_per_step // (self.per_device_train_batch_size * self.num_processes))

@@ -1,9 +1,9 @@
-"""Checkpoints: Hub folders with the training state in a subfolder, written aside, completed, renamed."""
+"""Checkpoints: a Hub folder with the training state in a subfolder, written under a temporary name, then renamed."""
 
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,26 +13,28 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from modeling_gpt2repro.storage.atomic import delete_dir, recover_interrupted_replace, replace_dir
+from modeling_gpt2repro.runs.folder import MODEL_FOLDER, step_of
+from modeling_gpt2repro.storage.atomic import PARTIAL, delete_dir, recover_interrupted_replace, replace_dir
 from modeling_gpt2repro.storage.checksums import verify_checksums, write_checksums
+from modeling_gpt2repro.storage.retry import describe_error
 
 from .optimizer_state import OPTIMIZER_FILE, RANDOM_FILE, save_tensors
 
 STATE_FOLDER = "training_state"
 STATE_FILE = f"{STATE_FOLDER}/state.json"
-PREFLIGHT = "step-preflight"  # a checkpoint for a trial, not to be gone on from
 CHECKSUMS_FILE = f"{STATE_FOLDER}/files.json"  # written last: its presence means that all files are there
+PREFLIGHT_NAME = "step-preflight"  # a trial that nothing resumes from
+# What a killed process may leave: saves, replacements and deletions under way, snapshots for an upload.
+STALE_FOLDERS = (
+    ".step-*.partial",
+    ".step-*.old",
+    ".step-*.gone",
+    f".{MODEL_FOLDER}.partial",
+    f".{MODEL_FOLDER}.old",
+    ".push-*",
+    PREFLIGHT_NAME,
+)
 HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-
-
-def checkpoint_name(step: int) -> str:
-    """500 -> 'step-000500'."""
-    return f"step-{step:06d}"
-
-
-def step_of(checkpoint: Path) -> int:
-    """'step-000500' -> 500."""
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
@@ -42,10 +44,10 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_resume_checkpoint(resume_from: str | None, output_dir: Path) -> tuple[Path | None, list[str]]:
-    """Resolve `--resume_from_checkpoint`: None, 'latest' (None where there is none yet), a folder, or a Hub repository.
+    """Resolve `--resume_from_checkpoint`: None, 'latest' (None if there is none yet), a folder, or a Hub repository.
 
     Returns:
-        The checkpoint, every file of which is as it was written, and a sentence on each newer one that is not.
+        The checkpoint, every file of which has been verified, and a sentence on each newer one that is damaged.
 
     Raises:
         ValueError: If the folder is not a checkpoint, or damaged, or all are.
@@ -57,29 +59,29 @@ def find_resume_checkpoint(resume_from: str | None, output_dir: Path) -> tuple[P
     if resume_from == "latest":
         damaged = []
         for checkpoint in reversed(found):
-            wrong = verify_checksums(checkpoint, CHECKSUMS_FILE)
-            if wrong is None:
+            problem = verify_checksums(checkpoint, CHECKSUMS_FILE)
+            if problem is None:
                 return checkpoint, damaged
-            damaged.append(f"{checkpoint} is damaged ({wrong}) and passed over.")
+            damaged.append(f"{checkpoint} is damaged ({problem}) and passed over.")
         if damaged:
             raise ValueError("\n".join([*damaged, f"{output_dir} has no checkpoint left: give another --output_dir."]))
         return None, []
     checkpoint = open_named_checkpoint(resume_from)
-    here = checkpoint.resolve() in [path.resolve() for path in found]
-    later = [path.name for path in found if here and step_of(path) > step_of(checkpoint)]
+    is_here = checkpoint.resolve() in [path.resolve() for path in found]
+    later = [path.name for path in found if is_here and step_of(path) > step_of(checkpoint)]
     if later:
         raise ValueError(
             f"{output_dir} holds later checkpoints than {checkpoint.name} ({', '.join(later)}): move them away first, "
-            "so that there is one history."
+            "so that the run has one history."
         )
     return checkpoint, []
 
 
 def open_named_checkpoint(name: str) -> Path:
-    """A checkpoint by its folder, or fetched from the Hub by `owner/name` or `owner/name@revision`.
+    """A checkpoint by its folder, or downloaded from the Hub by `owner/name` or `owner/name@revision`.
 
     Raises:
-        ValueError: If there is none, or not all of it is as it was written.
+        ValueError: If there is none, or a file differs from what was written.
     """
     checkpoint = Path(name)
     if not checkpoint.is_dir() and (on_hub := HUB_NAME.fullmatch(name)):
@@ -90,21 +92,21 @@ def open_named_checkpoint(name: str) -> Path:
             checkpoint = Path(snapshot_download(on_hub["repository"], revision=on_hub["revision"]))
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ValueError(f"{name} is no folder, and the Hub does not give it ({reason}).") from error
+            raise ValueError(f"{name} is not a folder, and the Hub does not provide it ({reason}).") from error
     if not (checkpoint / CHECKSUMS_FILE).is_file():
-        raise ValueError(f"{name} is no checkpoint (it has no {CHECKSUMS_FILE}): give a step-... folder or 'latest'.")
-    if wrong := verify_checksums(checkpoint, CHECKSUMS_FILE):
-        raise ValueError(f"{name} is damaged ({wrong}): resume from another one, or move this one away.")
+        raise ValueError(f"{name} is not a checkpoint (no {CHECKSUMS_FILE}): give a step-... folder or 'latest'.")
+    if problem := verify_checksums(checkpoint, CHECKSUMS_FILE):
+        raise ValueError(f"{name} is damaged ({problem}): resume from another one, or move this one away.")
     return checkpoint
 
 
 @dataclass(frozen=True)
 class RetentionPolicy:
-    """Which checkpoints stay when a new one stands.
+    """Which older checkpoints to keep when a new one is complete.
 
     Args:
-        limit: The newest so many; all where it is None or 0.
-        every: Those whose step is a multiple stay for good; none where it is 0.
+        limit: How many of the newest; all if None or 0.
+        every: Those whose step is a multiple are kept for good; none if 0.
     """
 
     limit: int | None = None
@@ -123,93 +125,91 @@ def save_checkpoint(
     accelerator: Accelerator,
     folder: Path,
     write_model: Callable[[Path], None],
+    *,
     optimizer: dict[str, torch.Tensor],
     random: dict[str, torch.Tensor],
     state: dict,
-    keep: RetentionPolicy,
+    policy: RetentionPolicy,
 ) -> str | None:
-    """Write `folder`, a `step-NNNNNN`; to be called by all processes together, the main one writes.
+    """Write `folder`, a `step-NNNNNN`. All processes must call this; the main one writes.
 
     Args:
         write_model: Writes what loads from the Hub into a folder.
-        optimizer, random: See `state_tensors`.
-        state: For state.json: `progress`, `data`, `identity` (what must be the same when the run goes on), ...
-        keep: Which older ones stay.
+        optimizer, random: See `optimizer_state`.
+        state: For state.json: `progress`, `data`, `identity` (what must be equal when the run resumes), ...
+        policy: Which older ones to keep.
 
     Returns:
         None, or why it could not be written; then everything is as before, on all processes.
     """
     problem = None
     if accelerator.is_main_process:
-        aside = folder.with_name(f".{folder.name}.partial")
+        temporary = folder.with_name(f".{folder.name}.partial")
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            (aside / STATE_FOLDER).mkdir(parents=True)
-            write_model(aside)
-            save_tensors(optimizer, aside / STATE_FOLDER / OPTIMIZER_FILE)
-            save_tensors(random, aside / STATE_FOLDER / RANDOM_FILE)
-            (aside / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-            write_checksums(aside, CHECKSUMS_FILE)
-            replace_dir(aside, folder)
-            for old in keep.expired(find_checkpoints(folder.parent), folder):
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / STATE_FOLDER).mkdir(parents=True)
+            write_model(temporary)
+            save_tensors(optimizer, temporary / STATE_FOLDER / OPTIMIZER_FILE)
+            save_tensors(random, temporary / STATE_FOLDER / RANDOM_FILE)
+            (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            write_checksums(temporary, CHECKSUMS_FILE)
+            replace_dir(temporary, folder)
+            for old in policy.expired(find_checkpoints(folder.parent), newest=folder):
                 delete_dir(old)
         except (OSError, SafetensorError) as error:
             problem = getattr(error, "strerror", None) or str(error)
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
     return broadcast_object_list([problem])[0]
 
 
 def remove_stale_files(output_dir: Path):
-    """Remove what a killed save left half-written."""
-    for pattern in (
-        ".step-*.partial",
-        ".step-*.old",
-        ".step-*.gone",
-        ".model.partial",
-        ".model.old",
-        ".push-*",
-        PREFLIGHT,
-    ):
+    """Delete what a killed process left half-written."""
+    for pattern in STALE_FOLDERS:
         for path in output_dir.glob(pattern):
             shutil.rmtree(path)
+    for path in output_dir.glob("*.partial"):
+        if PARTIAL.fullmatch(path.name):
+            path.unlink()
 
 
 def join_states(states: list[dict]) -> dict:
-    """One state from those of all processes: dictionaries are united, everything else is equal anyway."""
+    """One state from those of all processes: dictionaries are united, anything else is that of the first process."""
     joined = dict(states[0])
     for state in states[1:]:
         for name, value in state.items():
-            joined[name] = {**joined[name], **value} if isinstance(value, dict) else value
+            if isinstance(value, dict):
+                joined[name] = {**joined[name], **value}
     return joined
 
 
 @contextmanager
-def raise_if_corrupt(checkpoint: Path):
-    """Around reading a checkpoint: what a damaged file raises becomes a ValueError that names the folder."""
+def raise_if_corrupt(checkpoint: Path) -> Iterator[None]:
+    """Around reading a checkpoint: the error of a damaged file becomes a ValueError that names the folder."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise  # a RuntimeError, but not the file's fault
     except (RuntimeError, SafetensorError, json.JSONDecodeError, KeyError, EOFError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{checkpoint} is damaged ({reason}): resume from another step-... folder, or move this one away."
+            f"{checkpoint} is damaged ({describe_error(error)}): resume from another step-... folder, or move this one "
+            "away."
         ) from error
 
 
-def read_state(checkpoint: Path, identity: dict) -> dict:
+def read_state(checkpoint: Path, data_fingerprint: dict) -> dict:
     """The checkpoint's state.json.
 
     Raises:
-        ValueError: If it belongs to another run: every difference, one a line.
+        ValueError: If it belongs to a run on other data or in another order: every difference, one a line.
     """
     with raise_if_corrupt(checkpoint):
         state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    saved = state["identity"]
     differences = [
-        f"{checkpoint} was made with {name} {state['identity'].get(name)}, not {value}: give the same, or start a new "
-        "run in another --output_dir."
-        for name, value in identity.items()
-        if state["identity"].get(name) != value
+        f"{checkpoint} was made with {name} {saved.get(name)}, not {value}: give the same, or start a new run in "
+        "another --output_dir."
+        for name, value in data_fingerprint.items()
+        if saved.get(name) != value
     ]
     if differences:
         raise ValueError("\n".join(differences))

@@ -1,53 +1,58 @@
-"""Which steps are not to be taken: a loss or gradient norm that is no number or, if asked for, far out of the usual."""
+"""Which updates to skip: a loss or gradient norm that is NaN or infinite or, if asked for, an outlier."""
 
 import torch
 
-# The last 128 good steps say what is usual; the rule rests until there are as many (and through most of a warm-up).
+# The last 128 good steps define what is normal; there is no limit until there are as many (most of a warm-up).
 WINDOW_STEPS = 128
-# In robust standard deviations above the median. Of normally distributed values one in a billion lies beyond.
-MOST_DEVIATIONS = 6.0
-# A deviation is at least this share of the median, so that a very even stretch does not make everything an outlier.
-LEAST_DEVIATION = 0.01
-MAD_OF_NORMAL = 1.4826  # standard deviation over median absolute deviation, of a normal distribution
+# In robust standard deviations above the median. Of normally distributed values, one in a billion lies beyond.
+MAX_DEVIATIONS = 6.0
+# A deviation is at least this share of the median, so that after a very even stretch not everything is an outlier.
+MIN_DEVIATION = 0.01
+STD_OVER_MAD = 1.4826  # standard deviation over median absolute deviation, of a normal distribution
 
 
 class OutlierDetector:
-    """Decides on the device, from numbers that are the same on all processes; so they decide together, without waiting.
+    """Decides which updates to skip.
+
+    It reads numbers on the device that are equal on all processes, so all decide alike, and none waits for its GPU.
 
     Args:
-        skip_outliers: Whether outliers are skipped; what is not finite always is.
+        skip_outliers: Whether outliers are skipped. NaN and infinity always are.
     """
 
     def __init__(self, device: torch.device, skip_outliers: bool = False):
         self.skip_outliers = skip_outliers
-        self.window = torch.zeros(2, WINDOW_STEPS, device=device)  # losses and gradient norms of good steps, in a ring
+        self.window = torch.zeros(2, WINDOW_STEPS, device=device)  # ring buffer: losses and gradient norms
         self.good_steps = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def should_skip(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
-        """Whether the step is to be skipped, a boolean scalar; takes the numbers of a good step into its window."""
+        """Whether to skip the update, a boolean scalar on the device; the numbers of a good step enter the window."""
         values = torch.stack([loss.float(), grad_norm.float()])  # (2,)
-        bad = ~values.isfinite().all()
+        skip = ~values.isfinite().all()
         if self.skip_outliers:
-            bad = bad | ((values > self.limits()).any() & (self.good_steps >= WINDOW_STEPS))
-            place = self.good_steps % WINDOW_STEPS
-            here = torch.arange(WINDOW_STEPS, device=values.device) == place
-            self.window = torch.where(here & ~bad, values[:, None], self.window)
-            self.good_steps += ~bad
-        return bad
+            # Written without `if`: a Python condition on these tensors would wait for the device.
+            is_outlier = (values > self.limits()).any()
+            skip = skip | (is_outlier & (self.good_steps >= WINDOW_STEPS))
+            index = self.good_steps % WINDOW_STEPS
+            is_here = torch.arange(WINDOW_STEPS, device=values.device) == index  # (WINDOW_STEPS,)
+            self.window = torch.where(is_here & ~skip, values[:, None], self.window)
+            self.good_steps += ~skip
+        return skip
 
     def limits(self) -> torch.Tensor:
-        """The largest usual loss and gradient norm (2,), where the window is full."""
+        """The largest normal loss and gradient norm, (2,), once the window is full."""
+        # Median and median absolute deviation, because mean and standard deviation are moved by the very outliers.
         median = self.window.sort(dim=1).values[:, WINDOW_STEPS // 2]
-        deviations = (self.window - median[:, None]).abs().sort(dim=1).values[:, WINDOW_STEPS // 2]
-        return median + MOST_DEVIATIONS * torch.maximum(MAD_OF_NORMAL * deviations, LEAST_DEVIATION * median.abs())
+        deviation = (self.window - median[:, None]).abs().sort(dim=1).values[:, WINDOW_STEPS // 2]
+        return median + MAX_DEVIATIONS * torch.maximum(STD_OVER_MAD * deviation, MIN_DEVIATION * median.abs())
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps."""
         return {"window": self.window.tolist(), "good_steps": int(self.good_steps)} if self.skip_outliers else {}
 
     def load_state_dict(self, state: dict):
-        """Go on from what a checkpoint kept; a run without this rule has kept nothing."""
+        """Continue from what a checkpoint kept; a run that skipped no outliers has kept nothing."""
         if state and self.skip_outliers:
             self.window = torch.tensor(state["window"], device=self.window.device)
             self.good_steps.fill_(state["good_steps"])

@@ -1,8 +1,9 @@
-"""Presets: overrides of the arguments' defaults, by name. The defaults themselves are GPT-2 124M on 10 B tokens.
+"""Presets: named overrides of the defaults in `TrainArguments`, which are GPT-2 124M on 10 B tokens."""
 
-Shapes: Radford et al. 2019, table 2 (heads of 64). Learning rates: GPT-3, table 2.1, the size nearest by.
-"""
-
+# Shapes: GPT-2 (Radford et al. 2019, table 2), with heads of 64 channels: n_head = n_embd / 64.
+# Learning rates: GPT-3 (Brown et al. 2020, table 2.1), of the model nearest in size.
+# Micro-batches: smaller as the model grows, for memory; results do not depend on them, and --find_batch_size finds the
+# largest that fits.
 PRESETS: dict[str, dict] = {
     "gpt2-124m": {},
     "gpt2-350m": {
@@ -10,7 +11,7 @@ PRESETS: dict[str, dict] = {
         "n_layer": 24,
         "n_head": 16,
         "n_embd": 1024,
-        "learning_rate": 3e-4,
+        "learning_rate": 3e-4,  # GPT-3 Medium, 350M
         "per_device_train_batch_size": 16,
     },
     "gpt2-774m": {
@@ -18,7 +19,7 @@ PRESETS: dict[str, dict] = {
         "n_layer": 36,
         "n_head": 20,
         "n_embd": 1280,
-        "learning_rate": 2.5e-4,
+        "learning_rate": 2.5e-4,  # GPT-3 Large, 760M
         "per_device_train_batch_size": 8,
     },
     "gpt2-1558m": {
@@ -26,30 +27,30 @@ PRESETS: dict[str, dict] = {
         "n_layer": 48,
         "n_head": 25,
         "n_embd": 1600,
-        "learning_rate": 2e-4,
+        "learning_rate": 2e-4,  # GPT-3 XL, 1.3B
         "per_device_train_batch_size": 4,
     },
-    # Minutes on two CPU cores, with nothing to download. Chosen by trying; README, "The quickstart".
+    # Minutes on two CPU cores, with nothing to download. Values were found by trial; README, "The quickstart".
     "quickstart": {
         "output_dir": "runs/quickstart",
         "dataset_name": "python-prose",
-        "tokenizer_vocab_size": 2048,
-        "hellaswag": "none",
+        "tokenizer_vocab_size": 2048,  # its embedding is 0.26 M of the model's 0.68 M parameters
+        "hellaswag": "none",  # it would be downloaded
         "n_layer": 2,
         "n_head": 2,
         "n_embd": 128,
         "block_size": 128,
-        "train_tokens": 2_867_200,
-        "tokens_per_step": 1024,
-        "warmup_tokens": 172_032,
+        "train_tokens": 2_867_200,  # 2,800 steps
+        "tokens_per_step": 1024,  # 8 sequences: on a CPU many small updates buy more than few large ones
+        "warmup_tokens": 172_032,  # 168 steps, 6 % of the run
         "per_device_train_batch_size": 8,
-        "learning_rate": 2e-3,
+        "learning_rate": 2e-3,  # the smaller the model, the larger the rate (GPT-3, table 2.1)
         "validation_share": 0.05,
         "eval_tokens": 65_536,
-        "logging_steps": 1,  # a CPU is not waited for
+        "logging_steps": 1,  # reading the metrics costs nothing on a CPU, which computes synchronously
         "eval_steps": 200,
         "num_samples": 2,
-        "save_steps": 1400,
-        "torch_compile": False,
+        "save_steps": 1400,  # once in the middle
+        "torch_compile": False,  # on a GPU neither: the run is too short
     },
 }

@@ -1,4 +1,4 @@
-"""What a run remembers of itself, when something is due, and how long it waits for data."""
+"""How far a run is, when something is due, and how long it waits for data."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -15,9 +15,9 @@ class TrainState:
     Args:
         step: Optimizer steps done, skipped ones included.
         tokens: Training tokens seen, over all processes.
-        train_seconds: Time spent in training steps, evaluations and saves left out, over all restarts.
+        train_seconds: Time spent in training steps, without evaluations and saves, over all restarts.
         last_skipped: The last step whose update was skipped; 0 for none.
-        skipped_in_a_row: How many up to it, it included.
+        skipped_in_a_row: How many consecutive steps up to that one were skipped.
     """
 
     step: int = 0
@@ -31,8 +31,8 @@ class TrainState:
         self.step += 1
         self.tokens += tokens
 
-    def skipped(self, step: int) -> int:
-        """Note that a step was skipped; returns how many in a row that are."""
+    def record_skip(self, step: int) -> int:
+        """Note that a step was skipped; returns how many in a row that makes."""
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if step == self.last_skipped + 1 else 1
         self.last_skipped = step
         return self.skipped_in_a_row
@@ -42,21 +42,22 @@ class TrainState:
         return asdict(self)
 
     def load_state_dict(self, state: dict):
-        """Go on from what a checkpoint kept."""
+        """Continue from what a checkpoint kept."""
         for name, value in state.items():
             setattr(self, name, value)
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether `step` is a multiple of `every`; step 0 always is, and nothing else where `every` is 0."""
+    """Whether `step` is a multiple of `every`. Step 0 always is, and with `every` = 0 nothing else."""
     return step == 0 or (every > 0 and step % every == 0)
 
 
 class TimedIterator(Generic[Item]):
-    """The items of an iterable; `seconds` is how long whoever took them has waited for them."""
+    """The items of an iterable; `seconds` adds up how long the caller waited for them."""
 
     def __init__(self, items: Iterable[Item]):
-        self.items, self.seconds = iter(items), 0.0
+        self.items = iter(items)
+        self.seconds = 0.0
 
     def __iter__(self) -> Iterator[Item]:
         return self

@@ -238,7 +238,7 @@ def test_what_cannot_be_is_told_at_once(capsys, tmp_path):
     assert "4 problems" in told
     assert "has no config.json: give a folder that save_pretrained has written." in told
     assert f"there is no folder {tmp_path / 'none'}: prepare it with prepare_data.py" in told
-    assert "--eval_tokens (0) must be at least 1." in told
+    assert "eval_tokens (0) must be at least 1." in told
     assert "make it first." in told
 
 

@@ -17,11 +17,12 @@ from huggingface_hub import HfApi, close_session
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from toy_runs import ROOT, rows_of, train_here
 
-import train_accelerate
 from modeling_gpt2repro.hub import background_upload as pushes
 from modeling_gpt2repro.hub import upload as push_command
 from modeling_gpt2repro.hub.background_upload import UploadQueue
 from modeling_gpt2repro.hub.upload import explain_hub_error
+from modeling_gpt2repro.pretrain import setup
+from modeling_gpt2repro.pretrain.checkpointing import Checkpointer
 from modeling_gpt2repro.storage.retry import backoff_seconds, is_transient, retry
 from modeling_gpt2repro.training.arguments import TrainArguments
 
@@ -378,8 +379,8 @@ def test_what_waits_to_be_pushed_gives_way_to_a_save_that_fails(folder, shards, 
     assert len(list(tmp_path.glob(".push-*"))) == 1  # of the one that is under way
     running.close()
 
-    asked, write = [], train_accelerate.write_checkpoint
-    monkeypatch.setattr(train_accelerate, "write_checkpoint", lambda *given: None if asked else "No space left")
+    asked, write = [], Checkpointer.write
+    monkeypatch.setattr(Checkpointer, "write", lambda *given: None if asked else "No space left")
     monkeypatch.setattr(UploadQueue, "make_room", lambda self: asked.append(write))
     assert train_here(tmp_path / "run", shards, train_tokens=3 * 256, save_steps=1) == 0
     assert len(asked) == 1
@@ -440,12 +441,12 @@ def test_arguments_that_do_not_fit_are_told(given, said):
 def test_only_the_main_process_pushes_and_a_run_that_has_begun_waits_for_no_hub(tmp_path, monkeypatch):
     checked = []
     monkeypatch.setattr(UploadQueue, "check", lambda self, goes_on: checked.append((self.repository, goes_on)))
-    monkeypatch.setattr(train_accelerate, "run_on_main_and_broadcast", lambda accelerator, work: work())
+    monkeypatch.setattr(setup, "run_on_main_and_broadcast", lambda accelerator, work: work())
     args = TrainArguments(push_to_hub=True, hub_model_id="me/mine", output_dir=str(tmp_path))
     main, other = (SimpleNamespace(is_main_process=is_main, print=print) for is_main in (True, False))
-    opened = [train_accelerate.open_pushes(args, accelerator) for accelerator in (main, other)]
+    opened = [setup.build_upload_queue(args, accelerator) for accelerator in (main, other)]
     (tmp_path / "run.json").touch()
-    train_accelerate.open_pushes(args, main)
+    setup.build_upload_queue(args, main)
     assert [pushes.repository for pushes in opened] == ["me/mine", None]
     assert checked == [("me/mine", False), (None, False), ("me/mine", True)]
 

@@ -1,4 +1,4 @@
-"""What the model computes, against stock GPT-2 and against what a causal language model must do."""
+"""What the model computes, compared with stock GPT-2 and with the properties of a causal language model."""
 
 import math
 
@@ -14,7 +14,7 @@ CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_logits_equal_those_of_stock_gpt2(stock, carried, random_ids, attention):
+def test_logits_equal_stock_gpt2(stock, carried, random_ids, attention):
     ids = random_ids(3, 40)
     stock.set_attn_implementation(attention)
     carried.set_attn_implementation(attention)
@@ -23,7 +23,7 @@ def test_logits_equal_those_of_stock_gpt2(stock, carried, random_ids, attention)
     torch.testing.assert_close(carried(ids).logits, expected, atol=1e-5, rtol=0)
 
 
-def test_gradients_equal_those_of_stock_gpt2(stock, carried, random_ids):
+def test_gradients_equal_stock_gpt2(stock, carried, random_ids):
     ids = random_ids(2, 30)
     stock(ids, labels=ids).loss.backward()
     carried(ids, labels=ids).loss.backward()
@@ -33,7 +33,7 @@ def test_gradients_equal_those_of_stock_gpt2(stock, carried, random_ids):
         torch.testing.assert_close(parameter.grad, expected, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_hidden_states_and_attentions_equal_those_of_stock_gpt2(stock, carried, random_ids):
+def test_hidden_states_and_attentions_equal_stock_gpt2(stock, carried, random_ids):
     ids = random_ids(2, 12)
     for model in (stock, carried):
         model.set_attn_implementation("eager")
@@ -44,7 +44,7 @@ def test_hidden_states_and_attentions_equal_those_of_stock_gpt2(stock, carried, 
     torch.testing.assert_close(ours.attentions, theirs.attentions, atol=1e-5, rtol=0)
 
 
-def test_embeddings_in_place_of_ids_give_the_same(carried, random_ids):
+def test_inputs_embeds_give_the_logits_of_input_ids(carried, random_ids):
     ids = random_ids(2, 12)
     given = carried(inputs_embeds=carried.get_input_embeddings()(ids)).logits
     torch.testing.assert_close(given, carried(ids).logits, atol=0, rtol=0)
@@ -52,7 +52,7 @@ def test_embeddings_in_place_of_ids_give_the_same(carried, random_ids):
         carried()
 
 
-def test_changing_a_token_changes_no_logit_before_it(carried, random_ids):
+def test_changing_a_token_changes_no_earlier_logit(carried, random_ids):
     ids = random_ids(1, 20)
     changed = ids.clone()
     changed[0, 11] = (changed[0, 11] + 1) % carried.config.vocab_size
@@ -61,7 +61,7 @@ def test_changing_a_token_changes_no_logit_before_it(carried, random_ids):
     assert difference[11:].min() > 0
 
 
-def test_cache_gives_what_no_cache_gives(carried, random_ids):
+def test_logits_with_cache_equal_logits_without(carried, random_ids):
     ids = random_ids(2, 20)
     whole = carried(ids, use_cache=False).logits
     first = carried(ids[:, :12], use_cache=True)
@@ -71,11 +71,14 @@ def test_cache_gives_what_no_cache_gives(carried, random_ids):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", FLEX])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_row_gives_what_it_gives_without_padding(carried, random_ids, side, attention):
-    ids, padding = random_ids(1, 10), random_ids(1, 6)
-    parts, mask = [padding, ids], [torch.zeros(1, 6).long(), torch.ones(1, 10).long()]
+def test_padding_changes_no_logit(carried, random_ids, side, attention):
+    ids = random_ids(1, 10)
+    padding = random_ids(1, 6)
+    parts = [padding, ids]
+    mask = [torch.zeros_like(padding), torch.ones_like(ids)]
     if side == "right":
-        parts, mask = parts[::-1], mask[::-1]
+        parts.reverse()
+        mask.reverse()
     alone = carried(ids).logits
     carried.requires_grad_(False).set_attn_implementation(attention)  # flex has no backward pass on a CPU
     padded = carried(torch.cat(parts, 1), attention_mask=torch.cat(mask, 1)).logits
@@ -83,8 +86,9 @@ def test_a_padded_row_gives_what_it_gives_without_padding(carried, random_ids, s
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", FLEX])
-def test_packed_rows_do_not_see_each_other(carried, random_ids, attention):
-    first, second = random_ids(1, 9), random_ids(1, 7).flip(1)
+def test_packed_sequences_do_not_attend_to_each_other(carried, random_ids, attention):
+    first = random_ids(1, 9)
+    second = random_ids(1, 7).flip(1)
     positions = torch.cat([torch.arange(9), torch.arange(7)])[None]
     alone = torch.cat([carried(first).logits, carried(second).logits], 1)
     carried.requires_grad_(False).set_attn_implementation(attention)
@@ -93,25 +97,26 @@ def test_packed_rows_do_not_see_each_other(carried, random_ids, attention):
         torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
 
 
-def test_nothing_leaks_from_one_document_into_another_under_the_document_mask(carried, random_ids):
+def test_document_mask_lets_nothing_leak_between_documents(carried, random_ids):
     from modeling_gpt2repro.data.batches.shuffled import as_batch
 
-    row = random_ids(2, 41)
-    row[0, [7, 20]] = row[1, [0, 33]] = 0  # where documents begin
-    changed = row.clone()
+    sequences = random_ids(2, 41)
+    sequences[0, [7, 20]] = 0  # the first token of a document
+    sequences[1, [0, 33]] = 0
+    changed = sequences.clone()
     changed[0, 10] = (changed[0, 10] + 1) % 97  # in the document from 7 to 19
     losses = []
-    for ids in (row, changed):
+    for ids in (sequences, changed):
         batch = as_batch(ids.numpy(), end_of_text=0)
         labels = batch.pop("shift_labels")
         logits = carried(**batch, use_cache=False).logits
         losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none"))
     touched = (losses[0] != losses[1]).nonzero()
     assert set(touched[:, 0].tolist()) == {0}
-    # Its target at 9, and everything after it in its own document: the last one predicts the start of the next.
+    # Position 9, which predicts it, and the rest of its document; the last one predicts the start of the next.
     assert touched[:, 1].tolist() == list(range(9, 20))
-    alone = carried(row[:1, 20:-1], use_cache=False).logits
-    together = carried(**as_batch(row[:1].numpy(), end_of_text=0), use_cache=False).logits[:, 20:]
+    alone = carried(sequences[:1, 20:-1], use_cache=False).logits
+    together = carried(**as_batch(sequences[:1].numpy(), end_of_text=0), use_cache=False).logits[:, 20:]
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
@@ -128,7 +133,7 @@ def test_plain_causal_attention_gets_no_mask_tensor_compiled_or_not(carried, ran
     carried.train()
     carried(ids, labels=ids, use_cache=False)
     assert masks == [False] * carried.config.n_layer
-    carried(ids, attention_mask=torch.ones_like(ids).index_fill_(1, torch.tensor(0), 0))  # real padding needs one
+    carried(ids, attention_mask=torch.ones_like(ids).index_fill_(1, torch.tensor(0), 0))  # padding needs a mask
     assert masks[carried.config.n_layer :] == [True] * carried.config.n_layer
     monkeypatch.undo()
 
@@ -143,8 +148,9 @@ def test_plain_causal_attention_gets_no_mask_tensor_compiled_or_not(carried, ran
 
 
 def test_shift_labels_train_every_position_and_labels_all_but_the_last(carried, random_ids):
-    row = random_ids(2, 21)
-    ids, targets = row[:, :-1], row[:, 1:]
+    sequences = random_ids(2, 21)
+    ids = sequences[:, :-1]
+    targets = sequences[:, 1:]
     logits = carried(ids).logits
     every = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     torch.testing.assert_close(carried(ids, shift_labels=targets).loss, every)
@@ -152,46 +158,47 @@ def test_shift_labels_train_every_position_and_labels_all_but_the_last(carried, 
     torch.testing.assert_close(carried(ids, labels=ids).loss, but_last)
 
 
-def test_the_loss_leaves_out_minus_100_and_divides_by_the_items_of_the_whole_batch(carried, random_ids):
+def test_loss_ignores_minus_100_and_divides_by_num_items_in_batch(carried, random_ids):
     ids = random_ids(2, 20)
     labels = ids.clone()
     labels[0, 5:] = -100
-    logits, targets = carried(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    logits = carried(ids).logits[:, :-1].flatten(0, 1)
+    targets = labels[:, 1:].flatten()
     mean = torch.nn.functional.cross_entropy(logits[targets >= 0], targets[targets >= 0])
     torch.testing.assert_close(carried(ids, labels=labels).loss, mean)
     torch.testing.assert_close(carried(ids, labels=labels, num_items_in_batch=100).loss, mean * 23 / 100)
 
 
-def test_without_logits_the_loss_is_the_same(carried, random_ids):
+def test_omitting_the_logits_keeps_the_loss(carried, random_ids):
     ids = random_ids(2, 20)
     output = carried(ids, shift_labels=ids, return_logits=False)
     assert output.logits is None
     torch.testing.assert_close(output.loss, carried(ids, shift_labels=ids).loss)
 
 
-def test_logits_to_keep_are_the_last_or_the_named(carried, random_ids):
+def test_logits_to_keep_selects_the_last_or_the_given_positions(carried, random_ids):
     ids = random_ids(2, 20)
     whole = carried(ids).logits
     torch.testing.assert_close(carried(ids, logits_to_keep=3).logits, whole[:, -3:], atol=1e-5, rtol=0)
     named = carried(ids, logits_to_keep=torch.tensor([4, 11])).logits
     torch.testing.assert_close(named, whole[:, [4, 11]], atol=1e-5, rtol=0)
-    of_each_row = carried(ids, logits_to_keep=torch.tensor([[4, 11, 0], [19, 2, 2]])).logits
+    per_sequence = carried(ids, logits_to_keep=torch.tensor([[4, 11, 0], [19, 2, 2]])).logits
     expected = torch.stack([whole[0, [4, 11, 0]], whole[1, [19, 2, 2]]])
-    torch.testing.assert_close(of_each_row, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(per_sequence, expected, atol=1e-5, rtol=0)
     mask = ids > 40
     torch.testing.assert_close(carried(ids, logits_to_keep=mask).logits, whole[mask], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kept", [2, torch.tensor([3]), torch.tensor([[3, 4], [0, 19]]), torch.ones(2, 20).bool()])
-def test_logits_are_kept_as_stock_does(stock, carried, random_ids, kept):
-    if getattr(kept, "ndim", 0) == 2 and not hasattr(transformers.modeling_utils, "slice_logits_to_keep"):
+@pytest.mark.parametrize("keep", [2, torch.tensor([3]), torch.tensor([[3, 4], [0, 19]]), torch.ones(2, 20).bool()])
+def test_logits_to_keep_selects_the_positions_that_stock_selects(stock, carried, random_ids, keep):
+    if getattr(keep, "ndim", 0) == 2 and not hasattr(transformers.modeling_utils, "slice_logits_to_keep"):
         pytest.skip("stock takes no tensor of two dimensions before transformers 5.23")
     ids = random_ids(2, 20)
-    ours, theirs = (model(ids, logits_to_keep=kept).logits for model in (carried, stock))
+    ours, theirs = (model(ids, logits_to_keep=keep).logits for model in (carried, stock))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_first_loss_is_that_of_guessing_evenly():
+def test_first_loss_is_ln_of_the_vocabulary_size():
     torch.manual_seed(0)
     model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=4, n_head=4, n_embd=128, n_positions=128, vocab_size=5000))
     ids = torch.randint(5000, (4, 128))
@@ -210,59 +217,60 @@ def test_initialization_follows_its_table(position_std):
             assert (parameter == 1).all(), name
         else:
             expected = {"wpe": position_std, "c_proj": 0.02 / math.sqrt(2 * 8)}.get(name.split(".")[-2], 0.02)
-            # 5 standard errors of a measured deviation and of a measured mean.
+            # Within 5 standard errors: of a sample's standard deviation, then of its mean.
             assert parameter.std().item() == pytest.approx(expected, rel=5 / math.sqrt(2 * parameter.numel())), name
             assert abs(parameter.mean().item()) < 5 * expected / math.sqrt(parameter.numel()), name
 
 
-def test_the_parameters_have_gpt2s_names_and_number():
+def test_parameters_have_the_names_and_number_of_gpt2():
     with torch.device("meta"):
-        model, stock = GPT2ReproForCausalLM(GPT2ReproConfig()), GPT2LMHeadModel(GPT2Config())
+        model = GPT2ReproForCausalLM(GPT2ReproConfig())
+        stock = GPT2LMHeadModel(GPT2Config())
     assert set(model.state_dict()) == set(stock.state_dict())
     assert model.num_parameters() == stock.num_parameters() == 124_439_808
     assert not list(model.buffers())
 
 
-def test_ids_outside_the_vocabulary_are_refused_in_words(tiny_model):
-    for ids, told in (([5, 97], "5 to 97"), ([-1, 3], "-1 to 3")):
-        with pytest.raises(ValueError, match=rf"input_ids from {told} leave the vocabulary, 0 to 96"):
+def test_ids_outside_the_vocabulary_raise_value_error(tiny_model):
+    for ids, id_range in (([5, 97], "5 to 97"), ([-1, 3], "-1 to 3")):
+        with pytest.raises(ValueError, match=rf"input_ids range from {id_range}, outside a vocabulary of 97"):
             tiny_model(torch.tensor([ids]))
 
 
-def test_inputs_that_only_stock_gpt2_has_are_refused(tiny_model, random_ids):
+def test_inputs_that_only_stock_gpt2_has_raise_value_error(tiny_model, random_ids):
     ids = random_ids(1, 4)
     with pytest.raises(ValueError, match="token_type_ids: this model has no such input"):
         tiny_model(ids, token_type_ids=ids)
 
 
-def test_gradients_of_each_row_by_vmap_equal_those_one_by_one(tiny_model, random_ids):
+def test_per_sample_gradients_by_vmap_equal_a_loop(tiny_model, random_ids):
     ids = random_ids(3, 8)
     weights = {name: parameter.detach() for name, parameter in tiny_model.named_parameters()}
 
-    def loss(weights, row):
-        inputs = {"input_ids": row[None], "labels": row[None], "use_cache": False}
+    def loss(weights, sequence):
+        inputs = {"input_ids": sequence[None], "labels": sequence[None], "use_cache": False}
         return torch.func.functional_call(tiny_model, weights, (), inputs).loss
 
     together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, ids)["transformer.wpe.weight"]
-    for row, gradient in zip(ids, together, strict=True):
-        torch.testing.assert_close(torch.func.grad(loss)(weights, row)["transformer.wpe.weight"], gradient)
+    for sequence, gradient in zip(ids, together, strict=True):
+        torch.testing.assert_close(torch.func.grad(loss)(weights, sequence)["transformer.wpe.weight"], gradient)
 
 
-def test_a_context_that_is_too_long_is_refused_in_words(tiny_model):
+def test_context_longer_than_n_positions_raises_value_error(tiny_model):
     length = tiny_model.config.n_positions + 1
     ids = torch.zeros(1, length, dtype=torch.long)
-    told = rf"context of {length} tokens is longer than n_positions \({length - 1}\)"
-    with pytest.raises(ValueError, match=told):
+    message = rf"context of {length} tokens exceeds n_positions \({length - 1}\)"
+    with pytest.raises(ValueError, match=message):
         tiny_model(ids)
     for cache in ("dynamic", "static"):
         options = {"do_sample": False, "pad_token_id": 0, "cache_implementation": cache}
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             tiny_model.generate(ids, max_new_tokens=1, **options)
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             tiny_model.generate(ids[:, :5], max_new_tokens=length, min_new_tokens=length, **options)
 
 
-def test_padding_beyond_the_context_is_no_part_of_it(tiny_model):
+def test_padding_does_not_count_toward_n_positions(tiny_model):
     ids = torch.zeros(1, tiny_model.config.n_positions + 8, dtype=torch.long)
     mask = torch.ones_like(ids)
     mask[:, :8] = 0
@@ -270,7 +278,7 @@ def test_padding_beyond_the_context_is_no_part_of_it(tiny_model):
     torch.testing.assert_close(padded, tiny_model(ids[:, 8:]).logits, atol=1e-5, rtol=0)
 
 
-def test_an_unknown_attention_is_refused_in_words(tiny_model):
+def test_unknown_attention_implementation_raises_value_error(tiny_model):
     with pytest.raises(ValueError, match=r'attn_implementation="magic".*not supported.*eager.*sdpa'):
         tiny_model.set_attn_implementation("magic")
     with pytest.raises(ValueError, match=r'attn_implementation="magic".*not supported'):
@@ -288,13 +296,14 @@ def test_an_unknown_attention_is_refused_in_words(tiny_model):
         ({"model_type": "gpt2"}, r"config of a 'gpt2' model, not 'gpt2repro': convert"),
     ],
 )
-def test_a_config_that_does_not_fit_is_refused(fields, message):
+def test_invalid_config_is_rejected(fields, message):
     with pytest.raises(Exception, match=f"(?s){message}"):
         GPT2ReproConfig(**fields)
 
 
-def test_what_other_libraries_leave_in_a_config_is_kept_and_a_misspelt_field_is_not(tiny_config, tmp_path):
-    tiny_config.run_name, tiny_config.pretraining_tp = "mine", 1
+def test_config_json_keeps_foreign_fields_and_rejects_misspelled_ones(tiny_config, tmp_path):
+    tiny_config.run_name = "mine"
+    tiny_config.pretraining_tp = 1
     tiny_config.save_pretrained(tmp_path)
     assert GPT2ReproConfig.from_pretrained(tmp_path).run_name == "mine"
     file = tmp_path / "config.json"
@@ -303,7 +312,7 @@ def test_what_other_libraries_leave_in_a_config_is_kept_and_a_misspelt_field_is_
         GPT2ReproConfig.from_pretrained(tmp_path)
 
 
-def test_a_subclass_brings_its_own_config(tmp_path):
+def test_subclass_keeps_its_own_config(tmp_path):
     class WiderConfig(GPT2ReproConfig):
         model_type = "wider"
         extra: int = 3
@@ -316,7 +325,7 @@ def test_a_subclass_brings_its_own_config(tmp_path):
     assert "GPT2Repro" not in str(getattr(model.config, "auto_map", ""))
 
 
-def test_a_config_takes_transformers_own_names(tmp_path):
+def test_config_accepts_the_field_names_of_transformers(tmp_path):
     config = GPT2ReproConfig(hidden_size=64, num_attention_heads=4, num_labels=3, dtype="bfloat16", name_or_path="x")
     assert (config.n_embd, config.n_head, config.num_labels, config.dtype) == (64, 4, 3, torch.bfloat16)
     config.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The model under other people's code: transformers' Trainer, PEFT, gradient checkpointing, compile, export."""
+"""The model with transformers' Trainer, PEFT, gradient checkpointing, torch.compile and torch.export."""
 
 import importlib.util
 import subprocess
@@ -28,22 +28,22 @@ RECIPE = {
 }
 
 
-class Rows(torch.utils.data.Dataset):
-    """24 rows of 5 to 16 tokens, padded with -100 in the labels as collators do: their losses weigh unequally."""
+class PaddedSequences(torch.utils.data.Dataset):
+    """24 sequences of 5 to 16 tokens, padded, with -100 in the labels: their losses have unequal weights."""
 
     def __init__(self, ids: torch.Tensor):
-        self.rows = []
-        for number, row in enumerate(ids):
+        self.examples = []
+        for number, sequence in enumerate(ids):
             length = 5 + number % 12
-            mask = (torch.arange(len(row)) < length).long()
-            labels = row.masked_fill(mask == 0, -100)
-            self.rows.append({"input_ids": row, "attention_mask": mask, "labels": labels})
+            mask = (torch.arange(len(sequence)) < length).long()
+            labels = sequence.masked_fill(mask == 0, -100)
+            self.examples.append({"input_ids": sequence, "attention_mask": mask, "labels": labels})
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.examples)
 
     def __getitem__(self, number):
-        return self.rows[number]
+        return self.examples[number]
 
 
 def make_trainer(folder, ids, **overrides) -> Trainer:
@@ -51,28 +51,28 @@ def make_trainer(folder, ids, **overrides) -> Trainer:
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32, "vocab_size": 97}
     model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape, bos_token_id=0, eos_token_id=0))
     args = TrainingArguments(output_dir=str(folder), **{**RECIPE, **overrides})
-    return Trainer(model=model, args=args, train_dataset=Rows(ids), eval_dataset=Rows(ids[:4]))
+    return Trainer(model=model, args=args, train_dataset=PaddedSequences(ids), eval_dataset=PaddedSequences(ids[:4]))
 
 
-def losses_of(trainer: Trainer) -> list[float]:
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+def logged_losses(trainer: Trainer) -> list[float]:
+    return [record["loss"] for record in trainer.state.log_history if "loss" in record]
 
 
-def test_trainer_accumulates_exactly_and_learns(tmp_path, random_ids):
-    ids = random_ids(1, 16).expand(24, -1)  # one row, cut at different places: it can be learnt in six steps
+def test_trainer_accumulation_equals_one_large_batch_and_learns(tmp_path, random_ids):
+    ids = random_ids(1, 16).expand(24, -1)  # one sequence at different lengths: learnable in six steps
     whole = make_trainer(tmp_path / "whole", ids, per_device_train_batch_size=4)
     whole.train()
     parts = make_trainer(tmp_path / "parts", ids, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     parts.train()
-    assert losses_of(whole) == pytest.approx(losses_of(parts), abs=1e-4)
-    assert losses_of(whole)[-1] < losses_of(whole)[0] - 0.5
-    # Not the weights: the bias of the keys has no effect, so its gradient is rounding, which Adam makes a whole step.
+    assert logged_losses(whole) == pytest.approx(logged_losses(parts), abs=1e-4)
+    assert logged_losses(whole)[-1] < logged_losses(whole)[0] - 0.5
+    # Logits, not weights: the bias of the keys has no effect, so its gradient is rounding noise that Adam scales up.
     torch.testing.assert_close(whole.model(ids).logits, parts.model(ids).logits, atol=1e-3, rtol=0)
     batch = next(iter(whole.get_eval_dataloader()))
     assert whole.evaluate()["eval_loss"] == pytest.approx(whole.model(**batch).loss.item(), abs=1e-4)
 
 
-def test_trainer_saves_and_resumes_as_if_it_had_never_stopped(tmp_path, random_ids):
+def test_trainer_resume_equals_an_uninterrupted_run(tmp_path, random_ids):
     ids = random_ids(24, 16)
     whole = make_trainer(tmp_path / "whole", ids, per_device_train_batch_size=4)
     whole.train()
@@ -87,7 +87,7 @@ def test_trainer_saves_and_resumes_as_if_it_had_never_stopped(tmp_path, random_i
     assert reloaded.lm_head.weight is reloaded.transformer.wte.weight
 
 
-def test_trainer_smooths_labels_after_shifting_them(tmp_path, random_ids):
+def test_trainer_shifts_labels_before_smoothing(tmp_path, random_ids):
     trainer = make_trainer(tmp_path, random_ids(24, 16), label_smoothing_factor=0.1)
     batch = {"input_ids": random_ids(2, 16), "labels": random_ids(2, 16)}
     batch["labels"][1, 9:] = -100
@@ -97,7 +97,7 @@ def test_trainer_smooths_labels_after_shifting_them(tmp_path, random_ids):
     torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), expected)
 
 
-def test_trainer_pushes_what_anybody_can_load(hub, tiny_tokenizer, tmp_path):
+def test_trainer_pushes_a_model_that_loads_without_our_package(hub, tiny_tokenizer, tmp_path):
     train = """
 import sys, torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
@@ -105,16 +105,16 @@ from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 output_dir, tokenizer = sys.argv[1:]
 shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32, "vocab_size": 300}
 model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape, bos_token_id=0, eos_token_id=0))
-rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 300, (8, 32))]
+examples = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 300, (8, 32))]
 args = TrainingArguments(output_dir, max_steps=2, save_steps=2, report_to="none", use_cpu=True, push_to_hub=True)
 tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-trainer = Trainer(model, args, default_data_collator, train_dataset=rows, processing_class=tokenizer)
+trainer = Trainer(model, args, default_data_collator, train_dataset=examples, processing_class=tokenizer)
 trainer.train()
 trainer.push_to_hub()
 """
     load = """
 import sys
-sys.path = [path for path in sys.path if path.rstrip("/\\\\") != sys.argv[1]]  # a .venv may lie below it
+sys.path = [path for path in sys.path if path.rstrip("/\\\\") != sys.argv[1]]  # not by prefix: a .venv may be inside it
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
 from transformers import pipeline
 talk = pipeline("text-generation", model="user/trained", trust_remote_code=True)
@@ -143,7 +143,8 @@ print(talk("the sea", max_new_tokens=5, min_new_tokens=5, do_sample=False)[0]["g
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(carried, random_ids, use_reentrant):
     ids = random_ids(2, 20)
-    calls, gradients = [], []
+    calls = []
+    gradients = []
     for block in carried.transformer.h:
         block.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     for enabled in (False, True):
@@ -153,19 +154,19 @@ def test_gradient_checkpointing_changes_no_gradient(carried, random_ids, use_ree
         carried.zero_grad()
         carried(ids, labels=ids, use_cache=False).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in carried.parameters()])
-    assert len(calls) == 3 * carried.config.n_layer  # once plain; once and again in the backward pass
+    assert len(calls) == 3 * carried.config.n_layer  # once without; with it, again in the backward pass
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
-def test_lora_trains_only_its_own_matrices_and_comes_back(carried, random_ids, tmp_path):
+def test_lora_trains_only_its_adapter_and_reloads(carried, random_ids, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     ids = random_ids(2, 20)
     before = carried(ids).logits.detach()
     frozen = {name: parameter.clone() for name, parameter in carried.named_parameters()}
     model = get_peft_model(carried, LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM"))
-    torch.testing.assert_close(model(ids).logits, before)  # an adapter starts as nothing
+    torch.testing.assert_close(model(ids).logits, before)  # a new adapter adds zero
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(10):
@@ -179,18 +180,18 @@ def test_lora_trains_only_its_own_matrices_and_comes_back(carried, random_ids, t
     adapted = model(ids).logits.detach()
     bare = GPT2ReproForCausalLM(carried.config).eval()
     bare.load_state_dict(frozen | {"lm_head.weight": frozen["transformer.wte.weight"]})
-    torch.testing.assert_close(bare(ids).logits, before)  # the weights below the adapter did not move
+    torch.testing.assert_close(bare(ids).logits, before)  # the base weights did not change
     loaded = PeftModel.from_pretrained(bare, tmp_path)
     torch.testing.assert_close(loaded(ids).logits, adapted)
     torch.testing.assert_close(loaded.merge_and_unload()(ids).logits, adapted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_model_is_one_graph_forward_and_backward(carried, random_ids, packed):
+def test_model_compiles_to_one_graph_forward_and_backward(carried, random_ids, packed):
     ids = random_ids(2, 20)
     inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
     if packed:
-        # A row may be longer than the context, if none of its parts is.
+        # A packed sequence may be longer than the context if none of its parts is.
         inputs["input_ids"] = inputs["labels"] = random_ids(2, 100)
         inputs["position_ids"] = torch.tensor([[*range(40), *range(60)], [*range(64), *range(36)]])
     carried(**inputs).loss.backward()
@@ -203,7 +204,7 @@ def test_the_model_is_one_graph_forward_and_backward(carried, random_ids, packed
 
 
 @pytest.mark.slow
-def test_the_compiled_model_gives_the_same_loss(carried, random_ids):
+def test_compiled_loss_equals_eager_loss(carried, random_ids):
     ids = random_ids(2, 20)
     expected = carried(ids, labels=ids).loss
     compiled = torch.compile(carried.train(), fullgraph=True)
@@ -213,7 +214,7 @@ def test_the_compiled_model_gives_the_same_loss(carried, random_ids):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_the_model_is_exported_for_any_batch_and_length(carried, random_ids, strict):
+def test_export_supports_any_batch_size_and_length(carried, random_ids, strict):
     sizes = {0: torch.export.Dim("B", min=1, max=16), 1: torch.export.Dim("T", min=2, max=carried.config.n_positions)}
     options = {"input_ids": random_ids(2, 12), "use_cache": False}
     dynamic = {"input_ids": sizes, "use_cache": None}

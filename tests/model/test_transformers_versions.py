@@ -1,4 +1,4 @@
-"""A saved folder on other versions of transformers: whoever loads it has one of his own."""
+"""A saved folder loads with other versions of transformers, because its users have their own."""
 
 import inspect
 import os
@@ -27,7 +27,7 @@ found = {"logits": outputs.logits, "loss": outputs.loss, "hidden_states": output
 found["padded"] = model(ids, attention_mask=mask).logits[:, 5:]
 found["greedy"] = model.generate(ids, max_new_tokens=20, do_sample=False)
 model.set_attn_implementation("eager")
-found["attentions"] = model(ids, output_attentions=True).attentions  # of no other implementation
+found["attentions"] = model(ids, output_attentions=True).attentions  # no other implementation returns them
 model.train()(ids, labels=ids, use_cache=False).loss.backward()
 found["gradient"] = model.transformer.wte.weight.grad
 AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -39,24 +39,24 @@ torch.save(found, out + "/found.pt")
 """
 
 
-def run_on(version: str, folder: Path, place: Path) -> subprocess.CompletedProcess:
-    """Run the program in a fresh virtual environment with that transformers; torch is the one that is here."""
-    python = place / "venv" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-    venv.create(place / "venv", with_pip=True)
+def run_with_version(version: str, folder: Path, tmp_path: Path) -> subprocess.CompletedProcess:
+    """Run PROGRAM in a new virtual environment with that version of transformers and this environment's torch."""
+    python = tmp_path / "venv" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    venv.create(tmp_path / "venv", with_pip=True)
     subprocess.run([python, "-m", "pip", "install", "-q", f"transformers=={version}"], check=True, capture_output=True)
-    library = sysconfig.get_path("purelib", vars={"base": str(place / "venv")})
-    (Path(library) / "torch_from_here.pth").write_text(sysconfig.get_path("purelib"))  # behind its own packages
+    library = sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")})
+    (Path(library) / "torch_from_here.pth").write_text(sysconfig.get_path("purelib"))  # searched after its own packages
     return subprocess.run(
-        [python, "-I", "-c", PROGRAM, str(folder), str(place), version],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "home")},
+        [python, "-I", "-c", PROGRAM, str(folder), str(tmp_path), version],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
         capture_output=True,
         text=True,
         timeout=300,
-        cwd=place,
+        cwd=tmp_path,
     )
 
 
-def test_the_model_file_has_the_names_by_which_5_5_lets_the_attention_be_changed():
+def test_model_file_contains_the_names_that_transformers_5_5_searches():
     source = inspect.getsource(sys.modules[GPT2ReproForCausalLM.__module__])
     assert "eager_attention_forward" in source
     assert "ALL_ATTENTION_FUNCTIONS.get_interface(" in source
@@ -64,9 +64,9 @@ def test_the_model_file_has_the_names_by_which_5_5_lets_the_attention_be_changed
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["5.5.0", "5.10.0", "5.17.0"])
-def test_a_saved_folder_gives_the_same_on_other_versions(carried, tmp_path, version):
+def test_saved_folder_gives_the_same_results_on_other_versions(carried, tmp_path, version):
     carried.save_pretrained(tmp_path / "folder")
-    result = run_on(version, tmp_path / "folder", tmp_path)
+    result = run_with_version(version, tmp_path / "folder", tmp_path)
     assert result.returncode == 0, result.stderr
     found = torch.load(tmp_path / "found.pt", weights_only=True)
 
@@ -86,8 +86,10 @@ def test_a_saved_folder_gives_the_same_on_other_versions(carried, tmp_path, vers
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["4.57.6", "5.4.0"])
-def test_a_version_that_is_too_old_is_told_what_is_needed(carried, tmp_path, version):
+def test_too_old_version_raises_import_error_naming_the_required_one(carried, tmp_path, version):
     carried.save_pretrained(tmp_path / "folder")
-    result = run_on(version, tmp_path / "folder", tmp_path)
-    told = f"gpt2repro models need transformers 5.5.0 or newer, this is {version}: pip install --upgrade transformers"
-    assert result.stderr.splitlines()[-1] == f"ImportError: {told}"
+    result = run_with_version(version, tmp_path / "folder", tmp_path)
+    message = (
+        f"gpt2repro models need transformers 5.5.0 or newer, this is {version}: pip install --upgrade transformers"
+    )
+    assert result.stderr.splitlines()[-1] == f"ImportError: {message}"

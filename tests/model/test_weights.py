@@ -1,4 +1,4 @@
-"""Weights on their way to disk and back: tied, sharded, offloaded, resized, in other dtypes, in other heads."""
+"""Saving and loading weights: tied, sharded, offloaded, resized, in other dtypes, under other heads."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def test_weights_are_tied_and_saved_once(tiny_model, tmp_path):
     assert_equal_and_tied(GPT2ReproForCausalLM.from_pretrained(tmp_path), tiny_model)
 
 
-def test_shards_come_back_as_one(tiny_model, tmp_path):
+def test_sharded_checkpoint_reloads(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path, max_shard_size="100KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(index.values())) > 3
@@ -59,7 +59,7 @@ def test_shards_come_back_as_one(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_and_can_be_asked_for(carried, random_ids, tmp_path, dtype):
+def test_saved_dtype_is_kept_unless_another_is_requested(carried, random_ids, tmp_path, dtype):
     ids = random_ids(2, 20)
     expected = carried(ids).logits
     carried.to(dtype).save_pretrained(tmp_path)
@@ -70,7 +70,7 @@ def test_half_precision_stays_and_can_be_asked_for(carried, random_ids, tmp_path
     assert (carried(ids).logits.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_weights_on_disk_give_the_same_logits(carried, random_ids, tmp_path):
+def test_offloaded_weights_give_the_same_logits(carried, random_ids, tmp_path):
     ids = random_ids(2, 20)
     expected = carried(ids).logits
     carried.save_pretrained(tmp_path / "saved")
@@ -81,28 +81,28 @@ def test_weights_on_disk_give_the_same_logits(carried, random_ids, tmp_path):
     )
     assert set(split.hf_device_map.values()) == {"cpu", "disk"}
     assert all(name.count(".") < 3 for name in split.hf_device_map), "a block's parts must stay together"
-    assert split.transformer.h[2].attn.c_attn.weight.device.type == "meta"  # so it is read when it is needed
+    assert split.transformer.h[2].attn.c_attn.weight.device.type == "meta"  # loaded from disk when needed
     torch.testing.assert_close(split(ids).logits, expected)
 
 
 @pytest.mark.parametrize("size", [105, 90])
-def test_the_vocabulary_grows_and_shrinks_with_the_tokenizer(carried, random_ids, tmp_path, size):
+def test_vocabulary_can_grow_and_shrink(carried, random_ids, tmp_path, size):
     ids = random_ids(2, 20).clamp(max=80)
     before = carried(ids).logits
     carried.resize_token_embeddings(size)
     assert carried.config.vocab_size == carried.lm_head.out_features == size
     after = carried(ids, labels=ids)
-    kept = min(size, 97)
-    torch.testing.assert_close(after.logits[..., :kept], before[..., :kept])
+    shared = min(size, 97)
+    torch.testing.assert_close(after.logits[..., :shared], before[..., :shared])
     assert after.logits.shape[-1] == size
     assert after.loss.isfinite()
-    with pytest.raises(ValueError, match=f"leave the vocabulary, 0 to {size - 1}"):
+    with pytest.raises(ValueError, match=f"outside a vocabulary of {size}:"):
         carried(torch.full((1, 2), size))
     carried.save_pretrained(tmp_path)
     assert_equal_and_tied(GPT2ReproForCausalLM.from_pretrained(tmp_path), carried)
 
 
-def test_the_auto_classes_know_the_model(tiny_model, tmp_path):
+def test_auto_classes_load_the_model(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), GPT2ReproConfig)
     assert isinstance(AutoModel.from_pretrained(tmp_path), GPT2ReproModel)
@@ -110,7 +110,7 @@ def test_the_auto_classes_know_the_model(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("auto_class", HEADS, ids=lambda auto_class: auto_class.__name__)
-def test_heads_take_the_weights_below_them_train_and_come_back(carried, random_ids, tmp_path, auto_class):
+def test_heads_load_the_pretrained_body_train_and_reload(carried, random_ids, tmp_path, auto_class):
     ids = random_ids(2, 12)
     hidden = carried.transformer(ids).last_hidden_state
     carried.save_pretrained(tmp_path / "lm")
@@ -122,11 +122,13 @@ def test_heads_take_the_weights_below_them_train_and_come_back(carried, random_i
     assert model.get_input_embeddings() is model.transformer.wte
     if auto_class is AutoModelForQuestionAnswering:
         labels = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 5])}
-        shape, output = (2, 12), "end_logits"
+        shape = (2, 12)
+        output = "end_logits"
     else:
-        token = auto_class is AutoModelForTokenClassification
-        labels = {"labels": ids % 3 if token else torch.tensor([0, 2])}
-        shape, output = ((2, 12, 3) if token else (2, 3)), "logits"
+        per_token = auto_class is AutoModelForTokenClassification
+        labels = {"labels": ids % 3 if per_token else torch.tensor([0, 2])}
+        shape = (2, 12, 3) if per_token else (2, 3)
+        output = "logits"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(5):
@@ -143,10 +145,11 @@ def test_heads_take_the_weights_below_them_train_and_come_back(carried, random_i
     torch.testing.assert_close(again(ids)[output], model(ids)[output])
 
 
-def test_sequence_classification_equals_that_of_stock_gpt2(stock, carried, random_ids):
+def test_sequence_classification_equals_stock_gpt2(stock, carried, random_ids):
     ids = random_ids(3, 12)
-    ids[1, 8:] = 0  # padding, on the right
-    stock.config.num_labels, stock.config.pad_token_id = 4, 0
+    ids[1, 8:] = 0  # padding on the right
+    stock.config.num_labels = 4
+    stock.config.pad_token_id = 0
     theirs = GPT2ForSequenceClassification(stock.config).eval()
     theirs.transformer.load_state_dict(stock.transformer.state_dict())
     shape = {
@@ -156,12 +159,13 @@ def test_sequence_classification_equals_that_of_stock_gpt2(stock, carried, rando
     ours.transformer.load_state_dict(carried.transformer.state_dict())
     ours.score.load_state_dict(theirs.score.state_dict())
     labels = torch.tensor([1, 0, 3])
-    a, b = ours(ids, labels=labels), theirs(ids, labels=labels)
-    torch.testing.assert_close(a.logits, b.logits, atol=1e-5, rtol=0)
-    torch.testing.assert_close(a.loss, b.loss, atol=1e-5, rtol=0)
+    output = ours(ids, labels=labels)
+    expected = theirs(ids, labels=labels)
+    torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.loss, expected.loss, atol=1e-5, rtol=0)
 
 
-def test_a_stock_gpt2_is_never_loaded_untransposed(stock, tiny_config, tmp_path):
+def test_stock_gpt2_weights_are_never_loaded_untransposed(stock, tiny_config, tmp_path):
     stock.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"config of a 'gpt2' model.*convert a stock GPT-2"):
         GPT2ReproForCausalLM.from_pretrained(tmp_path)
@@ -171,12 +175,12 @@ def test_a_stock_gpt2_is_never_loaded_untransposed(stock, tiny_config, tmp_path)
         GPT2ReproForCausalLM.from_pretrained(tmp_path, config=tiny_config, ignore_mismatched_sizes=True)
 
 
-def test_every_auto_class_loads_and_saves_again_without_our_package(carried, tmp_path):
+def test_every_auto_class_reloads_and_saves_again_without_our_package(carried, tmp_path):
     carried.save_pretrained(tmp_path / "0")
     program = """
 import sys, torch, transformers
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
-sys.path = [path for path in sys.path if path.rstrip("/\\\\") != sys.argv[2]]  # a .venv may lie below it
+sys.path = [path for path in sys.path if path.rstrip("/\\\\") != sys.argv[2]]  # not by prefix: a .venv may be inside it
 folder, logits = sys.argv[1], []
 for number in range(2):
     for head in ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"):

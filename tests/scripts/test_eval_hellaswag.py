@@ -144,7 +144,7 @@ def test_two_saved_results_are_compared(
     )
     report = (tmp_path / "a.json").read_bytes()
     for output in ("a.json", "runs/../b.json"):
-        assert "the comparison would replace the numbers that go with" in problems_of(
+        assert "the comparison would replace the accuracies that belong to" in problems_of(
             capsys, "--compare", "a.jsonl", "b.jsonl", "--output", output
         )
     assert (tmp_path / "a.json").read_bytes() == report
@@ -231,10 +231,10 @@ def test_the_script_tells_every_problem_of_a_command_line_at_once(tmp_path, caps
     for sentence in (
         "there is no such folder",
         "there is no file none.jsonl",
-        "--limit (0) must be at least 1",
-        "--batch_tokens (-1) must be at least 1",
-        "--protocol takes one of completion, lm-eval, both, not 'other'",
-        "--dtype takes one of float32, bfloat16, float16, not 'int8'",
+        "limit (0) must be at least 1",
+        "batch_tokens (-1) must be at least 1",
+        "protocol (other) must be one of completion, lm-eval, both",
+        "dtype (int8) must be one of float32, bfloat16, float16",
         "--device warp9 cannot be used here (it is none of cuda, cuda:1, mps and cpu); leave it out or say cpu.",
         "make it first",
     ):
@@ -247,7 +247,7 @@ def test_the_script_tells_every_problem_of_a_command_line_at_once(tmp_path, caps
         capsys, "--model", str(tmp_path), "--data", __file__
     )
     assert "is a folder: give the name of a file" in problems_of(capsys, "--data", __file__, "--output", str(tmp_path))
-    assert "let it end in .json" in problems_of(capsys, "--data", __file__, "--output", "rows.jsonl")
+    assert "must end in .json" in problems_of(capsys, "--data", __file__, "--output", "rows.jsonl")
 
 
 def test_several_processes_do_not_take_one_device(monkeypatch, capsys):

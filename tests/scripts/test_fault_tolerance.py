@@ -18,10 +18,10 @@ from test_train import plain_start
 from toy_runs import CPU_FP32, RECIPE, ROWS, SCRIPT, as_flags, rows_of, train_here
 
 import train_accelerate
+from modeling_gpt2repro.pretrain import checkpointing, setup
 from modeling_gpt2repro.runs.read import read_metrics
-from modeling_gpt2repro.runtime import launcher as launchers
-from modeling_gpt2repro.runtime.launcher import requested_num_processes, resume_command
-from modeling_gpt2repro.runtime.signals import StopRequest
+from modeling_gpt2repro.runtime import signals
+from modeling_gpt2repro.runtime.signals import StopSignal, requested_num_processes, resume_command
 
 WEIGHTS = "model/model.safetensors"
 
@@ -30,11 +30,11 @@ def at_step(monkeypatch, step: int, action):
     """Let `action()` happen inside the training step with this number, before it is taken."""
     original = train_accelerate.train_step
 
-    def step_with_action(accelerator, model, *rest):
+    def step_with_action(accelerator, model, *rest, **limits):
         step_with_action.number += 1
         if step_with_action.number == step:
-            return action(lambda: original(accelerator, model, *rest), model)
-        return original(accelerator, model, *rest)
+            return action(lambda: original(accelerator, model, *rest, **limits), model)
+        return original(accelerator, model, *rest, **limits)
 
     step_with_action.number = 0
     monkeypatch.setattr(train_accelerate, "train_step", step_with_action)
@@ -67,22 +67,22 @@ def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on_bit_for_bit
         at_step(patch, 17, signalled(getattr(signal, name)))
         assert train_here(tmp_path / "run", shards) == 143
     said = capsys.readouterr().out
-    assert f"Stopped by {name} after step 17. Go on with:" in said
+    assert f"Stopped by {name} after step 17. Resume with:" in said
     assert said.strip().endswith("--resume_from_checkpoint latest")
     assert (tmp_path / "run" / "step-000017" / "model.safetensors").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest") == 0
-    assert "going on from step 17" in capsys.readouterr().out
+    assert "resuming from step 17" in capsys.readouterr().out
     assert rows_of(tmp_path / "run") == rows_of(finished[0])
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
 
 
 def test_a_second_ctrl_c_ends_at_once(usual_signals):
-    with StopRequest() as stop:
+    with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # the same one, passed on by a launcher
         assert stop.should_stop()
-        stop._asked_at -= 10
+        stop._received_at -= 10
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):  # afterwards Ctrl-C is Python's again
@@ -191,7 +191,7 @@ def test_window_random_numbers_and_time_go_on_where_they_stood(shards, tmp_path,
 
 
 def test_saves_that_fail_count_only_in_a_row(shards, tmp_path, monkeypatch):
-    calls, save = [], train_accelerate.save_hub_folder
+    calls, save = [], checkpointing.save_hub_folder
 
     def now_and_then(*arguments):
         calls.append(1)
@@ -199,7 +199,7 @@ def test_saves_that_fail_count_only_in_a_row(shards, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return save(*arguments)
 
-    monkeypatch.setattr(train_accelerate, "save_hub_folder", now_and_then)
+    monkeypatch.setattr(checkpointing, "save_hub_folder", now_and_then)
     assert train_here(tmp_path / "run", shards, save_steps=5) == 0
 
 
@@ -213,7 +213,7 @@ def test_too_many_skipped_steps_end_a_run_with_advice(shards, tmp_path, capsys):
 
 def full_disk(times: int):
     """save_hub_folder that finds the disk full so many times, after having written half a file."""
-    original, calls = train_accelerate.save_hub_folder, []
+    original, calls = checkpointing.save_hub_folder, []
 
     def save(model, tokenizer, folder, *others):
         calls.append(1)
@@ -226,7 +226,7 @@ def full_disk(times: int):
 
 
 def test_a_full_disk_costs_one_checkpoint_and_is_told(finished, shards, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_accelerate, "save_hub_folder", full_disk(times=2))
+    monkeypatch.setattr(checkpointing, "save_hub_folder", full_disk(times=2))
     assert train_here(tmp_path / "run", shards, save_steps=5) == 0
     said = capsys.readouterr().out
     assert said.count("no checkpoint (No space left on device); the one before stays") == 2
@@ -242,22 +242,22 @@ def test_a_disk_that_stays_full_ends_the_run_and_the_last_checkpoint_stays(shard
     with monkeypatch.context() as patch:
         at_step(patch, 6, signalled(signal.SIGTERM))
         assert train_here(tmp_path / "run", shards, save_steps=5) == 143
-    monkeypatch.setattr(train_accelerate, "save_hub_folder", full_disk(times=99))
+    monkeypatch.setattr(checkpointing, "save_hub_folder", full_disk(times=99))
     assert train_here(tmp_path / "run", shards, save_steps=5, resume_from_checkpoint="latest") == 1
-    assert "make room there, then go on from the last one" in capsys.readouterr().err
+    assert "free some space there, then resume from the last" in capsys.readouterr().err
     assert rows_of(tmp_path / "run")[-1:] == rows_of(tmp_path / "run")[19:20]  # steps 10, 15 and 20 could not be saved
     assert sorted(path.name for path in (tmp_path / "run").glob("*step-*")) == ["step-000005", "step-000006"]
 
 
 def test_the_last_checkpoint_waits_for_room(finished, shards, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_accelerate, "save_hub_folder", full_disk(times=4))
-    monkeypatch.setattr(train_accelerate, "SECONDS_BETWEEN_TRIES", 0)
+    monkeypatch.setattr(checkpointing, "save_hub_folder", full_disk(times=4))
+    monkeypatch.setattr(checkpointing, "SECONDS_BETWEEN_TRIES", 0)
     assert train_here(tmp_path / "run", shards, save_steps=0) == 0
-    assert capsys.readouterr().out.count("It is tried again every 0 s: make room in") == 4
+    assert capsys.readouterr().out.count("Trying again every 0 s: free some space in") == 4
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
-    monkeypatch.setattr(train_accelerate, "save_hub_folder", full_disk(times=99))
+    monkeypatch.setattr(checkpointing, "save_hub_folder", full_disk(times=99))
     assert train_here(tmp_path / "never", shards, save_steps=0) == 1
-    assert "make room there, then go on" in capsys.readouterr().err
+    assert "free some space there, then resume" in capsys.readouterr().err
 
 
 def test_rows_of_the_log_wait_for_a_disk_that_is_full(tmp_path):
@@ -292,7 +292,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_by_the_run(finished, shards,
     assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest") == 0
     said = capsys.readouterr().out
     assert "step-000030 is damaged (model.safetensors has 1,000 of" in said
-    assert "going on from step 20" in said
+    assert "resuming from step 20" in said
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
 
 
@@ -368,7 +368,7 @@ def test_a_renamed_checkpoint_in_the_runs_folder_can_be_gone_on_from(finished, s
     shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("step-000030", "model"))
     (tmp_path / "run" / "step-000020").rename(tmp_path / "run" / "best")
     assert train_here(tmp_path / "run", shards, resume_from_checkpoint=tmp_path / "run" / "best") == 0
-    assert "going on from step 20" in capsys.readouterr().out
+    assert "resuming from step 20" in capsys.readouterr().out
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
 
 
@@ -382,15 +382,17 @@ def test_a_finished_run_that_is_started_again_writes_no_checkpoint_again(finishe
 
 def test_one_process_where_several_were_asked_for_is_noticed(shards, tmp_path, monkeypatch, capsys):
     words = ["python", "/usr/bin/accelerate", "launch", "--cpu", "--num_processes", "2", "train_accelerate.py"]
-    monkeypatch.setattr(launchers, "launcher", lambda: words)
+    monkeypatch.setattr(signals, "launcher_command", lambda: words)
     assert requested_num_processes() == 2
     assert train_here(tmp_path / "run", shards) == 2
     assert (
         "asked for 2 processes and started one: on CPUs launch with ACCELERATE_USE_CPU=true" in capsys.readouterr().err
     )
-    monkeypatch.setattr(launchers, "launcher", lambda: [*words[:3], "--num_processes=8", "--config_file", "a.yaml"])
+    monkeypatch.setattr(
+        signals, "launcher_command", lambda: [*words[:3], "--num_processes=8", "--config_file", "a.yaml"]
+    )
     assert requested_num_processes() == 8
-    monkeypatch.setattr(launchers, "launcher", lambda: None)
+    monkeypatch.setattr(signals, "launcher_command", lambda: None)
     assert requested_num_processes() is None
 
 
@@ -402,8 +404,13 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(shards, t
 
 def test_a_signal_before_the_first_step_leaves_nothing_to_go_wrong(finished, shards, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        original = train_accelerate.introduce
-        patch.setattr(train_accelerate, "introduce", lambda run: (os.kill(os.getpid(), signal.SIGTERM), original(run)))
+        original = setup.log_run_summary
+
+        def interrupted(*arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return original(*arguments)
+
+        patch.setattr(setup, "log_run_summary", interrupted)
         assert train_here(tmp_path / "run", shards) == 143
     assert not list((tmp_path / "run").glob("step-*"))
     assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest") == 0
@@ -477,8 +484,8 @@ print("code", train_here(Path({str(tmp_path / "run")!r}), shards, resume_from_ch
 print("code", train_here(Path({str(tmp_path / "none")!r}), shards, resume_from_checkpoint="toy/nowhere@v9"))
 """
     result = warm_python.run("-c", program)
-    assert "going on from step 20" in result.stdout, result.stderr[-2000:]
+    assert "resuming from step 20" in result.stdout, result.stderr[-2000:]
     assert result.stdout.count("code 0") == 1
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
     assert "code 2" in result.stdout
-    assert "toy/nowhere@v9 is no folder, and the Hub does not give it (" in result.stderr
+    assert "toy/nowhere@v9 is not a folder, and the Hub does not provide it (" in result.stderr

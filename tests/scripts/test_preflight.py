@@ -10,10 +10,9 @@ import torch
 from accelerate import Accelerator
 from toy_runs import rows_of, train_here
 
-import train_accelerate
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig
-from modeling_gpt2repro.pretrain import batch_size
-from modeling_gpt2repro.pretrain.batch_size import find_batch_size, largest
+from modeling_gpt2repro.pretrain import batch_size, checkpointing
+from modeling_gpt2repro.pretrain.batch_size import apply_batch_size_finder, find_batch_size, largest
 from modeling_gpt2repro.pretrain.preflight import StepTimings, disk_bytes, preflight_report, whole_run_seconds
 from modeling_gpt2repro.training.arguments import TrainArguments
 
@@ -40,8 +39,8 @@ def test_the_report_says_speed_cost_and_what_is_missing(tmp_path, monkeypatch):
     assert f"{10 * hours:,.2f} at 10 an hour" in report
     assert "7.5 GB at most, 7.0 GB free" in report
     assert problems == [
-        f"output_dir ({tmp_path}) has 7.0 GB free, and the run needs 7.5 GB: make room, or keep fewer checkpoints than "
-        "--save_total_limit 3."
+        f"output_dir ({tmp_path}) has 7.0 GB free, and the run needs 7.5 GB: free some space, or keep fewer "
+        "checkpoints than --save_total_limit 3."
     ]
 
 
@@ -82,9 +81,9 @@ def test_a_preflight_that_cannot_write_says_so(shards, tmp_path, monkeypatch, ca
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train_accelerate, "save_hub_folder", full)
+    monkeypatch.setattr(checkpointing, "save_hub_folder", full)
     assert train_here(tmp_path / "run", shards, preflight=True) == 1
-    assert "(No space left on device): make room there" in capsys.readouterr().out
+    assert "(No space left on device): free some space there" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 5, 7, 8, 31, 96, 100, 512, 900])
@@ -113,16 +112,16 @@ def test_the_batch_is_found_where_memory_runs_out_and_weights_stay(tiny_model, m
         return tiny_model.get_input_embeddings().register_forward_pre_hook(check)
 
     hook, state = run_out(5), torch.get_rng_state()
-    assert find_batch_size(Accelerator(cpu=True), tiny_model, 64, 97, most=64) == 5
+    assert find_batch_size(Accelerator(cpu=True), tiny_model, block_size=64, vocab_size=97, largest_useful=64) == 5
     hook.remove()
     assert torch.equal(torch.get_rng_state(), state)
     for parameter, was in zip(tiny_model.parameters(), before, strict=True):
         assert torch.equal(parameter, was)
         assert parameter.grad is None
-    assert find_batch_size(Accelerator(cpu=True), tiny_model, 64, 97, most=4) == 4
+    assert find_batch_size(Accelerator(cpu=True), tiny_model, block_size=64, vocab_size=97, largest_useful=4) == 4
     run_out(0)
-    with pytest.raises(ValueError, match="not even one row of block_size 64 fits") as error:
-        find_batch_size(Accelerator(cpu=True), tiny_model, 64, 97, most=4)
+    with pytest.raises(ValueError, match="not even one sequence of block_size 64 fits") as error:
+        find_batch_size(Accelerator(cpu=True), tiny_model, block_size=64, vocab_size=97, largest_useful=4)
     one_sentence(error)
 
 
@@ -142,7 +141,7 @@ def test_two_moments_and_a_gradient_a_parameter_are_held_while_batches_are_tried
     resident, held = psutil.Process().memory_info, []
     model = OneLargeParameter(lambda: held.append((resident().rss - before) / 40e6))
     before = resident().rss
-    find_batch_size(Accelerator(cpu=True), model, 64, 97, most=2)
+    find_batch_size(Accelerator(cpu=True), model, block_size=64, vocab_size=97, largest_useful=2)
     assert held == pytest.approx([3, 3], abs=0.4)
     assert (resident().rss - before) / 40e6 == pytest.approx(0, abs=0.4)
 
@@ -157,16 +156,16 @@ def test_a_compiled_model_under_ddp_keeps_it_when_its_batch_is_found(tiny_model,
     """Without DDP's `no_sync` every micro-batch would be sent around."""
     import torch.distributed as dist
 
-    monkeypatch.setattr(train_accelerate, "find_batch_size", lambda *arguments: 2)
+    monkeypatch.setattr(batch_size, "find_batch_size", lambda *arguments, **limits: 2)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(tiny_model)
         compiled = torch.compile(wrapped)
         args = TrainArguments(block_size=64, tokens_per_step=512)
-        data = SimpleNamespace(batches=SimpleNamespace(shape=BatchConfig(64, 8, 8, 1)))
-        train_accelerate.take_largest_batch(args, Accelerator(cpu=True), data, compiled)
+        batches = SimpleNamespace(shape=BatchConfig(64, 8, 8, 1))
+        apply_batch_size_finder(args, Accelerator(cpu=True), compiled, batches)
         assert compiled._orig_mod is wrapped
         assert compiled.no_sync == wrapped.no_sync
     finally:
         dist.destroy_process_group()
-    assert args.per_device_train_batch_size == data.batches.shape.micro_batch_size == 2
+    assert args.per_device_train_batch_size == batches.shape.micro_batch_size == 2

@@ -90,7 +90,7 @@ def test_three_processes_equal_one(finished, shards, warm_python, tmp_path):
     """8 rows a step: three micro-batches of one row on each process, the last of which has none on the third."""
     flags = toy_flags(tmp_path / "run", shards, per_device_train_batch_size=1)
     first, *others = warm_python.run_together(3, SCRIPT, *flags, **CPU_FP32)
-    assert "3 processes x 3 micro-batches x 1 row x 32 tokens, less 1 row left empty" in first.stdout
+    assert "3 processes x 3 micro-batches x 1 sequence x 32 tokens, less 1 sequence left empty" in first.stdout
     assert [process.stdout for process in others] == ["", ""]
     assert_equal_curves(tmp_path / "run", finished[0])
 
@@ -98,7 +98,7 @@ def test_three_processes_equal_one(finished, shards, warm_python, tmp_path):
 @pytest.mark.slow
 def test_two_processes_of_torchs_launcher_equal_one(finished, shards, tmp_path):
     result = train(tmp_path / "run", shards, processes=2, per_device_train_batch_size=3)
-    assert "2 processes x 2 micro-batches x 2 rows x 32 tokens\n" in result.stdout
+    assert "2 processes x 2 micro-batches x 2 sequences x 32 tokens\n" in result.stdout
     assert_equal_curves(tmp_path / "run", finished[0])
 
 
@@ -112,7 +112,7 @@ def test_stop_and_resume_equal_never_stopped(finished, shards, tmp_path, capsys)
     # As if it had been killed after step 20: the later checkpoint is gone, the log goes on to 30.
     shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("step-000030", "model"))
     assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest") == 0
-    assert "going on from step 20" in capsys.readouterr().out
+    assert "resuming from step 20" in capsys.readouterr().out
     assert rows_of(tmp_path / "run") == rows_of(finished[0])
     expected = (finished[0] / "model/model.safetensors").read_bytes()
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == expected
@@ -251,7 +251,7 @@ def test_a_stream_from_the_hub_goes_on_with_the_very_next_row(shards, hub, warm_
     shutil.rmtree(tmp_path / "one" / "step-000012")
     shutil.rmtree(tmp_path / "one" / "step-000010")
     again = warm_python.run(*command, "--resume_from_checkpoint", "latest", **CPU_FP32)
-    assert "going on from step 5" in again.stdout
+    assert "resuming from step 5" in again.stdout
     assert rows_of(tmp_path / "one") == never_stopped
 
 

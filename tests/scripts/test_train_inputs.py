@@ -1,4 +1,4 @@
-"""What train_accelerate.py says where it cannot go on, and what it leaves alone."""
+"""Inputs that train_accelerate.py refuses, with which message, and what it then leaves untouched."""
 
 import json
 import shutil
@@ -10,20 +10,20 @@ from toy_runs import CPU_FP32, RECIPE, as_flags, toy_flags, train_here
 import train_accelerate
 
 
-def test_changed_arguments_are_told_when_a_run_goes_on(finished, shards, tmp_path, capsys):
+def test_a_resumed_run_reports_changed_arguments(finished, shards, tmp_path, capsys):
     shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "step-000030")
-    changed = {"learning_rate": 0.005, "eval_steps": 0, "hellaswag": "none"}
-    assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest", **changed) == 0
-    assert "This run began with learning_rate 0.01 and goes on with 0.005." in capsys.readouterr().out
+    overrides = {"learning_rate": 0.005, "eval_steps": 0, "hellaswag": "none"}
+    assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest", **overrides) == 0
+    assert "This run began with learning_rate 0.01 and continues with 0.005." in capsys.readouterr().out
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     changed = next(row["changed"] for row in events if row.get("event") == "resume")
     assert changed["learning_rate"] == [0.01, 0.005]
-    assert changed["hellaswag"] == ["hellaswag.jsonl", "none"]  # not where it lies: the file is published
+    assert changed["hellaswag"] == ["hellaswag.jsonl", "none"]  # its folder is left out: the file is published
 
 
 def refused(capsys, output_dir, shards, **overrides) -> str:
-    """What the script says, in this process, before it starts anything."""
+    """What the script prints, in this process, before it exits with code 2."""
     given = {"shards": shards, "output_dir": output_dir, **RECIPE, "hellaswag": "none", **overrides}
     with pytest.raises(SystemExit) as exit_:
         train_accelerate.main(as_flags(given))
@@ -34,8 +34,8 @@ def refused(capsys, output_dir, shards, **overrides) -> str:
 
 def test_an_output_dir_that_holds_another_run_is_left_alone(finished, shards, capsys):
     before = (finished[0] / "metrics.jsonl").read_bytes()
-    told = refused(capsys, finished[0], shards)
-    assert "holds another run: go on with it by --resume_from_checkpoint latest" in told
+    printed = refused(capsys, finished[0], shards)
+    assert "holds another run: resume it with --resume_from_checkpoint latest" in printed
     assert (finished[0] / "metrics.jsonl").read_bytes() == before
 
 
@@ -44,36 +44,36 @@ def test_another_order_of_the_data_cannot_be_resumed(finished, shards, capsys):
     assert "was made with seed 11, not 12" in capsys.readouterr().err
 
 
-def test_several_inputs_that_do_not_fit_are_told_together(shards, tmp_path, capsys):
+def test_errors_of_several_inputs_are_reported_together(shards, tmp_path, capsys):
     rows = (shards.parent / "hellaswag.jsonl").read_text().replace('"endings": [', '"endings": ["a fifth", ')
     (tmp_path / "five.jsonl").write_text(rows)
     overrides = {"hellaswag": tmp_path / "five.jsonl", "sample_prompts": "the cat sees " * 20}
     assert train_here(tmp_path / "run", shards, **overrides) == 2
-    told = capsys.readouterr().err
-    assert "2 problems" in told
-    assert "endings" in told
-    assert "the prompt has" in told
+    printed = capsys.readouterr().err
+    assert "2 problems" in printed
+    assert "endings" in printed
+    assert "the prompt has" in printed
 
 
-def test_weights_that_do_not_fit_are_refused_in_words(finished, shards, tiny_tokenizer, tmp_path, capsys):
+def test_weights_that_do_not_fit_are_refused(finished, shards, tiny_tokenizer, tmp_path, capsys):
     model = finished[0] / "model"
-    told = refused(capsys, tmp_path / "1", shards, init_from=model, n_layer=3, sample_prompts="the cat sees " * 20)
-    assert "2 problems" in told
-    assert f"{model} has another shape than was asked for: give --n_layer 2 --n_head 2 --n_embd 32." in told
+    printed = refused(capsys, tmp_path / "1", shards, init_from=model, n_layer=3, sample_prompts="the cat sees " * 20)
+    assert "2 problems" in printed
+    assert f"{model} has another shape than was asked for: give --n_layer 2 --n_head 2 --n_embd 32." in printed
     longer = {"block_size": 64, "tokens_per_step": 512, "per_device_train_batch_size": 2}
-    told = refused(capsys, tmp_path / "2", shards, init_from=model, **longer)
-    assert f"block_size (64) must be at most the 32 positions of {model}." in told
+    printed = refused(capsys, tmp_path / "2", shards, init_from=model, **longer)
+    assert f"block_size (64) must be at most the 32 positions of {model}." in printed
     shutil.copytree(model, tmp_path / "other")
-    tiny_tokenizer.save_pretrained(tmp_path / "other")  # as many ids, other words
-    told = refused(capsys, tmp_path / "3", shards, init_from=tmp_path / "other")
-    assert "has another tokenizer than the data: prepare the data with --tokenizer" in told
+    tiny_tokenizer.save_pretrained(tmp_path / "other")  # as many ids, other tokens
+    printed = refused(capsys, tmp_path / "3", shards, init_from=tmp_path / "other")
+    assert "has another tokenizer than the data: prepare the data with --tokenizer" in printed
     (tmp_path / "other" / "model.safetensors").write_bytes(b"no weights")
     assert "weights that cannot be read" in refused(capsys, tmp_path / "4", shards, init_from=tmp_path / "other")
 
 
-def test_two_processes_end_together_on_weights_that_are_not_there(shards, warm_python, tmp_path):
+def test_two_processes_exit_together_on_missing_weights(shards, warm_python, tmp_path):
     program = (  # the second does not wait for a launcher to end it
-        "from modeling_gpt2repro.runtime import command_line; command_line.SECONDS_FOR_THE_FIRST_PROCESS = 0\n"
+        "from modeling_gpt2repro.runtime import command_line; command_line.RANK_0_HEAD_START_SECONDS = 0\n"
         "import sys, train_accelerate; train_accelerate.main(sys.argv[1:])"
     )
     flags = toy_flags(tmp_path / "run", shards, init_from=tmp_path / "nowhere")
@@ -82,19 +82,19 @@ def test_two_processes_end_together_on_weights_that_are_not_there(shards, warm_p
     assert all("no model that can be read" in process.stderr for process in both)
 
 
-def test_a_folder_that_is_not_of_a_run_is_left_alone(shards, tmp_path, capsys):
+def test_a_folder_that_does_not_belong_to_a_run_is_left_alone(shards, tmp_path, capsys):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.txt").write_text("precious")
-    assert "is not of a run" in refused(capsys, tmp_path, shards)
+    assert "does not belong to a run" in refused(capsys, tmp_path, shards)
     assert (tmp_path / "model" / "mine.txt").read_text() == "precious"
 
 
 def test_flash_attention_without_mixed_precision_is_refused(shards, tmp_path, capsys):
     assert train_here(tmp_path / "run", shards, attn_implementation="flash_attention_2") == 2
-    assert "takes 16 bits only: launch with --mixed_precision bf16, or take sdpa." in capsys.readouterr().err
+    assert "computes in 16 bits only: launch with --mixed_precision bf16, or use sdpa." in capsys.readouterr().err
 
 
-def test_deepspeed_is_refused_with_what_takes_its_place(shards, tmp_path, monkeypatch, capsys):
+def test_deepspeed_is_refused_with_its_replacement(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # what its launcher sets
     assert "launch with accelerate_configs/fsdp2.yaml" in refused(capsys, tmp_path / "run", shards)
     assert not (tmp_path / "run").exists()

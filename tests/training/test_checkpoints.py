@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from modeling_gpt2repro.hub.export import save_tokenizer
+from modeling_gpt2repro.runs.folder import checkpoint_name
 from modeling_gpt2repro.storage import atomic
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.checkpoints import RetentionPolicy, find_resume_checkpoint
@@ -39,14 +40,14 @@ def save(tiny_model, optimizer, tmp_path):
         accelerator = Accelerator(cpu=True)
         problem = checkpoints.save_checkpoint(
             accelerator,
-            folder / checkpoints.checkpoint_name(step),
+            folder / checkpoint_name(step),
             write_model or (lambda aside: (aside / "model.safetensors").write_bytes(b"weights" * 100)),
-            optimizer_tensors(tiny_model, optimizer, keep=True),
-            random_tensors(accelerator),
-            {"progress": {"step": step}, "data": {"next_step": step}, "identity": IDENTITY},
-            keep,
+            optimizer=optimizer_tensors(tiny_model, optimizer, keep=True),
+            random=random_tensors(accelerator),
+            state={"progress": {"step": step}, "data": {"next_step": step}, "identity": IDENTITY},
+            policy=keep,
         )
-        return problem or folder / checkpoints.checkpoint_name(step)
+        return problem or folder / checkpoint_name(step)
 
     return save
 
@@ -155,7 +156,7 @@ def test_a_half_written_folder_is_no_checkpoint(save, tmp_path):
     shutil.copytree(tmp_path / "step-000005", tmp_path / "step-000007")
     (tmp_path / "step-000007" / checkpoints.CHECKSUMS_FILE).unlink()
     assert find_resume_checkpoint("latest", tmp_path) == (tmp_path / "step-000005", [])
-    with pytest.raises(ValueError, match="step-000007 is no checkpoint"):
+    with pytest.raises(ValueError, match="step-000007 is not a checkpoint"):
         find_resume_checkpoint(str(tmp_path / "step-000007"), tmp_path)
 
 

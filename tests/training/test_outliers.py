@@ -9,7 +9,7 @@ from test_training import accelerator_for, random_rows, step_of
 from modeling_gpt2repro.training.optimization import build_optimizer
 from modeling_gpt2repro.training.outliers import WINDOW_STEPS, OutlierDetector
 from modeling_gpt2repro.training.state import TrainState
-from modeling_gpt2repro.training.step import step_unless
+from train_accelerate import step_unless
 
 CPU = torch.device("cpu")
 
@@ -132,4 +132,4 @@ def test_the_window_is_part_of_the_checkpoint():
 
 def test_only_steps_next_to_each_other_are_in_a_row():
     progress = TrainState()
-    assert [progress.skipped(step) for step in (3, 4, 5, 7, 8)] == [1, 2, 3, 1, 2]
+    assert [progress.record_skip(step) for step in (3, 4, 5, 7, 8)] == [1, 2, 3, 1, 2]

@@ -42,7 +42,7 @@ def test_a_sharded_run_equals_a_whole_one_and_each_goes_on_from_the_others_check
     flags = toy_flags(tmp_path / "run", shards, per_device_train_batch_size=2, resume_from_checkpoint="latest")
     result = warm_python.run_together(2, "-c", SHARDED, *flags, **CPU_FP32)[0]
     assert "sharded: (150, 32) of (300, 32)" in result.stdout
-    assert "going on from step 10" in result.stdout
+    assert "resuming from step 10" in result.stdout
     for name in ("loss", "grad_norm", "validation_loss", "hellaswag_completion_acc_norm"):
         assert rows_of(tmp_path / "run", name) == pytest.approx(rows_of(finished[0], name), abs=1e-5), name
 

@@ -1,10 +1,12 @@
-"""The training room: schedule, optimizer, step, checkpoints, metrics, and the command line's words."""
+"""The training room: schedule, optimizer, step, metrics, hardware; the command line is in tests/runtime."""
 
 import itertools
 import json
 import math
 import platform
 import sys
+import time
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,18 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig, ShuffledBatches, TokenSequences, as_batch
 from modeling_gpt2repro.pretrain import messages as words
-from modeling_gpt2repro.runs.metrics import MetricsLog
+from modeling_gpt2repro.runs.logger import RunLogger
+from modeling_gpt2repro.runs.metrics import MetricsLog, StepMetrics
 from modeling_gpt2repro.runs.read import read_metrics
 from modeling_gpt2repro.runtime import hardware
-from modeling_gpt2repro.runtime.command_line import parse_command_line
-from modeling_gpt2repro.training import validate as argument_checks
 from modeling_gpt2repro.training.arguments import TrainArguments
-from modeling_gpt2repro.training.optimization import build_optimizer
+from modeling_gpt2repro.training.optimization import build_optimizer, learning_rate_at, set_learning_rate
 from modeling_gpt2repro.training.outliers import OutlierDetector
 from modeling_gpt2repro.training.presets import PRESETS
-from modeling_gpt2repro.training.schedule import learning_rate_at
-from modeling_gpt2repro.training.state import is_due
-from modeling_gpt2repro.training.step import StepMetrics, train_step
+from modeling_gpt2repro.training.state import TimedIterator, is_due
+from train_accelerate import train_step
 
 
 def accelerator_for(micro_batches: int) -> Accelerator:
@@ -44,7 +44,8 @@ def step_of(accelerator, model, optimizer, rows, size, max_grad_norm=1.0, guard=
     micro_batches = [as_batch(part.numpy(), fill_to=size) for part in rows.split(size)]
     guard = guard or OutlierDetector(torch.device("cpu"))
     tokens = rows[:, 1:].numel()
-    return train_step(accelerator, model, optimizer, micro_batches, tokens, max_grad_norm, guard)
+    limits = {"tokens_per_step": tokens, "max_grad_norm": max_grad_norm, "detector": guard}
+    return train_step(accelerator, model, optimizer, micro_batches, **limits)
 
 
 def test_the_rate_warms_up_linearly_and_falls_to_a_tenth():
@@ -125,8 +126,6 @@ class CopiesBetweenDevices(TorchDispatchMode):
 def run_without_numbers(tiny_config, tmp_path, monkeypatch):
     """run(skip_outliers) on torch's meta device, which holds no numbers: reading one, so waiting, is an error."""
     from modeling_gpt2repro import GPT2ReproForCausalLM
-    from modeling_gpt2repro.runs.logger import Monitor
-    from modeling_gpt2repro.training.state import TrainState
 
     meta, tiny_config.n_layer = torch.device("meta"), 1
     monkeypatch.setattr(Accelerator, "device", meta)
@@ -136,7 +135,7 @@ def run_without_numbers(tiny_config, tmp_path, monkeypatch):
     def run(skip_outliers: bool) -> SimpleNamespace:
         with meta:
             model = GPT2ReproForCausalLM(tiny_config).train()
-        accelerator, progress = accelerator_for(2), TrainState()
+        accelerator = accelerator_for(2)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, False])
         rows = TokenSequences([np.arange(1000) % 97], 32)
@@ -146,9 +145,14 @@ def run_without_numbers(tiny_config, tmp_path, monkeypatch):
             data=SimpleNamespace(batches=ShuffledBatches(rows, BatchConfig(32, 4, 2, seed=1))),
             model=model,
             optimizer=optimizer,
-            progress=progress,
-            guard=OutlierDetector(meta, skip_outliers),
-            monitor=Monitor(accelerator, 100, 2, progress, MetricsLog(tmp_path, None, enabled=True)),
+            detector=OutlierDetector(meta, skip_outliers),
+            logger=RunLogger(
+                accelerator,
+                MetricsLog(tmp_path, None, enabled=True),
+                total_steps=100,
+                tokens_per_step=4 * 32,
+                logging_steps=2,
+            ),
         )
 
     return run
@@ -156,8 +160,6 @@ def run_without_numbers(tiny_config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("skip_outliers", [False, True])
 def test_the_device_is_waited_for_at_logging_steps_only(run_without_numbers, skip_outliers, monkeypatch):
-    from train_accelerate import take_step
-
     run, reads = run_without_numbers(skip_outliers), []
 
     def read(numbers: torch.Tensor) -> list[list[float]]:
@@ -167,9 +169,19 @@ def test_the_device_is_waited_for_at_logging_steps_only(run_without_numbers, ski
     monkeypatch.setattr(torch.Tensor, "tolist", read)
     with CopiesBetweenDevices() as copies:
         for step in range(1, 6):
-            run.monitor.trained(*take_step(run))
+            take_step_as_main_does(run, step)
             assert reads == [(2, 3)] * (step // 2)  # loss, norm and whether it was skipped, of two steps at once
     assert copies.seen == [((2, 32), True)] * (5 * 2 * 2)  # steps, micro-batches of each, tensors of those
+
+
+def take_step_as_main_does(run: SimpleNamespace, step: int):
+    """The body of the loop in train_accelerate.py."""
+    learning_rate = learning_rate_at(step - 1, 100, 10, 1e-3, 0.1)
+    set_learning_rate(run.optimizer, learning_rate)
+    micro_batches = TimedIterator(run.data.batches.micro_batches(step - 1))
+    limits = {"tokens_per_step": 4 * 32, "max_grad_norm": 1.0, "detector": run.detector}
+    metrics = train_step(run.accelerator, run.model, run.optimizer, micro_batches, **limits)
+    run.logger.log_step(step, metrics, learning_rate, data_seconds=micro_batches.seconds)
 
 
 def test_due_at_the_start_and_at_multiples():
@@ -209,123 +221,6 @@ def test_the_defaults_are_the_lectures_run():
     assert args.tokens_per_step == 524288
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_fits_one_process(preset, tmp_path):
-    args = parse_command_line(TrainArguments, ["--preset", preset, "--output_dir", str(tmp_path)], PRESETS)
-    assert args.gradient_accumulation_steps >= 1
-    assert args.total_steps > args.warmup_steps
-
-
-def test_the_command_line_wins_over_the_preset_and_the_preset_over_the_default(tmp_path):
-    words = ["--preset", "gpt2-350m", "--n_layer", "2", "--train_tokens", "1e9", "--output_dir", str(tmp_path)]
-    args = parse_command_line(TrainArguments, words, PRESETS)
-    assert (args.n_layer, args.n_embd, args.block_size, args.train_tokens) == (2, 1024, 1024, 10**9)
-
-
-def test_all_problems_of_a_command_line_are_told_together(capsys, tmp_path):
-    (tmp_path / "run.json").write_text("{}")
-    words = ["--n_layer", "three", "--n_embd", "100", "--tokens_per_step", "500000", "--shards", "nowhere"]
-    words += [
-        "--save_total_limit",
-        "-1",
-        "--frobnicate",
-        "1",
-        "--output_dir",
-        str(tmp_path),
-        "--hellaswag",
-        "no.jsonl",
-        "--seed",
-        "-1",
-    ]
-    with pytest.raises(SystemExit) as exit_:
-        parse_command_line(TrainArguments, words, PRESETS)
-    assert exit_.value.code == 2
-    told = capsys.readouterr().err
-    for expected in (
-        "9 problems",
-        "save_total_limit (-1) must not be negative",
-        "--n_layer takes a whole number, such as 12 or 1e9, not 'three'",
-        "no flag --frobnicate",
-        "n_embd (100) must be a multiple of n_head (12)",
-        "tokens_per_step (500000) must be a multiple of block_size (1024): try 499712",
-        "there is no folder nowhere",
-        "holds another run",
-        "there is no file no.jsonl",
-        "seed (-1) must not be negative",
-    ):
-        assert expected in told
-
-
-def test_an_unknown_preset_is_named_with_those_there_are(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        parse_command_line(TrainArguments, ["--preset", "gpt5"], PRESETS)
-    assert exit_.value.code == 2
-    assert "there is no preset 'gpt5'; there are gpt2-124m" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "told"),
-    [
-        ("price_per_hour", "12", "price_per_hour (12) is for --preflight's cost: add --preflight."),
-        (
-            "resume_from_checkpoint",
-            "last",
-            "there is no checkpoint folder last: give 'latest', a step-... folder, or owner/name@revision.",
-        ),
-        (
-            "hellaswag",
-            "None",
-            "there is no file None for --hellaswag: give a jsonl, a Hub dataset owner/name, 'official', or 'none'.",
-        ),
-        ("report_to", "tensorbord", "report_to (tensorbord) must be 'none' or one of all, aim, tensorboard, wandb"),
-        ("report_to", "wandb", "report_to (wandb) is not installed: pip install it, or say 'none'."),
-    ],
-)
-def test_a_value_that_cannot_be_is_told_with_those_that_can(capsys, monkeypatch, tmp_path, flag, value, told):
-    monkeypatch.setattr(argument_checks, "get_available_trackers", list)
-    with pytest.raises(SystemExit):
-        parse_command_line(TrainArguments, [f"--{flag}", value, "--output_dir", str(tmp_path)], PRESETS)
-    assert f": {told}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("hellaswag", ["none", "official", "ns/name", __file__])
-def test_what_hellaswag_may_be(hellaswag, tmp_path):
-    assert TrainArguments(output_dir=str(tmp_path), hellaswag=hellaswag).hellaswag == hellaswag
-
-
-@pytest.mark.parametrize(
-    ("given", "question"),
-    [
-        ("--lerning_rate", ": did you mean --learning_rate?"),
-        ("--outptu-dir=x", ": did you mean --output_dir?"),
-        (
-            "--batch_size",
-            ": did you mean --per_device_train_batch_size or --find_batch_size or --per_device_eval_batch_size?",
-        ),
-        ("--tokens", ": did you mean --train_tokens or --tokens_per_step or --warmup_tokens?"),  # of five, the first
-        ("--max_steps", ";"),  # as many letters are those of --eval_steps, --save_steps and --logging_steps
-    ],
-)
-def test_an_unknown_flag_is_told_with_those_that_may_be_meant(capsys, given, question):
-    with pytest.raises(SystemExit):
-        parse_command_line(TrainArguments, [given, "8"], PRESETS)
-    assert f": there is no flag {given}{question} --help lists all.\n" in capsys.readouterr().err
-
-
-def test_help_begins_with_the_description_and_lists_each_flag_once(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        parse_command_line(TrainArguments, ["--preset", "quickstart", "--help"], PRESETS, "What it is for.")
-    assert exit_.value.code == 0
-    told = capsys.readouterr().out
-    assert told.splitlines()[1:3] == ["", "What it is for."]
-    assert "[flags]" in told.splitlines()[0]
-    assert "--tokens_per_step" in told
-    assert "--tokens-per-step" not in told
-    assert f"(default: {PRESETS['quickstart']['n_layer']})" in told
-    assert "default: None" not in " ".join(told.split())
-    assert parse_command_line(TrainArguments, ["--tokens-per-step", "2048"]).tokens_per_step == 2048
-
-
 def test_emulated_bf16_is_noticed(warm_python):
     if platform.machine() not in ("x86_64", "AMD64") or hardware.cpu_lacks_bf16():
         pytest.skip("needs an x86 processor with bf16 instructions, which can be told to do without them")
@@ -339,29 +234,33 @@ def test_the_run_record_can_be_read_back(tmp_path):
 
     args = TrainArguments(output_dir=str(tmp_path / "run"))
     make_writable(tmp_path / "run")
-    write_run_config(args, {"processes": 1}, {"seed": 1})
+    write_run_config(tmp_path / "run", asdict(args), hardware={"processes": 1}, data_fingerprint={"seed": 1})
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["arguments"]["train_tokens"] == 10_000_000_000
     assert record["versions"]["torch"] == torch.__version__
 
 
 def test_mfu_is_the_share_of_the_peak_that_training_alone_reaches(tmp_path, monkeypatch):
-    from modeling_gpt2repro.runs import logger as monitor
-    from modeling_gpt2repro.training.state import TrainState
-
     clock = iter([0.0, 100.0, 104.0])  # begun; an evaluation until 100; two steps until 104
-    monkeypatch.setattr(monitor.time, "perf_counter", lambda: next(clock))
-    progress, log = TrainState(), MetricsLog(tmp_path, None, enabled=True)
-    watch = monitor.Monitor(Accelerator(cpu=True), 2, 2, progress, log, flops_per_token=50, peak_flops=1e6)
-    with watch.apart():
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    logger = RunLogger(
+        Accelerator(cpu=True),
+        MetricsLog(tmp_path, None, enabled=True),
+        total_steps=2,
+        tokens_per_step=1_000,
+        logging_steps=2,
+        flops_per_token=50,
+        peak_flops=1e6,
+    )
+    with logger.untimed():
         pass
-    for _ in range(2):
-        progress.advance(1_000)
-        watch.trained(StepMetrics(torch.tensor(3.0), torch.tensor(1.0), torch.tensor(False)), 1e-3, 0.0)
+    for step in (1, 2):
+        metrics = StepMetrics(torch.tensor(3.0), torch.tensor(1.0), torch.tensor(False))
+        logger.log_step(step, metrics, 1e-3, data_seconds=0.0)
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2]
     assert {(row["step_seconds"], row["tokens_per_second"], row["mfu"]) for row in rows} == {(2.0, 500.0, 0.025)}
-    assert progress.train_seconds == 4.0
+    assert logger.train_seconds == 4.0
 
 
 def test_a_gpu_is_known_by_a_word_of_its_name(monkeypatch):
@@ -384,5 +283,5 @@ def test_a_slow_cpu_is_told_of_by_the_size_of_the_model_that_is_trained(monkeypa
     # 6 operations a parameter and token, and those of attention: 12 * layers * width * context.
     assert operations[0] == pytest.approx(2_867_200 * (6 * 675_328 + 12 * 2 * 128 * 128), rel=0.03)
     assert operations[1] == pytest.approx(1e10 * (6 * 124_439_808 + 12 * 12 * 768 * 1024), rel=0.03)
-    assert "With fewer --train_tokens it is done sooner." in said[0]
+    assert "Fewer --train_tokens take less time." in said[0]
     assert "--preset quickstart trains a small GPT-2 in minutes" in said[1]

@@ -1,115 +1,169 @@
-"""The arguments of prepare_data.py: what to tokenize, how, where to, and where it is done."""
+"""Arguments of prepare_data.py: what to tokenize, how, where to write it, and where to run."""
 
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
-
-from transformers.hf_argparser import HfArg
+from typing import ClassVar
 
 from modeling_gpt2repro.data.shards.layouts import LAYOUTS
 from modeling_gpt2repro.data.sources.resolve import Source
+from modeling_gpt2repro.runtime.command_line import InputErrors, arg, check_limits
 
 from .spec import PrepareSpec, default_validation_share
 from .workspace import find_partial_output
 
 EXECUTORS = ("local", "slurm", "ray")
-# Text that is tokenized in the seconds that a process takes to start.
-WORKER_BYTES = 32 * 2**20
+WORKER_BYTES = 32 * 2**20  # text that is tokenized in the seconds that a process takes to start
+
+# What people type who know transformers' examples, datasets or build-nanogpt's fineweb.py.
+FLAG_HINTS: dict[tuple[str, ...], str] = {
+    ("dataset", "data", "repo_id"): "use --dataset_name for a Hub dataset, or --train_files for local files.",
+    ("train_file", "input", "input_file", "files", "text_file"): "use --train_files.",
+    ("config", "dataset_config", "subset"): "use --dataset_config_name.",
+    ("split",): "use --dataset_split.",
+    ("revision",): "use --dataset_revision.",
+    ("text_key", "text_field"): "use --text_column.",
+    ("tokenizer_name", "model"): "use --tokenizer.",
+    ("out_dir", "output", "local_dir", "data_dir"): "use --output_dir.",
+    ("shard_size",): "use --shard_tokens, in tokens.",
+    ("num_proc", "num_workers", "nprocs", "jobs"): "use --workers.",
+    ("val_size", "test_size", "val_ratio", "validation_split_percentage"): (
+        "use --validation_share, a fraction between 0 and 1."
+    ),
+}
 
 
 @dataclass
 class PrepareArguments:
-    """What to tokenize, how, and where to.
+    """What to tokenize, how, where to write it, and where to run.
 
     Raises:
-        ValueError: On values that do not fit, every problem on a line of its own.
+        ValueError: On values that cannot work, with one error per line.
     """
 
-    output_dir: str = HfArg(default="data/edu", help="Folder for shards, tokenizer and manifest.")
-    train_files: list[str] | None = HfArg(default=None, help="Local .txt, .jsonl or .parquet files instead of the Hub.")
-    dataset_name: str = HfArg(default="HuggingFaceFW/fineweb-edu", help="Hub dataset.")
-    dataset_config_name: str | None = HfArg(default=None, help="Its config; sample-10BT for FineWeb-Edu.")
-    dataset_split: str = HfArg(default="train", help="Its split.")
-    dataset_revision: str | None = HfArg(default=None, help="Its branch, tag or commit.")
-    text_column: str = HfArg(default="text", help="Column or field that holds the text.")
-    tokenizer: str = HfArg(default="gpt2", help="'gpt2' (by tiktoken), a folder, a Hub id, or 'train'.")
-    vocab_size: int = HfArg(default=4096, help="Vocabulary of a tokenizer that is trained.")
-    validation_share: float | None = HfArg(
+    flag_hints: ClassVar[Mapping[tuple[str, ...], str]] = FLAG_HINTS
+
+    train_files: list[str] | None = arg(
         default=None,
-        help="Part of the documents held out; by default 0.05 of local files, and of a Hub dataset 0.001, or more "
-        "where that is less than 10 M tokens.",
+        help="Local .txt, .jsonl or .parquet files; patterns such as 'texts/*.txt' are expanded. If not given, "
+        "--dataset_name is read.",
+        group="text (--train_files or --dataset_name)",
     )
-    max_tokens: int | None = HfArg(default=None, help="Stop after so many training tokens; 1e9 is understood.")
-    shard_tokens: int = HfArg(default=100_000_000, help="Tokens a shard, 2 bytes each.")
-    layout: str = HfArg(default="plain", help="plain, or karpathy: edufineweb_{val,train}_NNNNNN.npy.")
-    workers: int | None = HfArg(
-        default=None, help="Processes that read and tokenize; by default one a core, up to 8, where there is much text."
+    dataset_name: str = arg(default="HuggingFaceFW/fineweb-edu", help="Dataset on the Hub.")
+    dataset_config_name: str | None = arg(
+        default=None,
+        help="Configuration of the dataset. If not given, sample-10BT for FineWeb-Edu, and the default one for others.",
     )
-    executor: str = HfArg(default="local", help="Where they run: local, or on a cluster by slurm or ray.")
-    slurm_partition: str | None = HfArg(default=None, help="Slurm's partition.")
-    slurm_time: str = HfArg(default="10:00:00", help="Slurm's time limit of a job.")
-    slurm_args: list[str] | None = HfArg(default=None, help="More of sbatch's options, such as account=mine.")
-    dry_run: bool = HfArg(default=False, help="Only say what would be done; with slurm, print the jobs' scripts.")
-    verify: str | None = HfArg(default=None, help="Check this folder of shards against its manifest, nothing else.")
-    quick: bool = HfArg(default=False, help="With --verify, leave out the contents.")
+    dataset_split: str = arg(default="train", help="Split of the dataset.")
+    dataset_revision: str | None = arg(
+        default=None, help="Branch, tag or commit of the dataset. If not given, its main branch."
+    )
+    text_column: str = arg(default="text", help="Column or field that holds the text.")
+
+    tokenizer: str = arg(
+        default="gpt2",
+        help="'gpt2' (encoded by tiktoken), a folder, a Hub id, or 'train', which trains one on --train_files.",
+        group="tokenizer",
+    )
+    vocab_size: int = arg(default=4096, help="Vocabulary size for --tokenizer train.")
+
+    output_dir: str = arg(
+        default="data/edu", help="Folder for the shards, the tokenizer and manifest.json.", group="shards"
+    )
+    validation_share: float | None = arg(
+        default=None,
+        above=0,
+        below=1,
+        help="Fraction of the documents held out for validation. If not given, 0.05 of local files; 0.001 of a Hub "
+        "dataset, or more where that is less than 10 million tokens, up to 0.05.",
+    )
+    max_tokens: int | None = arg(
+        default=None,
+        minimum=1,
+        help="Stop after this many training tokens. May be written as 1e9. If not given, all of the text is read.",
+    )
+    shard_tokens: int = arg(default=100_000_000, minimum=1, help="Tokens per shard, at 2 bytes each.")
+    layout: str = arg(
+        default="plain",
+        choices=LAYOUTS,
+        help="Names of the shards. plain: {train,validation}_NNNNNN.npy. karpathy: edufineweb_{train,val}_NNNNNN.npy, "
+        "as build-nanogpt reads them.",
+    )
+
+    executor: str = arg(
+        default="local", choices=EXECUTORS, help="Where to run: on this machine, or on a cluster.", group="hardware"
+    )
+    workers: int | None = arg(
+        default=None,
+        minimum=1,
+        help="Processes that read and tokenize. If not given, one per core, up to 8, and fewer where there is little "
+        "text.",
+    )
+    slurm_partition: str | None = arg(
+        default=None, help="Slurm partition of the jobs. Required with --executor slurm, not given otherwise."
+    )
+    slurm_time: str = arg(default="10:00:00", help="Time limit of a Slurm job, as hours:minutes:seconds.")
+    slurm_args: list[str] | None = arg(
+        default=None, help="More options for sbatch, such as account=mine. If not given, there are none."
+    )
+    dry_run: bool = arg(
+        default=False, help="Print what would be done, and write nothing. With slurm, print the job scripts."
+    )
+
+    verify: str | None = arg(
+        default=None,
+        help="Check this folder of shards against its manifest.json, and do nothing else. If not given, shards are "
+        "prepared.",
+        group="verification",
+    )
+    quick: bool = arg(
+        default=False, help="With --verify, check names, sizes, sums and the tokenizer, but do not read the shards."
+    )
 
     def __post_init__(self):
         if self.dataset_config_name is None and self.dataset_name == "HuggingFaceFW/fineweb-edu":
             self.dataset_config_name = "sample-10BT"
-        problems = list(self._problems())
-        if problems:
-            raise ValueError("\n".join(problems))
+        errors = InputErrors([*check_limits(self), *self._check_text(), *self._check_unused(), *self._check_cluster()])
+        if self.verify is None:
+            errors.capture(find_partial_output, Path(self.output_dir))
+        errors.raise_if_any()
 
-    def _problems(self):
-        for name in ("shard_tokens", "workers", "max_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                yield f"{name} ({getattr(self, name)}) must be at least 1."
-        if self.validation_share is not None and not 0 < self.validation_share < 1:
-            yield f"validation_share ({self.validation_share}) must be greater than 0 and less than 1."
+    def _check_text(self) -> Iterator[str]:
         if self.tokenizer == "train" and not self.train_files:
-            yield "--tokenizer train works on --train_files only: it reads all of the text twice."
+            yield "--tokenizer train works on --train_files only, because it reads all of the text twice: give files."
         for pattern in self.train_files or []:
             if not any(map(os.path.isfile, [pattern, *glob(pattern, recursive=True)])):
                 yield f"there is no file {pattern} for --train_files."
-        for name, allowed in (("layout", LAYOUTS), ("executor", EXECUTORS)):
-            if getattr(self, name) not in allowed:
-                yield f"{name} ({getattr(self, name)}) must be one of {', '.join(allowed)}."
-        yield from self._problems_of_unused_flags()
-        yield from self._problems_of_clusters()
-        if self.verify is None:
-            try:
-                find_partial_output(Path(self.output_dir))
-            except ValueError as error:
-                yield str(error)
 
-    def _problems_of_unused_flags(self):
-        for name, other, is_there in (
+    def _check_unused(self) -> Iterator[str]:
+        for name, other, is_used in (
             ("quick", "--verify", self.verify is not None),
             ("vocab_size", "--tokenizer train", self.tokenizer == "train"),
             ("slurm_partition", "--executor slurm", self.executor == "slurm"),
             ("slurm_time", "--executor slurm", self.executor == "slurm"),
             ("slurm_args", "--executor slurm", self.executor == "slurm"),
         ):
-            if not is_there and getattr(self, name) != getattr(type(self), name):
+            if not is_used and getattr(self, name) != getattr(type(self), name):
                 yield f"{name} ({getattr(self, name)}) is for {other} only: add that, or leave it out."
 
-    def _problems_of_clusters(self):
+    def _check_cluster(self) -> Iterator[str]:
         if self.executor == "ray" and find_spec("ray") is None:
             yield "--executor ray needs the package ray: pip install ray."
         if self.executor == "slurm":
             if self.slurm_partition is None:
                 yield "--executor slurm needs --slurm_partition."
             if shutil.which("sbatch") is None and not self.dry_run:
-                yield "there is no sbatch here: run it where jobs are submitted, or look at them with --dry_run."
+                yield "there is no sbatch here: run this where jobs are submitted, or print the jobs with --dry_run."
         for option in self.slurm_args or []:
             if "=" not in option:
                 yield f"slurm_args ({option}) must be of the form option=value."
 
     def plan_options(self, source: Source) -> dict:
-        """What decides the shards beside text and tokenizer."""
+        """Options of the shards that the text and the tokenizer do not decide."""
         share = self.validation_share
         return {
             "validation_share": default_validation_share(source, self.max_tokens) if share is None else share,
@@ -119,13 +173,13 @@ class PrepareArguments:
         }
 
     def number_of_workers(self, plan: PrepareSpec) -> int:
-        """As many as asked for, but not more than units; a process is not started for what is done before it has."""
+        """Processes to start: at most one per partition, and by default none that would have too little to do."""
         text_bytes = sum(unit.text_bytes for unit in plan.units)
-        worthwhile = text_bytes // WORKER_BYTES if text_bytes else len(plan.units)
-        wanted = self.workers or min(8, os.cpu_count() or 1, worthwhile)
-        return max(1, min(wanted, len(plan.units)))
+        useful = text_bytes // WORKER_BYTES if text_bytes else len(plan.units)
+        requested = self.workers or min(8, os.cpu_count() or 1, useful)
+        return max(1, min(requested, len(plan.units)))
 
     @property
     def sbatch_options(self) -> dict[str, str]:
-        """`slurm_args` by name."""
+        """`slurm_args` as a mapping: ['account=mine'] -> {'account': 'mine'}."""
         return dict(option.split("=", 1) for option in self.slurm_args or [])

@@ -1,0 +1,90 @@
+"""The lecture's training loop around our model, in one file and without Accelerate: to read first, and to change.
+
+    python examples/plain_loop.py                       # on the quickstart's text, minutes on a CPU
+    python examples/plain_loop.py --shards data/edu     # on a folder that prepare_data.py wrote
+
+Model, data and hyperparameters are those of `train_accelerate.py --preset quickstart`, and so are the losses.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+from modeling_gpt2repro.data.batches.sequences import TokenSequences
+from torch.nn import functional as F
+
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from modeling_gpt2repro.data.batches.build import python_prose_shards
+from modeling_gpt2repro.data.batches.shuffled import BatchConfig, ShuffledBatches
+from modeling_gpt2repro.data.shards.dataset import open_shards
+
+B, T = 4, 128  # micro-batch: sequences, and tokens of each
+TOKENS_PER_STEP = 1024
+GRAD_ACCUM_STEPS = TOKENS_PER_STEP // (B * T)
+MAX_LR, MIN_LR, WARMUP_STEPS, MAX_STEPS = 2e-3, 2e-4, 168, 2800
+SEED = 1337
+
+
+def get_lr(step: int, max_steps: int) -> float:
+    if step < WARMUP_STEPS:  # 1) linear warm-up
+        return MAX_LR * (step + 1) / WARMUP_STEPS
+    decay_ratio = (step - WARMUP_STEPS) / (max_steps - WARMUP_STEPS)  # 2) from 0 to 1
+    return MIN_LR + 0.5 * (1 + math.cos(math.pi * decay_ratio)) * (MAX_LR - MIN_LR)  # cosine from MAX_LR to MIN_LR
+
+
+def main(argv: list[str] | None = None) -> list[float]:
+    """Train, print a line per step, and return the losses in nats per token."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=Path, help="a folder of tokens; by default the text that Python ships")
+    parser.add_argument("--max_steps", type=int, default=MAX_STEPS, help="optimizer steps (default: %(default)s)")
+    args = parser.parse_args(argv)
+    folder = Path("runs/plain_loop/data")
+    dataset = open_shards(args.shards) if args.shards else python_prose_shards(folder, 2048, T, validation_share=0.05)
+    config = BatchConfig(block_size=T, sequences_per_step=TOKENS_PER_STEP // T, micro_batch_size=B, seed=SEED)
+    batches = ShuffledBatches(TokenSequences(dataset.shards("train"), T), config)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+    torch.manual_seed(SEED)
+    V = len(dataset.tokenizer)
+    model = GPT2ReproForCausalLM(GPT2ReproConfig(vocab_size=V, n_positions=T, n_layer=2, n_head=2, n_embd=128,
+                                                 bos_token_id=0, eos_token_id=0)).to(device)  # fmt: skip
+    matrices = [p for p in model.parameters() if p.ndim >= 2]  # decayed: matrices and embeddings
+    vectors = [p for p in model.parameters() if p.ndim < 2]  # not decayed: biases and norms
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=MAX_LR, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+    losses = []
+    for step in range(args.max_steps):
+        started = time.time()
+        loss_accum = torch.zeros((), device=device)
+        for micro_batch in batches.micro_batches(step):
+            x = micro_batch["input_ids"].to(device)  # (B, T)
+            y = micro_batch["shift_labels"].to(device)  # (B, T), the token after each
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+                logits = model(x, use_cache=False).logits  # (B, T, V)
+            # Gradients add up over micro-batches, and a sum of means is not the mean: hence the division.
+            loss = F.cross_entropy(logits.view(-1, V).float(), y.view(-1)) / GRAD_ACCUM_STEPS
+            loss_accum += loss.detach()
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        lr = get_lr(step, args.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss_accum.item())  # waits for the device
+        tokens_per_second = TOKENS_PER_STEP / (time.time() - started)
+        print(
+            f"step {step:4d} | loss {losses[-1]:.6f} | lr {lr:.4e} | norm {norm:.4f} | {tokens_per_second:,.0f} tokens/s"
+        )
+    prompt = dataset.tokenizer("The function returns", return_tensors="pt").input_ids.to(device)
+    text = model.eval().generate(prompt, max_new_tokens=60, do_sample=True, top_k=50, pad_token_id=0)
+    print(dataset.tokenizer.decode(text[0]))
+    return losses
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Save a run, with retries; restore it; export its final model."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from torch import nn
+from torch.optim import Optimizer
+
+from modeling_gpt2repro.data.batches.build import TrainingData
+from modeling_gpt2repro.hub.background_upload import UploadQueue
+from modeling_gpt2repro.hub.export import save_hub_folder
+from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
+from modeling_gpt2repro.runs.folder import METRICS_FILE, MODEL_FOLDER, checkpoint_name
+from modeling_gpt2repro.runs.logger import RunLogger
+from modeling_gpt2repro.runtime.fsdp import is_sharded, load_full_state_dict
+from modeling_gpt2repro.storage.atomic import replace_dir
+from modeling_gpt2repro.training import checkpoints
+from modeling_gpt2repro.training.arguments import TrainArguments
+from modeling_gpt2repro.training.optimizer_state import load_optimizer, load_random, optimizer_tensors, random_tensors
+from modeling_gpt2repro.training.state import TrainState
+
+from .messages import cannot_save_message
+
+MAX_FAILED_SAVES = 3  # in a row, after which a run stops
+FINAL_SAVE_TRIES = 20  # for the last checkpoint, which no later one makes up for
+SECONDS_BETWEEN_TRIES = 30.0  # with 20 tries, ten minutes in which somebody can free some space
+
+
+class Stateful(Protocol):
+    """What a checkpoint keeps a dictionary of."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict): ...
+
+
+class Checkpointer:
+    """Saves and restores all that a run needs to continue as if it had never stopped.
+
+    Args:
+        model, optimizer: As `accelerator.prepare` returned them.
+        stateful: Name in state.json -> what has a state; `progress` is the run's TrainState.
+        description: First sentence of the model card; a resumed run keeps the one of its checkpoint.
+    """
+
+    def __init__(
+        self,
+        args: TrainArguments,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Optimizer,
+        data: TrainingData,
+        stateful: dict[str, Stateful],
+        description: str,
+    ):
+        self.args = args
+        self.output_dir = Path(args.output_dir)
+        self.policy = checkpoints.RetentionPolicy(limit=args.save_total_limit, every=args.keep_every)
+        self.accelerator = accelerator
+        self.model = model
+        self.optimizer = optimizer
+        self.data = data
+        self.stateful = stateful
+        self.description = description
+        self.saved_step = 0  # the last step that has a checkpoint in this run's folder; step 0 needs none
+        self.failed_saves = 0  # in a row
+
+    @property
+    def state(self) -> TrainState:
+        """How far the run is."""
+        return self.stateful["progress"]
+
+    def restore(self, checkpoint: Path):
+        """Load a checkpoint into optimizer, random number generators and states; the model has its weights already.
+
+        Raises:
+            ValueError: If it is damaged, or was made with other data or in another order.
+        """
+        state = checkpoints.read_state(checkpoint, self.data.data_fingerprint)
+        self.description = state["origin"]
+        for name, stateful in self.stateful.items():
+            stateful.load_state_dict(state[name])
+        with checkpoints.raise_if_corrupt(checkpoint):
+            folder = checkpoint / checkpoints.STATE_FOLDER
+            load_optimizer(folder, unwrapped_model(self.accelerator, self.model), self.optimizer)
+            load_random(folder, self.accelerator)
+        is_here = checkpoint.parent.resolve() == self.output_dir.resolve()
+        self.saved_step = self.state.step if is_here else None
+
+    def save(self, logger: RunLogger, uploads: UploadQueue, final: bool = False):
+        """Write a checkpoint: a Hub folder that the run can resume from. A disk that is full costs only this one.
+
+        Args:
+            final: No later one makes up for it, so it is tried again for some minutes.
+
+        Raises:
+            SystemExit: If too many saves in a row have failed.
+        """
+        step = self.state.step
+        logger.flush()  # which counts the skipped steps
+        if self.saved_step == step:
+            return
+        if self.state.last_skipped == step and not final:
+            logger.print(f"step {step:>6}: no checkpoint, because this step was skipped")
+            return
+        folder = self.output_dir / checkpoint_name(step)
+        for attempt in range(FINAL_SAVE_TRIES if final else 1):
+            if attempt > 0:
+                logger.print(f"Trying again every {SECONDS_BETWEEN_TRIES:.0f} s: free some space in {self.output_dir}.")
+                time.sleep(SECONDS_BETWEEN_TRIES)
+            self.state.train_seconds = logger.train_seconds
+            started = time.perf_counter()
+            with logger.untimed():
+                problem = self.write(folder, self.policy)
+                logger.record(step, {"save_seconds": time.perf_counter() - started})
+            if problem is None:
+                self.saved_step = step
+                self.failed_saves = 0
+                uploads.offer(folder)
+                return
+            self.failed_saves += 1
+            logger.print(f"step {step:>6}: no checkpoint ({problem}); the one before stays")
+            uploads.make_room()  # snapshots that wait for their upload take disk space
+        if final or self.failed_saves >= MAX_FAILED_SAVES:
+            raise SystemExit(cannot_save_message(self.args, problem) if self.accelerator.is_main_process else 1)
+
+    def write(self, folder: Path, policy: checkpoints.RetentionPolicy) -> str | None:
+        """Write everything that a run resumes from; returns why it could not be written, or None."""
+        module = self.model_to_save()
+        states = gather_object([{name: stateful.state_dict() for name, stateful in self.stateful.items()}])
+        state = {name: checkpoints.join_states([of_process[name] for of_process in states]) for name in self.stateful}
+        return checkpoints.save_checkpoint(
+            self.accelerator,
+            folder,
+            lambda temporary: save_hub_folder(
+                module, self.data.tokenizer, temporary, self.description, self.output_dir
+            ),
+            optimizer=optimizer_tensors(
+                unwrapped_model(self.accelerator, self.model),
+                self.optimizer,
+                keep=self.accelerator.is_main_process,
+            ),
+            random=random_tensors(self.accelerator),
+            state={**state, "origin": self.description, "identity": self.data.data_fingerprint},
+            policy=policy,
+        )
+
+    def export(self) -> Path:
+        """Write the final model: a Hub folder without the training state, with the run's numbers.
+
+        Raises:
+            SystemExit: If it cannot be written.
+        """
+        folder = self.output_dir / MODEL_FOLDER
+        temporary = self.output_dir / f".{MODEL_FOLDER}.partial"
+        module = self.model_to_save()
+        if self.accelerator.is_main_process:
+            try:
+                save_hub_folder(module, self.data.tokenizer, temporary, self.description, self.output_dir)
+                shutil.copyfile(self.output_dir / METRICS_FILE, temporary / METRICS_FILE)  # the model card draws on it
+                replace_dir(temporary, folder)
+            except (OSError, SafetensorError) as error:
+                raise SystemExit(cannot_save_message(self.args, str(error))) from error
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def model_to_save(self) -> GPT2ReproForCausalLM:
+        """The model with full parameters, on the process that writes it, without taking memory from the training."""
+        return unsharded_model(self.accelerator, self.model, device="cpu", keep=self.accelerator.is_main_process)
+
+
+def unwrapped_model(accelerator: Accelerator, model: nn.Module) -> GPT2ReproForCausalLM:
+    """The model without torch.compile and DDP, but with autocast: ragged evaluation batches cause no recompilation."""
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
+
+
+def unsharded_model(
+    accelerator: Accelerator, model: nn.Module, device: torch.device | str | None = None, keep: bool = True
+) -> GPT2ReproForCausalLM:
+    """The unwrapped model; under FSDP, a copy on `device` that has all parameters. All processes must call this.
+
+    Args:
+        device: That of the accelerator by default.
+        keep: Whether this process needs the copy.
+    """
+    module = unwrapped_model(accelerator, model)
+    if not is_sharded(module):
+        return module
+    with torch.device("meta"):
+        full = GPT2ReproForCausalLM(module.config)
+    load_full_state_dict(full, module, keep=keep, device=accelerator.device if device is None else device)
+    full.tie_weights()
+    return full

@@ -1,0 +1,302 @@
+"""Open what the arguments name: the Hub, weights, HellaSwag, data, the logger; and close the run at its end."""
+
+import gc
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from modeling_gpt2repro.data.batches.build import (
+    TrainingData,
+    data_from_mix,
+    data_from_shards,
+    data_from_stream,
+    python_prose_shards,
+)
+from modeling_gpt2repro.data.batches.mixture import parse_mix
+from modeling_gpt2repro.data.batches.shuffled import BatchConfig, validation_batches
+from modeling_gpt2repro.data.shards.dataset import open_shards
+from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, hub_source
+from modeling_gpt2repro.data.tokenizer import load_tokenizer, tokenizer_sha256
+from modeling_gpt2repro.evaluation.distributed import without_autocast
+from modeling_gpt2repro.evaluation.generation import check_prompt
+from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS, Example, load_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.metrics import BASELINES
+from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask, prepare_hellaswag
+from modeling_gpt2repro.evaluation.validation import unigram_entropy
+from modeling_gpt2repro.evaluation.validation_text import bytes_per_token
+from modeling_gpt2repro.hub.background_upload import UploadQueue
+from modeling_gpt2repro.hub.conversion import load_gpt2
+from modeling_gpt2repro.hub.model_card import base_model_sentence
+from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
+from modeling_gpt2repro.runs.config import diff_arguments, write_run_config
+from modeling_gpt2repro.runs.folder import BASELINES_FILE, DATA_FOLDER, RUN_CONFIG_FILE
+from modeling_gpt2repro.runs.logger import RunLogger
+from modeling_gpt2repro.runs.metrics import MetricsLog
+from modeling_gpt2repro.runs.read import write_yardsticks
+from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
+from modeling_gpt2repro.runtime.command_line import InputErrors
+from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record
+from modeling_gpt2repro.training import checkpoints
+from modeling_gpt2repro.training.arguments import TrainArguments
+from modeling_gpt2repro.training.state import TrainState
+
+from .checkpointing import unwrapped_model
+from .messages import skipped_step_message, start_message, too_many_skipped_message
+
+SHAPE = ("n_layer", "n_head", "n_embd")
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """What a run starts from.
+
+    Args:
+        checkpoint: The folder to resume from; None for a new run.
+        model: The weights of the checkpoint or of `--init_from`; None for fresh ones.
+        tokenizer: That of `--init_from`.
+        description: First sentence of the model card.
+    """
+
+    checkpoint: Path | None
+    model: GPT2ReproForCausalLM | None
+    tokenizer: PreTrainedTokenizerBase | None
+    description: str
+
+
+def build_upload_queue(args: TrainArguments, accelerator: Accelerator) -> UploadQueue:
+    """Build what pushes to the Hub, on the main process, after a trial of whether it can.
+
+    Raises:
+        ValueError: If it cannot, or the Hub is unreachable and the run has not begun yet.
+    """
+    output_dir = Path(args.output_dir)
+    if not args.push_to_hub or not accelerator.is_main_process:
+        uploads = UploadQueue(None, "end", output_dir)
+    else:
+        uploads = UploadQueue(args.hub_repository, args.hub_strategy, output_dir, args.hub_private_repo)
+    if args.push_to_hub:
+        is_resume = (output_dir / RUN_CONFIG_FILE).exists()
+        message = run_on_main_and_broadcast(accelerator, lambda: uploads.check(is_resume))
+        accelerator.print(f"Hub          {message}")
+    return uploads
+
+
+def load_initial_weights(args: TrainArguments, accelerator: Accelerator) -> InitialWeights:
+    """Load the checkpoint to resume from, or else the model of `--init_from`, if there is either.
+
+    Raises:
+        ValueError: If it is damaged, not a GPT-2, or of another shape than the arguments'.
+    """
+    checkpoint = find_checkpoint(args, accelerator)
+    model, tokenizer = None, None
+    if checkpoint is not None:
+        with checkpoints.raise_if_corrupt(checkpoint):
+            model = GPT2ReproForCausalLM.from_pretrained(checkpoint)
+    elif args.init_from:
+        model, tokenizer = call_main_process_first(accelerator, lambda: load_gpt2(args.init_from))
+    if model is not None:
+        check_shape(args, model, source=str(checkpoint or args.init_from))
+        model = model.float()  # whatever it was saved in: bf16 has 8 bits, too few to add a small update to a weight
+    return InitialWeights(checkpoint, model, tokenizer, description=base_model_sentence(args.init_from))
+
+
+def find_checkpoint(args: TrainArguments, accelerator: Accelerator) -> Path | None:
+    """The folder that `--resume_from_checkpoint` names, every file of it verified; damaged ones are reported."""
+    output_dir = Path(args.output_dir)
+    checkpoint, damaged = run_on_main_and_broadcast(
+        accelerator, lambda: checkpoints.find_resume_checkpoint(args.resume_from_checkpoint, output_dir)
+    )
+    for sentence in damaged:
+        accelerator.print(sentence)
+    if checkpoint is not None and not checkpoint.is_dir():  # this is another machine, with a cache of its own
+        checkpoint = checkpoints.open_named_checkpoint(args.resume_from_checkpoint)
+    return checkpoint
+
+
+def check_shape(args: TrainArguments, model: GPT2ReproForCausalLM, source: str):
+    """Raise ValueError unless the loaded model has the shape that the arguments ask for."""
+    shape = {name: getattr(model.config, name) for name in SHAPE}
+    if any(getattr(args, name) != size for name, size in shape.items()):
+        flags = " ".join(f"--{name} {size}" for name, size in shape.items())
+        raise ValueError(f"{source} has another shape than was asked for: give {flags}.")
+    if args.block_size > model.config.n_positions:
+        raise ValueError(
+            f"block_size ({args.block_size}) must be at most the {model.config.n_positions} positions of {source}."
+        )
+
+
+def check_model(
+    args: TrainArguments,
+    model: GPT2ReproForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    init_tokenizer: PreTrainedTokenizerBase | None,
+):
+    """Set the attention implementation, and compare the tokenizers of the data and of `--init_from`.
+
+    Raises:
+        ValueError: If the attention implementation is not installed, or the tokenizers give different ids.
+    """
+    if init_tokenizer is not None and tokenizer_sha256(init_tokenizer) != tokenizer_sha256(tokenizer):
+        raise ValueError(
+            f"init_from ({args.init_from}) has another tokenizer than the data: prepare the data with --tokenizer "
+            f"{args.init_from}."
+        )
+    try:
+        model.set_attn_implementation(args.attn_implementation)
+    except ImportError as error:
+        raise ValueError(f"attn_implementation ({args.attn_implementation}) is not installed: {error}") from error
+
+
+def load_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
+    """Open prepared shards, a mix of several folders, the text that Python ships, or a Hub dataset to stream.
+
+    Raises:
+        ValueError: If they cannot be read, or a prompt for samples does not fit into the context.
+    """
+    config = BatchConfig(
+        block_size=args.block_size,
+        sequences_per_step=args.sequences_per_step,
+        micro_batch_size=args.per_device_train_batch_size,
+        seed=args.seed,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        document_mask=args.document_mask,
+    )
+    if args.shards is not None:
+        data = data_from_shards(open_shards(args.shards), config)
+    elif args.mix is not None:
+        data = data_from_mix(parse_mix(args.mix), config, args.eval_tokens)
+    elif args.dataset_name == PYTHON_PROSE:
+        folder = Path(args.output_dir) / DATA_FOLDER
+        recipe = (args.tokenizer_vocab_size, args.block_size, args.validation_share)
+        shards = call_main_process_first(accelerator, lambda: python_prose_shards(folder, *recipe))
+        data = data_from_shards(shards, config)
+    else:
+        source = hub_source(
+            args.dataset_name, args.dataset_config_name, "train", args.dataset_revision, args.text_column
+        )
+        tokenizer = load_tokenizer(args.tokenizer or "gpt2")
+        data = data_from_stream(source, tokenizer, config, args.validation_share, args.eval_tokens)
+    errors = InputErrors()
+    for prompt in args.sample_prompts:
+        errors.capture(check_prompt, prompt, data.tokenizer, args.block_size)
+    errors.raise_if_any()
+    return data
+
+
+def load_hellaswag_examples(args: TrainArguments, accelerator: Accelerator) -> list[Example]:
+    """Load HellaSwag's validation examples; empty if switched off or, with a message, if it cannot be reached."""
+    if args.hellaswag == "none":
+        return []
+    examples = []
+    try:
+        examples = call_main_process_first(accelerator, lambda: load_hellaswag(args.hellaswag))
+    except ConnectionError as error:
+        accelerator.print(f"HellaSwag is left out: {error}")
+    # All processes score or none does: one that found nothing would keep the others waiting.
+    total = accelerator.reduce(torch.tensor(len(examples), device=accelerator.device), reduction="sum")
+    return examples if int(total) == len(examples) * accelerator.num_processes else []
+
+
+def prepare_hellaswag_task(
+    accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+) -> HellaSwagTask | None:
+    """Tokenize this process's share of the examples, once for all evaluations; None without examples."""
+    if not examples:
+        return None
+    module = unwrapped_model(accelerator, model)
+    with without_autocast(module):
+        return prepare_hellaswag(
+            module,
+            tokenizer,
+            examples,
+            protocols=PROTOCOLS,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+
+
+def build_logger(
+    args: TrainArguments, accelerator: Accelerator, model: nn.Module, data: TrainingData, state: TrainState
+) -> RunLogger:
+    """Build the logger, write run.json, and say which arguments have changed since the run began."""
+    output_dir = Path(args.output_dir)
+    changed = diff_arguments(output_dir, asdict(args))
+    for name, (then, now) in changed.items():
+        accelerator.print(f"This run began with {name} {then} and continues with {now}.")
+    resumed_step = state.step if args.resume_from_checkpoint and not args.preflight else None
+    log = MetricsLog(output_dir, resumed_step, enabled=accelerator.is_main_process, changed=changed)
+    if args.report_to != "none" and not args.preflight:
+        # TensorBoard takes no lists.
+        scalars = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in asdict(args).items()}
+        accelerator.init_trackers("gpt2repro", config=scalars)
+    if accelerator.is_main_process and not args.preflight:
+        checkpoints.remove_stale_files(output_dir)
+        write_run_config(output_dir, asdict(args), hardware_record(accelerator), data.data_fingerprint)
+
+    def on_skipped(step: int):
+        """Log the sequences of a step whose update was skipped; stop the run when too many are skipped in a row."""
+        sample_ids = gather_object([data.batches.sample_ids(step - 1)])
+        logger.print(skipped_step_message(step))
+        logger.record(step, {"event": "skipped", "rows_by_process": sample_ids})
+        if state.record_skip(step) >= args.max_skipped:
+            raise SystemExit(too_many_skipped_message(args, state) if accelerator.is_main_process else 1)
+
+    flops_per_token, peak_flops = flops_and_peak(unwrapped_model(accelerator, model), args.block_size, accelerator)
+    logger = RunLogger(
+        accelerator,
+        log,
+        total_steps=args.total_steps,
+        tokens_per_step=args.tokens_per_step,
+        logging_steps=args.logging_steps,
+        first_step=state.step,
+        on_skipped=on_skipped,
+        flops_per_token=flops_per_token,
+        peak_flops=peak_flops,
+        train_seconds=state.train_seconds,
+    )
+    return logger
+
+
+def log_run_summary(
+    args: TrainArguments, accelerator: Accelerator, model: nn.Module, data: TrainingData, step: int, logger: RunLogger
+) -> float:
+    """Print what will happen, and write what the losses are to be compared with into the run's folder.
+
+    Returns:
+        UTF-8 bytes per token of the validation text, which make bits per byte of a loss in nats per token.
+    """
+    with logger.untimed():
+        vocab_size = len(data.tokenizer)
+        batches = validation_batches(data.validation, args.eval_tokens, micro_batch_size=64)
+        baselines = {
+            "guessing evenly, ln(vocabulary)": math.log(vocab_size),  # the loss of the first step, if all is well
+            "guessing by frequency, unigram entropy": unigram_entropy(batches, vocab_size),
+        }
+        if accelerator.is_main_process and not args.preflight:
+            with logger.warn_on_io_error(step, BASELINES_FILE):
+                write_yardsticks(Path(args.output_dir), baselines, BASELINES)
+        module = unwrapped_model(accelerator, model)
+        shape = data.batches.micro_batch_shape
+        logger.print(start_message(args, accelerator, module, data.summary, shape, baselines, step))
+        return bytes_per_token(data.validation.shards, data.tokenizer, args.eval_tokens, args.block_size)
+
+
+def shutdown(accelerator: Accelerator, exit_code: int):
+    """Close the trackers and the process group, and leave with the exit code, if it is not 0.
+
+    The caller must have dropped model and optimizer: DDP has to go before the process group. As the last to hold the
+    group, it would end the group's threads while it keeps them from running Python, and one of them may have a tensor
+    to free (torch 2.13 with gloo: 3 of 9 runs hung on a busy core).
+    """
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()
+    if exit_code:
+        raise SystemExit(exit_code)

@@ -1,0 +1,23 @@
+"""The names of all files in a run's folder."""
+
+from pathlib import Path
+
+RUN_CONFIG_FILE = "run.json"  # arguments, hardware, versions, commit; its presence makes a folder a run
+METRICS_FILE = "metrics.jsonl"  # every number of every step, one JSON object a line
+SAMPLES_FILE = "samples.jsonl"
+HELLASWAG_FILE = "hellaswag.jsonl"  # the scores of the last evaluation, one example a line
+BASELINES_FILE = "baselines.json"  # what losses and accuracies are compared with
+LOSS_PICTURE = "loss.png"
+UPLOAD_LOG = "push.log"
+MODEL_FOLDER = "model"  # the final model
+DATA_FOLDER = "data"  # the quickstart's tokens
+
+
+def checkpoint_name(step: int) -> str:
+    """500 -> 'step-000500'."""
+    return f"step-{step:06d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """'step-000500' -> 500."""
+    return int(checkpoint.name.removeprefix("step-"))

@@ -1,0 +1,303 @@
+"""The command line of every script: precedence, errors all at once, hints for likely slips, and --help."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+
+from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
+from modeling_gpt2repro.evaluation.hellaswag.arguments import EvalHellaSwagArguments
+from modeling_gpt2repro.evaluation.validation_arguments import ValidationArguments
+from modeling_gpt2repro.runtime.command_line import InputErrors, arg, check_limits, parse_command_line
+from modeling_gpt2repro.training import validate
+from modeling_gpt2repro.training.arguments import TrainArguments
+from modeling_gpt2repro.training.presets import PRESETS
+
+GROUPS = {  # script -> titles in --help, without the part in parentheses
+    TrainArguments: "run model data optimization evaluation checkpoints hub hardware",
+    PrepareArguments: "text tokenizer shards hardware verification",
+    EvalHellaSwagArguments: "model examples results hardware",
+    ValidationArguments: "model data results hardware",
+}
+LAUNCH_FLAGS = {"mixed_precision", "cpu", "num_processes", "config_file"}  # of `accelerate launch`
+SLIPS = [
+    pytest.param(script, slip, id=f"{script.__name__}-{slip}")
+    for script in GROUPS
+    for slips in script.flag_hints
+    for slip in slips
+]
+
+
+@dataclasses.dataclass
+class ToyArguments:
+    """One field of each kind."""
+
+    size: int = arg(default=3, minimum=1, help="A size.", group="numbers")
+    rate: float = arg(default=0.5, above=0, below=1, help="A rate.")
+    scale: float | None = arg(default=None, minimum=0, help="A scale. If not given, there is none.")
+    kind: str = arg(default="red", choices=("red", "green-blue"), help="A kind.", group="words")
+    words: list[str] = arg(default_factory=lambda: ["a b"], help="Some words.")
+    loud: bool = arg(default=False, help="A switch.")
+
+    def __post_init__(self):
+        InputErrors(check_limits(self)).raise_if_any()
+
+
+def errors_of(capsys, script, argv, presets=None) -> str:
+    """What is printed for a command line that is refused with exit code 2."""
+    with pytest.raises(SystemExit) as exit_:
+        parse_command_line(script, [str(word) for word in argv], presets)
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+def help_of(capsys, script, argv=(), **options) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        parse_command_line(script, [*argv, "--help"], **options)
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_fits_one_process(preset, tmp_path):
+    args = parse_command_line(TrainArguments, ["--preset", preset, "--output_dir", str(tmp_path)], PRESETS)
+    assert args.gradient_accumulation_steps >= 1
+    assert args.total_steps > args.warmup_steps
+
+
+def test_the_command_line_wins_over_the_preset_and_the_preset_over_the_default(tmp_path):
+    words = ["--preset", "gpt2-350m", "--n_layer", "2", "--train_tokens", "1e9", "--output_dir", str(tmp_path)]
+    args = parse_command_line(TrainArguments, words, PRESETS)
+    assert (args.n_layer, args.n_embd, args.block_size, args.train_tokens) == (2, 1024, 1024, 10**9)
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        (["--size", "524_288"], "size", 524288),
+        (["--size=1e3"], "size", 1000),
+        (["--rate", "2.5e-1"], "rate", 0.25),
+        (["--words", "a", "b c"], "words", ["a", "b c"]),
+        (["--loud"], "loud", True),
+        (["--loud", "false"], "loud", False),
+        (["--loud", "--size", "2"], "loud", True),
+        ([], "words", ["a b"]),
+    ],
+)
+def test_values_of_each_kind(argv, field, value):
+    assert getattr(parse_command_line(ToyArguments, argv), field) == value
+
+
+def test_all_problems_of_a_command_line_are_reported_together(capsys, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    flags = {
+        "n_layer": "three",
+        "n_embd": 100,
+        "tokens_per_step": 500000,
+        "shards": "nowhere",
+        "save_total_limit": -1,
+        "frobnicate": 1,
+        "output_dir": tmp_path,
+        "hellaswag": "no.jsonl",
+        "seed": -1,
+    }
+    printed = errors_of(capsys, TrainArguments, [w for name, v in flags.items() for w in (f"--{name}", v)], PRESETS)
+    for expected in (
+        "9 problems",
+        "save_total_limit (-1) must be at least 0",
+        "--n_layer takes a whole number, such as 12 or 1e9, not 'three'",
+        "no flag --frobnicate",
+        "n_embd (100) must be a multiple of n_head (12)",
+        "tokens_per_step (500000) must be a multiple of block_size (1024): try 499712",
+        "there is no folder nowhere",
+        "holds another run",
+        "there is no file no.jsonl",
+        "seed (-1) must be at least 0",
+    ):
+        assert expected in printed
+
+
+def test_limits_of_every_kind_are_reported_together():
+    with pytest.raises(ValueError, match="size") as error:
+        ToyArguments(size=0, rate=1.0, scale=-2, kind="blue")
+    assert str(error.value).splitlines() == [
+        "size (0) must be at least 1.",
+        "rate (1.0) must be greater than 0 and less than 1.",
+        "scale (-2) must be at least 0.",
+        "kind (blue) must be one of red, green-blue.",
+    ]
+    for rate in (0.0, math.nan, -math.inf):
+        with pytest.raises(ValueError, match=r"rate \(.*\) must be greater than 0 and less than 1\."):
+            ToyArguments(rate=rate)
+    assert ToyArguments(size=1, rate=1e-9, scale=0).scale == 0
+
+
+AT_LEAST_1 = (
+    "n_layer n_head n_embd block_size train_tokens tokens_per_step eval_tokens per_device_train_batch_size "
+    "per_device_eval_batch_size logging_steps tokenizer_vocab_size max_skipped"
+)
+AT_LEAST_0 = (
+    "warmup_tokens weight_decay adam_epsilon eval_steps save_steps save_total_limit keep_every num_samples "
+    "sample_tokens seed"
+)
+
+
+@pytest.mark.parametrize(
+    ("names", "value", "limit"),
+    [
+        (AT_LEAST_1, 0, "at least 1"),
+        (AT_LEAST_0, -1, "at least 0"),
+        ("learning_rate max_grad_norm price_per_hour", 0.0, "greater than 0"),
+        ("adam_beta1 adam_beta2 final_learning_rate_ratio validation_share", 1.0, "at least 0 and less than 1"),
+        ("adam_beta1 adam_beta2 final_learning_rate_ratio validation_share", -0.1, "at least 0 and less than 1"),
+    ],
+)
+def test_limits_of_a_training_run(names, value, limit):
+    for name in names.split():
+        with pytest.raises(ValueError, match=re.escape(f"{name} ({value}) must be {limit}.")):
+            TrainArguments(**{name: value})
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones(capsys):
+    printed = errors_of(capsys, TrainArguments, ["--preset", "gpt5"], PRESETS)
+    assert "preset (gpt5) must be one of gpt2-124m, gpt2-350m" in printed
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("price_per_hour", "12", "price_per_hour (12) is for --preflight's cost: add --preflight."),
+        (
+            "resume_from_checkpoint",
+            "last",
+            "there is no checkpoint folder last: give latest, a step-... folder, or owner/name@revision.",
+        ),
+        (
+            "hellaswag",
+            "None",
+            "there is no file None for --hellaswag: give a .jsonl file, a Hub dataset owner/name, official, or none.",
+        ),
+        ("report_to", "tensorbord", "report_to (tensorbord) must be none or one of all, aim, tensorboard, wandb"),
+        ("report_to", "wandb", "report_to (wandb) is not installed: install it with pip, or use none."),
+    ],
+)
+def test_an_impossible_value_is_refused_with_the_possible_ones(capsys, monkeypatch, tmp_path, flag, value, message):
+    monkeypatch.setattr(validate, "get_available_trackers", list)
+    argv = [f"--{flag}", value, "--output_dir", tmp_path]
+    assert f": {message}" in errors_of(capsys, TrainArguments, argv, PRESETS)
+
+
+@pytest.mark.parametrize("hellaswag", ["none", "official", "ns/name", __file__])
+def test_possible_values_of_hellaswag(hellaswag, tmp_path):
+    assert TrainArguments(output_dir=str(tmp_path), hellaswag=hellaswag).hellaswag == hellaswag
+
+
+@pytest.mark.parametrize(
+    ("given", "question"),
+    [
+        ("--lerning_rate", ": did you mean --learning_rate?"),
+        ("--outptu-dir=x", ": did you mean --output_dir?"),
+        (
+            "--batch",
+            ": did you mean --per_device_train_batch_size or --per_device_eval_batch_size or --find_batch_size?",
+        ),
+        ("--tokens", ": did you mean --train_tokens or --tokens_per_step or --warmup_tokens?"),  # of five, the first
+        ("--frobnicate", ";"),
+    ],
+)
+def test_an_unknown_flag_is_reported_with_similar_ones(capsys, given, question):
+    printed = errors_of(capsys, TrainArguments, [given, "-1"], PRESETS)
+    assert f": there is no flag {given}{question} --help lists all.\n" in printed
+
+
+@pytest.mark.parametrize(("script", "slip"), SLIPS)
+def test_a_likely_slip_is_answered_with_what_to_use(script, slip, capsys):
+    hint = next(hint for slips, hint in script.flag_hints.items() if slip in slips)
+    names = {field.name for field in dataclasses.fields(script)}
+    assert slip not in names
+    assert set(re.findall(r"--(\w+)", hint)) <= names | LAUNCH_FLAGS
+    assert f"there is no flag --{slip}: {hint}\n" in errors_of(capsys, script, [f"--{slip}", "8"])
+
+
+@pytest.mark.parametrize(
+    ("slip", "answer"),
+    [
+        ("--lr", "use --learning_rate."),
+        ("--max-lr=6e-4", "use --learning_rate."),
+        ("--epochs", "give the length in tokens with --train_tokens; "),
+        ("--fp16", "precision is chosen at launch: accelerate launch --mixed_precision bf16 train_accelerate.py ..."),
+        ("--config", "use --preset for hyperparameters; hardware is chosen by accelerate launch --config_file"),
+    ],
+)
+def test_slips_from_nanogpt_and_the_trainer(slip, answer, capsys):
+    assert f": there is no flag {slip}: {answer}" in errors_of(capsys, TrainArguments, [slip, "3"], PRESETS)
+
+
+def test_a_value_without_a_flag_and_a_flag_without_a_value(capsys):
+    assert "'config.py' belongs to no flag: put the flag before it." in errors_of(capsys, ToyArguments, ["config.py"])
+    printed = errors_of(capsys, ToyArguments, ["--rate", "fast", "--size"])
+    assert "--rate takes a number, not 'fast'." in printed
+    assert "argument --size: expected one argument" in printed
+
+
+def test_help_begins_with_the_description_and_lists_each_flag_once(capsys):
+    argv = ["--preset", "quickstart"]
+    printed = help_of(capsys, TrainArguments, argv, presets=PRESETS, description="What it is for.")
+    assert printed.splitlines()[1:3] == ["", "What it is for."]
+    assert "[flags]" in printed.splitlines()[0]
+    assert "--tokens_per_step" in printed
+    assert "--tokens-per-step" not in printed
+    assert f"(default: {PRESETS['quickstart']['n_layer']})" in printed
+    assert "default: None" not in " ".join(printed.split())
+    assert parse_command_line(TrainArguments, ["--tokens-per-step", "2048"]).tokens_per_step == 2048
+
+
+@pytest.mark.parametrize("script", GROUPS)
+def test_help_has_every_flag_in_a_group_and_in_sentences(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    printed = help_of(capsys, script)
+    titles = re.findall(r"^(\w+).*:$", printed, re.MULTILINE)
+    assert titles == ["options", *GROUPS[script].split()]
+    fields = dataclasses.fields(script)
+    assert fields[0].metadata["group"]
+    assert re.findall(r"^  --(\w+)", printed, re.MULTILINE) == [field.name for field in fields]
+    for field in fields:
+        assert field.metadata["help"].endswith("."), field.name
+        if field.default is None:
+            assert "not given" in field.metadata["help"], field.name
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_help_shows_kinds_choices_and_defaults(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    printed = help_of(capsys, ToyArguments)
+    for line in (
+        "--size INT            A size. (default: 3)",
+        "--rate FLOAT          A rate. (default: 0.5)",
+        "--scale FLOAT         A scale. If not given, there is none.",
+        "--kind {red,green-blue}",
+        "--words TEXT [TEXT ...]",
+        "--loud [BOOL]         A switch. (default: False)",
+    ):
+        assert f"  {line}\n" in printed
+    assert "(default: 10_000_000_000)" in " ".join(help_of(capsys, TrainArguments).split())
+
+
+def test_errors_of_several_inputs_are_captured():
+    def load(name, *, missing=()):
+        if name in missing:
+            raise ValueError(f"{name} is missing.\ngive another.")
+        return f"{name} loaded"
+
+    errors = InputErrors()
+    errors.raise_if_any()
+    assert errors.capture(load, "a", missing=["b"]) == "a loaded"
+    assert errors.capture(load, "b", missing=["b"]) is None
+    assert errors.capture(open, "/no/such/file") is None
+    assert errors.messages[:2] == ["b is missing.", "give another."]
+    with pytest.raises(ValueError, match="No such file") as error:
+        errors.raise_if_any()
+    assert len(str(error.value).splitlines()) == 3
+    with pytest.raises(KeyError):  # a bug, not an input error
+        errors.capture({}.__getitem__, "a")
