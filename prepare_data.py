@@ -128,7 +128,7 @@ def open_tokenizer(
         tokenizer = load_tokenizer_folder(folder / "tokenizer")
         if len(tokenizer) == args.vocab_size:
             return tokenizer
-    texts = (document.text for unit in source.units for document in source.read(unit))
+    texts = (document.text for unit in source.partitions for document in source.read(unit))
     return train_tokenizer(texts, args.vocab_size)
 
 

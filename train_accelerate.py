@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None):
             )
             state.advance(args.tokens_per_step)
             logger.log_step(state.step, metrics, learning_rate, data_seconds=micro_batches.seconds)
-            for message in uploads.news():
+            for message in uploads.poll():
                 logger.print(message)
 
             # Once in a while: a checkpoint. The last one is written below.
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None):
             evaluate(args, accelerator, model, data, hellaswag, bytes_per_token, state.step, logger, stop)
             model_folder = checkpointer.export()
             logger.print(end_message(args, state, model_folder))
-            exit_code = uploads.finish(model_folder, logger.print, lambda: stop.signal_name is not None)
+            exit_code = uploads.push_final(model_folder, logger.print, lambda: stop.signal_name is not None)
     del model, optimizer, checkpointer
     setup.shutdown(accelerator, exit_code)
 

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import torch
-from modeling_gpt2repro.data.batches.sequences import TokenSequences
 from torch.nn import functional as F
 
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from modeling_gpt2repro.data.batches.build import python_prose_shards
+from modeling_gpt2repro.data.batches.build import load_python_prose
+from modeling_gpt2repro.data.batches.sequences import TokenSequences
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig, ShuffledBatches
 from modeling_gpt2repro.data.shards.dataset import open_shards
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--max_steps", type=int, default=MAX_STEPS, help="optimizer steps (default: %(default)s)")
     args = parser.parse_args(argv)
     folder = Path("runs/plain_loop/data")
-    dataset = open_shards(args.shards) if args.shards else python_prose_shards(folder, 2048, T, validation_share=0.05)
+    dataset = open_shards(args.shards) if args.shards else load_python_prose(folder, 2048, T, validation_share=0.05)
     config = BatchConfig(block_size=T, sequences_per_step=TOKENS_PER_STEP // T, micro_batch_size=B, seed=SEED)
     batches = ShuffledBatches(TokenSequences(dataset.shards("train"), T), config)
 
@@ -76,10 +76,8 @@ def main(argv: list[str] | None = None) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss_accum.item())  # waits for the device
-        tokens_per_second = TOKENS_PER_STEP / (time.time() - started)
-        print(
-            f"step {step:4d} | loss {losses[-1]:.6f} | lr {lr:.4e} | norm {norm:.4f} | {tokens_per_second:,.0f} tokens/s"
-        )
+        speed = TOKENS_PER_STEP / (time.time() - started)
+        print(f"step {step:4d} | loss {losses[-1]:.6f} | lr {lr:.4e} | norm {norm:.4f} | {speed:,.0f} tokens/s")
     prompt = dataset.tokenizer("The function returns", return_tensors="pt").input_ids.to(device)
     text = model.eval().generate(prompt, max_new_tokens=60, do_sample=True, top_k=50, pad_token_id=0)
     print(dataset.tokenizer.decode(text[0]))

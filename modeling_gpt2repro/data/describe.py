@@ -14,129 +14,143 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.shards.dataset import SPLITS, TokenDataset, open_shards
 
-PERCENTS = (0, 5, 25, 50, 75, 95, 100)
-SHOWN_TOKENS = 120  # of each end of a long document: a few lines
+PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+SHOWN_TOKENS = 120  # at each end of a long document: a few lines
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """A shard's name, its memory-mapped ids (n,) and the places of its end-of-text marks, one before each document."""
+    """Where documents begin in a shard.
+
+    Args:
+        name: The shard's file name.
+        ids: Its memory-mapped ids, (n,).
+        starts: Positions of its end-of-text ids, one before each document, (m,).
+    """
 
     name: str
     ids: np.ndarray
-    places: np.ndarray
+    starts: np.ndarray
 
     @property
     def begins_inside(self) -> bool:
-        """Whether its first tokens go on with a document of the shard before."""
-        return not len(self.places) or self.places[0] > 0
+        """Whether its first tokens continue a document of the shard before."""
+        return not len(self.starts) or self.starts[0] > 0
 
     @property
     def first(self) -> np.ndarray:
-        """Ids of its first document, as far as it lies here."""
+        """Ids of its first document, as far as it is in this shard."""
         begin = 0 if self.begins_inside else 1
-        return self.ids[begin : next((place for place in self.places[:2] if place >= begin), None)]
+        end = next((start for start in self.starts[:2] if start >= begin), None)
+        return self.ids[begin:end]
 
     @property
     def last(self) -> np.ndarray:
-        """Ids of its last document, as far as it lies here."""
-        return self.ids[self.places[-1] + 1 if len(self.places) else 0 :]
+        """Ids of its last document, as far as it is in this shard."""
+        return self.ids[self.starts[-1] + 1 if len(self.starts) else 0 :]
 
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="A folder that prepare_data.py wrote.")
-    parser.add_argument("--shard", help="Show documents of this file; else of the first one.")
+    parser.add_argument("--shard", help="Show documents of this file; by default of the first one.")
     args = parser.parse_args(argv)
     try:
-        shards = open_shards(args.folder)
-        marks = {split: find_marks(shards, split) for split in SPLITS}
-        chosen = choose_shard(shards.folder, marks, args.shard)
+        dataset = open_shards(args.folder)
+        indexes = {split: index_shards(dataset, split) for split in SPLITS}
+        shard, is_cut = find_shard(dataset.folder, indexes, args.shard)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{' '.join(str(error).split())}\n")
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters that documents have
-    print("\n".join([*overview(shards, marks), "", *show_shard(*chosen, shards.tokenizer)]))
+    sys.stdout.reconfigure(errors="backslashreplace")  # documents may have characters that the terminal lacks
+    print("\n".join([*format_overview(dataset, indexes), "", *format_shard(shard, is_cut, dataset.tokenizer)]))
 
 
-def find_marks(shards: TokenDataset, split: str) -> list[ShardIndex]:
-    """Find the split's documents in one pass over its memory maps."""
-    names = [entry["file"] for entry in shards.manifest["splits"][split]["shards"]]
-    end_of_text = np.uint16(shards.tokenizer.eos_token_id)
-    maps = [np.asarray(ids) for ids in shards.shards(split)]
+def index_shards(dataset: TokenDataset, split: str) -> list[ShardIndex]:
+    """Find where the split's documents begin, in one pass over its memory maps."""
+    names = [entry["file"] for entry in dataset.manifest["splits"][split]["shards"]]
+    end_of_text = np.uint16(dataset.tokenizer.eos_token_id)
+    maps = [np.asarray(ids) for ids in dataset.shards(split)]
     return [ShardIndex(name, ids, np.flatnonzero(ids == end_of_text)) for name, ids in zip(names, maps, strict=True)]
 
 
-def document_lengths(marks: list[ShardIndex]) -> np.ndarray:
-    """Tokens of each document (n,) without its end-of-text; one that goes on in the next shard is one."""
-    starts = np.cumsum([0, *(len(shard.ids) for shard in marks)])
-    places = [start + shard.places for start, shard in zip(starts, marks, strict=False)]
-    return np.diff(np.concatenate([*places, starts[-1:]])) - 1
+def document_lengths(shards: list[ShardIndex]) -> np.ndarray:
+    """Tokens of each document without its end-of-text, (n,); a document that lies in two shards is counted as one."""
+    offsets = np.cumsum([0, *(len(shard.ids) for shard in shards)])
+    starts = [offset + shard.starts for offset, shard in zip(offsets, shards, strict=False)]
+    return np.diff(np.concatenate([*starts, offsets[-1:]])) - 1
 
 
-def choose_shard(folder: Path, marks: dict[str, list[ShardIndex]], name: str | None) -> tuple[ShardIndex, bool]:
-    """The shard of this name, or the first one, and whether its last document goes on in the next.
+def find_shard(folder: Path, indexes: dict[str, list[ShardIndex]], name: str | None) -> tuple[ShardIndex, bool]:
+    """The shard of this name, or the first one, and whether its last document continues in the next.
 
     Raises:
         ValueError: If there is none of this name.
     """
-    for shards in marks.values():
+    for shards in indexes.values():
         for shard, following in zip(shards, [*shards[1:], None], strict=True):
             if name in (None, shard.name, Path(shard.name).stem):
                 return shard, following is not None and following.begins_inside
-    ends = [f"{shards[0].name} to {shards[-1].name}" for shards in marks.values() if shards]
-    raise ValueError(f"{folder} has no shard {name!r}; it has {' and '.join(ends)}: give one of them as --shard.")
+    ranges = [f"{shards[0].name} to {shards[-1].name}" for shards in indexes.values() if shards]
+    raise ValueError(f"{folder} has no shard {name!r}; it has {' and '.join(ranges)}: give one of them as --shard.")
 
 
-def overview(shards: TokenDataset, marks: dict[str, list[ShardIndex]]) -> list[str]:
+def format_overview(dataset: TokenDataset, indexes: dict[str, list[ShardIndex]]) -> list[str]:
     """Lines of a table, a column for each split."""
-    lengths = {split: document_lengths(marks[split]) for split in marks}
-    bytes_per_token = {split: shards.bytes_per_token(split) for split in marks}
+    lengths = {split: document_lengths(shards) for split, shards in indexes.items()}
+    bytes_per_token = [dataset.bytes_per_token(split) for split in indexes]
     rows = {
-        "tokens": [f"{sum(len(shard.ids) for shard in marks[split]):,}" for split in marks],
-        "documents": [f"{len(lengths[split]):,}" for split in marks],
-        "shards": [f"{len(marks[split]):,}" for split in marks],
-        "bytes per token": [f"{ratio:.3f}" if ratio else "-" for ratio in bytes_per_token.values()],
+        "tokens": [f"{sum(len(shard.ids) for shard in shards):,}" for shards in indexes.values()],
+        "documents": [f"{len(lengths[split]):,}" for split in indexes],
+        "shards": [f"{len(shards):,}" for shards in indexes.values()],
+        "bytes per token": [f"{ratio:.3f}" if ratio else "-" for ratio in bytes_per_token],
     }
-    for percent in PERCENTS:
+    for percent in PERCENTILES:
         name = f"{percent} % have at most" if percent else "shortest document"
-        rows[name] = [length_at(lengths[split], percent) for split in marks]
-    vocabulary = shards.manifest["tokenizer"]
-    lines = [f"{shards.folder}: tokenizer {vocabulary['name']}, {vocabulary['vocab_size']:,} ids", ""]
-    lines += [f"{'':20}" + "".join(f"{split:>20}" for split in marks)]
+        rows[name] = [format_percentile(lengths[split], percent) for split in indexes]
+    tokenizer = dataset.manifest["tokenizer"]
+    lines = [f"{dataset.folder}: tokenizer {tokenizer['name']}, {tokenizer['vocab_size']:,} ids", ""]
+    lines.append(f"{'':20}" + "".join(f"{split:>20}" for split in indexes))
     return lines + [f"{name:20}" + "".join(f"{value:>20}" for value in values) for name, values in rows.items()]
 
 
-def length_at(lengths: np.ndarray, percent: int) -> str:
-    """The smallest length (of some document) that so many percent of the documents do not exceed."""
-    return f"{np.percentile(lengths, percent, method='inverted_cdf'):,} tokens" if len(lengths) else "-"
+def format_percentile(lengths: np.ndarray, percent: int) -> str:
+    """The least length that so many percent of the documents do not exceed."""
+    if not len(lengths):
+        return "-"
+    # inverted_cdf gives the length of some document, instead of a number between two of them.
+    return f"{np.percentile(lengths, percent, method='inverted_cdf'):,} tokens"
 
 
-def show_shard(shard: ShardIndex, goes_on: bool, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Lines that say what stands first and last in a shard."""
+def format_shard(shard: ShardIndex, is_cut: bool, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Lines with the first and the last document of a shard.
+
+    Args:
+        is_cut: Whether the last one continues in the next shard.
+    """
     before = ["cut, it began in the shard before"] if shard.begins_inside else []
-    after = ["cut, it goes on in the next shard"] if goes_on else []
-    if len(shard.places) + shard.begins_inside < 2:
+    after = ["cut, it continues in the next shard"] if is_cut else []
+    if len(shard.starts) + shard.begins_inside < 2:
         documents = {"only": (shard.last, before + after)}
     else:
         documents = {"first": (shard.first, before), "last": (shard.last, after)}
-    lines = [f"{shard.name}: {len(shard.ids):,} tokens, {len(shard.places):,} documents begin in it"]
+    lines = [f"{shard.name}: {len(shard.ids):,} tokens, {len(shard.starts):,} documents begin in it"]
     for which, (ids, cuts) in documents.items():
-        lines += ["", f"--- {'; '.join([f'its {which} document, {len(ids):,} tokens', *cuts])}"]
-        lines += [shortened(ids, tokenizer)]
+        title = "; ".join([f"its {which} document, {len(ids):,} tokens", *cuts])
+        lines += ["", f"--- {title}", excerpt(ids, tokenizer)]
     return lines
 
 
-def shortened(ids: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The text of ids (n,) without the middle of a long one; what a terminal would obey or hide is spelled out."""
+def excerpt(ids: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The text of ids (n,), a long one without its middle; control characters are escaped, or a terminal obeys them."""
 
-    def spelled(part: np.ndarray) -> str:
+    def escaped(part: np.ndarray) -> str:
         text = tokenizer.decode(part, clean_up_tokenization_spaces=False)
         return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
     if len(ids) <= 2 * SHOWN_TOKENS:
-        return spelled(ids)
+        return escaped(ids)
     left_out = len(ids) - 2 * SHOWN_TOKENS
-    return f"{spelled(ids[:SHOWN_TOKENS])}\n[... {left_out:,} tokens ...]\n{spelled(ids[-SHOWN_TOKENS:])}"
+    return f"{escaped(ids[:SHOWN_TOKENS])}\n[... {left_out:,} tokens ...]\n{escaped(ids[-SHOWN_TOKENS:])}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""GPT-2's own vocabulary, between tiktoken, which is fast, and `tokenizers`, which everything else reads."""
+"""GPT-2's vocabulary, converted between tiktoken, which is fast, and `tokenizers`, which transformers reads.
+
+tiktoken stores a token as its bytes and a rank: the lower, the earlier it is merged; the rank is also the id.
+`tokenizers` stores it as a string that spells each byte as a printable character, a space as "Ġ", and it needs the
+merges as pairs, in order. tiktoken does not store the pairs, but they follow from the ranks, see `_last_merge`.
+"""
 
 import tiktoken
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -12,33 +17,35 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 
 
 def gpt2_tokenizer() -> PreTrainedTokenizerFast:
-    """GPT-2's tokenizer, made from the files that tiktoken fetches or has.
+    """GPT-2's tokenizer, built from the files that tiktoken has or downloads.
 
     Raises:
-        ValueError: If it cannot fetch them.
+        ValueError: If it cannot download them.
     """
     try:
         encoding = tiktoken.get_encoding("gpt2")
     except OSError as error:
         raise ValueError(
-            "GPT-2's vocabulary could not be fetched by tiktoken (is there a network?): give --tokenizer a folder that "
-            f"holds it, or put tiktoken's files in TIKTOKEN_CACHE_DIR ({type(error).__name__})."
+            f"tiktoken could not download GPT-2's vocabulary ({type(error).__name__}; is there a network?): give "
+            "--tokenizer a folder that holds it, or put tiktoken's files in TIKTOKEN_CACHE_DIR."
         ) from error
+    ranks = encoding._mergeable_ranks
     character_of = {byte: character for character, byte in _byte_of_character().items()}
-    spelled = {"".join(character_of[byte] for byte in token): rank for token, rank in encoding._mergeable_ranks.items()}
-    merges = [
-        tuple("".join(character_of[byte] for byte in part) for part in _last_merge(encoding._mergeable_ranks, token))
-        for token, _ in sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
-        if len(token) > 1
-    ]
-    bpe = Tokenizer(models.BPE({**spelled, END_OF_TEXT: encoding.eot_token}, merges))
+
+    def spelled(token: bytes) -> str:
+        return "".join(character_of[byte] for byte in token)
+
+    vocabulary = {spelled(token): rank for token, rank in ranks.items()}
+    merged = [token for token in sorted(ranks, key=ranks.get) if len(token) > 1]  # in the order of merging
+    merges = [tuple(map(spelled, _last_merge(ranks, token))) for token in merged]
+    bpe = Tokenizer(models.BPE({**vocabulary, END_OF_TEXT: encoding.eot_token}, merges))
     bpe.add_special_tokens([END_OF_TEXT])
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return as_gpt2_tokenizer(bpe, max_length=1024)
 
 
 def as_gpt2_tokenizer(bpe: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
-    """Give a byte-level BPE what GPT-2's tokenizer has beside its vocabulary."""
+    """A byte-level BPE with what GPT-2's tokenizer has besides its vocabulary: decoder, special tokens, length."""
     bpe.decoder = decoders.ByteLevel()
     bpe.post_processor = ByteLevelProcessor(trim_offsets=False)
     return PreTrainedTokenizerFast(
@@ -52,10 +59,10 @@ def as_gpt2_tokenizer(bpe: Tokenizer, max_length: int) -> PreTrainedTokenizerFas
 
 
 def tiktoken_encoding(tokenizer: PreTrainedTokenizerFast) -> tiktoken.Encoding:
-    """The same ids by tiktoken; for a tokenizer with GPT-2's vocabulary only."""
-    to_bytes = _byte_of_character()
+    """A tiktoken encoding that gives the same ids; for tokenizers with GPT-2's vocabulary and merges only."""
+    byte_of = _byte_of_character()
     ranks = {
-        bytes(to_bytes[character] for character in token): rank
+        bytes(byte_of[character] for character in token): rank
         for token, rank in tokenizer.get_vocab().items()
         if rank != tokenizer.eos_token_id
     }
@@ -64,18 +71,23 @@ def tiktoken_encoding(tokenizer: PreTrainedTokenizerFast) -> tiktoken.Encoding:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """How GPT-2's files spell bytes: printable ones as themselves, the others as the characters from U+0100 on."""
+    """How GPT-2's files spell bytes: printable ones as themselves, the others as the characters from U+0100 on.
+
+    It is `bytes_to_unicode` of encoder.py in OpenAI's release, inverted; space is the 33rd of the others, "Ġ" (U+0120).
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 def _last_merge(ranks: dict[bytes, int], token: bytes) -> tuple[bytes, bytes]:
-    """The two parts that `token` was merged from: what BPE reaches with only the merges that came before it."""
+    """The two parts that `token` is merged from: where BPE gets to with only the merges that come before it.
+
+    Example: b"the" -> (b"t", b"he"), because b"he" has a lower rank than b"th".
+    """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        candidates = [(ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1)]
-        rank, i = min(candidates)
+        rank, i = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))
         assert rank < ranks[token], "every GPT-2 token is a merge of two that have lower ranks"
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]

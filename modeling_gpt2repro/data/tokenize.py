@@ -88,7 +88,7 @@ def prepare_shards(
     start_job(output_dir, plan)
     save_tokenizer(tokenizer, output_dir / "tokenizer")
     encode = text_encoder(tokenizer)
-    tokenized = in_order(lambda unit: tokenize_partition(source, unit, encode, plan), source.units, workers)
+    tokenized = in_order(lambda unit: tokenize_partition(source, unit, encode, plan), source.partitions, workers)
     with closing(tokenized):
         write_shards(output_dir, plan, tokenized, on_progress)
     finish_job(output_dir)

@@ -1,4 +1,4 @@
-"""Tokenizers: GPT-2's byte-level BPE or one trained on the spot, and a hash: equal ones give equal ids."""
+"""Tokenizers: GPT-2's byte-level BPE, any fast one, or one trained on the data; and a hash of what decides the ids."""
 
 import hashlib
 import json
@@ -13,8 +13,8 @@ from .gpt2_bpe import END_OF_TEXT, as_gpt2_tokenizer, gpt2_tokenizer, tiktoken_e
 
 # `tokenizer_sha256` of GPT-2's vocabulary and merges, the same from tiktoken and from openai-community/gpt2.
 GPT2_SHA256 = "806c1981ba8dd4262ce8b78d4438dde0c11d8e1b8b968233ef44fb06a38b336a"
-# Token ids are stored in 16 bits.
-LARGEST_VOCABULARY = 2**16
+MAX_VOCAB_SIZE = 2**16  # shards hold 16 bits an id
+MIN_VOCAB_SIZE = 257  # a byte-level BPE begins with the 256 bytes; one more for end-of-text
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -25,13 +25,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """
     if name == "gpt2":
         return gpt2_tokenizer()
-    from transformers import AutoTokenizer  # late: it imports torch
+    from transformers import AutoTokenizer  # here, because it imports torch, which prepare_data.py does without
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of the kind of model that lies beside a tokenizer, even of ours
+    # In a folder of a model AutoTokenizer reads the model's configuration, too, and warns of types that it does not
+    # know, such as ours.
+    logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # else it asks whether to run code
+        # False, because by default it stops and asks the user whether to run the code of such a model.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"tokenizer {name!r} is neither 'gpt2' nor a folder or Hub id that loads ({' '.join(str(error).split())})."
@@ -40,19 +43,22 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         logging.set_verbosity(verbosity)
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name!r} must be a fast tokenizer with an end-of-text (eos) token.")
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= LARGEST_VOCABULARY:
-        raise ValueError(
-            f"tokenizer {name!r} has ids up to {largest}; shards hold 16-bit ids, less than {LARGEST_VOCABULARY}."
-        )
+    check_vocab_size(name, tokenizer)
     return tokenizer
+
+
+def check_vocab_size(name: str, tokenizer: PreTrainedTokenizerFast, limit: int = MAX_VOCAB_SIZE):
+    """Raise ValueError unless all ids are less than `limit`."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= limit:
+        raise ValueError(f"tokenizer {name!r} has ids up to {largest}; shards hold 16-bit ids, less than {limit}.")
 
 
 def load_tokenizer_folder(folder: Path) -> PreTrainedTokenizerFast:
     """Load what `save_tokenizer` wrote, never anything from the Hub.
 
     Raises:
-        ValueError: If it is not there or damaged.
+        ValueError: If it is missing or damaged.
     """
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
@@ -66,15 +72,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int = 102
     """Train a byte-level BPE of GPT-2's kind (same pre-tokenization, same end-of-text token) on `texts`.
 
     Raises:
-        ValueError: If there is too little text for it, or `vocab_size` cannot hold the 256 bytes and end-of-text.
+        ValueError: If there is too little text, or `vocab_size` is not from MIN_VOCAB_SIZE to MAX_VOCAB_SIZE.
     """
-    if not 257 <= vocab_size <= LARGEST_VOCABULARY:
-        raise ValueError(f"a byte-level vocabulary holds 257 to {LARGEST_VOCABULARY} ids, not {vocab_size}.")
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(f"a byte-level vocabulary holds {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE} ids, not {vocab_size}.")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
+        # All 256 bytes, whether the text has them or not, so that any other text can be encoded; sorted, because the
+        # order decides their ids.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -87,27 +95,33 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int = 102
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Hash what decides the ids: vocabulary, merges and the end-of-text id. Equal hashes, equal ids."""
+    """A hash of what decides the ids: two tokenizers with the same hash give the same ids.
+
+    It is that of vocabulary, merges, end-of-text id, and the rules before and during merging. A hash of tokenizer.json
+    would differ between versions of `tokenizers` and between files that differ in decoding alone.
+    """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Written as "a b" by older versions of `tokenizers`, as ["a", "b"] by newer ones.
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in state["model"].get("merges", [])]
     rules = {key: state.get(key) for key in ("normalizer", "pre_tokenizer")}
     options = ("dropout", "byte_fallback", "fuse_unk", "ignore_merges", "continuing_subword_prefix")
     rules |= {key: state["model"][key] for key in options if state["model"].get(key)}
     if (rules["pre_tokenizer"] or {}).get("type") == "ByteLevel":
         rules["pre_tokenizer"].pop("trim_offsets", None)  # decides offsets, not ids
-    identity = [sorted(tokenizer.get_vocab().items()), merges, tokenizer.eos_token_id, rules]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+    parts = [sorted(tokenizer.get_vocab().items()), merges, tokenizer.eos_token_id, rules]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], np.ndarray]:
-    """Return the fastest function from text to ids (uint16) that gives exactly this tokenizer's ids.
+    """Return the fastest function from text to ids, (n,) uint16, that gives exactly this tokenizer's ids.
 
-    A literal "<|endoftext|>" in the text is encoded as the characters it is made of: only we mark documents. GPT-2's
-    own vocabulary goes through tiktoken, five times as fast on a core as `tokenizers`, which does the others.
+    A literal "<|endoftext|>" in the text is encoded as the characters that it is made of, not as the token that marks
+    documents: otherwise a web page about GPT-2 would end in the middle. GPT-2's own vocabulary is encoded by tiktoken,
+    five times as fast on a core as `tokenizers`, which encodes all others.
     """
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.encode_special_tokens = True
-    backend.no_truncation()  # which some saved tokenizers ask for
+    backend.no_truncation()  # saved tokenizers may ask for either
     backend.no_padding()
 
     def encode(text: str) -> np.ndarray:
@@ -120,13 +134,13 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], np.ndarr
     def encode_with_tiktoken(text: str) -> np.ndarray:
         try:
             return encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
-        except ValueError:  # a million blanks in a row overflow its regular expression's stack
+        except ValueError:  # a million spaces in a row overflow the stack of its regular expression
             return encode(text)
 
     return encode_with_tiktoken
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
-    """Save into `folder` and return the hash of what a reader will load from there."""
+    """Save into `folder` and return the hash of what will be loaded from there."""
     tokenizer.save_pretrained(folder)
     return tokenizer_sha256(load_tokenizer_folder(folder))

@@ -1,4 +1,8 @@
-"""The pushes of a run: each by a process beside it, one after the other; what is outdated while it waits is dropped."""
+"""Push checkpoints to the Hub during training: a queue, one upload at a time, each in a process of its own.
+
+A thread would share the GIL with the training loop, and could not be killed when the run has to stop. Also, whatever
+happens in the Hub client (out of memory, a crash, a hang) then ends an upload and never the training.
+"""
 
 import os
 import shlex
@@ -6,24 +10,27 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from .upload import HUB_IS_AWAY, TRAINING_STATE
+from modeling_gpt2repro.runs.folder import UPLOAD_LOG, step_of
 
-LAST_CHECKPOINT = "last-checkpoint"
-SNAPSHOT = ".push-"  # how the folders begin that are being pushed
-LOG = "push.log"
-# The check holds up the start; a push beside the training is made up for by the next; the last is worth waiting for.
-CHECK_SECONDS, BESIDE_SECONDS, LAST_SECONDS = 20, 600, 1800
-SECONDS_BETWEEN_LOOKS = 0.05
+from .upload import DEFAULT_PATIENCE_SECONDS, EXIT_CODE_HUB_UNREACHABLE, TRAINING_STATE
+
+LAST_CHECKPOINT_BRANCH = "last-checkpoint"
+SNAPSHOT_PREFIX = ".push-"  # folders that begin so are deleted when a run starts (training/checkpoints.py)
+PUSH_COMMAND = (sys.executable, "-m", "modeling_gpt2repro.hub.push")
+CHECK_PATIENCE_SECONDS = 20  # the training waits for the check
+CHECKPOINT_PATIENCE_SECONDS = 600  # the next checkpoint makes up for one that was not pushed
+FINAL_PATIENCE_SECONDS = DEFAULT_PATIENCE_SECONDS  # nothing makes up for the final model
+POLL_INTERVAL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class UploadJob:
-    """A folder, the branch that is to hold it, and what the commit says."""
+    """A folder to push; the queue deletes it afterwards."""
 
     folder: Path
     branch: str
@@ -31,191 +38,232 @@ class UploadJob:
     with_training_state: bool = False
 
 
+class RunningUpload(NamedTuple):
+    """An upload in progress, and where its output begins in the log."""
+
+    job: UploadJob
+    process: subprocess.Popen
+    log_offset: int
+
+
 class UploadQueue:
-    """UploadQueue the checkpoints of a run while it goes on, and its model in the end.
+    """Pushes a run's checkpoints while it trains, and its final model.
 
     Args:
-        repository: 'owner/name', or the name of one's own; None where nothing is to be pushed.
-        strategy: What is pushed before the final model. 'end': nothing. 'every_save': the model of each checkpoint, to
-            main. 'checkpoint': and the newest one with its training state, to the branch last-checkpoint, from which a
-            run goes on anywhere. 'all_checkpoints': or the model of each, to a branch step-NNNNNN of its own.
-        output_dir: The run's folder; what the pushes say is appended to its push.log.
-        private: Of a new repository; None leaves it to the owner's settings.
+        repository: 'owner/name', or the name of one of your own; None pushes nothing.
+        strategy: What is pushed before the final model. 'end': nothing. 'every_save': each checkpoint's model, to main.
+            'checkpoint': in addition the newest checkpoint with its training state, to the branch last-checkpoint.
+            'all_checkpoints': in addition each checkpoint's model, to a branch step-NNNNNN of its own.
+        output_dir: The run's folder; the output of uploads is appended to its push.log.
+        private: Visibility of a new repository; None takes the default of its owner's settings.
+        command: The program that pushes a folder.
     """
 
-    def __init__(self, repository: str | None, strategy: str, output_dir: Path, private: bool | None = None):
-        self.repository, self.strategy, self.output_dir, self.private = repository, strategy, output_dir, private
-        self._waiting: list[UploadJob] = []
-        self._running: tuple[UploadJob, subprocess.Popen, int] | None = None  # and its offset in the log
-        self._news: list[str] = []
-        self._hub_is_away = False  # as the last push has found
+    def __init__(
+        self,
+        repository: str | None,
+        strategy: str,
+        output_dir: Path,
+        private: bool | None = None,
+        command: Sequence[str] = PUSH_COMMAND,
+    ):
+        self.repository = repository
+        self.strategy = strategy
+        self.output_dir = output_dir
+        self.private = private
+        self.command = command
+        self._pending: list[UploadJob] = []
+        self._running: RunningUpload | None = None
+        self._messages: list[str] = []
+        self._hub_is_unreachable = False  # according to the last upload
 
-    def check(self, goes_on: bool) -> str:
-        """Find out before the first step whether pushing will work, and say so in a sentence.
+    def check_access(self, is_resume: bool, patience_seconds: float = CHECK_PATIENCE_SECONDS) -> str:
+        """Find out before the first step whether pushing will work; returns a sentence that says so.
 
         Args:
-            goes_on: The run has begun before; a Hub that is away does not hold it up.
+            is_resume: Whether the run has been started before; then an unreachable Hub does not stop it.
 
         Raises:
-            ValueError: If it will not.
+            ValueError: If pushing will not work.
         """
-        command = self._command("--check", "--patience_seconds", str(CHECK_SECONDS))
-        result = subprocess.run(command, env=environment(), capture_output=True, text=True)
-        if result.returncode == HUB_IS_AWAY and goes_on:
-            return f"{last_line(result.stderr)} The run goes on, and pushes when it is back."
-        if result.returncode:
+        command = self._push_command("--check", patience_seconds=patience_seconds)
+        result = subprocess.run(command, env=upload_environment(), capture_output=True, text=True)
+        if result.returncode == EXIT_CODE_HUB_UNREACHABLE and is_resume:
+            return f"{last_line(result.stderr)} The run continues, and pushes once the Hub can be reached again."
+        if result.returncode != 0:
             raise ValueError(f"push_to_hub: {last_line(result.stderr)}")
         return last_line(result.stdout)
 
-    def offer(self, checkpoint: Path):
-        """A checkpoint stands: push it as the strategy says; what still waits for the same branch gives way."""
+    def enqueue(self, checkpoint: Path):
+        """Queue a new checkpoint as the strategy says; it replaces what is pending for the same branch."""
         if self.repository is None or self.strategy == "end":
             return
-        step = int(checkpoint.name.removeprefix("step-"))
-        on_main = UploadJob(checkpoint, "main", f"Training in progress, step {step}")
-        wanted = [on_main]
+        branches = ["main"]
         if self.strategy == "checkpoint":
-            wanted.append(replace(on_main, branch=LAST_CHECKPOINT, with_training_state=True))
+            branches.append(LAST_CHECKPOINT_BRANCH)
         if self.strategy == "all_checkpoints":
-            wanted.append(replace(on_main, branch=checkpoint.name))
-        for push in wanted:
-            self._drop(push.branch)
-            of_snapshot = replace(push, folder=self.output_dir / f"{SNAPSHOT}{push.branch}-{checkpoint.name}")
+            branches.append(checkpoint.name)
+        for branch in branches:
+            self._drop(branch)
+            job = UploadJob(
+                folder=self.output_dir / f"{SNAPSHOT_PREFIX}{branch}-{checkpoint.name}",
+                branch=branch,
+                message=f"Training in progress, step {step_of(checkpoint)}",
+                with_training_state=branch == LAST_CHECKPOINT_BRANCH,
+            )
             try:
-                take_snapshot(push, of_snapshot.folder)
-                self._waiting.append(of_snapshot)
+                snapshot(checkpoint, job.folder, job.with_training_state)
+                self._pending.append(job)
             except OSError as error:
-                self._fail(of_snapshot, error)
+                self._fail(job, error)
         self._start_next()
 
-    def news(self) -> list[str]:
-        """What has ended since the last call, a sentence each; the next one is started."""
-        if self._running and self._running[1].poll() is not None:
-            push, process, begin = self._running
-            self._running, said = None, f"{LOG} cannot be read"
-            self._hub_is_away = process.returncode == HUB_IS_AWAY
-            with suppress(OSError):
-                said = last_line((self.output_dir / LOG).read_bytes()[begin:].decode(errors="replace"))
-            said = said or f"it ended with {process.returncode}"  # killed, by whoever wants its memory
-            self._news.append(f"{push.message}: {said if process.returncode == 0 else f'not pushed, because {said}'}")
-            shutil.rmtree(push.folder, ignore_errors=True)
+    def poll(self) -> list[str]:
+        """Start the next upload if one has ended; returns a sentence about each that ended since the last call."""
+        if self._running and self._running.process.poll() is not None:
+            job, process, log_offset = self._running
+            self._running = None
+            self._hub_is_unreachable = process.returncode == EXIT_CODE_HUB_UNREACHABLE
+            try:
+                output = (self.output_dir / UPLOAD_LOG).read_bytes()[log_offset:].decode(errors="replace")
+                # Without output it was killed, for example by the kernel when memory ran out.
+                outcome = last_line(output) or f"it ended with {process.returncode}"
+            except OSError:
+                outcome = f"{UPLOAD_LOG} cannot be read"
+            if process.returncode != 0:
+                outcome = f"not pushed, because {outcome}"
+            self._messages.append(f"{job.message}: {outcome}")
+            shutil.rmtree(job.folder, ignore_errors=True)
             self._start_next()
-        news, self._news = self._news, []
-        return news
+        messages = self._messages
+        self._messages = []
+        return messages
 
-    def make_room(self):
-        """The disk may be full: give up what waits, whose files may be those of checkpoints that are long gone."""
-        for push in self._waiting[:]:
-            self._news.append(f"{push.message}: not pushed to {push.branch}, but given up")
-            self._drop(push.branch)
+    def drop_pending(self):
+        """Free disk space: snapshots may hold the only links to files of checkpoints that are deleted already."""
+        for job in self._pending[:]:
+            self._messages.append(f"{job.message}: not pushed to {job.branch}, dropped from the queue")
+            self._drop(job.branch)
 
-    def finish(self, folder: Path, say: Callable[[str], None], stopped: Callable[[], bool]) -> int:
-        """Push the final model, behind the checkpoints that have branches of their own; it makes up for those on main.
+    def push_final(self, folder: Path, show: Callable[[str], None], should_stop: Callable[[], bool]) -> int:
+        """Push the final model, after the checkpoints that have a branch of their own.
 
-        Those are waited for as long as the Hub is there: each may take its time, but not each wait for the Hub anew.
+        Checkpoints for main are dropped, because the final model replaces them there. The others may take their time,
+        but only until one finds the Hub unreachable: not every one of them waits for it anew.
 
         Args:
-            folder: The model's.
-            say: Shows a line.
-            stopped: Whether to wait no longer.
+            show: Prints a line.
+            should_stop: Whether to stop waiting.
 
         Returns:
-            The exit code: 0 if the model is on the Hub, else HUB_IS_AWAY, and the command that pushes it was shown.
+            The exit code: 0 if the model is on the Hub; otherwise the command that pushes it has been shown.
         """
         if self.repository is None:
             return 0
         self._drop("main")
-        for sentence in self.news():
-            say(sentence)
-        if self._running and self._running[0].branch == "main":
-            self._end_running()
+        self._show_messages(show)
+        if self._running and self._running.job.branch == "main":
+            self._kill_running()
             self._start_next()
-        self._hub_is_away = False
-        while self._running and not (self._hub_is_away or stopped()):
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-            for sentence in self.news():
-                say(sentence)
+        self._hub_is_unreachable = False
+        while self._running and not self._hub_is_unreachable and not should_stop():
+            time.sleep(POLL_INTERVAL_SECONDS)
+            self._show_messages(show)
         if self._running:
-            self._waiting.insert(0, self._end_running())
-        self.make_room()
-        for sentence in self.news():
-            say(sentence)
-        command = self._command(str(folder), "--message", "End of training")
-        say(f"Pushing {folder} to {self.repository}.")
-        process = subprocess.Popen([*command, "--patience_seconds", str(LAST_SECONDS)], env=environment())
-        while process.poll() is None and not stopped():
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            self._pending.insert(0, self._kill_running())
+        self.drop_pending()
+        self._show_messages(show)
+        show(f"Pushing {folder} to {self.repository}.")
+        command = self._push_command(str(folder), "--message", "End of training")
+        with_patience = [*command, "--patience_seconds", str(FINAL_PATIENCE_SECONDS)]
+        process = subprocess.Popen(with_patience, env=upload_environment())  # its output is the terminal's
+        while process.poll() is None and not should_stop():
+            time.sleep(POLL_INTERVAL_SECONDS)
         process.kill()
         if process.wait() == 0:
             return 0
-        again = shlex.join(["python", *command[1:]])
-        say(f"\nThe model is in {folder}, but not on the Hub. Push it with\n\n    {again}\n")
-        return HUB_IS_AWAY
+        command_to_show = shlex.join(["python", *command[1:]])
+        show(f"\nThe model is in {folder}, but not on the Hub. Push it with\n\n    {command_to_show}\n")
+        return EXIT_CODE_HUB_UNREACHABLE
 
     def close(self):
-        """End what is under way; the Hub takes a commit as a whole or not at all."""
+        """Kill the running upload and drop the others: the Hub applies a commit completely or not at all."""
         if self._running:
-            self._end_running()
-        for branch in {push.branch for push in self._waiting}:
-            self._drop(branch)
-        self.repository = None
+            self._kill_running()
+        for job in self._pending[:]:
+            self._drop(job.branch)
+        self.repository = None  # what is called from here on does nothing
 
-    def _end_running(self) -> UploadJob:
-        push, process, _ = self._running
-        process.kill()  # who ignores SIGTERM has let his children inherit that
+    def _kill_running(self) -> UploadJob:
+        job, process, _ = self._running
+        process.kill()  # not terminate: if the run was started with SIGTERM ignored, its children ignore it, too
         process.wait()
-        shutil.rmtree(push.folder, ignore_errors=True)
+        shutil.rmtree(job.folder, ignore_errors=True)
         self._running = None
-        return push
+        return job
 
     def _drop(self, branch: str):
-        for push in [push for push in self._waiting if push.branch == branch]:
-            shutil.rmtree(push.folder, ignore_errors=True)
-            self._waiting.remove(push)
+        for job in [job for job in self._pending if job.branch == branch]:
+            shutil.rmtree(job.folder, ignore_errors=True)
+            self._pending.remove(job)
 
     def _start_next(self):
-        while self._waiting and not self._running:
-            push = self._waiting.pop(0)
-            words = [str(push.folder), "--branch", push.branch, "--message", push.message]
-            words += ["--with_training_state"] if push.with_training_state else []
-            command = self._command(*words, "--patience_seconds", str(BESIDE_SECONDS))
-            quiet = {**environment(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        while self._pending and not self._running:
+            job = self._pending.pop(0)
+            flags = ["--branch", job.branch, "--message", job.message]
+            if job.with_training_state:
+                flags.append("--with_training_state")
+            command = self._push_command(str(job.folder), *flags, patience_seconds=CHECKPOINT_PATIENCE_SECONDS)
+            environment = {**upload_environment(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
             try:
-                with open(self.output_dir / LOG, "ab") as log:
-                    begin = log.tell()
-                    process = subprocess.Popen(command, env=quiet, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+                with open(self.output_dir / UPLOAD_LOG, "ab") as log:
+                    log_offset = log.tell()
+                    process = subprocess.Popen(
+                        command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                    )
+                self._running = RunningUpload(job, process, log_offset)
             except OSError as error:
-                self._fail(push, error)
-            else:
-                self._running = (push, process, begin)
+                self._fail(job, error)
 
-    def _fail(self, push: UploadJob, error: OSError):
-        reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else error.strerror  # of many files the first
-        self._news.append(f"{push.message}: not pushed to {push.branch} ({reason or error})")
-        shutil.rmtree(push.folder, ignore_errors=True)
+    def _fail(self, job: UploadJob, error: OSError):
+        reason = error.strerror or error
+        if isinstance(error, shutil.Error):  # of copytree: [(source, target, reason), ...]
+            reason = error.args[0][0][-1]
+        self._messages.append(f"{job.message}: not pushed to {job.branch} ({reason})")
+        shutil.rmtree(job.folder, ignore_errors=True)  # what there is of the snapshot
 
-    def _command(self, *words: str) -> list[str]:
-        private = {None: [], True: ["--private"], False: ["--no-private"]}[self.private]
-        module = "modeling_gpt2repro.hub.push"
-        return [sys.executable, "-m", module, *words, "--hub_model_id", self.repository, *private]
+    def _show_messages(self, show: Callable[[str], None]):
+        for message in self.poll():
+            show(message)
+
+    def _push_command(self, *words: str, patience_seconds: float | None = None) -> list[str]:
+        command = [*self.command, *words, "--hub_model_id", self.repository]
+        if self.private is not None:
+            command.append("--private" if self.private else "--no-private")
+        if patience_seconds is not None:
+            command += ["--patience_seconds", str(patience_seconds)]
+        return command
 
 
-def environment() -> dict[str, str]:
-    """For a process that finds this package, and waits for neither the model nor torch."""
+def upload_environment() -> dict[str, str]:
+    """Environment of a process that can import this package, and imports neither the model nor torch with it."""
     package_root = str(Path(__file__).parents[2])
-    path = os.pathsep.join([package_root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "GPT2REPRO_LAZY": "1"}
+    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GPT2REPRO_LAZY": "1"}
 
 
-def take_snapshot(push: UploadJob, snapshot: Path):
-    """The folder as it is now, for a push that may take longer than the run keeps it: hard links, or else copies."""
-    shutil.rmtree(snapshot, ignore_errors=True)
-    left_out = None if push.with_training_state else shutil.ignore_patterns(Path(TRAINING_STATE).parent.name)
-    shutil.copytree(push.folder, snapshot, ignore=left_out, copy_function=link_or_copy)
+def snapshot(checkpoint: Path, target: Path, with_training_state: bool):
+    """Keep a checkpoint's files for an upload that may take longer than the run keeps the checkpoint.
+
+    Hard links need no time and no space: when the run deletes the checkpoint, the data stay until the last link goes.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    ignore = None if with_training_state else shutil.ignore_patterns(Path(TRAINING_STATE).parent.name)
+    shutil.copytree(checkpoint, target, ignore=ignore, copy_function=link_or_copy)
 
 
 def link_or_copy(source: str, target: str):
-    """One file, by a second name where the disk knows such."""
+    """Create a hard link, or a copy on file systems without hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -223,5 +271,5 @@ def link_or_copy(source: str, target: str):
 
 
 def last_line(text: str) -> str:
-    """'a\\nb\\n' -> 'b'; '' of nothing."""
+    """'a\\nb\\n' -> 'b'; '' -> ''."""
     return (text.strip().splitlines() or [""])[-1]

@@ -1,11 +1,12 @@
-"""Carry weights between stock GPT-2 and ours, whole or not at all.
+"""Convert GPT-2 checkpoints between transformers' GPT2LMHeadModel and our model.
 
     python -m modeling_gpt2repro.hub.conversion --from openai-community/gpt2 --to gpt2-ours
     python -m modeling_gpt2repro.hub.conversion --from runs/gpt2-124m/model --to gpt2-stock
 
-The direction follows from what the source is. The first writes a folder of ours; the second one that
-`AutoModelForCausalLM` loads as `GPT2LMHeadModel` without remote code, and so does whatever knows GPT-2. Both models
-compute the same numbers from the same parameters under the same names; only the blocks' matrices are transposed.
+The direction follows from the source. The first command writes a folder for our model; the second one a folder that
+`AutoModelForCausalLM` loads as `GPT2LMHeadModel` without remote code, and so does any other tool that knows GPT-2. Both
+models have the same parameters under the same names and compute the same function; only the matrices inside the blocks
+are transposed, because OpenAI's code stores them (in, out), as Conv1D does, and nn.Linear stores them (out, in).
 """
 
 import argparse
@@ -24,32 +25,51 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..configuration_gpt2repro import GPT2ReproConfig
-from ..modeling_gpt2repro import TRANSPOSED_IN_STOCK, GPT2ReproForCausalLM
+from modeling_gpt2repro.configuration_gpt2repro import GPT2ReproConfig
+from modeling_gpt2repro.modeling_gpt2repro import TRANSPOSED_IN_STOCK, GPT2ReproForCausalLM
+
 from .export import save_hub_folder
 
-SHAPE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-SHARED = (*SHAPE, "layer_norm_epsilon", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
-# Options of stock GPT-2 that change what it computes, and the values that ours computes.
+SHARED_FIELDS = (
+    "vocab_size",
+    "n_positions",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "layer_norm_epsilon",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+# Options of GPT2Config that change what the model computes -> the values that our model implements.
 SUPPORTED_OPTIONS = {
-    "activation_function": ("gelu_pytorch_tanh", "gelu_new"),  # one function, as one kernel and written out
+    "activation_function": (
+        "gelu_pytorch_tanh",
+        "gelu_new",
+    ),  # one function: fused, and in several operations
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-AS_TRAINED = {"activation_function": "gelu_pytorch_tanh", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+# What our model does and GPT2Config's defaults do not.
+OUR_OPTIONS = {"activation_function": "gelu_pytorch_tanh", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="source", required=True, help="A folder or a Hub id: stock GPT-2 or ours.")
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_gpt2repro.hub.conversion",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--from", dest="source", required=True, help="A folder or a Hub id of either kind of GPT-2.")
     parser.add_argument(
         "--to",
         dest="target",
         type=lambda path: Path(path).expanduser(),
         required=True,
-        help="A folder that is not there yet.",
+        help="A folder that does not exist yet.",
     )
     parser.add_argument("--revision", help="Branch, tag or commit of a Hub id.")
     args = parser.parse_args(argv)
@@ -57,31 +77,36 @@ def main(argv: list[str] | None = None):
         converted = convert_folder(args.source, args.target, args.revision)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{' '.join(str(error).split())}\n")
-    print(f"{args.target} holds a {type(converted).__name__} of {converted.num_parameters():,} parameters.")
+    print(f"{args.target} holds a {type(converted).__name__} with {converted.num_parameters():,} parameters.")
 
 
 def convert_folder(source: str, target: Path, revision: str | None = None) -> PreTrainedModel:
-    """Write what is at `source` (folder or Hub id) to `target` as the other kind, tokenizer and settings included.
+    """Convert `source` (folder or Hub id) to the other kind, with tokenizer and generation config, and write `target`.
 
     Raises:
-        ValueError: If `target` is there already, `source` is neither kind of GPT-2 or lacks tensors (with their
-            names), or its tokenizer is missing or has other ids than its model.
+        ValueError: If `target` exists, or `source` cannot be loaded (see `load_gpt2_or_hf`).
     """
     if target.exists():
-        raise ValueError(f"{target} is there already: give another --to.")
+        raise ValueError(f"{target} exists already: give another --to.")
     model, tokenizer = load_gpt2_or_hf(source, revision)
     converted = from_hf_gpt2(model) if isinstance(model, GPT2LMHeadModel) else to_hf_gpt2(model)
-    origin = f"Converted from {Path(source).name if Path(source).exists() else source}."
+    base_model = Path(source).name if Path(source).exists() else source
     target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent) as aside:
-        whole = Path(aside) / "whole"
-        save_hub_folder(converted, tokenizer, whole, origin, generation_config=model.generation_config)
-        whole.rename(target)
+    with TemporaryDirectory(dir=target.parent) as temporary:  # renamed when complete, so `target` is never half written
+        complete = Path(temporary) / "complete"
+        save_hub_folder(
+            converted,
+            tokenizer,
+            complete,
+            description=f"Converted from {base_model}.",
+            generation_config=model.generation_config,
+        )
+        complete.rename(target)
     return converted
 
 
 def load_gpt2(source: str) -> tuple[GPT2ReproForCausalLM, PreTrainedTokenizerBase]:
-    """Load the model at `source`, stock or ours, as ours, and its tokenizer; raises what `load_gpt2_or_hf` does."""
+    """Load either kind of GPT-2 as our model, with its tokenizer; raises as `load_gpt2_or_hf`."""
     model, tokenizer = load_gpt2_or_hf(source)
     return from_hf_gpt2(model) if isinstance(model, GPT2LMHeadModel) else model, tokenizer
 
@@ -89,63 +114,68 @@ def load_gpt2(source: str) -> tuple[GPT2ReproForCausalLM, PreTrainedTokenizerBas
 def load_gpt2_or_hf(
     source: str, revision: str | None = None
 ) -> tuple[GPT2LMHeadModel | GPT2ReproForCausalLM, PreTrainedTokenizerBase]:
-    """Load the model at `source` (a folder or a Hub id), stock or ours, and its tokenizer.
+    """Load either kind of GPT-2 from a folder or a Hub id, with its tokenizer.
 
     Raises:
-        ValueError: If it cannot be read, is neither, computes something that ours does not, lacks tensors (with their
-            names), or has no tokenizer or one with other ids.
+        ValueError: If it cannot be read, is another kind of model, computes something that our model does not, lacks
+            tensors (with their names), or has no tokenizer or one of another size.
     """
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
         if (Path(source) / "adapter_config.json").is_file():
-            raise ValueError(f"{source} is an adapter: merge it into its model first, and save that.") from error
-        raise ValueError(f"{source} is no model that can be read: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{source} is an adapter: merge it into its base model and save that first.") from error
+        raise ValueError(f"{source} cannot be read as a model: {' '.join(str(error).split())}") from error
     classes = {GPT2Config.model_type: GPT2LMHeadModel, GPT2ReproConfig.model_type: GPT2ReproForCausalLM}
     if config.model_type not in classes:
-        raise ValueError(f"{source} is a {config.model_type!r} model, neither 'gpt2' nor 'gpt2repro'.")
+        raise ValueError(f"{source} is a {config.model_type!r} model: give one of type 'gpt2' or 'gpt2repro'.")
     if config.model_type == GPT2Config.model_type:
-        our_config(config)  # refused before the weights are fetched
-    tokenizer = load_its_tokenizer(source, revision, config)
+        convert_config(config)  # raises before the weights are downloaded
+    tokenizer = load_matching_tokenizer(source, revision, config)
     return load_strict(classes[config.model_type], source, revision), tokenizer
 
 
 def load_strict(model_class: type[PreTrainedModel], source: str, revision: str | None) -> PreTrainedModel:
-    """Load every tensor that the model has, from a file that holds no others.
+    """Load a model whose file has exactly its tensors: `from_pretrained` would fill in missing ones with random values.
 
     Raises:
-        ValueError: With the names of the tensors that are missing, too many, or of another shape; or if the file is
-            not there or damaged.
+        ValueError: With the names of the tensors that are missing, unknown, or of another shape; or if the file is
+            missing or damaged.
     """
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # its table of tensors comes back as one sentence
+    logging.set_verbosity(logging.CRITICAL)  # transformers would print a table of what the ValueError says
     try:
-        model, found = model_class.from_pretrained(
+        model, loaded = model_class.from_pretrained(
             source, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{source} has weights that cannot be read: {' '.join(str(error).split())}") from error
     finally:
         logging.set_verbosity(verbosity)
-    mismatched = {str(name) for name, *_ in found["mismatched_keys"]}
-    problems = {"missing": found["missing_keys"], "unknown": found["unexpected_keys"], "of another shape": mismatched}
-    told = [f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names]
-    if told:
-        raise ValueError(f"{source} does not hold a {model_class.__name__} as its config says; {'; '.join(told)}.")
+    problems = {
+        "missing": loaded["missing_keys"],
+        "unknown": loaded["unexpected_keys"],
+        "of another shape": {str(name) for name, *_ in loaded["mismatched_keys"]},
+    }
+    messages = [f"{problem}: {', '.join(sorted(names))}" for problem, names in problems.items() if names]
+    if messages:
+        raise ValueError(
+            f"{source} does not hold the {model_class.__name__} that its config describes; {'; '.join(messages)}."
+        )
     return model
 
 
-def load_its_tokenizer(source: str, revision: str | None, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer beside a model.
+def load_matching_tokenizer(source: str, revision: str | None, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer saved with a model.
 
     Raises:
-        ValueError: If there is none, or it has other ids than the model.
+        ValueError: If there is none, or its size differs from the model's vocabulary.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{source} has no tokenizer that loads ({error}): save the model's tokenizer there."
+            f"{source} has no tokenizer that can be loaded ({error}): save the model's tokenizer there."
         ) from error
     if len(tokenizer) != config.vocab_size:
         raise ValueError(
@@ -155,54 +185,59 @@ def load_its_tokenizer(source: str, revision: str | None, config: PreTrainedConf
     return tokenizer
 
 
-def our_config(config: PreTrainedConfig) -> GPT2ReproConfig:
-    """Our config of a stock model: its shape and token ids; dropout, which only training has, is left out.
+def convert_config(config: PreTrainedConfig) -> GPT2ReproConfig:
+    """Convert a GPT2Config to ours: the shape and the token ids; our model has no dropout.
 
     Raises:
-        ValueError: If the stock model computes something that ours does not.
+        ValueError: If the GPT-2 computes something that our model does not.
     """
-    strange = [
+    unsupported = [
         f"{name} is {getattr(config, name)} and not {' or '.join(map(str, values))}"
         for name, values in SUPPORTED_OPTIONS.items()
         if getattr(config, name) not in values
     ]
     if config.n_inner not in (None, 4 * config.n_embd):
-        strange.append(f"n_inner is {config.n_inner} and not {4 * config.n_embd}, 4 * n_embd")
-    if strange:
-        raise ValueError(f"this GPT-2 is of another kind than ours: {'; '.join(strange)}.")
-    return GPT2ReproConfig(**{name: getattr(config, name) for name in SHARED})
+        unsupported.append(f"n_inner is {config.n_inner} and not {4 * config.n_embd}, 4 * n_embd")
+    if unsupported:
+        raise ValueError(f"this GPT-2 has options that our model does not support: {'; '.join(unsupported)}.")
+    return GPT2ReproConfig(**{name: getattr(config, name) for name in SHARED_FIELDS})
 
 
-def from_hf_gpt2(stock: GPT2LMHeadModel) -> GPT2ReproForCausalLM:
-    """Our model with the stock model's weights, in their dtype.
+def from_hf_gpt2(hf_model: GPT2LMHeadModel) -> GPT2ReproForCausalLM:
+    """Convert a GPT-2 of transformers to our model, in the same dtype.
 
-    In fp32 the logits are the same up to rounding; with `gelu_new`, GELU in several operations, that is a few
-    millionths of the largest one (`tests/hub/test_conversion.py`).
+    In fp32 the logits are equal up to rounding. With `gelu_new`, which computes GELU in several operations, that is a
+    few millionths of the largest logit (tests/hub/test_conversion.py).
 
     Raises:
-        ValueError: If the stock model computes something that ours does not.
+        ValueError: If the GPT-2 computes something that our model does not.
     """
-    model = GPT2ReproForCausalLM(our_config(stock.config)).to(stock.dtype)
-    return copy_weights(stock, model)
+    model = GPT2ReproForCausalLM(convert_config(hf_model.config)).to(hf_model.dtype)
+    return copy_weights(hf_model, model)
 
 
 def to_hf_gpt2(model: GPT2ReproForCausalLM) -> GPT2LMHeadModel:
-    """A stock model with our weights, in their dtype: in fp32 the logits are the same up to rounding."""
-    shared = {name: getattr(model.config, name) for name in SHARED}
-    return copy_weights(model, GPT2LMHeadModel(GPT2Config(**shared, **AS_TRAINED)).to(model.dtype))
+    """Convert our model to a GPT-2 of transformers, in the same dtype; in fp32 the logits are equal up to rounding."""
+    fields = {name: getattr(model.config, name) for name in SHARED_FIELDS}
+    hf_model = GPT2LMHeadModel(GPT2Config(**fields, **OUR_OPTIONS)).to(model.dtype)
+    return copy_weights(model, hf_model)
 
 
 def copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> PreTrainedModel:
-    """Copy all weights from the one kind into the other, the blocks' matrices transposed.
+    """Copy all weights into a model of the other kind, with the matrices of the blocks transposed; returns `target`.
 
     Raises:
-        ValueError: If the head has weights of its own, which the other kind would lose.
+        ValueError: If the output head is not tied to the embeddings: the other kind has no place for it.
     """
     if source.lm_head.weight is not source.transformer.wte.weight:
-        raise ValueError("lm_head.weight is not transformer.wte.weight: this GPT-2 is untied, and ours is not.")
-    weights = source.state_dict()
-    weights = {name: w.t() if name.endswith(TRANSPOSED_IN_STOCK) else w for name, w in weights.items()}
-    target.load_state_dict(weights)  # strict: every name, every shape
+        raise ValueError(
+            "lm_head.weight is not transformer.wte.weight: this GPT-2 has an untied output head, our model a tied one."
+        )
+    weights = {
+        name: weight.t() if name.endswith(TRANSPOSED_IN_STOCK) else weight
+        for name, weight in source.state_dict().items()
+    }
+    target.load_state_dict(weights)  # strict: raises unless every name and every shape matches
     return target.eval()
 
 

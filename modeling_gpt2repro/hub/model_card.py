@@ -1,4 +1,4 @@
-"""A model's card: what it is, how to use it, how good it is, and how it was trained, all read from the run's folder."""
+"""The model card: what the model is, how to use it, its results and how it was trained, read from the run's folder."""
 
 from pathlib import Path
 
@@ -6,25 +6,25 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
-from modeling_gpt2repro.runs.panels import HELLASWAG
-from modeling_gpt2repro.runs.read import METRICS_FILE, Run, read_run
+from modeling_gpt2repro.runs.folder import LOSS_PICTURE, METRICS_FILE
+from modeling_gpt2repro.runs.read import HELLASWAG_METRICS, Run, read_run
 
 FROM_SCRATCH = "A GPT-2 trained from scratch."
-LOSS_PICTURE = "loss.png"
 HELLASWAG_DATASET = "Rowan/hellaswag"
+TASK = {"task_type": "text-generation", "task_name": "Text Generation"}
 CARD = """---
 {metadata}
 ---
 # GPT-2, {parameters:,} parameters
 
-{origin} {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context {config.n_positions}, vocabulary
-{config.vocab_size}. It goes on with a text as its training data would: it was not taught to follow instructions, and
-what is wrong or unfair in that data it has learned, too.
+{description} {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context {config.n_positions},
+vocabulary {config.vocab_size}. It continues a text the way its training data would: it was not trained to follow
+instructions, and it has learned the errors and biases of that data, too.
 
 ```python
 from transformers import pipeline
 
-folder = "."  # where this folder lies, or its name on the Hub
+folder = "."  # path of this folder, or its name on the Hub
 generator = pipeline("text-generation", model=folder{trust})
 print(generator("Hello, I'm a language model,", max_new_tokens=30)[0]["generated_text"])
 ```
@@ -32,28 +32,34 @@ print(generator("Hello, I'm a language model,", max_new_tokens=30)[0]["generated
 
 
 def base_model_sentence(init_from: str | None) -> str:
-    """A card's first sentence: where the weights come from; of a folder the name alone."""
+    """The first sentence of a card: "openai-community/gpt2" -> "A GPT-2 fine-tuned from openai-community/gpt2."
+
+    Of a folder only the name is given: the card is public, and paths of this machine are not.
+    """
     if not init_from:
         return FROM_SCRATCH
-    return f"A GPT-2 trained on from {Path(init_from).name if Path(init_from).exists() else init_from}."
+    name = Path(init_from).name if Path(init_from).exists() else init_from
+    return f"A GPT-2 fine-tuned from {name}."
 
 
-def model_card(model: PreTrainedModel, origin: str = FROM_SCRATCH, run_folder: Path | None = None) -> str:
+def model_card(model: PreTrainedModel, description: str = FROM_SCRATCH, run_folder: Path | None = None) -> str:
     """The text of README.md.
 
     Args:
-        model: Ours, or a stock GPT-2.
-        origin: The first sentence.
-        run_folder: The run it comes from; without it the card tells of no numbers.
+        model: Ours, or a GPT-2 of transformers.
+        description: The first sentence.
+        run_folder: The run that trained the model; without it the card has no results.
     """
-    run = read_run(run_folder) if run_folder and (run_folder / METRICS_FILE).is_file() else None
-    evaluation = next((row for row in reversed(run.rows if run else []) if "validation_loss" in row), None)
-    results = hub_results(run, evaluation) if evaluation else []
+    run = None
+    if run_folder and (run_folder / METRICS_FILE).is_file():
+        run = read_run(run_folder)
+    evaluations = [record for record in run.records if "validation_loss" in record] if run else []
+    results = hub_results(run, evaluations[-1]) if evaluations else []
     dataset = run.dataset() if run else None
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        license="mit" if origin == FROM_SCRATCH else None,
+        license="mit" if description == FROM_SCRATCH else None,  # other weights bring a license of their own
         tags=["gpt2", "gpt2repro"],
         datasets=[dataset] if dataset else None,
         model_name="gpt2repro" if results else None,
@@ -62,99 +68,100 @@ def model_card(model: PreTrainedModel, origin: str = FROM_SCRATCH, run_folder: P
     text = CARD.format(
         metadata=metadata.to_yaml(),
         parameters=model.num_parameters(),
-        origin=origin,
+        description=description,
         config=model.config,
         trust=", trust_remote_code=True" if isinstance(model, GPT2ReproForCausalLM) else "",
     )
-    if evaluation:
-        text += f"\n## Results\n\n{table(result_lines(run, evaluation))}"
+    if evaluations:
+        text += f"\n## Results\n\n{table(result_lines(run, evaluations[-1]))}"
         if (run.folder / LOSS_PICTURE).is_file():
-            text += f"\n![loss against tokens]({LOSS_PICTURE})\n"
-    if run and run.record:
+            text += f"\n![loss over training tokens]({LOSS_PICTURE})\n"
+    if run and run.config:
         text += f"\n## Training\n\n{table(training_lines(run))}"
     return text
 
 
 def table(lines: dict[str, str]) -> str:
-    """Two columns in Markdown."""
+    """A Markdown table of two columns."""
     return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in lines.items())
 
 
 def result_lines(run: Run, evaluation: dict) -> dict[str, str]:
-    """Name -> value: the run's last evaluation, and what its HellaSwag is to be measured by."""
-    loss = "no number"  # of a model that has diverged
+    """Name -> value of the run's last evaluation, with OpenAI's GPT-2 for comparison."""
+    loss = "not a number"  # null in metrics.jsonl, after the run has diverged
     if evaluation["validation_loss"] is not None:
-        loss = f"{evaluation['validation_loss']:.4f} nats per token"
-        loss += f" (perplexity {evaluation['validation_perplexity']:.2f}"
+        details = [f"perplexity {evaluation['validation_perplexity']:.2f}"]
         if "validation_bits_per_byte" in evaluation:
-            loss += f", {evaluation['validation_bits_per_byte']:.3f} bits per byte"
-        loss += ")"
+            details.append(f"{evaluation['validation_bits_per_byte']:.3f} bits per byte")
+        loss = f"{evaluation['validation_loss']:.4f} nats per token ({', '.join(details)})"
     lines = {
         "after": f"step {evaluation['step']:,}, {evaluation['tokens']:,} tokens",
         "validation loss": f"{loss} on {evaluation['validation_tokens']:,} tokens",
     }
-    for protocol, name in HELLASWAG.items():
-        if name in evaluation:
-            lines[f"HellaSwag acc_norm, {protocol}"] = f"{evaluation[name]:.4f}"
-            if f"{name}_low" in evaluation:  # not in rows that a run has from before there were intervals
-                low, high = evaluation[f"{name}_low"], evaluation[f"{name}_high"]
-                lines[f"HellaSwag acc_norm, {protocol}"] += f" (95 %: {low:.4f} to {high:.4f})"
-            published = run.hellaswag_yardsticks.get(protocol, {}).get("gpt2")
-            if published and is_whole_hellaswag(run):
-                lines[f"HellaSwag acc_norm, {protocol}"] += f"; OpenAI's gpt2 has {published:.4f}"
+    for protocol, name in HELLASWAG_METRICS.items():
+        if name not in evaluation:
+            continue
+        line = f"{evaluation[name]:.4f}"
+        if f"{name}_low" in evaluation:  # records of early versions have no interval
+            low = evaluation[f"{name}_low"]
+            high = evaluation[f"{name}_high"]
+            line += f" (95 %: {low:.4f} to {high:.4f})"
+        published = run.hellaswag_baselines.get(protocol, {}).get("gpt2")
+        if published and used_public_hellaswag(run):
+            line += f"; OpenAI's gpt2 has {published:.4f}"
+        lines[f"HellaSwag acc_norm, {protocol}"] = line
     return lines
 
 
 def training_lines(run: Run) -> dict[str, str]:
-    """Name -> value: data, recipe, machine and versions, as the run's record has them."""
-    record, arguments = run.record, run.record["arguments"]
-    hardware, versions = record["hardware"], record["versions"]
-    seconds = sum(row["step_seconds"] for row in run.rows if "step_seconds" in row)
-    fingerprint = record["data"]["data"]
-    own = "of its own"
+    """Name -> value of data, hyperparameters, hardware and versions, from run.json."""
+    arguments = run.config["arguments"]
+    hardware = run.config["hardware"]
+    precision = "fp32" if hardware["precision"] == "no" else hardware["precision"]
+    hours = sum(record.get("step_seconds", 0.0) for record in run.records) / 3600
+    data = run.dataset() or "private"
     if arguments["dataset_name"] == "python-prose" and not (arguments.get("shards") or arguments.get("mix")):
-        own = "the English prose in Python's documentation"
-    lines = {
-        "data": run.dataset() or own,
-        "tokens": f"{arguments['train_tokens']:,}, {arguments['tokens_per_step']:,} a step",
+        data = "the English prose in Python's documentation"
+    fingerprint = run.config["data"]["data"]
+    if isinstance(fingerprint, str):  # of shards; a streamed dataset is described by a dict
+        data += f", shards with fingerprint {fingerprint[:12]}"
+    return {
+        "data": data,
+        "tokens": f"{arguments['train_tokens']:,}, {arguments['tokens_per_step']:,} per step",
         "learning rate": f"{arguments['learning_rate']:g} after {arguments['warmup_tokens']:,} tokens of warm-up, then "
         f"cosine to {arguments['final_learning_rate_ratio']:.0%} of it",
         "optimizer": f"AdamW, betas {arguments['adam_beta1']:g} and {arguments['adam_beta2']:g}, weight decay "
         f"{arguments['weight_decay']:g}, gradient norm at most {arguments['max_grad_norm']:g}",
         "seed": str(arguments["seed"]),
-        "hardware": f"{hardware['processes']} x {hardware['device']}, {hardware['precision'].replace('no', 'fp32')}; "
-        f"{seconds / 3600:.2f} hours of training",
-        "software": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "code": f"gpt2repro, commit {record['commit'] or 'unknown'}",
+        "hardware": f"{hardware['processes']} x {hardware['device']}, {precision}; {hours:.2f} hours of training",
+        "software": ", ".join(f"{name} {version}" for name, version in run.config["versions"].items()),
+        "code": f"gpt2repro, commit {run.config['commit'] or 'unknown'}",
     }
-    if isinstance(fingerprint, str):  # of shards
-        lines["data"] += f", shards with fingerprint {fingerprint[:12]}"
-    return lines
 
 
 def hub_results(run: Run, evaluation: dict) -> list[EvalResult]:
-    """The numbers as the Hub shows them beside a model; only those of public data, which others can repeat."""
-    task = {"task_type": "text-generation", "task_name": "Text Generation"}
+    """Results in the Hub's format, shown beside a model; only those on public data, which others can reproduce."""
     results = []
     dataset = run.dataset()
     if dataset and evaluation["validation_loss"] is not None:
-        about = {"dataset_type": dataset, "dataset_name": dataset.split("/")[-1]}
         results.append(
             EvalResult(
-                **task,
-                **about,
+                **TASK,
+                dataset_type=dataset,
+                dataset_name=dataset.split("/")[-1],
                 metric_type="loss",
                 metric_name="validation loss, nats per token",
                 metric_value=evaluation["validation_loss"],
             )
         )
-    about = {"dataset_type": HELLASWAG_DATASET, "dataset_name": "HellaSwag", "dataset_split": "validation"}
-    for protocol, name in HELLASWAG.items():
-        if name in evaluation and is_whole_hellaswag(run):
+    for protocol, name in HELLASWAG_METRICS.items():
+        if name in evaluation and used_public_hellaswag(run):
             results.append(
                 EvalResult(
-                    **task,
-                    **about,
+                    **TASK,
+                    dataset_type=HELLASWAG_DATASET,
+                    dataset_name="HellaSwag",
+                    dataset_split="validation",
                     metric_type="acc_norm",
                     metric_name=f"acc_norm ({protocol})",
                     metric_value=evaluation[name],
@@ -163,6 +170,6 @@ def hub_results(run: Run, evaluation: dict) -> list[EvalResult]:
     return results
 
 
-def is_whole_hellaswag(run: Run) -> bool:
-    """Whether the rows are those that others publish numbers of."""
-    return run.record.get("arguments", {}).get("hellaswag") in (HELLASWAG_DATASET, "official")
+def used_public_hellaswag(run: Run) -> bool:
+    """Whether the run was scored on the examples that published numbers refer to, not on a file of its own."""
+    return run.config.get("arguments", {}).get("hellaswag") in (HELLASWAG_DATASET, "official")

@@ -1,11 +1,11 @@
-"""Push a folder to the Hub: one commit, checked afterwards, patient with a Hub that is away.
+"""Push a model folder to the Hub in one commit, verify what arrived, and retry while the Hub is unreachable.
 
     python -m modeling_gpt2repro.hub.push runs/gpt2-124m/model --hub_model_id owner/name
     python -m modeling_gpt2repro.hub.push --check --hub_model_id owner/name
 
-The same command again goes on where it stood: what has arrived is not sent twice. The second only finds out whether
-the first could work. A training pushes by this command, too, in a process of its own, so that an upload neither slows
-it down nor ends it.
+An interrupted push continues when the same command is run again: files that have arrived are not sent twice. The second
+command only finds out whether the first one would work. A training run pushes with this command, too, in a separate
+process (see background_upload.py).
 """
 
 import argparse
@@ -20,154 +20,180 @@ from huggingface_hub.errors import HTTPError
 
 from modeling_gpt2repro.storage.retry import describe_error, http_error, is_transient, retry
 
-NEEDS_A_PERSON, HUB_IS_AWAY = 2, 3  # exit codes
+EXIT_CODE_REFUSED = 2  # trying again is no use before somebody changes something
+EXIT_CODE_HUB_UNREACHABLE = 3  # the same command may succeed later
 TRAINING_STATE = "training_state/*"
-# What weights replace as a whole: an earlier model may have lain in more files than this one. In the Hub's patterns, *
-# goes into folders, too, where other weights may lie that are somebody's own.
+# Deleted in the commit that pushes new weights, because an earlier model may have had another number of files. Precise
+# names: in the Hub's patterns * matches / as well, and subfolders may hold weights that people have added themselves.
 REPLACED = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", TRAINING_STATE]
-NEVER_PUSHED = [".git/*", ".cache/*"]  # what downloading leaves in a folder; by the client, too
+NEVER_PUSHED = [".git/*", ".cache/*"]  # downloading creates these; the client skips them anyway, the check below must
 CHECK_BRANCH = "write-check"
-ANSWER_SECONDS = 120.0  # between two signs of life of the Hub, for which the client would wait for ever
+RESPONSE_TIMEOUT_SECONDS = 120.0  # without one, the client waits forever for a Hub that accepts but never answers
+DEFAULT_PATIENCE_SECONDS = 1800.0
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="What from_pretrained loads: model/ or step-... of a run.")
-    parser.add_argument("--hub_model_id", required=True, help="owner/name; a name alone is one of yours.")
-    parser.add_argument("--branch", default="main", help="Made from main if it is not there.")
-    parser.add_argument("--message", help="Of the commit.")
-    parser.add_argument("--private", action=argparse.BooleanOptionalAction, help="Where the repository has to be made.")
-    parser.add_argument("--with_training_state", action="store_true", help="A whole checkpoint, to go on from.")
-    parser.add_argument("--check", action="store_true", help="Push nothing that stays, only find out whether it works.")
-    parser.add_argument("--patience_seconds", type=float, default=1800, help="How long to wait for a Hub that is away.")
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_gpt2repro.hub.push",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, nargs="?", help="A model folder: model/ or step-... of a run.")
+    parser.add_argument("--hub_model_id", required=True, help="owner/name, or a name alone for one of your own.")
+    parser.add_argument("--branch", default="main", help="Created from main if it does not exist.")
+    parser.add_argument("--message", help="Commit message.")
+    parser.add_argument("--private", action=argparse.BooleanOptionalAction, help="If the repository must be created.")
+    parser.add_argument("--with_training_state", action="store_true", help="Push a checkpoint that can be resumed.")
+    parser.add_argument("--check", action="store_true", help="Push nothing, only find out whether pushing would work.")
+    parser.add_argument(
+        "--patience_seconds",
+        type=float,
+        default=DEFAULT_PATIENCE_SECONDS,
+        help="How long to retry while the Hub is unreachable.",
+    )
     args = parser.parse_args(argv)
-
     if (args.folder is None) != args.check:
-        parser.error("give a folder, or --check")
+        parser.error("give either a folder or --check")
 
     def attempt() -> str:
         if args.check:
-            return f"can be written: {check_rights(args.hub_model_id, args.private)}"
-        what = (args.folder, args.hub_model_id, args.branch, args.message, args.private, args.with_training_state)
-        return f"pushed to {push(*what)}"
+            return f"can be written: {check_write_access(args.hub_model_id, args.private)}"
+        address = push_folder(
+            args.folder,
+            args.hub_model_id,
+            branch=args.branch,
+            message=args.message,
+            private=args.private,
+            with_training_state=args.with_training_state,
+        )
+        return f"pushed to {address}"
 
     try:
-        print(retry(attempt, args.patience_seconds, on_retry=print_now))
+        print(retry(attempt, args.patience_seconds, on_retry=print_to_stderr))
     except (HTTPError, OSError, RuntimeError) as error:
-        if not is_transient(error):
-            parser.exit(NEEDS_A_PERSON, f"{explain_hub_error(error, args.hub_model_id)}\n")
-        parser.exit(HUB_IS_AWAY, f"the Hub cannot be reached ({describe_error(error)}): try again later.\n")
+        if is_transient(error):
+            message = f"the Hub cannot be reached ({describe_error(error)}): try again later."
+            parser.exit(EXIT_CODE_HUB_UNREACHABLE, message + "\n")
+        parser.exit(EXIT_CODE_REFUSED, explain_hub_error(error, args.hub_model_id) + "\n")
     except ValueError as error:
-        parser.exit(NEEDS_A_PERSON, f"{' '.join(str(error).split())}\n")
+        parser.exit(EXIT_CODE_REFUSED, " ".join(str(error).split()) + "\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"{args.folder} was not pushed: the same command goes on.\n")
+        parser.exit(130, f"{args.folder} was not pushed: run the same command again to continue.\n")
 
 
-def push(
+def push_folder(
     folder: Path,
     repository: str,
     branch: str = "main",
     message: str | None = None,
     private: bool | None = None,
     with_training_state: bool = False,
+    api: HfApi | None = None,
 ) -> str:
-    """Make the repository and the branch where they are missing, and bring them to what the folder holds.
+    """Push a model folder in one commit; the repository and the branch are created if they do not exist.
 
     Args:
-        repository: 'owner/name'; a name alone is one of the token's user.
-        private: Of a new repository; None leaves it to the owner's settings.
-        with_training_state: Whether `training_state/`, from which a training goes on, is pushed as well.
+        repository: 'owner/name', or a name alone for a repository of the token's owner.
+        private: Visibility of a new repository; None takes the default of its owner's settings.
+        with_training_state: Push `training_state/`, too, which resuming needs.
+        api: The client; by default a new one from `connect`.
 
     Returns:
-        The address of what was pushed, and its commit.
+        The address of the branch, and the commit.
 
     Raises:
-        ValueError: If it cannot work, whenever it is tried.
-        HTTPError, OSError, RuntimeError: By the client; see `is_transient`.
+        ValueError: If the push cannot work, however often it is tried.
+        HTTPError, OSError, RuntimeError: From the client, or if what arrived differs from the folder; see
+            `is_transient`.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no folder of a model (it has no config.json): give model/ or step-... of a run.")
-    api, repository = open_repository(repository, private)
+        raise ValueError(f"{folder} is not a model folder (it has no config.json): give model/ or step-... of a run.")
+    api = api or connect()
+    repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
     if branch != "main":
         api.create_branch(repository, branch=branch, exist_ok=True)
-    left_out = NEVER_PUSHED + ([] if with_training_state else [TRAINING_STATE])
+    ignored = NEVER_PUSHED if with_training_state else [*NEVER_PUSHED, TRAINING_STATE]
     commit = api.upload_folder(
         repo_id=repository,
         folder_path=folder,
         revision=branch,
         commit_message=message or f"Push {folder.name}",
-        ignore_patterns=list(left_out),  # to which the client adds
+        ignore_patterns=list(ignored),  # a copy, because the client appends to it
         delete_patterns=REPLACED if any(folder.glob("*.safetensors")) else None,
     )
     found = api.verify_repo_checksums(repository, revision=branch, local_dir=folder)
-    other = [mismatch["path"] for mismatch in found.mismatches]
-    missing = [path for path in found.extra_paths if not any(fnmatchcase(path, pattern) for pattern in left_out)]
-    if other or missing:
-        raise RuntimeError(f"these files on the Hub are not those of {folder}: {', '.join(other + missing)}")
-    return f"{api.endpoint}/{repository}{'' if branch == 'main' else f'/tree/{branch}'} (commit {commit.oid[:7]})"
+    different = [mismatch["path"] for mismatch in found.mismatches]
+    missing = [path for path in found.extra_paths if not any(fnmatchcase(path, pattern) for pattern in ignored)]
+    if different or missing:
+        raise RuntimeError(f"files on the Hub differ from those in {folder}: {', '.join(different + missing)}")
+    address = f"{api.endpoint}/{repository}"
+    if branch != "main":
+        address += f"/tree/{branch}"
+    return f"{address} (commit {commit.oid[:7]})"
 
 
-def check_rights(repository: str, private: bool | None = None) -> str:
-    """Find out whether this token may push: by a commit, to a branch that is then deleted. Less proves nothing, because
-    making a repository that is there "succeeds" for a token that may only read. The file goes the way of weights, which
-    are not stored where the Hub itself is.
+def check_write_access(repository: str, private: bool | None = None, api: HfApi | None = None) -> str:
+    """Find out whether this token may push, by a commit to a branch that is then deleted.
+
+    Nothing less proves it: creating a repository that exists "succeeds" with a read-only token, too.
 
     Returns:
-        The repository's address. It is made if it was not there.
+        The repository's address; it is created if it does not exist.
 
     Raises:
-        ValueError, HTTPError, OSError, RuntimeError: As `push`.
+        ValueError, HTTPError, OSError, RuntimeError: As `push_folder`.
     """
-    api, repository = open_repository(repository, private)
+    api = api or connect()
+    repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
     if private and not api.repo_info(repository).private:
         raise ValueError(
-            f"{repository} is there already, and public: make it private in its settings, or give another "
-            "--hub_model_id."
+            f"{repository} exists and is public: make it private in its settings, or give another --hub_model_id."
         )
     api.create_branch(repository, branch=CHECK_BRANCH, exist_ok=True)
-    new = uuid.uuid4().hex.encode()
     try:
         api.upload_file(
-            path_or_fileobj=new, path_in_repo="check.safetensors", repo_id=repository, revision=CHECK_BRANCH
+            path_or_fileobj=uuid.uuid4().hex.encode(),  # new content, or the Hub would have nothing to commit
+            path_in_repo="check.safetensors",  # takes the way of weights, to the storage behind the Hub
+            repo_id=repository,
+            revision=CHECK_BRANCH,
         )
     finally:
         api.delete_branch(repository, branch=CHECK_BRANCH)
     return f"{api.endpoint}/{repository}"
 
 
-def open_repository(repository: str, private: bool | None) -> tuple[HfApi, str]:
-    """The client, and the repository's full name; it is made if it is not there.
+def connect(endpoint: str | None = None, timeout_seconds: float = RESPONSE_TIMEOUT_SECONDS) -> HfApi:
+    """Create a Hub client that gives up on a request without an answer.
 
     Raises:
-        ValueError: Without a network that may be used, or without a token.
+        ValueError: If this machine is set to offline mode or has no token.
     """
     if is_offline_mode():
         raise ValueError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it, or do not push.")
     if get_token() is None:
-        raise ValueError("there is no token to push with: `hf auth login` keeps one, or set HF_TOKEN.")
-    get_session().timeout = ANSWER_SECONDS
-    api = HfApi()
-    return api, api.create_repo(repository, private=private, exist_ok=True).repo_id
+        raise ValueError("there is no token to push with: log in with `hf auth login`, or set HF_TOKEN.")
+    get_session().timeout = timeout_seconds
+    return HfApi(endpoint=endpoint)
 
 
 def explain_hub_error(error: BaseException, repository: str) -> str:
-    """Say what has to change, at the Hub or on this machine, before a push can succeed."""
+    """Say what has to change, on the Hub or on this machine, before a push can succeed."""
     answer = http_error(error)
     if answer is None:
-        return f"the Hub was not reached because of this machine ({describe_error(error)})."
+        return f"a problem on this machine prevents pushing ({describe_error(error)})."
     status = answer.response.status_code
     if status == 401:
         return "the Hub does not accept this token: log in again with `hf auth login`, or set HF_TOKEN."
     if status in (403, 404):
         return (
-            f"this token may not write to {repository} ({describe_error(error)}): use one with the role 'write', or "
-            "another --hub_model_id."
+            f"this token may not write to {repository} ({describe_error(error)}): use a token with the role 'write', "
+            "or another --hub_model_id."
         )
     return f"the Hub refuses {repository} ({describe_error(error)})."
 
 
-def print_now(text: str):
-    """For whoever reads along in a file."""
+def print_to_stderr(text: str):
+    """Print at once: the process that started this one may follow its log file."""
     print(text, file=sys.stderr, flush=True)
 
 

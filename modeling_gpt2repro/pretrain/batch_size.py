@@ -10,16 +10,13 @@ from accelerate import Accelerator
 from accelerate.utils import is_compiled_module
 from torch import nn
 
-from modeling_gpt2repro.data.batches.shuffled import ShuffledBatches
-from modeling_gpt2repro.data.batches.streaming import StreamedBatches
+from modeling_gpt2repro.data.batches.build import TrainingBatches
 from modeling_gpt2repro.runtime.fsdp import is_sharded
 from modeling_gpt2repro.runtime.hardware import is_out_of_memory, peak_memory_gb
 from modeling_gpt2repro.training.arguments import TrainArguments
 
 
-def apply_batch_size_finder(
-    args: TrainArguments, accelerator: Accelerator, model: nn.Module, batches: ShuffledBatches | StreamedBatches
-):
+def apply_batch_size_finder(args: TrainArguments, accelerator: Accelerator, model: nn.Module, batches: TrainingBatches):
     """Set the largest batch that fits in the arguments and the data; the sequences of a step stay the same.
 
     Raises:
@@ -38,7 +35,7 @@ def apply_batch_size_finder(
         largest_useful=-(-args.sequences_per_step // accelerator.num_processes),
     )
     args.per_device_train_batch_size = size
-    batches.shape = replace(batches.shape, micro_batch_size=size)
+    batches.config = replace(batches.config, micro_batch_size=size)
     accelerator.print(f"The largest batch that fits: --per_device_train_batch_size {size}.")
 
 

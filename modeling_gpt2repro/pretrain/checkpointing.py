@@ -122,11 +122,11 @@ class Checkpointer:
             if problem is None:
                 self.saved_step = step
                 self.failed_saves = 0
-                uploads.offer(folder)
+                uploads.enqueue(folder)
                 return
             self.failed_saves += 1
             logger.print(f"step {step:>6}: no checkpoint ({problem}); the one before stays")
-            uploads.make_room()  # snapshots that wait for their upload take disk space
+            uploads.drop_pending()  # snapshots that wait for their upload take disk space
         if final or self.failed_saves >= MAX_FAILED_SAVES:
             raise SystemExit(cannot_save_message(self.args, problem) if self.accelerator.is_main_process else 1)
 

@@ -127,7 +127,7 @@ def preflight(
         step_not_deterministic=nondeterministic_median,
     )
     shutil.rmtree(folder, ignore_errors=True)
-    sequences_per_epoch = getattr(data.batches, "rows_per_epoch", None)  # a stream does not know
+    sequences_per_epoch = data.batches.sequences_per_epoch  # None for a stream or a mix
     epochs = sequences_per_epoch and args.total_steps * args.sequences_per_step / sequences_per_epoch
     report, problems = preflight_report(args, measured, logger.flops_per_token, logger.peak_flops, epochs)
     if save_problem:

@@ -13,13 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2repro.data.batches.build import (
     TrainingData,
-    data_from_mix,
-    data_from_shards,
-    data_from_stream,
-    python_prose_shards,
+    build_mixed_data,
+    build_shuffled_data,
+    build_streamed_data,
+    load_python_prose,
 )
 from modeling_gpt2repro.data.batches.mixture import parse_mix
-from modeling_gpt2repro.data.batches.shuffled import BatchConfig, validation_batches
+from modeling_gpt2repro.data.batches.sequences import validation_batches
+from modeling_gpt2repro.data.batches.shuffled import BatchConfig
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, hub_source
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, tokenizer_sha256
@@ -38,7 +39,7 @@ from modeling_gpt2repro.runs.config import diff_arguments, write_run_config
 from modeling_gpt2repro.runs.folder import BASELINES_FILE, DATA_FOLDER, RUN_CONFIG_FILE
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog
-from modeling_gpt2repro.runs.read import write_yardsticks
+from modeling_gpt2repro.runs.read import write_baselines
 from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.command_line import InputErrors
 from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record
@@ -82,7 +83,7 @@ def build_upload_queue(args: TrainArguments, accelerator: Accelerator) -> Upload
         uploads = UploadQueue(args.hub_repository, args.hub_strategy, output_dir, args.hub_private_repo)
     if args.push_to_hub:
         is_resume = (output_dir / RUN_CONFIG_FILE).exists()
-        message = run_on_main_and_broadcast(accelerator, lambda: uploads.check(is_resume))
+        message = run_on_main_and_broadcast(accelerator, lambda: uploads.check_access(is_resume))
         accelerator.print(f"Hub          {message}")
     return uploads
 
@@ -169,20 +170,20 @@ def load_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
         document_mask=args.document_mask,
     )
     if args.shards is not None:
-        data = data_from_shards(open_shards(args.shards), config)
+        data = build_shuffled_data(open_shards(args.shards), config)
     elif args.mix is not None:
-        data = data_from_mix(parse_mix(args.mix), config, args.eval_tokens)
+        data = build_mixed_data(parse_mix(args.mix), config, args.eval_tokens)
     elif args.dataset_name == PYTHON_PROSE:
         folder = Path(args.output_dir) / DATA_FOLDER
         recipe = (args.tokenizer_vocab_size, args.block_size, args.validation_share)
-        shards = call_main_process_first(accelerator, lambda: python_prose_shards(folder, *recipe))
-        data = data_from_shards(shards, config)
+        shards = call_main_process_first(accelerator, lambda: load_python_prose(folder, *recipe))
+        data = build_shuffled_data(shards, config)
     else:
         source = hub_source(
             args.dataset_name, args.dataset_config_name, "train", args.dataset_revision, args.text_column
         )
         tokenizer = load_tokenizer(args.tokenizer or "gpt2")
-        data = data_from_stream(source, tokenizer, config, args.validation_share, args.eval_tokens)
+        data = build_streamed_data(source, tokenizer, config, args.validation_share, args.eval_tokens)
     errors = InputErrors()
     for prompt in args.sample_prompts:
         errors.capture(check_prompt, prompt, data.tokenizer, args.block_size)
@@ -281,7 +282,7 @@ def log_run_summary(
         }
         if accelerator.is_main_process and not args.preflight:
             with logger.warn_on_io_error(step, BASELINES_FILE):
-                write_yardsticks(Path(args.output_dir), baselines, BASELINES)
+                write_baselines(Path(args.output_dir), baselines, BASELINES)
         module = unwrapped_model(accelerator, model)
         shape = data.batches.micro_batch_shape
         logger.print(start_message(args, accelerator, module, data.summary, shape, baselines, step))

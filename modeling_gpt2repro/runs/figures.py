@@ -1,94 +1,76 @@
-"""Draw training runs against tokens: loss, HellaSwag, learning rate, gradient norm, speed.
+"""Plot runs over training tokens: loss, HellaSwag, learning rate, gradient norm, tokens per second.
 
     python -m modeling_gpt2repro.hub.figures runs/gpt2-124m
     python -m modeling_gpt2repro.hub.figures runs/a runs/b --output comparison.png
 
-Several runs share a sheet. What a run is measured by (what guessing gives, GPT-2's HellaSwag) stands in its folder.
+Several runs share one figure. The dashed lines are the baselines in a run's folder: the loss of guessing, and the
+published HellaSwag accuracies of GPT-2 and GPT-3.
 """
 
-from __future__ import annotations
-
 import argparse
-import io
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from modeling_gpt2repro.storage.atomic import atomic_write
-
-from .panels import loss_panel
+from .folder import LOSS_PICTURE
 from .read import read_run
-from .sheet import STYLE, draw_panels, draw_sheet, panels_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg")
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_gpt2repro.hub.figures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="The --output_dir of a training.")
     parser.add_argument(
         "--output",
         type=Path,
-        help="A .png or .svg, or a folder for both. By default the first RUN: figures.*, or comparison.* of several.",
+        help="A .png or .svg file, or a folder for one of each: figures.* of one run, comparison.* of several "
+        "(default: the folder of the first RUN).",
     )
     args = parser.parse_args(argv)
+    from .plots import available_panels, plot_runs, save_figure  # matplotlib, which the training imports only to plot
+
     try:
         runs = [read_run(folder) for folder in args.runs]
         for run in runs:
-            if not panels_of([run]):
-                raise ValueError(f"{run.folder} has no numbers yet: draw it after its first evaluation.")
-        paths = output_paths(args.output or args.runs[0], "figures" if len(args.runs) == 1 else "comparison")
+            if not available_panels([run]):
+                raise ValueError(f"{run.folder} has no numbers yet: plot it after its first evaluation.")
+        paths = output_paths(args.output or args.runs[0], stem="figures" if len(runs) == 1 else "comparison")
     except (OSError, ValueError) as error:
         parser.exit(2, f"{error}\n")
     for path in paths:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_figure(draw_sheet(runs), path)
+            print(save_figure(plot_runs(runs), path))
         except OSError as error:
             parser.exit(2, f"{path} cannot be written ({error.strerror}): give another --output.\n")
-        print(path)
 
 
 def output_paths(output: Path, stem: str) -> list[Path]:
-    """The files that `output` stands for: itself, or in a folder one of each format.
+    """The files to write: `a.png` -> a.png; `folder` -> folder/stem.png and folder/stem.svg.
 
     Raises:
-        ValueError: If it is a file of another format.
+        ValueError: If `output` names a file of another format.
     """
     if output.suffix in FORMATS and not output.is_dir():
         return [output]
-    if output.is_file() or (output.suffix[1:].isalpha() and not output.is_dir()):
-        raise ValueError(f"output ({output}) must be a .png, a .svg, or a folder for both.")
+    looks_like_a_file = output.suffix[1:].isalpha() and not output.is_dir()  # a.pdf, but not folder.v2
+    if output.is_file() or looks_like_a_file:
+        raise ValueError(f"output ({output}) must be a .png file, a .svg file, or a folder for both.")
     return [output / f"{stem}{suffix}" for suffix in FORMATS]
 
 
 def plot_loss(folder: Path) -> Path:
-    """Draw a run's loss so far into `folder/loss.png`; returns its path.
+    """Plot a run's loss so far to `folder/loss.png`; returns its path.
 
     Raises:
-        OSError: If it cannot be written; a picture that was there is whole then.
+        OSError: If it cannot be written; an earlier plot is still there then.
     """
-    figure = draw_panels([read_run(folder)], [loss_panel], columns=1, size=(8, 5))
-    return write_figure(figure, folder / "loss.png", dpi=120)
+    from .plots import loss_panel, plot_panels, save_figure
 
-
-def write_figure(figure: Figure, path: Path, dpi: int = 150) -> Path:
-    """Write a figure as its path's suffix says, whole or not at all; returns the path.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    from matplotlib import rc_context
-
-    content = io.BytesIO()
-    with rc_context(STYLE):
-        dates = {"Date": None} if path.suffix == ".svg" else {}
-        figure.savefig(content, format=path.suffix[1:], dpi=dpi, metadata=dates)
-    with atomic_write(path) as file:
-        file.write(content.getvalue())
-    return path
+    figure = plot_panels([read_run(folder)], [loss_panel], columns=1, size=(8, 5))
+    return save_figure(figure, folder / LOSS_PICTURE, dpi=120)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run's folder, read: its rows of numbers, where it was resumed, its arguments, and what it is measured by."""
+"""Read a run's folder: records of metrics.jsonl, resume points, configuration, and the baselines to compare with."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -9,41 +9,50 @@ import numpy as np
 
 from modeling_gpt2repro.storage.atomic import atomic_write
 
-METRICS_FILE = "metrics.jsonl"
-RUN_RECORD = "run.json"
-YARDSTICKS_FILE = "yardsticks.json"
+from .folder import BASELINES_FILE, METRICS_FILE, RUN_CONFIG_FILE
+
+OLD_BASELINES_FILE = "yardsticks.json"  # its keys end in _yardsticks; still read, never written
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+# HellaSwag protocol -> the name of its accuracy in metrics.jsonl; its 95 % interval has the suffixes _low and _high.
+HELLASWAG_METRICS = {
+    "completion": "hellaswag_completion_acc_norm",
+    "lm-eval": "hellaswag_lm_eval_acc_norm",
+}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run, as if it had never been stopped.
+    """A training run, as if it had never been interrupted.
 
     Args:
-        rows: Of metrics.jsonl, without those that a resume went back behind.
-        resumed_steps: Where it went on after a stop.
-        record: run.json, with the arguments that the run last went on with; empty where there is none.
-        loss_yardsticks: Label -> nats per token: what guessing gives.
-        hellaswag_yardsticks: Protocol -> model -> published acc_norm.
+        records: Lines of metrics.jsonl, without those that were undone by resuming from an earlier checkpoint.
+        resumed_steps: The steps at which training was resumed.
+        config: run.json, with the arguments of the last resume; empty if the file is missing.
+        loss_baselines: Label -> nats per token, such as the loss of a uniform guess.
+        hellaswag_baselines: Protocol -> model -> published acc_norm.
     """
 
     folder: Path
-    rows: list[dict]
+    records: list[dict]
     resumed_steps: list[int]
-    record: dict
-    loss_yardsticks: dict[str, float] = field(default_factory=dict)
-    hellaswag_yardsticks: dict[str, dict[str, float]] = field(default_factory=dict)
+    config: dict
+    loss_baselines: dict[str, float] = field(default_factory=dict)
+    hellaswag_baselines: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (n,) and finite values (n,) of one number; steps whose update was skipped are left out."""
+        """Tokens (n,) and finite values (n,) of one metric, without the steps whose update was skipped."""
         skipped = self._skipped_steps()
-        pairs = [(row["tokens"], row[name]) for row in self.rows if name in row and row["step"] not in skipped]
-        tokens, values = np.array(pairs, dtype=float).reshape(-1, 2).T
+        pairs = [
+            (record["tokens"], record[name])
+            for record in self.records
+            if name in record and record["step"] not in skipped
+        ]
+        tokens, values = np.array(pairs, dtype=float).reshape(-1, 2).T  # null in the file, NaN here
         finite = np.isfinite(values)
         return tokens[finite], values[finite]
 
     def resumed_tokens(self) -> np.ndarray:
-        """Tokens (n,) at which the run went on after a stop."""
+        """Tokens (n,) at which training was resumed."""
         return np.array([step * self._tokens_per_step() for step in self.resumed_steps], dtype=float)
 
     def skipped_tokens(self) -> np.ndarray:
@@ -51,94 +60,111 @@ class Run:
         return np.array([step * self._tokens_per_step() for step in sorted(self._skipped_steps())], dtype=float)
 
     def dataset(self) -> str | None:
-        """The Hub dataset that was trained on, streamed or from shards that are still there; None of any other text."""
+        """The Hub dataset of the run, streamed or from shards that still exist; None if it trained on other text."""
         return self._dataset_and_tokenizer()[0]
 
-    def reads_fineweb_edu(self) -> bool:
-        """Whether its losses are of GPT-2's tokens of FineWeb-Edu."""
+    def uses_fineweb_edu(self) -> bool:
+        """Whether its losses are per GPT-2 token of FineWeb-Edu, and so comparable with OpenAI's GPT-2 there."""
         dataset, tokenizer = self._dataset_and_tokenizer()
         return dataset == FINEWEB_EDU and tokenizer in (None, "gpt2", "openai-community/gpt2")
 
     def _dataset_and_tokenizer(self) -> tuple[str | None, str | None]:
-        arguments = self.record.get("arguments", {})
+        arguments = self.config.get("arguments", {})
         if arguments.get("mix"):
             return None, None
-        dataset, tokenizer = arguments.get("dataset_name"), arguments.get("tokenizer")
+        dataset = arguments.get("dataset_name")
+        tokenizer = arguments.get("tokenizer")
         if arguments.get("shards"):
             folder = Path(arguments["shards"])
             manifest = _read_json(folder / "manifest.json")
-            dataset, tokenizer = manifest.get("source", {}).get("dataset"), manifest.get("tokenizer", {}).get("name")
-            if not manifest and any(folder.glob("edufineweb_val_*.npy")):  # the lecture's own shards
+            dataset = manifest.get("source", {}).get("dataset")
+            tokenizer = manifest.get("tokenizer", {}).get("name")
+            if not manifest and any(folder.glob("edufineweb_val_*.npy")):  # written by build-nanogpt's fineweb.py
                 dataset = FINEWEB_EDU
-        return (dataset if "/" in (dataset or "") else None), tokenizer
+        is_hub_id = "/" in (dataset or "")
+        return dataset if is_hub_id else None, tokenizer
 
     def _skipped_steps(self) -> set[int]:
-        return {row["step"] for row in self.rows if row.get("event") == "skipped"}
+        return {record["step"] for record in self.records if record.get("event") == "skipped"}
 
     def _tokens_per_step(self) -> float:
-        return next((row["tokens"] / row["step"] for row in self.rows if row["step"] and "tokens" in row), 0.0)
+        return next((r["tokens"] / r["step"] for r in self.records if r["step"] and "tokens" in r), 0.0)
 
 
 def read_run(folder: Path) -> Run:
-    """Read what there is of a run.
+    """Read whatever a run has written so far.
 
     Raises:
-        ValueError: If the folder holds no metrics.jsonl.
+        ValueError: If the folder has no metrics.jsonl.
     """
     if not (folder / METRICS_FILE).is_file():
-        raise ValueError(f"{folder} is no run: it has no {METRICS_FILE}; give the --output_dir of a training.")
-    rows, resumed_steps, changed = replay((folder / METRICS_FILE).read_text(encoding="utf-8").splitlines())
-    record = _read_json(folder / RUN_RECORD)
-    if record:
-        record["arguments"] |= {name: now for name, (_, now) in changed.items()}
-    return Run(folder, rows, resumed_steps, record, **_read_json(folder / YARDSTICKS_FILE))
+        raise ValueError(f"{folder} is not a run: it has no {METRICS_FILE}; give the --output_dir of a training.")
+    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    records, resumed_steps, changed = drop_undone_records(lines)
+    config = _read_json(folder / RUN_CONFIG_FILE)
+    if config:
+        config["arguments"] |= {name: now for name, (_, now) in changed.items()}
+    return Run(folder, records, resumed_steps, config, **read_baselines(folder))
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of the run as if it had never been stopped; none where there is no metrics.jsonl."""
-    return read_run(folder).rows if (folder / METRICS_FILE).is_file() else []
+    """The records of a run as if it had never been interrupted; [] if there is no metrics.jsonl."""
+    return read_run(folder).records if (folder / METRICS_FILE).is_file() else []
 
 
-def replay(lines: Iterable[str]) -> tuple[list[dict], list[int], dict[str, list]]:
-    """Rows without those that a resume went back behind, the steps at which the run was resumed, and which arguments
-    are no longer those in its record: name -> [then, now].
+def drop_undone_records(lines: Iterable[str]) -> tuple[list[dict], list[int], dict[str, list]]:
+    """Parse metrics.jsonl and drop what was undone by resuming from an earlier step.
 
-    A line that a crash cut off is left out, too.
+    Steps 1 2 3 4, resume at 2, steps 3 4 5 -> steps 1 2 3 4 5, where 3 and 4 are those of the second attempt.
+    A line that a crash cut off is dropped, too.
+
+    Returns:
+        The records, the steps at which the run was resumed, and the arguments that differ from run.json:
+        name -> [then, now].
     """
-    rows: list[dict] = []
-    resumed: list[int] = []
+    records: list[dict] = []
+    resumed_steps: list[int] = []
     changed: dict[str, list] = {}
     for line in lines:
         try:
-            row = json.loads(line)
+            record = json.loads(line)
         except ValueError:
             continue
-        if row.get("event") == "resume":
-            step = row["step"]
-            # The evaluation at that step is repeated; what came of the training step that led to it is not.
-            rows = [r for r in rows if r["step"] < step or (r["step"] == step and ("loss" in r or "event" in r))]
-            resumed = [earlier for earlier in resumed if earlier < step] + ([step] if step else [])
-            changed = row.get("changed", {})  # all of them, not only those since the last time
-        else:
-            rows.append(row)
-    return rows, resumed, changed
+        if record.get("event") != "resume":
+            records.append(record)
+            continue
+        step = record["step"]
+        # A checkpoint is saved before the evaluation of the same step: the resumed run repeats that evaluation, but
+        # neither the training step itself nor its events.
+        records = [r for r in records if r["step"] < step or (r["step"] == step and ("loss" in r or "event" in r))]
+        resumed_steps = [earlier for earlier in resumed_steps if earlier < step]
+        if step > 0:
+            resumed_steps.append(step)
+        changed = record.get("changed", {})  # complete: relative to run.json, not to the last resume
+    return records, resumed_steps, changed
 
 
-def write_yardsticks(
+def write_baselines(
     folder: Path, loss: dict[str, float], hellaswag: Sequence[tuple[str, str, float | None, float, str]]
 ):
-    """Note in the run's folder what its numbers are to be measured by, for whoever draws or describes them.
+    """Write the baselines that figures and the model card compare the run with into its folder.
 
     Args:
         loss: Label -> nats per token.
-        hellaswag: Published numbers: model, protocol, acc, acc_norm, source. Of several of one model the first counts.
+        hellaswag: Published results (model, protocol, acc, acc_norm, source); the first of a model and protocol counts.
     """
     published: dict[str, dict[str, float]] = {}
     for model, protocol, _, acc_norm, _ in hellaswag:
         published.setdefault(protocol, {}).setdefault(model, acc_norm)
-    text = json.dumps({"loss_yardsticks": loss, "hellaswag_yardsticks": published}, indent=1)
-    with atomic_write(folder / YARDSTICKS_FILE) as file:
+    text = json.dumps({"loss_baselines": loss, "hellaswag_baselines": published}, indent=1)
+    with atomic_write(folder / BASELINES_FILE) as file:
         file.write(text.encode())
+
+
+def read_baselines(folder: Path) -> dict[str, dict]:
+    """{"loss_baselines": ..., "hellaswag_baselines": ...} of a run's folder; {} if there are none."""
+    stored = _read_json(folder / BASELINES_FILE) or _read_json(folder / OLD_BASELINES_FILE)
+    return {name.replace("_yardsticks", "_baselines"): baselines for name, baselines in stored.items()}
 
 
 def _read_json(path: Path) -> dict:

@@ -56,10 +56,10 @@ def usable_cores() -> int:
 
 
 def cpu_lacks_bf16() -> bool:
-    """Whether bf16 matrix products are emulated on this CPU: they then take several times as long as fp32 ones.
+    """Whether this CPU emulates bf16 matrix products, which then take several times as long as in fp32.
 
-    StepTimings, because the instructions have many names. Training took 0.7 times as long as in fp32 with AVX-512 bf16,
-    and 8 times with oneDNN restricted to AVX2, on the same processor: both far from the factor of two.
+    Measured, because the instructions have many names. On one processor, training took 0.7 times as long as in fp32
+    with AVX-512 bf16, and 8 times with oneDNN restricted to AVX2: both far from the factor of two used here.
     """
     return matmul_seconds(torch.bfloat16, side=512) > 2 * matmul_seconds(torch.float32, side=512)
 

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from modeling_gpt2repro.data.batches import streaming as stream
-from modeling_gpt2repro.data.batches.shuffled import BatchConfig, TokenSequences
+from modeling_gpt2repro.data.batches.sequences import TokenSequences
+from modeling_gpt2repro.data.batches.shuffled import BatchConfig
 from modeling_gpt2repro.data.batches.streaming import StreamedBatches
 from modeling_gpt2repro.data.sources.resolve import local_source
 from modeling_gpt2repro.data.tokenize import prepare_shards
@@ -88,7 +88,8 @@ def prepare(tmp_path, tokenizer, all_ids):
         shards = prepare_shards(
             local_source([str(file)]), tokenizer, "any", tmp_path / "out", 0.0, shard_tokens=shard_tokens
         )
-        ids, totals = all_ids(shards), shards.manifest["splits"]["train"]
+        ids = all_ids(shards)
+        totals = shards.manifest["splits"]["train"]
         documents = documents_of(ids, tokenizer)
         assert totals["documents"] == len(documents)
         assert totals["tokens"] == len(ids)
@@ -113,7 +114,7 @@ def test_any_text_comes_back_from_shards(tmp_path, prepare, name):
     assert [kind for kind, text in zip(TEXTS, found, strict=True) if text != TEXTS[kind]] == []
 
 
-def test_a_document_longer_than_a_shard_goes_on_in_the_next(tmp_path, prepare, tokenizer):
+def test_a_document_longer_than_a_shard_continues_in_the_next(tmp_path, prepare, tokenizer):
     texts = [TEXTS[kind] for kind in ("plain", "a long document", "emoji", "many letters")]
     write_parquet(tmp_path / "a.parquet", texts)
     prepared = prepare(tmp_path / "a.parquet", shard_tokens=997)
@@ -121,27 +122,27 @@ def test_a_document_longer_than_a_shard_goes_on_in_the_next(tmp_path, prepare, t
     maps = [np.load(shard, mmap_mode="r") for shard in sorted((tmp_path / "out").glob("train_*.npy"))]
     assert {len(ids) for ids in maps[:-1]} == {997}
     assert min(np.count_nonzero(ids == tokenizer.eos_token_id) for ids in maps) == 0
-    rows = TokenSequences(maps, block_size=1_500)  # each lies in two shards or three
-    assert np.array_equal(rows.read(np.arange(len(rows)))[:, :-1].flatten(), prepared.ids[: len(rows) * 1_500])
+    sequences = TokenSequences(maps, block_size=1_500)  # each lies in two shards or three
+    inputs = sequences.read(np.arange(len(sequences)))[:, :-1]
+    assert np.array_equal(inputs.flatten(), prepared.ids[: len(sequences) * 1_500])
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "escaped.jsonl"])
-def test_any_text_comes_back_from_a_stream(tmp_path, monkeypatch, tokenizer, name):
-    monkeypatch.setattr(stream, "MOST_LANES", 1)
-    for part in range(3):  # a unit or more each, of which one is held out
+def test_any_text_comes_back_from_a_stream(tmp_path, tokenizer, name):
+    for part in range(3):  # a partition or more each, of which one is held out
         WRITERS[name](tmp_path / f"{part}{name}", [*TEXTS.values(), *SKIPPED.values()])
     source = local_source([str(tmp_path / f"*{name}")])
-    batches = StreamedBatches(
-        source, tokenizer, BatchConfig(block_size=100, sequences_per_step=8, micro_batch_size=8, seed=1)
-    )
-    read = [document.text for unit in batches.units for document in source.read(unit)]
+    config = BatchConfig(block_size=100, sequences_per_step=8, micro_batch_size=8, seed=1)
+    batches = StreamedBatches(source, tokenizer, config, max_logical_shards=1)
+    read = [document.text for partition in batches.partitions for document in source.read(partition)]
     assert not [kind for kind, text in TEXTS.items() if text not in read]
-    rows, marks = [], 0
-    while marks <= len(read):  # until the next epoch has begun
-        rows += [batch["input_ids"].flatten() for batch in batches.micro_batches(batches.next_step)]
-        marks += int((rows[-1] == tokenizer.eos_token_id).sum())
+    parts = []
+    num_documents = 0
+    while num_documents <= len(read):  # until the next epoch has begun
+        parts += [batch["input_ids"].flatten() for batch in batches.micro_batches(batches.next_step)]
+        num_documents += int((parts[-1] == tokenizer.eos_token_id).sum())
     batches.close()
-    found = documents_of(torch.cat(rows).numpy(), tokenizer)
+    found = documents_of(torch.cat(parts).numpy(), tokenizer)
     assert sorted(map(hash, found[: len(read)])) == sorted(map(hash, read))
 
 
@@ -161,7 +162,7 @@ def test_halves_of_characters_in_bytes_are_no_text(tmp_path, kind, one_sentence)
         path.write_bytes(b'{"text": "a"}\n{"text": "' + half + b'"}\n')
     source = local_source([str(path)])
     with pytest.raises(ValueError, match=r"is not a whole parquet file|is not UTF-8 \(byte 29 is 0xed\)") as error:
-        list(source.read(source.units[0]))
+        list(source.read(source.partitions[0]))
     one_sentence(error)
 
 

@@ -1,4 +1,4 @@
-"""Documents: how files become units, units become documents, and what is wrong with a file."""
+"""From files to partitions and from partitions to documents, and what is wrong with a file."""
 
 import json
 import os
@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from modeling_gpt2repro.data.sources import documents, parquet
 from modeling_gpt2repro.data.sources import text as text_files
 from modeling_gpt2repro.data.sources.documents import Document, Partition, list_partitions, read_partition
+from modeling_gpt2repro.data.sources.parquet import read_row_group
 from modeling_gpt2repro.data.sources.resolve import local_source
-from modeling_gpt2repro.data.sources.text import read_pieces
+from modeling_gpt2repro.data.sources.text import read_lines, read_pieces
 from modeling_gpt2repro.data.tokenize import prepare_shards
 from modeling_gpt2repro.data.tokenizer import text_encoder, train_tokenizer
 
@@ -27,8 +27,8 @@ def write_parquet(path, columns, row_group_size=10):
     return str(path)
 
 
-def read_all(paths):
-    return [document for unit in list_partitions(paths) for document in read_partition(unit)]
+def read_all(paths, **options):
+    return [document for partition in list_partitions(paths, **options) for document in read_partition(partition)]
 
 
 TEXTS = {
@@ -66,39 +66,43 @@ def test_pieces_of_a_text_have_the_ids_of_the_whole(tmp_path, monkeypatch, white
 
 
 @pytest.mark.parametrize("kind", TEXTS)
-@pytest.mark.parametrize("range_bytes", [7, 64, 1000])
-def test_a_text_larger_than_a_unit_loses_and_doubles_nothing(tmp_path, monkeypatch, kind, range_bytes):
-    monkeypatch.setattr(documents, "RANGE_BYTES", range_bytes)
+@pytest.mark.parametrize("partition_bytes", [7, 64, 1000])
+def test_a_text_of_several_partitions_loses_and_doubles_nothing(tmp_path, kind, partition_bytes):
     (tmp_path / "a.txt").write_bytes(TEXTS[kind].encode())
-    units = list_partitions([str(tmp_path / "a.txt")])
-    assert len(units) > 2
-    assert "".join(piece for unit in units for piece in read_pieces(unit.path, unit.start, unit.stop)) == TEXTS[kind]
-    texts = "".join(document.text for document in read_all([str(tmp_path / "a.txt")]))
-    assert texts.split() == TEXTS[kind].split()  # a unit of nothing but whitespace is no document
+    partitions = list_partitions([str(tmp_path / "a.txt")], partition_bytes=partition_bytes)
+    assert len(partitions) > 2
+    assert (
+        "".join(
+            piece for partition in partitions for piece in read_pieces(partition.path, partition.start, partition.stop)
+        )
+        == TEXTS[kind]
+    )
+    texts = "".join(document.text for document in read_all([str(tmp_path / "a.txt")], partition_bytes=partition_bytes))
+    assert texts.split() == TEXTS[kind].split()  # a partition of nothing but whitespace is no document
 
 
-@pytest.mark.parametrize("range_bytes", [1, 40, 333, 10**6])
-def test_json_lines_larger_than_a_unit_lose_and_double_nothing(tmp_path, monkeypatch, range_bytes):
-    monkeypatch.setattr(documents, "RANGE_BYTES", range_bytes)
+@pytest.mark.parametrize("partition_bytes", [1, 40, 333, 10**6])
+def test_json_lines_of_several_partitions_lose_and_double_nothing(tmp_path, partition_bytes):
     rows = [{"text": "the sea 中 " * (i % 7 + 1), "id": f"row {i}"} for i in range(40)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    assert [(document.id, document.text) for document in read_all([path])] == [(row["id"], row["text"]) for row in rows]
+    read = read_all([path], partition_bytes=partition_bytes)
+    assert [(document.id, document.text) for document in read] == [(row["id"], row["text"]) for row in rows]
     Path(path).write_bytes(Path(path).read_bytes().rstrip())  # no line break at the end
-    assert len(read_all([path])) == 40
+    assert len(read_all([path], partition_bytes=partition_bytes)) == 40
 
 
-def test_json_lines_without_ids_are_known_by_their_place_and_nothing_is_skipped_but_blanks(tmp_path):
+def test_json_lines_without_ids_get_their_position_and_only_blank_ones_are_skipped(tmp_path):
     lines = ['{"text": "one"}', "", '{"text": null, "id": 1}', '{"text": " \\n"}', '{"text": "two", "id": null}', "  "]
     lines += ['{"text": "three", "id": 7}', r'{"text": "half \ud83d, whole \ud83d\ude00"}']
     (tmp_path / "a.jsonl").write_bytes("\r\n".join(lines).encode())
     found = [(document.id, document.text) for document in read_all([str(tmp_path / "a.jsonl")])]
-    place = "\r\n".join(lines).index('{"text": "two"')
-    assert found[:3] == [("a.jsonl:0", "one"), (f"a.jsonl:{place}", "two"), ("7", "three")]
+    position = "\r\n".join(lines).index('{"text": "two"')
+    assert found[:3] == [("a.jsonl:0", "one"), (f"a.jsonl:{position}", "two"), ("7", "three")]
     assert found[3][1] == "half \ufffd, whole \U0001f600"
     assert len(found) == 4
 
 
-def test_the_mark_that_windows_editors_put_first_is_not_text(tmp_path):
+def test_a_byte_order_mark_is_not_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfthe sea")
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "the sea"}\n')
     assert [document.text for document in read_all([str(tmp_path / "a.txt"), str(tmp_path / "a.jsonl")])] == [
@@ -107,24 +111,26 @@ def test_the_mark_that_windows_editors_put_first_is_not_text(tmp_path):
 
 
 @pytest.mark.parametrize("text_type", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
-def test_parquet_is_read_by_row_group_with_its_ids_and_without_empty_rows(tmp_path, monkeypatch, text_type):
-    monkeypatch.setattr(parquet, "BATCH_ROWS", 4)
+def test_parquet_is_read_by_row_group_with_its_ids_and_without_empty_rows(tmp_path, text_type):
     texts = [None if i % 5 == 0 else " " if i % 5 == 1 else f"text {i}" for i in range(25)]
     ids = [None if i == 7 else f"id {i}" for i in range(25)]
     path = write_parquet(
         tmp_path / "a.parquet", {"url": ["x"] * 25, "text": pa.array(texts).cast(text_type), "id": ids}
     )
-    units = list_partitions([path])
-    assert [(unit.start, unit.name) for unit in units] == [(i, f"a.parquet:{i}") for i in range(3)]
+    partitions = list_partitions([path])
+    assert [(partition.start, partition.name) for partition in partitions] == [(i, f"a.parquet:{i}") for i in range(3)]
     wanted = [Document(f"id {i}" if i != 7 else "a.parquet:0:7", f"text {i}") for i in range(25) if i % 5 > 1]
     assert read_all([path]) == wanted
-    assert list(read_partition(units[2])) == [document for document in wanted if int(document.text[5:]) >= 20]
+    assert list(read_partition(partitions[2])) == [document for document in wanted if int(document.text[5:]) >= 20]
+
+    for group in range(3):
+        assert list(read_row_group(path, group, "text", rows_per_batch=4)) == list(read_row_group(path, group, "text"))
 
     unnamed = write_parquet(tmp_path / "b.parquet", {"text": texts})
     assert [document.id for document in read_all([unnamed])][-1] == "b.parquet:2:4"
 
 
-def test_a_file_that_changed_is_read_anew(tmp_path):
+def test_a_file_that_changed_is_read_again(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", {"text": ["one"] * 5})
     assert len(read_all([path])) == 5
     write_parquet(tmp_path / "a.parquet", {"text": ["two"] * 25})
@@ -137,7 +143,11 @@ def test_patterns_are_expanded_in_order_and_a_file_is_taken_once(tmp_path):
         (tmp_path / f"{name}.txt").write_text(f"text {name}")
     source = local_source([str(tmp_path / "c.txt"), str(tmp_path / "*.txt")])
     assert source.description["files"] == ["c.txt", "a.txt", "b.txt"]
-    assert [document.text for unit in source.units for document in source.read(unit)] == ["text c", "text a", "text b"]
+    assert [document.text for partition in source.partitions for document in source.read(partition)] == [
+        "text c",
+        "text a",
+        "text b",
+    ]
 
 
 def bad_parquet(path):
@@ -173,7 +183,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_a_sentence(tmp_path, name, one_sentence):
+def test_a_bad_file_is_one_sentence(tmp_path, name, one_sentence):
     write, pattern = BAD_FILES[name]
     write(tmp_path / name)
     with pytest.raises(ValueError, match=pattern) as error:
@@ -181,27 +191,26 @@ def test_a_bad_file_is_a_sentence(tmp_path, name, one_sentence):
     assert name in one_sentence(error)
 
 
-def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch, one_sentence):
-    monkeypatch.setattr(text_files, "LONGEST_LINE_BYTES", 100)
+def test_a_line_without_end_is_not_read_into_memory(tmp_path, one_sentence):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "a" * 100}])
     with pytest.raises(ValueError, match=r"has a line of more than 100 bytes") as error:
-        read_all([path])
+        list(read_lines(path, 0, os.path.getsize(path), max_line_bytes=100))
     one_sentence(error)
 
 
-def test_the_problems_of_all_files_are_told_together(tmp_path):
+def test_the_problems_of_all_files_are_reported_together(tmp_path):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match=r"no\.txt\.\n.*empty\.txt is empty\.$"):
         list_partitions([str(tmp_path / "no.txt"), str(tmp_path / "empty.txt")])
 
 
-def test_a_missing_field_is_told_before_any_work(tmp_path):
+def test_a_missing_field_is_reported_before_any_work(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"body": "the sea", "id": 1}])
     with pytest.raises(ValueError, match=r"no 'text' field; it has body, id: name one by --text_column\.$"):
         list_partitions([path])
     assert len(list_partitions([path], "body")) == 1
 
 
-def test_units_are_named_the_same_on_every_machine():
+def test_partitions_have_the_same_name_on_every_machine():
     for path in ("a/b/x.parquet", "/somewhere/x.parquet", "hf://datasets/ns/n@0123/sample/x.parquet"):
         assert Partition(path, 3, 4).name == "x.parquet:3"

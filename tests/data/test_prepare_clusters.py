@@ -134,7 +134,7 @@ def test_two_workers_on_ray_make_the_same_shards(tmp_path, arguments):
 
 
 def test_the_share_of_a_hub_dataset_holds_ten_million_tokens_where_there_are_enough(arguments):
-    unit = local_source([arguments[1]]).units[0]
+    unit = local_source([arguments[1]]).partitions[0]
 
     def share_of(tokens, max_tokens=None):
         units = [type(unit)("hf://x.parquet", 0, 1, "text", 5 * tokens)]

@@ -53,7 +53,7 @@ def test_the_split_is_by_document_and_nothing_depends_on_the_workers(tmp_path, t
         assert totals["tokens"] == len(all_ids(made[1], split))
         assert totals["text_bytes"] == sum(len(text.encode()) for text in found[split])
         assert made[1].bytes_per_token(split) == totals["text_bytes"] / totals["tokens"]
-    everything = [document for unit in source.units for document in source.read(unit)]
+    everything = [document for unit in source.partitions for document in source.read(unit)]
     for split, wanted in (("train", False), ("validation", True)):
         assert found[split] == [document.text for document in everything if is_validation(document.id, 0.2) is wanted]
     assert 20 < len(found["validation"]) < 60
@@ -75,7 +75,7 @@ def test_pieces_of_one_text_serve_both_splits(tmp_path, tiny_texts, tiny_tokeniz
     (tmp_path / "a.txt").write_text("\n".join(tiny_texts))
     source = local_source([str(tmp_path / "a.txt")])
     shards = prepare_shards(source, tiny_tokenizer, "tiny", tmp_path / "out", 0.3)
-    pieces = [piece for unit in source.units for piece in source.read(unit)]
+    pieces = [piece for unit in source.partitions for piece in source.read(unit)]
     chosen = [is_validation(piece.id, 0.3) for piece in pieces]
     for split, wanted in (("train", False), ("validation", True)):
         text = "".join(
@@ -133,7 +133,7 @@ class DyingSource(Source):
     """Reading its fifth unit ends the program."""
 
     def read(self, unit, skipped=None):
-        if unit == self.units[4]:
+        if unit == self.partitions[4]:
             raise KeyboardInterrupt
         return super().read(unit, skipped)
 
@@ -142,7 +142,7 @@ def test_a_preparation_killed_in_the_middle_can_be_started_again(tmp_path, texts
     source, out = local_source([texts_parquet]), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         prepare_shards(
-            DyingSource(source.units, source.description), tiny_tokenizer, "tiny", out, 0.1, shard_tokens=1_000
+            DyingSource(source.partitions, source.description), tiny_tokenizer, "tiny", out, 0.1, shard_tokens=1_000
         )
     assert list(out.glob("train_*.npy"))
     (out / "train_000099.npy.0a1b2c3d.partial").touch()  # cut off while it was written

@@ -1,4 +1,4 @@
-"""Tokenizers: GPT-2's own and trained ones, their encoders, their hashes, and those that are refused."""
+"""Tokenizers: GPT-2's own and trained ones, their encoders and hashes, and which ones are refused."""
 
 import json
 import re
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from modeling_gpt2repro.data import tokenizer
 from modeling_gpt2repro.data.tokenizer import (
     GPT2_SHA256,
+    check_vocab_size,
     load_tokenizer,
     save_tokenizer,
     text_encoder,
@@ -34,7 +35,8 @@ def gpt2_files(tmp_path, monkeypatch):
 
 @needs_shared
 def test_gpt2_from_tiktokens_files_is_the_published_tokenizer(gpt2_tokenizer):
-    ours, published = gpt2_tokenizer, AutoTokenizer.from_pretrained(SHARED / "gpt2_tokenizer")
+    ours = gpt2_tokenizer
+    published = AutoTokenizer.from_pretrained(SHARED / "gpt2_tokenizer")
     text = (SHARED / "text/wikitext2_valid.txt").read_text(encoding="utf-8")[:50_000]
     assert tokenizer_sha256(ours) == tokenizer_sha256(published) == GPT2_SHA256
     assert ours(text)["input_ids"] == published(text)["input_ids"]
@@ -44,10 +46,11 @@ def test_gpt2_from_tiktokens_files_is_the_published_tokenizer(gpt2_tokenizer):
 
 
 @needs_shared
-def test_the_encoder_gives_tiktokens_ids_and_marks_no_documents(gpt2_files, gpt2_tokenizer):
+def test_the_encoder_gives_tiktokens_ids_and_no_end_of_text(gpt2_files, gpt2_tokenizer):
     import tiktoken
 
-    encode, reference = text_encoder(gpt2_tokenizer), tiktoken.get_encoding("gpt2")
+    encode = text_encoder(gpt2_tokenizer)
+    reference = tiktoken.get_encoding("gpt2")
     real = (SHARED / "text/tinyshakespeare.txt").read_text(encoding="utf-8")
     for text in (real, f"before{END} {END}after", "\x1c\n 中文 \u2028 \U0001f600's  \t\r\n", real[:999] + END + real):
         assert encode(text).tolist() == reference.encode_ordinary(text)
@@ -55,9 +58,9 @@ def test_the_encoder_gives_tiktokens_ids_and_marks_no_documents(gpt2_files, gpt2
 
 
 @needs_shared
-def test_the_encoder_survives_what_overflows_tiktoken(gpt2_tokenizer):
-    blanks = " " * 1_100_000 + "x"
-    assert gpt2_tokenizer.decode(text_encoder(gpt2_tokenizer)(blanks)) == blanks
+def test_the_encoder_encodes_a_text_that_overflows_tiktoken(gpt2_tokenizer):
+    spaces = " " * 1_100_000 + "x"
+    assert gpt2_tokenizer.decode(text_encoder(gpt2_tokenizer)(spaces)) == spaces
 
 
 def test_the_encoder_gives_the_tokenizers_ids_and_spells_a_literal_end_of_text(tiny_tokenizer, tiny_texts):
@@ -85,7 +88,7 @@ def test_a_trained_tokenizer_survives_the_disk_and_another_one_has_another_hash(
     assert tokenizer_sha256(train_tokenizer(["other words entirely " * 20, *tiny_texts[:100]], 300)) != saved
 
 
-def test_code_that_lies_beside_a_tokenizer_is_neither_run_nor_asked_about(tmp_path, tiny_tokenizer, capfd):
+def test_code_in_the_folder_of_a_tokenizer_is_neither_run_nor_asked_about(tmp_path, tiny_tokenizer, capfd):
     tiny_tokenizer.save_pretrained(tmp_path)
     strange = {"model_type": "strange", "auto_map": {"AutoConfig": "configuration_strange.StrangeConfig"}}
     (tmp_path / "config.json").write_text(json.dumps(strange))
@@ -93,7 +96,7 @@ def test_code_that_lies_beside_a_tokenizer_is_neither_run_nor_asked_about(tmp_pa
     assert capfd.readouterr() == ("", "")
 
 
-def test_unusable_tokenizers_are_refused(tmp_path, monkeypatch, tiny_tokenizer, tiny_texts, one_sentence):
+def test_unusable_tokenizers_are_refused(tmp_path, tiny_tokenizer, tiny_texts, one_sentence):
     with pytest.raises(ValueError, match=r"holds 257 to 65536 ids, not 256\.") as error:
         train_tokenizer(tiny_texts, 256)
     one_sentence(error)
@@ -113,8 +116,12 @@ def test_unusable_tokenizers_are_refused(tmp_path, monkeypatch, tiny_tokenizer, 
         load_tokenizer(str(tmp_path / "endless"))
     one_sentence(error)
 
-    save_tokenizer(tiny_tokenizer, tmp_path / "large")
-    monkeypatch.setattr(tokenizer, "LARGEST_VOCABULARY", 299)
+    check_vocab_size("large", tiny_tokenizer, limit=300)
     with pytest.raises(ValueError, match=r"has ids up to 299; shards hold 16-bit ids, less than 299\.") as error:
+        check_vocab_size("large", tiny_tokenizer, limit=299)
+    one_sentence(error)
+    large = Tokenizer(models.WordLevel({str(i): i for i in range(2**16 + 1)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=large, eos_token="1").save_pretrained(tmp_path / "large")
+    with pytest.raises(ValueError, match=r"has ids up to 65536; shards hold 16-bit ids, less than 65536\.") as error:
         load_tokenizer(str(tmp_path / "large"))
     one_sentence(error)

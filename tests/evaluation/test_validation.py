@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from toy_runs import ROOT
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from modeling_gpt2repro.data.batches.shuffled import TokenSequences, validation_batches
+from modeling_gpt2repro.data.batches.sequences import TokenSequences, validation_batches
 from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
 from modeling_gpt2repro.data.tokenizer import train_tokenizer
 from modeling_gpt2repro.evaluation.validation import block_size_of, main, summed_loss

@@ -1,4 +1,4 @@
-"""To and from stock GPT-2: the same numbers, the whole folder, or a sentence."""
+"""Conversion to and from transformers' GPT-2: equal logits and complete folders, or an error that says why not."""
 
 import json
 import shutil
@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from modeling_gpt2repro import GPT2ReproForCausalLM
-from modeling_gpt2repro.hub.conversion import copy_weights, from_hf_gpt2, load_gpt2, main, our_config, to_hf_gpt2
+from modeling_gpt2repro.hub.conversion import convert_config, copy_weights, from_hf_gpt2, load_gpt2, main, to_hf_gpt2
 
 
 @pytest.fixture
 def stock_folder(stock, tiny_tokenizer, tmp_path):
-    """A stock GPT-2 with the tiny tokenizer and settings of its own, as a folder."""
+    """A folder with a GPT-2 of transformers, the tiny tokenizer and a generation config."""
     config = GPT2Config(**{**stock.config.to_dict(), "vocab_size": len(tiny_tokenizer)})
     torch.manual_seed(4)
     model = GPT2LMHeadModel(config)
@@ -29,7 +29,7 @@ def rewrite_config(folder, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def refusal(source, target, capsys) -> str:
+def error_message(source, target, capsys) -> str:
     with pytest.raises(SystemExit) as stopped:
         main(["--from", str(source), "--to", str(target)])
     assert stopped.value.code == 2
@@ -38,14 +38,14 @@ def refusal(source, target, capsys) -> str:
 
 
 def largest_difference(a, b, ids) -> float:
-    """Of the logits, in units of the largest of them."""
+    """Of the logits, relative to the largest of them."""
     return ((a(ids).logits - b(ids).logits).abs().max() / b(ids).logits.abs().max()).item()
 
 
-def test_there_and_back_gives_the_same_file(stock_folder, tmp_path, random_ids, capsys):
+def test_converting_there_and_back_gives_the_same_weights(stock_folder, tmp_path, random_ids, capsys):
     main(["--from", str(stock_folder), "--to", str(tmp_path / "ours")])
     main(["--from", str(tmp_path / "ours"), "--to", str(tmp_path / "back")])
-    assert "back holds a GPT2LMHeadModel of" in capsys.readouterr().out
+    assert "back holds a GPT2LMHeadModel with" in capsys.readouterr().out
     before, after = (load_file(folder / "model.safetensors") for folder in (stock_folder, tmp_path / "back"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -65,8 +65,8 @@ def test_there_and_back_gives_the_same_file(stock_folder, tmp_path, random_ids, 
     assert "from scratch" not in (tmp_path / "ours" / "README.md").read_text()
 
 
-def test_a_file_as_openai_published_it_is_taken(stock_folder, tmp_path, random_ids):
-    """Names without `transformer.`, and each block's causal mask as a tensor."""
+def test_the_format_that_openai_published_is_read(stock_folder, tmp_path, random_ids):
+    """Names without `transformer.`, and the causal mask of each block as a tensor."""
     ids = random_ids(1, 20)
     expected = AutoModelForCausalLM.from_pretrained(stock_folder)
     weights = load_file(stock_folder / "model.safetensors")
@@ -90,23 +90,25 @@ def test_logits_are_equal_both_ways(stock, random_ids, activation):
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh"])
-def test_with_weights_as_gpt2_begins_no_logit_differs_by_a_millionth(stock, random_ids, activation):
-    """Not relative to anything: logits are around 1 then. Large ones have no such digits in fp32."""
+def test_with_fresh_weights_logits_differ_by_at_most_a_millionth(stock, random_ids, activation):
+    """In absolute terms, because logits are about 1 then; fp32 does not resolve a millionth of large ones."""
     torch.manual_seed(6)
     changed = {"activation_function": activation, "initializer_range": 0.02}
     model = GPT2LMHeadModel(GPT2Config(**{**stock.config.to_dict(), **changed})).eval()
-    ours, ids = from_hf_gpt2(model), random_ids(3, 40)
+    ours = from_hf_gpt2(model)
+    ids = random_ids(3, 40)
     for some in (ids, ids[:1, :1], ids[:1, :7]):
         assert (ours(some).logits - model(some).logits).abs().max() <= 1e-6
         assert (to_hf_gpt2(ours)(some).logits - ours(some).logits).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh"])
-def test_in_fp64_they_are_one_function(stock, random_ids, activation):
-    """What differs in fp32 is rounding: at 124M stock itself is off by up to 5e-6 there, ours by 2e-6."""
+def test_in_fp64_both_compute_the_same_function(stock, random_ids, activation):
+    """The differences in fp32 are rounding: at 124M, transformers is off by up to 5e-6 there, our model by 2e-6."""
     model = GPT2LMHeadModel(GPT2Config(**{**stock.config.to_dict(), "activation_function": activation})).eval()
     model.load_state_dict(stock.state_dict())
-    ours, ids = from_hf_gpt2(model.double()), random_ids(3, 40)
+    ours = from_hf_gpt2(model.double())
+    ids = random_ids(3, 40)
     assert ours.dtype == torch.float64
     assert largest_difference(ours, model, ids) < 1e-13
     assert largest_difference(to_hf_gpt2(ours), ours, ids) < 1e-13
@@ -121,7 +123,8 @@ def test_all_four_sizes_have_the_same_tensors(shape):
     n_layer, n_head, n_embd = shape
     config = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     with torch.device("meta"):
-        stock, ours = GPT2LMHeadModel(config), GPT2ReproForCausalLM(our_config(config))
+        stock = GPT2LMHeadModel(config)
+        ours = GPT2ReproForCausalLM(convert_config(config))
     copy_weights(stock, ours)
     copy_weights(ours, stock)
     assert ours.num_parameters() == stock.num_parameters()
@@ -135,7 +138,7 @@ def test_the_dtype_is_kept(stock_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"activation_function": "relu"}, "activation_function is relu and not gelu_pytorch_tanh or gelu_new"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True and not False"),
@@ -146,52 +149,53 @@ def test_the_dtype_is_kept(stock_folder, tmp_path):
         ({"vocab_size": 333}, "a tokenizer of 300 ids and a model of 333"),
     ],
 )
-def test_what_is_no_such_gpt2_is_refused_by_name(stock_folder, tmp_path, capsys, changes, told):
+def test_unsupported_options_and_wrong_tensors_are_named(stock_folder, tmp_path, capsys, changes, message):
     rewrite_config(stock_folder, **changes)
-    assert told in refusal(stock_folder, tmp_path / "ours", capsys)
+    assert message in error_message(stock_folder, tmp_path / "ours", capsys)
 
 
-def test_other_sources_are_refused_in_one_sentence(stock_folder, tmp_path, capsys, monkeypatch):
+def test_sources_that_cannot_be_converted_are_refused_in_one_sentence(stock_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     AutoTokenizer.from_pretrained(stock_folder).save_pretrained(tmp_path / "tokenizer")
     LlamaConfig().save_pretrained(tmp_path / "llama")
-    assert "is a 'llama' model, neither 'gpt2' nor 'gpt2repro'" in refusal(
+    assert "is a 'llama' model: give one of type 'gpt2' or 'gpt2repro'" in error_message(
         tmp_path / "llama", tmp_path / "ours", capsys
     )
     (tmp_path / "empty").mkdir()
-    assert "is no model that can be read" in refusal(tmp_path / "empty", tmp_path / "ours", capsys)
+    assert "cannot be read as a model" in error_message(tmp_path / "empty", tmp_path / "ours", capsys)
     (stock_folder / "tokenizer.json").unlink()
     (stock_folder / "tokenizer_config.json").unlink()
-    told = refusal(stock_folder, tmp_path / "ours", capsys)  # transformers makes an empty tokenizer there
-    assert "a tokenizer of 1 ids and a model of 300: save the tokenizer there" in told
+    message = error_message(stock_folder, tmp_path / "ours", capsys)  # transformers creates an empty tokenizer then
+    assert "a tokenizer of 1 ids and a model of 300: save the tokenizer there" in message
     (stock_folder / "model.safetensors").write_bytes(b"no weights")
     shutil.copytree(tmp_path / "tokenizer", stock_folder, dirs_exist_ok=True)
-    assert "has weights that cannot be read" in refusal(stock_folder, tmp_path / "ours", capsys)
+    assert "has weights that cannot be read" in error_message(stock_folder, tmp_path / "ours", capsys)
 
 
-def test_a_head_of_its_own_is_not_lost(stock_folder, tmp_path, capsys):
+def test_an_untied_output_head_is_refused(stock_folder, tmp_path, capsys):
     weights = load_file(stock_folder / "model.safetensors")
     weights["lm_head.weight"] = 2 * weights["transformer.wte.weight"]
     save_file(weights, stock_folder / "model.safetensors", {"format": "pt"})
-    assert "this GPT-2 is untied, and ours is not" in refusal(stock_folder, tmp_path / "ours", capsys)
+    message = error_message(stock_folder, tmp_path / "ours", capsys)
+    assert "this GPT-2 has an untied output head, our model a tied one" in message
 
 
-def test_an_adapter_is_told(tmp_path, capsys):
+def test_an_adapter_is_refused(tmp_path, capsys):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    assert "is an adapter: merge it" in refusal(tmp_path / "adapter", tmp_path / "ours", capsys)
+    assert "is an adapter: merge it" in error_message(tmp_path / "adapter", tmp_path / "ours", capsys)
 
 
-def test_a_folder_that_is_there_is_left_alone(stock_folder, capsys):
+def test_an_existing_folder_is_left_alone(stock_folder, capsys):
     with pytest.raises(SystemExit):
         main(["--from", str(stock_folder), "--to", str(stock_folder)])
-    assert "is there already: give another --to" in capsys.readouterr().err
+    assert "exists already: give another --to" in capsys.readouterr().err
     assert AutoModelForCausalLM.from_pretrained(stock_folder)
 
 
-def test_stock_weights_in_a_folder_of_ours_are_refused(stock_folder, tmp_path, capsys):
+def test_weights_of_the_other_kind_in_a_folder_are_refused(stock_folder, tmp_path, capsys):
     main(["--from", str(stock_folder), "--to", str(tmp_path / "ours")])
     (tmp_path / "ours" / "model.safetensors").write_bytes((stock_folder / "model.safetensors").read_bytes())
-    assert "h.0.attn.c_attn.weight" in refusal(tmp_path / "ours", tmp_path / "back", capsys)
+    assert "h.0.attn.c_attn.weight" in error_message(tmp_path / "ours", tmp_path / "back", capsys)
     with pytest.raises(ValueError, match="of another shape"):
         load_gpt2(str(tmp_path / "ours"))

@@ -1,4 +1,4 @@
-"""A model's card: for the Hub's readers and its machines."""
+"""The model card, as text for people and as metadata for the Hub."""
 
 import json
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from modeling_gpt2repro.training.arguments import TrainArguments
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """What a finished run of the defaults leaves, in numbers that are easily told apart."""
+    """The folder of a finished run with default arguments; every number occurs only once."""
     evaluation = {"step": 19073, "tokens": 9_999_220_736, "validation_loss": 3.25, "validation_perplexity": 25.79}
     evaluation |= {"validation_bits_per_byte": 0.9876, "validation_tokens": 10_485_760}
     for protocol, value in (("completion", 0.3001), ("lm_eval", 0.3155)):
@@ -20,29 +20,29 @@ def run_folder(tmp_path):
         evaluation |= {name: value, f"{name}_low": value - 0.009, f"{name}_high": value + 0.009}
     earlier = {**evaluation, "step": 0, "tokens": 0, "validation_loss": 10.9}
     steps = [{"step": step, "tokens": step * 2**19, "loss": 4.0, "step_seconds": 1800.0} for step in (1, 2)]
-    rows = [earlier, *steps, evaluation]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    record = {
+    records = [earlier, *steps, evaluation]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = {
         "arguments": asdict(TrainArguments()),
         "data": {"data": "0123456789abcdef"},
         "hardware": {"device": "NVIDIA H100", "processes": 8, "precision": "bf16"},
         "versions": {"python": "3.12.1", "torch": "2.13.0"},
         "commit": "c0ffee",
     }
-    (tmp_path / "run.json").write_text(json.dumps(record))
-    yardsticks = {"completion": {"gpt2": 0.2955}, "lm-eval": {"gpt2": 0.3114}}
-    (tmp_path / "yardsticks.json").write_text(json.dumps({"hellaswag_yardsticks": yardsticks}))
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    baselines = {"completion": {"gpt2": 0.2955}, "lm-eval": {"gpt2": 0.3114}}
+    (tmp_path / "baselines.json").write_text(json.dumps({"hellaswag_baselines": baselines}))
     (tmp_path / "loss.png").write_bytes(b"a picture")
     return tmp_path
 
 
 def change_arguments(run_folder, **arguments):
-    record = json.loads((run_folder / "run.json").read_text())
-    record["arguments"] |= arguments
-    (run_folder / "run.json").write_text(json.dumps(record))
+    config = json.loads((run_folder / "run.json").read_text())
+    config["arguments"] |= arguments
+    (run_folder / "run.json").write_text(json.dumps(config))
 
 
-def test_the_card_tells_the_last_numbers_and_the_recipe(run_folder, tiny_model):
+def test_the_card_has_the_last_evaluation_and_the_hyperparameters(run_folder, tiny_model):
     card = model_card(tiny_model, run_folder=run_folder)
     for line in (
         "| after | step 19,073, 9,999,220,736 tokens |",
@@ -50,16 +50,16 @@ def test_the_card_tells_the_last_numbers_and_the_recipe(run_folder, tiny_model):
         "| HellaSwag acc_norm, completion | 0.3001 (95 %: 0.2911 to 0.3091); OpenAI's gpt2 has 0.2955 |",
         "| HellaSwag acc_norm, lm-eval | 0.3155 (95 %: 0.3065 to 0.3245); OpenAI's gpt2 has 0.3114 |",
         "| data | HuggingFaceFW/fineweb-edu, shards with fingerprint 0123456789ab |",
-        "| tokens | 10,000,000,000, 524,288 a step |",
+        "| tokens | 10,000,000,000, 524,288 per step |",
         "| learning rate | 0.0006 after 375,000,000 tokens of warm-up, then cosine to 10% of it |",
         "| hardware | 8 x NVIDIA H100, bf16; 1.00 hours of training |",
         "| code | gpt2repro, commit c0ffee |",
-        "![loss against tokens](loss.png)",
+        "![loss over training tokens](loss.png)",
     ):
         assert f"{line}\n" in card
 
 
-def test_the_hub_reads_the_numbers_of_public_data(run_folder, tiny_model):
+def test_results_on_public_data_are_in_the_metadata(run_folder, tiny_model):
     data = ModelCard(model_card(tiny_model, run_folder=run_folder)).data
     assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text-generation", "mit")
     assert data.datasets == ["HuggingFaceFW/fineweb-edu"]
@@ -71,13 +71,13 @@ def test_the_hub_reads_the_numbers_of_public_data(run_folder, tiny_model):
     ]
 
 
-def test_numbers_of_data_that_nobody_else_has_are_no_results_on_the_hub(run_folder, tiny_model):
+def test_results_on_private_data_are_not_in_the_metadata(run_folder, tiny_model):
     change_arguments(run_folder, shards=str(run_folder), hellaswag="a-few-rows.jsonl")
     card = model_card(tiny_model, run_folder=run_folder)
     data = ModelCard(card).data
     assert (data.datasets, data.eval_results) == (None, None)
     assert "OpenAI's gpt2" not in card
-    assert "| data | of its own, shards with fingerprint 0123456789ab |" in card
+    assert "| data | private, shards with fingerprint 0123456789ab |" in card
     assert "0.3001 (95 %" in card
 
 
@@ -92,44 +92,44 @@ def test_a_card_without_a_run_or_before_its_first_evaluation(run_folder, tiny_mo
     assert "## Training" in card
 
 
-def test_a_card_can_be_written_of_any_numbers(run_folder, tiny_model):
-    """A diverged model's loss is null in metrics.jsonl; an older version's HellaSwag had no interval."""
-    row = {"step": 5, "tokens": 50, "validation_loss": None, "validation_perplexity": None, "validation_tokens": 320}
-    row |= {"validation_bits_per_byte": None, "hellaswag_completion_acc_norm": 0.25}
+def test_results_of_diverged_runs_and_of_early_versions_can_be_written(run_folder, tiny_model):
+    """The loss of a diverged model is null in metrics.jsonl; early versions wrote no interval of HellaSwag."""
+    record = {"step": 5, "tokens": 50, "validation_loss": None, "validation_perplexity": None, "validation_tokens": 320}
+    record |= {"validation_bits_per_byte": None, "hellaswag_completion_acc_norm": 0.25}
     with open(run_folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(record) + "\n")
     card = model_card(tiny_model, run_folder=run_folder)
-    assert "| validation loss | no number on 320 tokens |\n" in card
+    assert "| validation loss | not a number on 320 tokens |\n" in card
     assert "| HellaSwag acc_norm, completion | 0.2500; OpenAI's gpt2 has 0.2955 |\n" in card
     assert [result.metric_value for result in ModelCard(card).data.eval_results] == [0.25]
 
 
-def test_a_run_that_went_on_otherwise_is_told_as_it_ended(run_folder, tiny_model):
-    """HellaSwag of another file is no number for the Hub, whatever the run began with."""
+def test_a_run_resumed_with_other_arguments_is_described_by_the_last_ones(run_folder, tiny_model):
+    """Scores on another HellaSwag file are not in the metadata, whichever file the run was started with."""
     changes = [
         {"seed": [1337, 7]},
         {"train_tokens": [10**10, 2 * 10**10], "hellaswag": ["Rowan/hellaswag", "few.jsonl"]},
     ]
-    ended = (run_folder / "metrics.jsonl").read_text()
+    metrics = (run_folder / "metrics.jsonl").read_text()
     resumed = [json.dumps({"step": 1, "event": "resume", "changed": changed}) + "\n" for changed in changes]
-    (run_folder / "metrics.jsonl").write_text("".join([*resumed, ended]))
+    (run_folder / "metrics.jsonl").write_text("".join([*resumed, metrics]))
     card = model_card(tiny_model, run_folder=run_folder)
-    assert "| tokens | 20,000,000,000, 524,288 a step |\n" in card
+    assert "| tokens | 20,000,000,000, 524,288 per step |\n" in card
     assert "| seed | 1337 |\n" in card
     assert [result.dataset_name for result in ModelCard(card).data.eval_results] == ["fineweb-edu"]
 
 
-def test_a_streamed_run_in_fp32_has_no_shards_to_tell_of(run_folder, tiny_model):
-    record = json.loads((run_folder / "run.json").read_text())
-    record["data"]["data"] = {"dataset": "HuggingFaceFW/fineweb-edu", "files": 14}
-    record["hardware"]["precision"] = "no"
-    (run_folder / "run.json").write_text(json.dumps(record))
+def test_the_card_of_a_streamed_run_in_fp32_mentions_no_shards(run_folder, tiny_model):
+    config = json.loads((run_folder / "run.json").read_text())
+    config["data"]["data"] = {"dataset": "HuggingFaceFW/fineweb-edu", "files": 14}
+    config["hardware"]["precision"] = "no"
+    (run_folder / "run.json").write_text(json.dumps(config))
     card = model_card(tiny_model, run_folder=run_folder)
     assert "| data | HuggingFaceFW/fineweb-edu |\n" in card
     assert "| hardware | 8 x NVIDIA H100, fp32; 1.00 hours of training |\n" in card
 
 
-def test_where_the_weights_come_from(tmp_path):
+def test_the_first_sentence_says_where_the_weights_come_from(tmp_path):
     assert base_model_sentence(None) == FROM_SCRATCH
-    assert base_model_sentence(str(tmp_path)) == f"A GPT-2 trained on from {tmp_path.name}."
-    assert base_model_sentence("openai-community/gpt2") == "A GPT-2 trained on from openai-community/gpt2."
+    assert base_model_sentence(str(tmp_path)) == f"A GPT-2 fine-tuned from {tmp_path.name}."
+    assert base_model_sentence("openai-community/gpt2") == "A GPT-2 fine-tuned from openai-community/gpt2."

@@ -98,7 +98,7 @@ def test_packed_sequences_do_not_attend_to_each_other(carried, random_ids, atten
 
 
 def test_document_mask_lets_nothing_leak_between_documents(carried, random_ids):
-    from modeling_gpt2repro.data.batches.shuffled import as_batch
+    from modeling_gpt2repro.data.batches.sequences import as_batch
 
     sequences = random_ids(2, 41)
     sequences[0, [7, 20]] = 0  # the first token of a document

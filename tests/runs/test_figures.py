@@ -1,6 +1,7 @@
-"""Figures of runs: what is read of a run's folder, what is drawn of it, and what cannot be."""
+"""Reading a run's folder, and plotting one or more runs."""
 
 import contextlib
+import itertools
 import json
 import math
 import random
@@ -13,37 +14,38 @@ from PIL import Image
 
 from modeling_gpt2repro.evaluation.hellaswag.metrics import BASELINES
 from modeling_gpt2repro.runs import figures
-from modeling_gpt2repro.runs.curves import axis_limits, downsample, mean_width, running_mean
-from modeling_gpt2repro.runs.read import read_metrics, read_run, replay, write_yardsticks
+from modeling_gpt2repro.runs.plots import axis_limits, downsample, mean_width, plot_runs, running_mean
+from modeling_gpt2repro.runs.read import drop_undone_records, read_metrics, read_run, write_baselines
 
 TOKENS_PER_STEP = 100
 HELLASWAG = {"hellaswag_completion_acc_norm": 0.28, "hellaswag_lm_eval_acc_norm": 0.3}
 
 
-def train_row(step, **numbers):
+def training_record(step, **numbers):
     usual = {"loss": 3 + 5 / step, "grad_norm": 1.0, "learning_rate": 1e-3 * step, "tokens_per_second": 5e4}
     return {"step": step, "tokens": step * TOKENS_PER_STEP, **usual, **numbers}
 
 
-def evaluation_row(step, **numbers):
+def evaluation_record(step, **numbers):
     return {"step": step, "tokens": step * TOKENS_PER_STEP, "validation_loss": 3.1 + 5 / (step + 1), **numbers}
 
 
-def make_run(folder, rows, **arguments):
+def make_run(folder, records, **arguments):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    lines = [json.dumps(record) + "\n" for record in records]
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
     (folder / "run.json").write_text(json.dumps({"arguments": arguments}), encoding="utf-8")
     return folder
 
 
 @pytest.fixture
 def run(tmp_path):
-    rows = [
-        evaluation_row(0, **HELLASWAG),
-        *(train_row(step) for step in range(1, 31)),
-        evaluation_row(30, **HELLASWAG),
+    records = [
+        evaluation_record(0, **HELLASWAG),
+        *(training_record(step) for step in range(1, 31)),
+        evaluation_record(30, **HELLASWAG),
     ]
-    return make_run(tmp_path / "run", rows)
+    return make_run(tmp_path / "run", records)
 
 
 def titles(figure):
@@ -62,44 +64,65 @@ def legend(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_a_run_reads_as_if_it_had_never_been_stopped():
-    rows = [evaluation_row(0), train_row(1), train_row(2), {"step": 2, "event": "skipped"}, evaluation_row(2)]
+def test_an_interrupted_run_reads_like_an_uninterrupted_one():
+    skipped = {"step": 2, "event": "skipped"}
+    before = [evaluation_record(0), training_record(1), training_record(2), skipped, evaluation_record(2)]
     resumed = {"step": 2, "event": "resume"}
-    again = [evaluation_row(2), train_row(3, loss=1.0)]
-    lines = [json.dumps(row) for row in [*rows, train_row(3), train_row(4), resumed, *again]]
-    kept = [*rows[:4], *again]  # the skipped step came before the checkpoint, its evaluation after
-    assert replay([*lines, '{"step": 4, "lo']) == (kept, [2], {})
-    assert replay([*lines, json.dumps({"step": 1, "event": "resume"})]) == (rows[:2], [1], {})
-    assert replay([json.dumps({"step": 0, "event": "resume"})]) == ([], [], {})  # 'latest', and there was nothing
+    after = [evaluation_record(2), training_record(3, loss=1.0)]
+    lines = [json.dumps(record) for record in [*before, training_record(3), training_record(4), resumed, *after]]
+    kept = [*before[:4], *after]  # a step is skipped before its checkpoint is saved, but evaluated afterwards
+    assert drop_undone_records([*lines, '{"step": 4, "lo']) == (kept, [2], {})
+    again = json.dumps({"step": 1, "event": "resume"})
+    assert drop_undone_records([*lines, again]) == (before[:2], [1], {})
+    nothing_to_resume = json.dumps({"step": 0, "event": "resume"})
+    assert drop_undone_records([nothing_to_resume]) == ([], [], {})
 
 
-def test_steps_that_were_skipped_are_no_part_of_a_curve(tmp_path):
-    rows = [train_row(1), train_row(2, loss=99.0), {"step": 2, "tokens": 200, "event": "skipped"}, train_row(3)]
-    log = read_run(make_run(tmp_path / "run", [*rows, train_row(4, loss=math.nan), {"step": 4, "event": "resume"}]))
-    tokens, losses = log.series("loss")
+def test_skipped_steps_are_not_part_of_a_curve(tmp_path):
+    records = [
+        training_record(1),
+        training_record(2, loss=99.0),
+        {"step": 2, "tokens": 200, "event": "skipped"},
+        training_record(3),
+        training_record(4, loss=math.nan),
+        {"step": 4, "event": "resume"},
+    ]
+    run = read_run(make_run(tmp_path / "run", records))
+    tokens, losses = run.series("loss")
     assert tokens.tolist() == [100, 300]
     assert losses.tolist() == [8.0, 3 + 5 / 3]
-    assert log.skipped_tokens().tolist() == [200]
-    assert log.resumed_tokens().tolist() == [400]
-    assert [values.tolist() for values in log.series("mfu")] == [[], []]
-    figure = figures.draw_sheet([log])
+    assert run.skipped_tokens().tolist() == [200]
+    assert run.resumed_tokens().tolist() == [400]
+    assert [values.tolist() for values in run.series("mfu")] == [[], []]
+    figure = plot_runs([run])
     marks = {line.get_marker(): line.get_xdata().tolist() for line in panel(figure, "Loss").lines}
     assert (marks["x"], marks["|"]) == ([200], [400])
     assert legend(figure)[-2:] == ["resumed", "update skipped"]
 
 
-def test_there_are_no_rows_where_there_is_no_log(tmp_path):
+def test_a_folder_without_metrics_has_no_records(tmp_path):
     assert read_metrics(tmp_path) == []
 
 
-def test_the_running_mean_is_that_of_each_value_and_its_neighbours():
+def test_baselines_are_read_from_files_of_earlier_versions_too(run):
+    stored = {"loss_yardsticks": {"guessing evenly": 7.9}, "hellaswag_yardsticks": {"completion": {"gpt2": 0.2955}}}
+    (run / "yardsticks.json").write_text(json.dumps(stored))
+    assert read_run(run).loss_baselines == {"guessing evenly": 7.9}
+    assert read_run(run).hellaswag_baselines == {"completion": {"gpt2": 0.2955}}
+    write_baselines(run, {"guessing evenly": 7.5}, BASELINES)
+    assert read_run(run).loss_baselines == {"guessing evenly": 7.5}
+    assert read_run(run).hellaswag_baselines["lm-eval"] == {"gpt2": 0.3114, "gpt2-xl": 0.5089}
+    assert json.loads((run / "baselines.json").read_text()).keys() == {"loss_baselines", "hellaswag_baselines"}
+
+
+def test_the_running_mean_is_centered():
     values = np.array([1.0, 2.0, 6.0, 4.0, 0.0])
     assert running_mean(values, 3).tolist() == [1.5, 3.0, 4.0, 10 / 3, 2.0]
     assert running_mean(values, 1).tolist() == values.tolist()
     assert [mean_width(count) for count in (0, 3, 100, 19_073)] == [1, 1, 3, 381]
 
 
-def test_thinning_keeps_order_ends_of_range_and_every_spike():
+def test_downsampling_keeps_the_order_and_every_spike():
     values = np.sin(np.arange(19_073) / 50)
     values[[7_777, 12_345]] = 100, -100
     x, y = downsample(np.arange(19_073), values)
@@ -111,31 +134,31 @@ def test_thinning_keeps_order_ends_of_range_and_every_spike():
     assert downsample(few, few) == (few, few)
 
 
-def test_an_axis_leaves_out_the_fall_at_the_start_and_takes_in_a_near_yardstick():
+def test_an_axis_cuts_off_the_steep_start_and_includes_baselines_close_by():
     losses = np.array([10.0] * 2 + list(np.linspace(4, 3, 198)))
     low, high = axis_limits(losses)
     assert 2.9 < low < 3
     assert 4 < high < 4.1
     low, high = axis_limits(losses, [2.5, 8.0], below=1.0, above=0.1)
     assert low < 2.5
-    assert high < 4.2  # guessing is far away by then
+    assert high < 4.2  # the other baseline is too far away
     assert axis_limits(losses, [2.5], below=0.1)[0] > 2.9
     assert axis_limits(losses, [4.5], above=1.0)[1] > 4.6
-    assert axis_limits(np.array([3.0, 9.0]))[1] > 9  # all of a few
+    assert axis_limits(np.array([3.0, 9.0]))[1] > 9  # nothing is cut off a few values
 
 
-def test_a_sheet_has_a_panel_for_each_number_that_there_is(run, tmp_path):
-    steps = ["Learning rate", "Gradient norm, before clipping", "Tokens a second"]
+def test_a_figure_has_a_panel_for_each_metric_of_the_run(run, tmp_path):
+    steps = ["Learning rate", "Gradient norm, before clipping", "Tokens per second"]
     accuracies = ["HellaSwag acc_norm, completion", "HellaSwag acc_norm, lm-eval"]
-    assert titles(figures.draw_sheet([read_run(run)])) == ["Loss, nats per token", *accuracies, *steps]
-    three = make_run(tmp_path / "three", [train_row(step) for step in (1, 2, 3)])
-    assert titles(figures.draw_sheet([read_run(three)])) == ["Loss, nats per token", *steps]
-    begun = make_run(tmp_path / "begun", [evaluation_row(0)])
-    assert titles(figures.draw_sheet([read_run(begun)])) == ["Loss, nats per token"]
+    assert titles(plot_runs([read_run(run)])) == ["Loss, nats per token", *accuracies, *steps]
+    three = make_run(tmp_path / "three", [training_record(step) for step in (1, 2, 3)])
+    assert titles(plot_runs([read_run(three)])) == ["Loss, nats per token", *steps]
+    started = make_run(tmp_path / "started", [evaluation_record(0)])
+    assert titles(plot_runs([read_run(started)])) == ["Loss, nats per token"]
 
 
 def test_a_loss_panel_shows_every_step_their_mean_and_the_last_validation_loss(run):
-    figure = figures.draw_sheet([read_run(run)])
+    figure = plot_runs([read_run(run)])
     loss = panel(figure, "Loss")
     expected = [3 + 5 / step for step in range(1, 31)]
     raw, mean, validation = (line for line in loss.lines if len(line.get_xdata()))
@@ -147,9 +170,9 @@ def test_a_loss_panel_shows_every_step_their_mean_and_the_last_validation_loss(r
     assert legend(figure) == ["training", "validation"]
 
 
-def test_each_protocol_is_measured_by_its_own_published_numbers(run):
-    write_yardsticks(run, {"guessing evenly": 7.9}, BASELINES)
-    figure = figures.draw_sheet([read_run(run)])
+def test_each_protocol_is_compared_with_its_own_published_numbers(run):
+    write_baselines(run, {"guessing evenly": 7.9}, BASELINES)
+    figure = plot_runs([read_run(run)])
     assert "guessing evenly: 7.9" in texts(panel(figure, "Loss"))
     completion, lm_eval = (texts(panel(figure, f"HellaSwag acc_norm, {name}")) for name in ("completion", "lm-eval"))
     assert {"gpt2: 0.2955", "GPT-3 124M: 0.337"} <= set(completion)
@@ -157,8 +180,24 @@ def test_each_protocol_is_measured_by_its_own_published_numbers(run):
     assert not any("gpt2-xl" in text for text in completion)  # far above what is shown
 
 
+def test_labels_do_not_overlap(tmp_path):
+    """GPT-2's loss is where the run ends; seven examples of HellaSwag have an interval that holds all baselines."""
+    wide = {"hellaswag_completion_acc_norm_low": 0.02, "hellaswag_completion_acc_norm_high": 0.84}
+    records = [training_record(step, loss=4 - 0.007 * step) for step in range(1, 101)]
+    records += [evaluation_record(step, **HELLASWAG, **wide) for step in (0, 50)]
+    records += [evaluation_record(100, **HELLASWAG, **wide) | {"validation_loss": 3.29}]
+    run = make_run(tmp_path / "run", records, dataset_name="HuggingFaceFW/fineweb-edu")
+    write_baselines(run, {"guessing evenly": 3.9}, BASELINES)
+    figure = plot_runs([read_run(run)])
+    figure.draw_without_rendering()
+    for title, count in (("Loss", 3), ("HellaSwag acc_norm, completion", 5)):
+        boxes = [text.get_window_extent() for text in panel(figure, title).texts]
+        assert len(boxes) == count
+        assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "measured"),
+    ("arguments", "comparable"),
     [
         ({"dataset_name": "HuggingFaceFW/fineweb-edu"}, True),
         ({"dataset_name": "HuggingFaceFW/fineweb-edu", "tokenizer": "mine"}, False),
@@ -171,7 +210,7 @@ def test_each_protocol_is_measured_by_its_own_published_numbers(run):
         ({}, False),
     ],
 )
-def test_gpt2s_loss_is_drawn_where_the_data_is_fineweb_edu(tmp_path, monkeypatch, arguments, measured):
+def test_gpt2s_loss_is_a_baseline_only_on_fineweb_edu(tmp_path, monkeypatch, arguments, comparable):
     monkeypatch.chdir(tmp_path)
     for name, dataset, tokenizer in (
         ("mine", None, "gpt2"),
@@ -183,25 +222,25 @@ def test_gpt2s_loss_is_drawn_where_the_data_is_fineweb_edu(tmp_path, monkeypatch
         (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "lecture").mkdir()
     (tmp_path / "lecture" / "edufineweb_val_000000.npy").touch()
-    rows = [train_row(step, loss=3.5 - step / 100) for step in range(1, 50)]
-    figure = figures.draw_sheet([read_run(make_run(tmp_path / "run", rows, **arguments))])
-    assert ("GPT-2 124M: 3.292" in texts(panel(figure, "Loss"))) == measured
+    records = [training_record(step, loss=3.5 - step / 100) for step in range(1, 50)]
+    figure = plot_runs([read_run(make_run(tmp_path / "run", records, **arguments))])
+    assert ("GPT-2 124M: 3.292" in texts(panel(figure, "Loss"))) == comparable
 
 
-def test_several_runs_share_a_sheet_and_are_told_apart(run, tmp_path):
+def test_several_runs_share_a_figure_in_different_styles(run, tmp_path):
     names = [f"run{i}" for i in range(8)]
-    runs = [read_run(make_run(tmp_path / name, [train_row(1), train_row(2)])) for name in names]
-    figure = figures.draw_sheet(runs)
+    runs = [read_run(make_run(tmp_path / name, [training_record(1), training_record(2)])) for name in names]
+    figure = plot_runs(runs)
     assert legend(figure) == [*names, "training"]
-    looks = {(handle.get_color(), handle.get_linestyle()) for handle in figure.legends[0].legend_handles[:8]}
-    assert len(looks) == 8
-    same = make_run(tmp_path / "other" / "run", [train_row(1)])
-    assert legend(figures.draw_sheet([read_run(run), read_run(same)]))[:2] == [str(run), str(same)]
-    longer = make_run(tmp_path / "longer", [train_row(500)])
-    assert panel(figures.draw_sheet([read_run(run), read_run(longer)]), "Learning").get_xlim()[1] > 50_000
+    styles = {(handle.get_color(), handle.get_linestyle()) for handle in figure.legends[0].legend_handles[:8]}
+    assert len(styles) == 8
+    same = make_run(tmp_path / "other" / "run", [training_record(1)])
+    assert legend(plot_runs([read_run(run), read_run(same)]))[:2] == [str(run), str(same)]
+    longer = make_run(tmp_path / "longer", [training_record(500)])
+    assert panel(plot_runs([read_run(run), read_run(longer)]), "Learning").get_xlim()[1] > 50_000
 
 
-def test_the_command_writes_a_picture_and_a_drawing_and_says_where(run, tmp_path, capsys):
+def test_the_command_writes_png_and_svg_and_prints_their_paths(run, tmp_path, capsys):
     figures.main([str(run)])
     assert capsys.readouterr().out == f"{run / 'figures.png'}\n{run / 'figures.svg'}\n"
     with Image.open(run / "figures.png") as image:
@@ -211,16 +250,16 @@ def test_the_command_writes_a_picture_and_a_drawing_and_says_where(run, tmp_path
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= {color for _, color in colors}
     drawing = (run / "figures.svg").read_bytes()
     figures.main([str(run), "--output", str(tmp_path / "new" / "sheet.svg")])
-    assert (tmp_path / "new" / "sheet.svg").read_bytes() == drawing  # no date, no chance
+    assert (tmp_path / "new" / "sheet.svg").read_bytes() == drawing  # byte for byte: no date, no random ids
     figures.main([str(run), str(run), "--output", str(tmp_path / "folder.v2")])
     assert sorted(path.name for path in (tmp_path / "folder.v2").iterdir()) == ["comparison.png", "comparison.svg"]
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_a_long_run_is_drawn_in_seconds(tmp_path):
+def test_a_long_run_is_plotted_in_seconds(tmp_path):
     noise = random.Random(1)
-    rows = [train_row(step, loss=3 + 5 / step + noise.random()) for step in range(1, 19_074)]
-    run = make_run(tmp_path / "long", rows)
+    records = [training_record(step, loss=3 + 5 / step + noise.random()) for step in range(1, 19_074)]
+    run = make_run(tmp_path / "long", records)
     started = time.process_time()
     figures.main([str(run)])
     assert time.process_time() - started < 10  # 2 s on one core of an AMD EPYC (Zen 4)
@@ -231,22 +270,22 @@ def test_a_long_run_is_drawn_in_seconds(tmp_path):
 
 
 @contextlib.contextmanager
-def no_room():
-    """Inside, files of this process can be no longer than 1,000 bytes: what a full disk does to a larger one."""
+def full_disk():
+    """Limit the files that this process writes to 1,000 bytes, which fails larger ones as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         yield
-    finally:  # before pytest writes, whose output may be a file, too
+    finally:  # pytest's own output may be a file, too
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_raises_and_leaves_the_picture_that_was_there(run, capsys):
+def test_a_full_disk_raises_and_leaves_the_earlier_plot(run, capsys):
     (run / "loss.png").write_bytes(b"old")
-    with no_room(), pytest.raises(OSError, match="File too large"):
+    with full_disk(), pytest.raises(OSError, match="File too large"):
         figures.plot_loss(run)
     assert (run / "loss.png").read_bytes() == b"old"
-    with no_room(), pytest.raises(SystemExit) as end:
+    with full_disk(), pytest.raises(SystemExit) as end:
         figures.main([str(run)])
     assert end.value.code == 2
     assert capsys.readouterr().err == (
@@ -255,25 +294,25 @@ def test_a_full_disk_raises_and_leaves_the_picture_that_was_there(run, capsys):
     assert not list(run.glob(".*"))
 
 
-def test_a_loss_picture_needs_no_numbers(tmp_path):
-    assert figures.plot_loss(make_run(tmp_path / "run", [])).is_file()  # a full disk may have kept the rows back
+def test_a_loss_plot_needs_no_numbers(tmp_path):
+    assert figures.plot_loss(make_run(tmp_path / "run", [])).is_file()  # a full disk may have delayed the records
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
-        (["nowhere"], "nowhere is no run: it has no metrics.jsonl; give the --output_dir of a training."),
-        (["run", "begun"], "begun has no numbers yet: draw it after its first evaluation."),
-        (["run", "--output", "a.pdf"], "output (a.pdf) must be a .png, a .svg, or a folder for both."),
-        (["run", "--output", "file"], "output (file) must be a .png, a .svg, or a folder for both."),
+        (["nowhere"], "nowhere is not a run: it has no metrics.jsonl; give the --output_dir of a training."),
+        (["run", "begun"], "begun has no numbers yet: plot it after its first evaluation."),
+        (["run", "--output", "a.pdf"], "output (a.pdf) must be a .png file, a .svg file, or a folder for both."),
+        (["run", "--output", "file"], "output (file) must be a .png file, a .svg file, or a folder for both."),
         (["run", "--output", "file/a.png"], "file/a.png cannot be written (File exists): give another --output."),
     ],
 )
-def test_what_cannot_be_drawn_is_told_in_one_sentence(run, tmp_path, monkeypatch, capsys, argv, told):
+def test_what_cannot_be_plotted_is_one_sentence_and_exit_code_2(run, tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "begun", [{"step": 0, "event": "resume"}])
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as end:
         figures.main(argv)
     assert end.value.code == 2
-    assert capsys.readouterr().err == told + "\n"
+    assert capsys.readouterr().err == message + "\n"

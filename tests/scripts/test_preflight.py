@@ -162,10 +162,10 @@ def test_a_compiled_model_under_ddp_keeps_it_when_its_batch_is_found(tiny_model,
         wrapped = torch.nn.parallel.DistributedDataParallel(tiny_model)
         compiled = torch.compile(wrapped)
         args = TrainArguments(block_size=64, tokens_per_step=512)
-        batches = SimpleNamespace(shape=BatchConfig(64, 8, 8, 1))
+        batches = SimpleNamespace(config=BatchConfig(64, 8, 8, 1))
         apply_batch_size_finder(args, Accelerator(cpu=True), compiled, batches)
         assert compiled._orig_mod is wrapped
         assert compiled.no_sync == wrapped.no_sync
     finally:
         dist.destroy_process_group()
-    assert args.per_device_train_batch_size == batches.shape.micro_batch_size == 2
+    assert args.per_device_train_batch_size == batches.config.micro_batch_size == 2

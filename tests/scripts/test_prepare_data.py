@@ -149,14 +149,14 @@ import sys
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig
 from modeling_gpt2repro.data.sources.resolve import hub_source
 from modeling_gpt2repro.data.tokenizer import load_tokenizer
-from modeling_gpt2repro.data.batches.build import data_from_stream
+from modeling_gpt2repro.data.batches.build import build_streamed_data
 
 source, tokenizer = hub_source("ns/fineweb", "sample-10BT"), load_tokenizer(sys.argv[1])
 rows, validation = {}, {}
 for processes in (1, 2):
     parts, validation[processes] = [], 0
     for process in range(processes):
-        data = data_from_stream(source, tokenizer, BatchConfig(32, 8, 2, 1, process, processes), 0.1, 1000)
+        data = build_streamed_data(source, tokenizer, BatchConfig(32, 8, 2, 1, process, processes), 0.1, 1000)
         batches = [batch["input_ids"] for step in range(3) for batch in data.batches.micro_batches(step)]
         parts.append([row for batch in batches for row in batch.tolist()])
         validation[processes] += sum(len(batch["input_ids"]) for batch in data.validation_batches(1000, 4))
@@ -273,7 +273,7 @@ def test_a_stream_from_the_hub_gives_the_same_rows_to_one_process_and_to_two(war
     answer = json.loads(warm_python.run("-c", STREAM, tokenizer_folder).stdout)
     assert answer["rows"]["1"] == answer["rows"]["2"]
     assert len(answer["rows"]["1"]) == 24
-    assert answer["summary"] == "ns/fineweb, streamed: 7 units in 4 lanes"
+    assert answer["summary"] == "ns/fineweb, streamed: 7 partitions in 4 logical shards"
     assert answer["validation"] == {"1": 1000 // 32, "2": 1000 // 32}
     assert len(answer["identity"]["data"]["revision"]) == 40
 

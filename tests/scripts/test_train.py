@@ -147,7 +147,7 @@ def test_training_goes_on_from_the_weights_that_it_is_given(finished, shards, tm
     assert train_here(tmp_path / "run", shards, init_from=tmp_path / "stock", hellaswag="none", **short) == 0
     last = rows_of(finished[0], "validation_loss")[-1]
     assert rows_of(tmp_path / "run", "validation_loss")[0] == pytest.approx(last, abs=1e-5)
-    assert "A GPT-2 trained on from stock." in (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "A GPT-2 fine-tuned from stock." in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
 def test_a_run_leaves_what_it_says(finished):
@@ -158,7 +158,7 @@ def test_a_run_leaves_what_it_says(finished):
         "metrics.jsonl",
         "samples.jsonl",
         "hellaswag.jsonl",
-        "yardsticks.json",
+        "baselines.json",
         "loss.png",
         "model",
         "step-000010",

@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_gpt2repro.data.batches.shuffled import BatchConfig, ShuffledBatches, TokenSequences, as_batch
+from modeling_gpt2repro.data.batches.sequences import TokenSequences, as_batch
+from modeling_gpt2repro.data.batches.shuffled import BatchConfig, ShuffledBatches
 from modeling_gpt2repro.pretrain import messages as words
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog, StepMetrics
@@ -41,7 +42,7 @@ def random_rows(count: int, length: int = 33, seed: int = 5) -> torch.Tensor:
 
 def step_of(accelerator, model, optimizer, rows, size, max_grad_norm=1.0, guard=None) -> StepMetrics:
     """A step over `rows` in micro-batches of `size`; the last one is filled up as in the data room."""
-    micro_batches = [as_batch(part.numpy(), fill_to=size) for part in rows.split(size)]
+    micro_batches = [as_batch(part.numpy(), pad_to=size) for part in rows.split(size)]
     guard = guard or OutlierDetector(torch.device("cpu"))
     tokens = rows[:, 1:].numel()
     limits = {"tokens_per_step": tokens, "max_grad_norm": max_grad_norm, "detector": guard}

@@ -1,8 +1,9 @@
-"""What a training run reads, however it was named: batches, validation rows, tokenizer, and who they are."""
+"""What a training run reads, however it was named: a prepared folder, a mix of them, or a source that is streamed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -12,117 +13,172 @@ from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, Source, python
 from modeling_gpt2repro.data.tokenize import prepare_shards
 from modeling_gpt2repro.data.tokenizer import tokenizer_sha256, train_tokenizer
 
-from .mixture import MixedBatches, mixed_validation, open_mix
-from .shuffled import BatchConfig, ShuffledBatches, TokenSequences, validation_batches
+from .mixture import MixedBatches, load_mixture, mixed_validation
+from .sequences import TokenSequences, validation_batches
+from .shuffled import BatchConfig, ShuffledBatches
 from .streaming import StreamedBatches
+
+
+class TrainingBatches(Protocol):
+    """The batches of one process, as the training loop asks for them.
+
+    What a step trains on depends on `config.seed` and the step alone. `config.micro_batch_size` may be replaced before
+    the first step: it changes how a step is cut, not what is in it.
+    """
+
+    config: BatchConfig
+
+    @property
+    def micro_batch_shape(self) -> tuple[int, int]:
+        """Micro-batches of a step and sequences of each, the same for every step and process."""
+
+    @property
+    def sequences_per_epoch(self) -> int | None:
+        """Sequences that come before one comes again; None where there is no such number."""
+
+    def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield what `micro_batch_shape` says, each a dict of `input_ids` and `shift_labels`, (B, T) int64 on the CPU.
+
+        With `config.document_mask` also `position_ids` (B, T). Padding has -100 in `shift_labels`. Steps are asked for
+        in their order; the first one may be any that `load_state_dict` has set.
+        """
+
+    def sample_ids(self, step: int) -> list:
+        """What the step trained on, for a log: enough to find the text again."""
+
+    def state_dict(self) -> dict:
+        """What a checkpoint needs of this process to go on with the very next sequence; of JSON's types."""
+
+    def load_state_dict(self, state: dict):
+        """Go on from the union of all processes' states, on any number of processes."""
+
+    def close(self):
+        """End what works in the background."""
 
 
 @dataclass
 class TrainingData:
-    """The data of a run.
+    """The data of a run: all that the training loop knows of it.
 
     Args:
-        batches: `micro_batches(step)`, `state_dict()`, `load_state_dict(state)`.
-        validation: Rows that are never trained on.
-        data_fingerprint: Equal for two runs that read the same rows in the same order.
-        summary: One line for a person.
+        tokenizer: What made the ids.
+        batches: What each step trains on.
+        validation: Sequences that are never trained on, the same on every process.
+        data_fingerprint: Equal for two runs that train on the same sequences in the same order. Kept in checkpoints, so
+            that a run is not resumed on other data; does not depend on processes and micro-batches.
+        summary: One line about it for the start of the log.
     """
 
     tokenizer: PreTrainedTokenizerFast
-    batches: ShuffledBatches | StreamedBatches  # MixedBatches are shuffled ones, too
+    batches: TrainingBatches
     validation: TokenSequences
     data_fingerprint: dict
     summary: str
 
     def validation_batches(self, tokens: int, micro_batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
         """This process's part of the first `tokens` tokens of validation."""
+        config = self.batches.config
         return validation_batches(
-            self.validation, tokens, micro_batch_size, self.batches.shape, self.tokenizer.eos_token_id
+            self.validation,
+            tokens,
+            micro_batch_size,
+            process_index=config.process_index,
+            num_processes=config.num_processes,
+            end_of_text=self.tokenizer.eos_token_id if config.document_mask else None,
         )
 
 
-def data_from_shards(shards: TokenDataset, shape: BatchConfig) -> TrainingData:
-    """Seeded permutations of prepared rows.
+def build_shuffled_data(dataset: TokenDataset, config: BatchConfig) -> TrainingData:
+    """Train on one prepared folder, shuffled anew in each epoch.
 
     Raises:
-        ValueError: If a split holds less than one row; both are told.
+        ValueError: If a split holds less than one sequence; a line for each that does.
     """
-    rows, problems = {}, []
+    sequences = {}
+    problems = []
     for split, name in (("train", "training"), ("validation", "validation")):
         try:
-            rows[split] = TokenSequences(shards.shards(split), shape.block_size, name)
+            sequences[split] = TokenSequences(dataset.shards(split), config.block_size, name)
         except ValueError as error:
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
-    train, validation = (shards.manifest["splits"][split]["tokens"] for split in ("train", "validation"))
+    train_tokens, validation_tokens = (dataset.manifest["splits"][split]["tokens"] for split in sequences)
     return TrainingData(
-        shards.tokenizer,
-        ShuffledBatches(rows["train"], shape, shards.manifest["end_of_text_id"]),
-        rows["validation"],
-        {"data": shards.fingerprint, **order_identity(shape)},
-        f"{train:,} training tokens in {shards.folder}, {validation:,} for validation",
+        tokenizer=dataset.tokenizer,
+        batches=ShuffledBatches(sequences["train"], config, dataset.manifest["end_of_text_id"]),
+        validation=sequences["validation"],
+        data_fingerprint={"data": dataset.fingerprint, **order_fingerprint(config)},
+        summary=f"{train_tokens:,} training tokens in {dataset.folder}, {validation_tokens:,} for validation",
     )
 
 
-def data_from_mix(shares: dict[str, float], shape: BatchConfig, validation_tokens: int) -> TrainingData:
-    """Rows of several prepared folders, name -> share, in these proportions; of validation, too.
+def build_mixed_data(shares: dict[str, float], config: BatchConfig, validation_tokens: int) -> TrainingData:
+    """Train on several prepared folders, folder -> share, in these proportions, which hold for validation, too.
 
     Raises:
-        ValueError: See `open_mix` and `TokenSequences`.
+        ValueError: See `load_mixture` and `TokenSequences`.
     """
-    mix, weights = open_mix(shares), list(shares.values())
-    rows = [TokenSequences(shards.shards("train"), shape.block_size, f"training ({shards.folder})") for shards in mix]
+    datasets = load_mixture(shares)
+    weights = list(shares.values())
+    sources = [
+        TokenSequences(dataset.shards("train"), config.block_size, name=f"training ({dataset.folder})")
+        for dataset in datasets
+    ]
+    weighted = list(zip(datasets, weights, strict=True))
+    data = [[dataset.fingerprint, share] for dataset, share in weighted]
     return TrainingData(
-        mix[0].tokenizer,
-        MixedBatches(rows, weights, shape, mix[0].manifest["end_of_text_id"]),
-        mixed_validation(mix, weights, shape.block_size, validation_tokens),
-        {
-            "data": [[shards.fingerprint, share] for shards, share in zip(mix, weights, strict=True)],
-            **order_identity(shape),
-        },
-        ", ".join(f"{share:.1%} {shards.folder}" for shards, share in zip(mix, weights, strict=True)),
+        tokenizer=datasets[0].tokenizer,
+        batches=MixedBatches(sources, weights, config, datasets[0].manifest["end_of_text_id"]),
+        validation=mixed_validation(datasets, weights, config.block_size, validation_tokens),
+        data_fingerprint={"data": data, **order_fingerprint(config)},
+        summary=", ".join(f"{share:.1%} {dataset.folder}" for dataset, share in weighted),
     )
 
 
-def data_from_stream(
+def build_streamed_data(
     source: Source,
     tokenizer: PreTrainedTokenizerFast,
-    shape: BatchConfig,
+    config: BatchConfig,
     validation_share: float,
     validation_tokens: int,
 ) -> TrainingData:
-    """Rows straight from a source; the validation rows are read at once.
+    """Train straight from a source; what `validation_tokens` takes of it is read and tokenized at once.
 
     Raises:
         ValueError: See `StreamedBatches` and `TokenSequences`.
     """
-    batches = StreamedBatches(source, tokenizer, shape, validation_share)
-    identity = {
-        "data": source.description,
-        "validation_share": validation_share,
-        "tokenizer": tokenizer_sha256(tokenizer),
-        **order_identity(shape),
-    }
+    batches = StreamedBatches(source, tokenizer, config, validation_share)
     name = source.description.get("dataset", "files")
-    summary = f"{name}, streamed: {len(batches.units):,} units in {batches.lanes} lanes"
-    return TrainingData(tokenizer, batches, batches.validation_rows(validation_tokens), identity, summary)
+    sizes = f"{len(batches.partitions):,} partitions in {batches.num_logical_shards} logical shards"
+    return TrainingData(
+        tokenizer=tokenizer,
+        batches=batches,
+        validation=batches.validation_sequences(validation_tokens),
+        data_fingerprint={
+            "data": source.description,
+            "validation_share": validation_share,
+            "tokenizer": tokenizer_sha256(tokenizer),
+            **order_fingerprint(config),
+        },
+        summary=f"{name}, streamed: {sizes}",
+    )
 
 
-def order_identity(shape: BatchConfig) -> dict:
-    """What decides the order of rows, whatever the processes and micro-batches."""
-    return {"block_size": shape.block_size, "rows_per_step": shape.sequences_per_step, "seed": shape.seed}
+def order_fingerprint(config: BatchConfig) -> dict:
+    """What decides which sequence comes when, whatever the processes and micro-batches; kept in checkpoints."""
+    return {"block_size": config.block_size, "rows_per_step": config.sequences_per_step, "seed": config.seed}
 
 
-def python_prose_shards(folder: Path, vocab_size: int, block_size: int, validation_share: float) -> TokenDataset:
-    """The text that Python carries, prepared in `folder` with a tokenizer trained on it; opened if it is there already.
+def load_python_prose(folder: Path, vocab_size: int, block_size: int, validation_share: float) -> TokenDataset:
+    """The text that Python carries, with a tokenizer trained on it; prepared in `folder`, unless it is there already.
 
     Raises:
         ValueError: If there is too little of it, or `folder` holds something else.
     """
     if not (folder / MANIFEST).exists():
         source = python_prose_source()
-        texts = (document.text for unit in source.units for document in source.read(unit))
+        texts = (document.text for partition in source.partitions for document in source.read(partition))
         tokenizer = train_tokenizer(texts, vocab_size, max_length=block_size)
         prepare_shards(source, tokenizer, f"trained on {PYTHON_PROSE}", folder, validation_share)
     return open_shards(folder)

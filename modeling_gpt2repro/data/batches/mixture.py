@@ -1,7 +1,15 @@
-"""Several prepared folders in fixed proportions, row by row; a pure function of (seed, step), as for one folder.
+"""Several prepared folders in fixed proportions; the order is a pure function of (seed, step), as for one folder.
 
-Out of every PERIOD rows each folder gives its share, in an order that the seed decides once. Each folder's rows come in
-its own epochs, so each of them is used once before one is used again.
+Out of every PERIOD samples each folder gives its share, in a pattern that the seed decides once. So a proportion does
+not only hold on average, as if each sample were drawn at random: it is exact over every 1,000 samples, two steps of the
+124M run. Each folder's sequences come in epochs of its own, so a small folder with a large share is repeated more often
+than a large one.
+
+    shares 0.5, 0.25, 0.25 and PERIOD = 8, to make it small
+
+    sample                        0  1  2  3  4  5  6  7 |  8  9 ...
+    pattern: from which folder    0  2  0  1  0  0  1  2 |  0  2
+    how many of it came before    0  0  1  0  2  3  1  1 |  4  2
 """
 
 from pathlib import Path
@@ -10,20 +18,21 @@ import numpy as np
 
 from modeling_gpt2repro.data.shards.dataset import TokenDataset, open_shards
 
-from .shuffled import BatchConfig, EpochShuffle, ShuffledBatches, TokenSequences
+from .sequences import TokenSequences, first_tokens
+from .shuffled import BatchConfig, EpochShuffle, ShuffledBatches, seeded_permutation
 
-PERIOD = 1000
+PERIOD = 1000  # shares are exact to a thousandth
 
 
 def parse_mix(text: str) -> dict[str, float]:
     """'a:0.7,b:0.3' -> {'a': 0.7, 'b': 0.3}; shares that do not add up to 1 are scaled.
 
     Raises:
-        ValueError: If a part has no share, or a share that gives no row in PERIOD, or a folder stands there twice.
+        ValueError: If a part has no share, or one that gives no sequence in PERIOD, or a folder is there twice.
     """
     shares = {}
     for part in text.split(","):
-        folder, _, share = part.strip().rpartition(":")
+        folder, _, share = part.strip().rpartition(":")  # the last one: a Windows path has a colon of its own
         if Path(folder) in map(Path, shares):
             raise ValueError(f"mix ({text}) names {folder} twice: give it once, with the sum of its shares.")
         try:
@@ -34,87 +43,107 @@ def parse_mix(text: str) -> dict[str, float]:
             raise ValueError(f"mix ({text}) must give folders and shares greater than 0, not {part!r}.")
     total = sum(shares.values())
     shares = {folder: share / total for folder, share in shares.items()}
-    small = [folder for folder, share in shares.items() if share * PERIOD < 1]
-    if small:
-        raise ValueError(f"mix ({text}) gives {small[0]} less than one row in {PERIOD}: give it more, or leave it out.")
+    too_small = [folder for folder, share in shares.items() if share * PERIOD < 1]
+    if too_small:
+        raise ValueError(
+            f"mix ({text}) gives {too_small[0]} less than one sequence in {PERIOD}: give it more, or leave it out."
+        )
     return shares
 
 
-def rows_of_period(shares: list[float]) -> np.ndarray:
-    """How many of PERIOD rows each share gets, by largest remainders: [0.5, 0.25, 0.25] -> [500, 250, 250]."""
+def sequences_per_period(shares: list[float]) -> np.ndarray:
+    """How many of PERIOD sequences each share gets, by largest remainders: [0.5, 0.25, 0.25] -> [500, 250, 250]."""
     exact = np.array(shares) * PERIOD
     counts = np.floor(exact).astype(np.int64)
-    counts[np.argsort(counts - exact, kind="stable")[: PERIOD - counts.sum()]] += 1
+    largest_remainders = np.argsort(counts - exact, kind="stable")
+    counts[largest_remainders[: PERIOD - counts.sum()]] += 1
     return counts
 
 
 class MixedBatches(ShuffledBatches):
-    """The training batches of one process out of several folders, any step at any time."""
+    """The training batches of one process out of several folders; any step can be asked for at any time.
 
-    def __init__(self, sources: list[TokenSequences], shares: list[float], shape: BatchConfig, end_of_text: int):
-        self.sources, self.shape, self.end_of_text = sources, shape, end_of_text
-        self.orders = [EpochShuffle(len(rows), [shape.seed, number]) for number, rows in enumerate(sources)]
-        self.counts = rows_of_period(shares)
-        draws = np.random.PCG64(np.random.SeedSequence([shape.seed])).random_raw(PERIOD)
-        self.pattern = np.repeat(np.arange(len(sources)), self.counts)[np.argsort(draws, kind="stable")]
-        self.rank = np.empty(PERIOD, dtype=np.int64)  # of a place among those of its source
-        for number, count in enumerate(self.counts):
-            self.rank[self.pattern == number] = np.arange(count)
+    Args:
+        sources: The sequences of each folder.
+        shares: The part of the samples that each folder gives; they add up to 1.
+        end_of_text: The id before each document.
+    """
 
-    def read(self, places: np.ndarray) -> np.ndarray:
-        """Places in the order of training (n,) -> ids (n, T + 1)."""
-        sources, numbers = self._rows(places)
-        ids = np.empty((len(places), self.shape.block_size + 1), dtype=np.int64)
-        for number, rows in enumerate(self.sources):
-            ids[sources == number] = rows.read(numbers[sources == number])
+    def __init__(self, sources: list[TokenSequences], shares: list[float], config: BatchConfig, end_of_text: int):
+        self.sources = sources
+        self.config = config
+        self.end_of_text = end_of_text
+        # The folder's number in the seed, or two folders of one size would be shuffled alike.
+        self.shuffles = [EpochShuffle(len(sequences), [config.seed, n]) for n, sequences in enumerate(sources)]
+        self.counts = sequences_per_period(shares)
+        in_blocks = np.repeat(np.arange(len(sources)), self.counts)  # (PERIOD,): 0, 0, ..., 1, 1, ...
+        self.pattern = in_blocks[seeded_permutation(PERIOD, [config.seed])]  # (PERIOD,) source of each sample
+        self.index_in_source = np.empty(PERIOD, dtype=np.int64)  # (PERIOD,) how many of its source came before
+        for source, count in enumerate(self.counts):
+            self.index_in_source[self.pattern == source] = np.arange(count)
+
+    @property
+    def sequences_per_epoch(self) -> int | None:
+        """None: each folder has epochs of its own."""
+        return None
+
+    def read(self, sample_indices: np.ndarray) -> np.ndarray:
+        """Sample indices (n,) -> ids (n, T + 1) int64."""
+        sources, indices = self._source_and_sequence_indices(sample_indices)
+        ids = np.empty((len(sample_indices), self.config.block_size + 1), dtype=np.int64)
+        for source, sequences in enumerate(self.sources):
+            of_source = sources == source
+            ids[of_source] = sequences.read(indices[of_source])
         return ids
 
     def sample_ids(self, step: int) -> list:
-        """Which rows this process takes in a step: [number of the folder, number of the row] each."""
-        return np.stack(self._rows(self.places(step)), axis=1).tolist()
+        """What this process takes in a step, so that it can be found again: [folder, sequence index] each."""
+        return np.stack(self._source_and_sequence_indices(self.sample_indices(step)), axis=1).tolist()
 
-    def _rows(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places (n,) -> folders (n,) and row numbers in them (n,)."""
-        periods, within = np.divmod(places, PERIOD)
-        sources, numbers = self.pattern[within], np.empty_like(places)
-        for number, order in enumerate(self.orders):
-            mine = sources == number
-            numbers[mine] = order.row_numbers(periods[mine] * self.counts[number] + self.rank[within[mine]])
-        return sources, numbers
+    def _source_and_sequence_indices(self, sample_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sample indices (n,) -> sources (n,) and sequence indices in them (n,)."""
+        periods, within_period = np.divmod(sample_indices, PERIOD)  # (n,) each
+        sources = self.pattern[within_period]  # (n,)
+        indices = np.empty_like(sample_indices)
+        for source, shuffle in enumerate(self.shuffles):
+            of_source = sources == source
+            # The sample index that it would have if its source were the only one.
+            alone = periods[of_source] * self.counts[source] + self.index_in_source[within_period[of_source]]
+            indices[of_source] = shuffle.sequence_indices(alone)
+        return sources, indices
 
 
-def open_mix(shares: dict[str, float]) -> list[TokenDataset]:
+def load_mixture(shares: dict[str, float]) -> list[TokenDataset]:
     """Open the folders of a mix.
 
     Raises:
-        ValueError: With every folder that is none, and those that have another tokenizer than the first.
+        ValueError: With every folder that cannot be opened, and those with another tokenizer than the first.
     """
-    opened, problems = [], []
+    datasets = []
+    problems = []
     for folder in shares:
         try:
-            opened.append(open_shards(Path(folder)))
+            datasets.append(open_shards(Path(folder)))
         except ValueError as error:
             problems.append(str(error))
     problems += [
-        f"{shards.folder} was prepared with another tokenizer than {opened[0].folder}: prepare both with one."
-        for shards in opened[1:]
-        if shards.manifest["tokenizer"]["sha256"] != opened[0].manifest["tokenizer"]["sha256"]
+        f"{dataset.folder} was prepared with another tokenizer than {datasets[0].folder}: prepare both with one."
+        for dataset in datasets[1:]
+        if dataset.manifest["tokenizer"]["sha256"] != datasets[0].manifest["tokenizer"]["sha256"]
     ]
     if problems:
         raise ValueError("\n".join(problems))
-    return opened
+    return datasets
 
 
-def mixed_validation(mix: list[TokenDataset], shares: list[float], block_size: int, tokens: int) -> TokenSequences:
+def mixed_validation(datasets: list[TokenDataset], shares: list[float], block_size: int, tokens: int) -> TokenSequences:
     """The beginnings of the validation splits, in the proportions of the mix, as one split.
 
     Raises:
-        ValueError: If they are too short for one row.
+        ValueError: If they are too short for one sequence.
     """
     parts = []
-    for shards, share in zip(mix, shares, strict=True):
-        left = int(share * tokens) + block_size + 1
-        for ids in shards.shards("validation"):
-            parts.append(ids[:left])
-            left -= len(parts[-1])
-    return TokenSequences([part for part in parts if len(part)], block_size, "validation")
+    for dataset, share in zip(datasets, shares, strict=True):
+        # One sequence more than its share, because one that begins in this folder may end in the next.
+        parts += first_tokens(dataset.shards("validation"), int(share * tokens) + block_size + 1)
+    return TokenSequences(parts, block_size, "validation")

@@ -1,15 +1,26 @@
-"""Training straight from a source, without shards on disk: lanes of units, the same rows for any number of processes.
+"""Training straight from a source, without shards on disk; the order does not depend on the number of processes.
 
-Units are permuted by (seed, epoch) and dealt to L fixed lanes: lane l takes units l, l + L, l + 2L, ... of the epochs
-laid end to end. A lane is one endless run of tokens, cut into rows of T + 1 that overlap by one. Row g of the training
-is the next row of lane g mod L, and process p of P reads the lanes that are p modulo P. Where P does not divide L some
-steps give one process more rows than another; such places are filled as in `rows.py`. The state is two numbers a lane:
-which unit, and which token of it.
+    L  logical shards          P  processes          R  sequences of an optimizer step          T  tokens of a sequence
+
+A source has partitions, such as the row groups of parquet files. Dealt to processes, they would come in another order
+when a run resumes on more or fewer of them. So they are dealt to L logical shards, as many as the source allows for
+whatever the number of processes, and a process reads several of those:
+
+    partitions, shuffled by (seed, epoch), epoch after epoch:   6  2  5  0 | 0  5  ...         L = 2
+    logical shard 0 reads every L-th of them from the first:    6     5      0
+    logical shard 1 from the second:                               2     0      5
+
+A logical shard is one endless run of tokens, cut into sequences of T + 1 that overlap by one. Sample g of the training
+is the next sequence of logical shard g mod L, and process p reads the logical shards p, p + P, p + 2P, ...
+
+The order cannot be computed from the step: how many tokens a partition holds is known only after it was read. So the
+state has two numbers for each logical shard, the partition that it has come to and the token in it.
 """
 
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,158 +31,213 @@ from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.data.tokenize import tokenize_documents
 from modeling_gpt2repro.data.tokenizer import text_encoder
 
-from .shuffled import BatchConfig, TokenSequences, as_batch, split_into_micro_batches
+from .sequences import TokenSequences, as_batch
+from .shuffled import BatchConfig, seeded_permutation, split_into_micro_batches
 
-MOST_LANES = 64
-STEPS_REMEMBERED = 4096  # whose rows can still be named: 16 MB for 512 rows a step
+MAX_LOGICAL_SHARDS = 64  # most processes a stream is read by; each keeps up to two tokenized partitions in memory
+REMEMBERED_STEPS = 4096  # whose sequences can still be named: 50 MB where a process takes 512 of a step
+
+
+class Position(NamedTuple):
+    """Where the next sequence of a logical shard begins.
+
+    Args:
+        turn: Which of the logical shard's partitions, counted on through the epochs.
+        token: Which of the partition's tokens.
+    """
+
+    turn: int
+    token: int
 
 
 class StreamedBatches:
-    """The training batches of one process, from step `next_step` on, and the validation rows beside them.
+    """The training batches of one process, from step `next_step` on, and the validation sequences beside them.
 
     Args:
-        source: Where the units come from; at least two.
-        tokenizer: Its ids are the rows' ids.
-        shape: Its seed decides the order of units, and of documents within them.
-        validation_share: Part of the units, chosen by hash, that is never trained on; at least one.
-        threads: Units read ahead at the same time.
+        source: Where the partitions come from; at least two.
+        tokenizer: Its ids are the sequences' ids.
+        config: Its seed decides the order of partitions, and of documents within them.
+        validation_share: Part of the partitions, chosen by hash, that is never trained on; at least one.
+        threads: Partitions read ahead at the same time.
+        max_logical_shards: L is at most this. Another value is another order.
 
     Raises:
-        ValueError: If the source has too few units for a validation split or for this number of processes; later, if
-            there is no text in it.
+        ValueError: If the source has too few partitions for a validation split or for this number of processes; later,
+            if there is no text in it.
     """
 
     def __init__(
         self,
         source: Source,
         tokenizer: PreTrainedTokenizerFast,
-        shape: BatchConfig,
+        config: BatchConfig,
         validation_share: float = 0.001,
         threads: int = 4,
+        max_logical_shards: int = MAX_LOGICAL_SHARDS,
     ):
-        self.source, self.shape = source, shape
-        self.encode, self.end_of_text = text_encoder(tokenizer), tokenizer.eos_token_id
-        if len(source.units) < 2:
+        self.source = source
+        self.config = config
+        self.encode = text_encoder(tokenizer)
+        self.end_of_text = tokenizer.eos_token_id
+        self.partitions, self.validation_partitions = hold_out_partitions(source, validation_share)
+        # The largest power of two that every epoch has a partition for, so that 2, 4, 8, ... processes share evenly.
+        self.num_logical_shards = 1 << (min(max_logical_shards, len(self.partitions)).bit_length() - 1)
+        if self.num_logical_shards < config.num_processes:
             raise ValueError(
-                "streaming needs two units or more, one for validation: use prepare_data.py and give --shards."
-            )
-        by_hash = sorted(source.units, key=lambda unit: hashlib.sha256(unit.name.encode()).digest())
-        held_out = max(1, round(validation_share * len(by_hash)))
-        self.validation_partitions = by_hash[:held_out]
-        validation = set(self.validation_partitions)
-        self.units = [unit for unit in source.units if unit not in validation]
-        # A power of two, so that 2, 4, 8, ... processes share the lanes evenly.
-        self.lanes = 1 << min(MOST_LANES.bit_length() - 1, len(self.units).bit_length() - 1)
-        if self.lanes < shape.num_processes:
-            raise ValueError(
-                f"{shape.num_processes} processes cannot share {self.lanes} lanes: use at most {self.lanes}, or "
-                "prepare the data and give --shards."
+                f"{config.num_processes} processes cannot share the {self.num_logical_shards} logical shards of this "
+                f"stream: use at most {self.num_logical_shards}, or prepare the data and give --shards."
             )
         self.next_step = 0
-        self.positions = {lane: [0, 0] for lane in range(shape.process_index, self.lanes, shape.num_processes)}
-        self._names: dict[int, np.ndarray] = {}  # step -> lane, unit and token of each row
-        self._open: dict[int, tuple[int, np.ndarray]] = {}
-        self._ahead: dict[tuple[int, int], Future] = {}
+        mine = range(config.process_index, self.num_logical_shards, config.num_processes)
+        self.positions = {logical_shard: Position(0, 0) for logical_shard in mine}
+        self._sample_ids: dict[int, np.ndarray] = {}  # step -> (n, 3): logical shard and position of each sequence
+        self._current: dict[int, tuple[int, np.ndarray]] = {}  # logical shard -> turn and ids of the open partition
+        self._read_ahead: dict[tuple[int, int], Future] = {}  # logical shard and turn -> ids
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="stream")
 
     @property
     def micro_batch_shape(self) -> tuple[int, int]:
-        """Micro-batches of a step on each process, and rows of each: what the process with the most rows needs."""
-        processes, (rounds, rest) = self.shape.num_processes, divmod(self.shape.sequences_per_step, self.lanes)
-        most_lanes, uneven = -(-self.lanes // processes), self.lanes % processes > 0
-        rows = rounds * most_lanes + min(most_lanes, -(-rest // processes) + uneven)
-        return split_into_micro_batches(rows, self.shape.micro_batch_size)
+        """Micro-batches of a step on each process, and sequences of each, enough for the process that has the most."""
+        num_processes = self.config.num_processes
+        # A step takes `rounds` sequences of each logical shard, and one more of `rest` neighbours among them.
+        rounds, rest = divmod(self.config.sequences_per_step, self.num_logical_shards)
+        most_shards = -(-self.num_logical_shards // num_processes)
+        # Of `rest` neighbours a process has every P-th; where P does not divide L it may have one more, as the
+        # neighbours go round from L - 1 to 0.
+        is_uneven = self.num_logical_shards % num_processes > 0
+        most_of_rest = min(most_shards, -(-rest // num_processes) + is_uneven)
+        return split_into_micro_batches(rounds * most_shards + most_of_rest, self.config.micro_batch_size)
+
+    @property
+    def sequences_per_epoch(self) -> int | None:
+        """Not known: it takes all tokens of the source to count them."""
+        return None
 
     def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the step's micro-batches, see `as_batch`."""
-        assert step == self.next_step, "a stream is read in order; load_state_dict sets the place"
-        first = step * self.shape.sequences_per_step
-        mine = [row % self.lanes for row in range(first, first + self.shape.sequences_per_step)]
-        mine = [lane for lane in mine if lane in self.positions]
-        for lane, (unit, _) in self.positions.items():
-            if self._open.get(lane, (-1, None))[0] != unit and (lane, unit) not in self._ahead:
-                self._ahead[lane, unit] = self._pool.submit(self._read, lane, unit)
-        (count, size), names = self.micro_batch_shape, []
-        for number in range(count):
-            ids = np.zeros((size, self.shape.block_size + 1), dtype=np.int64)
-            lanes = mine[number * size : (number + 1) * size]
-            for row, lane in zip(ids, lanes, strict=False):
-                names.append([lane, *self.positions[lane]])
-                row[:] = self._next_row(lane)
-            ids = ids[: len(lanes)]
-            yield as_batch(ids, self.end_of_text if self.shape.document_mask else None, fill_to=size)
-        self._names[step] = np.array(names, dtype=np.int64).reshape(-1, 3)
-        self._names.pop(step - STEPS_REMEMBERED, None)
+        assert step == self.next_step, "a stream is read in order; load_state_dict sets its step"
+        first_sample = step * self.config.sequences_per_step
+        samples = range(first_sample, first_sample + self.config.sequences_per_step)
+        logical_shards = [sample % self.num_logical_shards for sample in samples]
+        mine = [logical_shard for logical_shard in logical_shards if logical_shard in self.positions]
+        for logical_shard, position in self.positions.items():
+            if not self._is_open(logical_shard, position.turn):
+                self._start_reading(logical_shard, position.turn)
+        end_of_text = self.end_of_text if self.config.document_mask else None
+        sample_ids = []
+        num_micro_batches, size = self.micro_batch_shape
+        for first in range(0, num_micro_batches * size, size):
+            sequences = []
+            for logical_shard in mine[first : first + size]:
+                sample_ids.append([logical_shard, *self.positions[logical_shard]])
+                sequences.append(self._next_sequence(logical_shard))
+            ids = np.array(sequences, dtype=np.int64).reshape(-1, self.config.block_size + 1)  # (at most B, T + 1)
+            yield as_batch(ids, end_of_text, pad_to=size)
+        self._sample_ids[step] = np.array(sample_ids, dtype=np.int64).reshape(-1, 3)
+        self._sample_ids.pop(step - REMEMBERED_STEPS, None)
         self.next_step += 1
 
     def sample_ids(self, step: int) -> list:
-        """Which rows this process took in a recent step: [unit, its token] where each begins."""
-        return [[self._unit(lane, unit)[0].name, token] for lane, unit, token in self._names.get(step, [])]
+        """What this process took in a recent step: [partition, its token] where each sequence begins."""
+        return [
+            [self._partition(logical_shard, turn)[0].name, token]
+            for logical_shard, turn, token in self._sample_ids.get(step, np.empty((0, 3))).tolist()
+        ]
 
-    def validation_rows(self, tokens: int) -> TokenSequences:
-        """Rows over the held-out units, as many of them as `tokens` tokens take."""
-        parts, held = [], 0
-        for unit in self.validation_partitions:
-            parts.append(self._tokenize(unit))
-            held += len(parts[-1])
-            if held > tokens:
+    def validation_sequences(self, tokens: int) -> TokenSequences:
+        """Sequences over the held-out partitions, as many of them as `tokens` tokens take."""
+        shards = []
+        num_ids = 0
+        for partition in self.validation_partitions:
+            shards.append(self._tokenize(partition))
+            num_ids += len(shards[-1])
+            if num_ids > tokens:
                 break
-        return TokenSequences(parts, self.shape.block_size, name="validation")
+        return TokenSequences(shards, self.config.block_size, name="validation")
 
     def state_dict(self) -> dict:
-        """The places of this process's lanes; the union over processes is the state of the run."""
-        return {"next_step": self.next_step, "lanes": {str(lane): place for lane, place in self.positions.items()}}
+        """The positions of this process's logical shards; the union over processes is the state of the run."""
+        positions = {str(logical_shard): list(position) for logical_shard, position in self.positions.items()}
+        return {"next_step": self.next_step, "lanes": positions}  # "lanes": the name in the checkpoints' files
 
     def load_state_dict(self, state: dict):
-        """Go on from a state that holds all lanes, saved by any number of processes."""
+        """Go on from a state that holds all logical shards, saved by any number of processes."""
         self.next_step = state["next_step"]
-        self.positions = {lane: list(state["lanes"][str(lane)]) for lane in self.positions}
-        self._ahead.clear()  # read for another place
+        self.positions = {shard: Position(*state["lanes"][str(shard)]) for shard in self.positions}
+        self._read_ahead.clear()  # it belongs to other positions
 
     def close(self):
         """Stop reading ahead."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _next_row(self, lane: int) -> np.ndarray:
-        """The lane's next T + 1 ids; its place moves on by T."""
-        (unit, place), opened = self.positions[lane], 0
-        row, filled = np.empty(self.shape.block_size + 1, dtype=np.int64), 0
+    def _next_sequence(self, logical_shard: int) -> np.ndarray:
+        """The logical shard's next T + 1 ids, (T + 1,) int64; its position moves on by T."""
+        turn, token = self.positions[logical_shard]
+        sequence = np.empty(self.config.block_size + 1, dtype=np.int64)
+        filled = 0
+        num_finished = 0
         while True:
-            ids = self._unit_ids(lane, unit)
-            part = ids[place : place + len(row) - filled]
-            row[filled : filled + len(part)] = part
-            filled, place = filled + len(part), place + len(part)
-            if filled == len(row):
+            part = self._partition_ids(logical_shard, turn)[token:][: len(sequence) - filled]
+            sequence[filled : filled + len(part)] = part
+            filled += len(part)
+            token += len(part)
+            if filled == len(sequence):
                 break
-            unit, place, opened = unit + 1, 0, opened + 1
-            if not filled and opened > len(self.units):
+            turn += 1
+            token = 0
+            num_finished += 1
+            if not filled and num_finished > len(self.partitions):  # else it would go through the epochs for ever
                 raise ValueError("there is no text in the source: every document is empty.")
-        # The last id is the first input of the next row; it may be the only one taken from its unit.
-        self.positions[lane] = [unit, place - 1]
-        return row
+        # One token back, because the last target is the next sequence's first input.
+        self.positions[logical_shard] = Position(turn, token - 1)
+        return sequence
 
-    def _unit_ids(self, lane: int, number: int) -> np.ndarray:
-        """Ids of the lane's unit number `number`; the one after it is being read meanwhile."""
-        if self._open.get(lane, (-1, None))[0] != number:
-            future = self._ahead.pop((lane, number), None) or self._pool.submit(self._read, lane, number)
-            self._open[lane] = (number, future.result())
-            self._ahead[lane, number + 1] = self._pool.submit(self._read, lane, number + 1)
-        return self._open[lane][1]
+    def _partition_ids(self, logical_shard: int, turn: int) -> np.ndarray:
+        """Ids (n,) of the logical shard's partition; the one after it is read in the background meanwhile."""
+        if not self._is_open(logical_shard, turn):
+            self._start_reading(logical_shard, turn)
+            self._current[logical_shard] = (turn, self._read_ahead.pop((logical_shard, turn)).result())
+            self._start_reading(logical_shard, turn + 1)
+        return self._current[logical_shard][1]
 
-    def _read(self, lane: int, number: int) -> np.ndarray:
-        unit, shuffle = self._unit(lane, number)
-        return self._tokenize(unit, shuffle)
+    def _is_open(self, logical_shard: int, turn: int) -> bool:
+        return logical_shard in self._current and self._current[logical_shard][0] == turn
 
-    def _unit(self, lane: int, number: int) -> tuple[Partition, tuple[int, int, int]]:
-        """The lane's unit number `number`, and what seeds the order of its documents."""
-        epoch, within = divmod(int(number) * self.lanes + int(lane), len(self.units))
-        draws = np.random.PCG64(np.random.SeedSequence([self.shape.seed, epoch])).random_raw(len(self.units))
-        return self.units[int(np.argsort(draws, kind="stable")[within])], (self.shape.seed, epoch, within)
+    def _start_reading(self, logical_shard: int, turn: int):
+        if (logical_shard, turn) not in self._read_ahead:
+            self._read_ahead[logical_shard, turn] = self._pool.submit(self._read, logical_shard, turn)
 
-    def _tokenize(self, unit: Partition, shuffle: tuple[int, ...] | None = None) -> np.ndarray:
-        documents = list(self.source.read(unit))
-        # Pieces of one text stay in their order; documents of their own are shuffled.
-        if shuffle and not any(document.continues for document in documents):
-            draws = np.random.PCG64(np.random.SeedSequence(shuffle)).random_raw(len(documents))
-            documents = [documents[i] for i in np.argsort(draws, kind="stable")]
+    def _read(self, logical_shard: int, turn: int) -> np.ndarray:
+        partition, document_seed = self._partition(logical_shard, turn)
+        return self._tokenize(partition, document_seed)
+
+    def _partition(self, logical_shard: int, turn: int) -> tuple[Partition, tuple[int, int, int]]:
+        """The partition that the logical shard reads at this turn, and what seeds the order of its documents."""
+        epoch, within_epoch = divmod(turn * self.num_logical_shards + logical_shard, len(self.partitions))
+        order = seeded_permutation(len(self.partitions), [self.config.seed, epoch])
+        return self.partitions[int(order[within_epoch])], (self.config.seed, epoch, within_epoch)
+
+    def _tokenize(self, partition: Partition, document_seed: tuple[int, ...] | None = None) -> np.ndarray:
+        documents = list(self.source.read(partition))
+        # Documents are shuffled, or neighbours in the source would be neighbours in every epoch; the pieces of one text
+        # stay in their order.
+        if document_seed and not any(document.continues for document in documents):
+            documents = [documents[index] for index in seeded_permutation(len(documents), document_seed)]
         return tokenize_documents(documents, self.encode, self.end_of_text, validation_share=0.0).ids["train"]
+
+
+def hold_out_partitions(source: Source, validation_share: float) -> tuple[list[Partition], list[Partition]]:
+    """The partitions to train on, in their order, and those held out for validation.
+
+    Raises:
+        ValueError: If there are less than two.
+    """
+    if len(source.partitions) < 2:
+        raise ValueError(
+            "streaming needs two partitions or more, one for validation: use prepare_data.py and give --shards."
+        )
+    # By a hash of the name, so that it depends neither on the seed nor on the machine.
+    by_hash = sorted(source.partitions, key=lambda partition: hashlib.sha256(partition.name.encode()).digest())
+    validation = by_hash[: max(1, round(validation_share * len(by_hash)))]
+    held_out = set(validation)
+    return [partition for partition in source.partitions if partition not in held_out], validation

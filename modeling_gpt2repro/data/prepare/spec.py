@@ -51,7 +51,7 @@ class PrepareSpec:
 def make_spec(source: Source, tokenizer: dict, end_of_text_id: int, validation_share: float, **options) -> PrepareSpec:
     """A plan whose files are found from any folder."""
     units, files = [], {}
-    for unit in source.units:
+    for unit in source.partitions:
         if os.path.isfile(unit.path):
             path = os.path.abspath(unit.path)
             if path not in files:

@@ -58,9 +58,9 @@ class TokenizeUnits(PipelineStep):
                 tokenized = tokenize_partition(source, unit, encode, plan)
             except (ValueError, OSError, HTTPError) as error:
                 told = " ".join(str(error).split()).removeprefix(f"{unit.path}: ")
-                raise write_error(folder, number, f"{unit.place}: {told}") from error
+                raise write_error(folder, number, f"{unit.location}: {told}") from error
             write_partition(folder, number, tokenized)
-            logger.info(f"{unit.place}: {len(tokenized.ids['train'])} training tokens")
+            logger.info(f"{unit.location}: {len(tokenized.ids['train'])} training tokens")
             self.stat_update("tokens", value=len(tokenized.ids["train"]), unit="unit")
 
 

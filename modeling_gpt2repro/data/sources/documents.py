@@ -1,6 +1,7 @@
-"""Where text comes from: files on disk or on the Hub, cut into units that are read independently of each other.
+"""Files of text, on disk or on the Hub, as partitions that are read independently of each other, and their documents.
 
-A unit is a row group of a parquet file, or 16 MiB of a .txt or .jsonl file. Reading one twice gives the same documents.
+A partition is a row group of a .parquet file, or 16 MiB of a .txt or .jsonl file. It gives the same documents whenever
+and wherever it is read.
 """
 
 import json
@@ -16,9 +17,9 @@ from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
 from .parquet import read_row_group, row_group_bytes
 from .text import read_lines, read_pieces
 
-RANGE_BYTES = 16 * 2**20
+PARTITION_BYTES = 16 * 2**20  # of a .txt or .jsonl file: some 4 M tokens
 FILE_KINDS = (".txt", ".jsonl", ".parquet")
-LISTING_THREADS = 4
+LISTING_THREADS = 4  # the footers of parquet files on the Hub are waited for, not computed
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,10 @@ class Document:
     """One document, or a piece of one.
 
     Args:
-        id: The same whatever the machine, the folder and the number of workers; decides who is_validation.
-        text: Never empty, and not whitespace alone unless it goes on from the piece before.
-        continues: The text goes on from the piece before: no end-of-text in between.
+        id: The same on every machine, in every folder and for any number of workers: its hash decides whether the
+            document is held out for validation.
+        text: Never empty, and not whitespace alone, unless it continues the piece before.
+        continues: Whether the text continues the piece before, with no end-of-text in between.
     """
 
     id: str
@@ -38,10 +40,13 @@ class Document:
 
 @dataclass(frozen=True)
 class Partition:
-    """What one worker reads at a time: `start` to `stop` are bytes of a .txt or .jsonl, one row group of a .parquet.
+    """What one worker reads at a time; the fields are keys of plan.json.
 
     Args:
-        text_bytes: About as many as its text takes; 0 where nobody knows.
+        path: A file on disk, or an `hf://` address.
+        start: The first byte of a .txt or .jsonl file, the row group of a .parquet file.
+        stop: One after the last.
+        text_bytes: Bytes of its text, roughly; 0 where they are not known.
     """
 
     path: str
@@ -52,40 +57,42 @@ class Partition:
 
     @property
     def name(self) -> str:
-        """File name and place in it, the same on every machine."""
+        """File name and start, the same on every machine."""
         return f"{Path(self.path).name}:{self.start}"
 
     @property
-    def place(self) -> str:
-        """For a person: where it is."""
+    def location(self) -> str:
+        """Where it is, for messages."""
         if self.stop == self.start + 1:
             return f"row group {self.start} of {self.path}"
         return f"bytes {self.start} to {self.stop} of {self.path}"
 
 
-def list_partitions(paths: list[str], text_column: str = "text") -> list[Partition]:
-    """Cut files (local paths or `hf://` addresses of parquet files) into units, in their order.
+def list_partitions(
+    paths: list[str], text_column: str = "text", partition_bytes: int = PARTITION_BYTES
+) -> list[Partition]:
+    """Cut files (local paths or `hf://` addresses of parquet files) into partitions, in their order.
 
     Raises:
-        ValueError: With every problem, one a line: not there, of an unknown kind, empty, without the text column (of
-            a .jsonl in its first line).
+        ValueError: With every problem, one a line: a file that is missing, of an unknown kind, empty, or without the
+            text column (of a .jsonl file, in its first line).
     """
 
-    def units_or_problem(path: str) -> list[Partition] | str:
+    def partitions_or_problem(path: str) -> list[Partition] | str:
         try:
-            return _units_of(path, text_column)
+            return _partitions_of(path, text_column, partition_bytes)
         except ValueError as error:
             return str(error)
 
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        found = list(pool.map(units_or_problem, paths))
-    problems = [problem for problem in found if isinstance(problem, str)]
+        results = list(pool.map(partitions_or_problem, paths))
+    problems = [result for result in results if isinstance(result, str)]
     if problems:
         raise ValueError("\n".join(problems))
-    return [unit for units in found for unit in units]
+    return [partition for partitions in results for partition in partitions]
 
 
-def _units_of(path: str, text_column: str) -> list[Partition]:
+def _partitions_of(path: str, text_column: str, partition_bytes: int) -> list[Partition]:
     if Path(path).suffix not in FILE_KINDS:
         raise ValueError(f"{path} is not of a kind that can be read: {', '.join(FILE_KINDS)}.")
     if not is_on_hub(path):
@@ -97,27 +104,28 @@ def _units_of(path: str, text_column: str) -> list[Partition]:
         sizes = row_group_bytes(path, text_column)
         return [Partition(path, group, group + 1, text_column, size) for group, size in enumerate(sizes)]
     size = Path(path).stat().st_size
-    cuts = [*range(0, size, RANGE_BYTES), size]
-    units = [Partition(path, start, stop, text_column, stop - start) for start, stop in pairwise(cuts)]
+    cuts = [*range(0, size, partition_bytes), size]
+    partitions = [Partition(path, start, stop, text_column, stop - start) for start, stop in pairwise(cuts)]
     if path.endswith(".jsonl"):
-        next(_read_json_lines(units[0]), None)  # a wrong field is told before any work
-    return units
+        next(_read_json_lines(partitions[0]), None)  # raises on a missing text column now, not after hours of work
+    return partitions
 
 
-def read_partition(unit: Partition, skipped: Counter | None = None) -> Iterator[Document]:
-    """Yield the unit's documents, without those that hold nothing but whitespace.
+def read_partition(partition: Partition, skipped: Counter | None = None) -> Iterator[Document]:
+    """Yield the partition's documents, without those that hold nothing but whitespace.
 
     Args:
-        skipped: Counts what is left out, by reason.
+        skipped: Counts the documents that are left out, by reason.
 
     Raises:
         ValueError: On text that is not UTF-8, a line that is not a JSON object with the text column, or a damaged
-            parquet file, with the place.
-        ConnectionError: Where the Hub does not answer.
+            parquet file; the message has file and position.
+        ConnectionError: If the Hub does not answer.
     """
-    read = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".txt": _read_text}[Path(unit.path).suffix]
-    # A row group from the Hub is tried again as a whole, so it is complete before its first document is handed on.
-    documents = retry_hub_read(lambda: list(read(unit))) if is_on_hub(unit.path) else read(unit)
+    readers = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".txt": _read_text}
+    read = readers[Path(partition.path).suffix]
+    # A read from the Hub is retried as a whole, so it must be complete before its first document is yielded.
+    documents = retry_hub_read(lambda: list(read(partition))) if is_on_hub(partition.path) else read(partition)
     for document in documents:
         if document.continues or (document.text and not document.text.isspace()):
             yield document
@@ -125,36 +133,38 @@ def read_partition(unit: Partition, skipped: Counter | None = None) -> Iterator[
             skipped["whitespace" if document.text else "empty"] += 1
 
 
-def _read_parquet(unit: Partition) -> Iterator[Document]:
-    for row, (name, text) in enumerate(read_row_group(unit.path, unit.start, unit.text_column)):
-        yield Document(f"{unit.name}:{row}" if name is None else str(name), text or "")
+def _read_parquet(partition: Partition) -> Iterator[Document]:
+    for row, (name, text) in enumerate(read_row_group(partition.path, partition.start, partition.text_column)):
+        yield Document(f"{partition.name}:{row}" if name is None else str(name), text or "")
 
 
-def _read_json_lines(unit: Partition) -> Iterator[Document]:
-    for place, line in read_lines(unit.path, unit.start, unit.stop):
+def _read_json_lines(partition: Partition) -> Iterator[Document]:
+    for position, line in read_lines(partition.path, partition.start, partition.stop):
         if not line.isspace():
-            yield _json_document(line, unit, place)
+            yield _json_document(line, partition, position)
 
 
-def _json_document(line: str, unit: Partition, place: int) -> Document:
+def _json_document(line: str, partition: Partition, position: int) -> Document:
     try:
         row = json.loads(line)
-        text, name = row[unit.text_column], row.get("id")
+        text = row[partition.text_column]
+        name = row.get("id")
     except KeyError as error:
         raise ValueError(
-            f"{unit.path}: the line at byte {place} has no {unit.text_column!r} field; it has "
+            f"{partition.path}: the line at byte {position} has no {partition.text_column!r} field; it has "
             f"{', '.join(row) or 'none'}: name one by --text_column."
         ) from error
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{unit.path}: the line at byte {place} must be a JSON object.") from error
+        raise ValueError(f"{partition.path}: the line at byte {position} must be a JSON object.") from error
     if not isinstance(text, str | None):
-        raise ValueError(f"{unit.path}: {unit.text_column!r} in the line at byte {place} is not text.")
-    if text and "\\u" in line:  # JSON can spell halves of characters, which UTF-8 cannot: U+FFFD in their place
+        raise ValueError(f"{partition.path}: {partition.text_column!r} in the line at byte {position} is not text.")
+    if text and "\\u" in line:
+        # JSON can spell half of a surrogate pair, which UTF-8 cannot encode: U+FFFD replaces it.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return Document(f"{Path(unit.path).name}:{place}" if name is None else str(name), text or "")
+    return Document(f"{Path(partition.path).name}:{position}" if name is None else str(name), text or "")
 
 
-def _read_text(unit: Partition) -> Iterator[Document]:
-    """The unit is one document in pieces."""
-    for number, text in enumerate(read_pieces(unit.path, unit.start, unit.stop)):
-        yield Document(f"{unit.name}:{number}", text, continues=number > 0)
+def _read_text(partition: Partition) -> Iterator[Document]:
+    """The partition is one document in pieces."""
+    for number, text in enumerate(read_pieces(partition.path, partition.start, partition.stop)):
+        yield Document(f"{partition.name}:{number}", text, continues=number > 0)

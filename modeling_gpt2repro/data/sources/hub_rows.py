@@ -1,6 +1,6 @@
 """Hub datasets that are not stored as parquet (jsonl, csv, text, archives): their rows, as `datasets` streams them.
 
-A unit is one of the shards that `datasets` sees, most often a file.
+A partition is one of the shards that `datasets` sees, usually a file.
 """
 
 from collections import Counter
@@ -13,10 +13,10 @@ SCHEME = "hub-rows://"
 
 
 def list_row_partitions(dataset: str, config: str | None, split: str, commit: str, text_column: str) -> list[Partition]:
-    """One unit a shard.
+    """One partition for each shard.
 
     Raises:
-        ValueError: If the rows have no such column, or it holds no text.
+        ValueError: If the dataset is empty, or has no such column, or the column does not hold text.
     """
     stream = _stream(dataset, config, split, commit)
     first = next(iter(stream), None)
@@ -26,33 +26,35 @@ def list_row_partitions(dataset: str, config: str | None, split: str, commit: st
         raise ValueError(
             f"it has no text column {text_column!r}; it has {', '.join(first)}: name one by --text_column."
         )
+    # All that a worker on another machine needs to open the same stream.
     path = SCHEME + "|".join([dataset, config or "", split, commit])
     return [Partition(path, shard, shard + 1, text_column) for shard in range(stream.num_shards)]
 
 
-def is_of_rows(path: str) -> bool:
-    """Whether a unit's path was made here."""
+def is_hub_rows(path: str) -> bool:
+    """Whether the path of a partition was made by `list_row_partitions`."""
     return path.startswith(SCHEME)
 
 
-def read_row_partition(unit: Partition, skipped: Counter | None = None) -> Iterator[Document]:
-    """Yield the documents of the unit's shard; their ids are the id column's, or else tell the place.
+def read_row_partition(partition: Partition, skipped: Counter | None = None) -> Iterator[Document]:
+    """Yield the documents of the partition's shard; their ids are the id column's, or else split, shard and row.
 
     Args:
-        skipped: Counts what is left out, by reason.
+        skipped: Counts the documents that are left out, by reason.
     """
-    dataset, config, split, commit = unit.path.removeprefix(SCHEME).split("|")
+    dataset, config, split, commit = partition.path.removeprefix(SCHEME).split("|")
     stream = _stream(dataset, config or None, split, commit)
-    for number, row in enumerate(stream.shard(num_shards=stream.num_shards, index=unit.start)):
-        text, name = row[unit.text_column] or "", row.get("id")
+    for number, row in enumerate(stream.shard(num_shards=stream.num_shards, index=partition.start)):
+        text = row[partition.text_column] or ""
+        name = row.get("id")
         if text and not text.isspace():
-            yield Document(f"{split}:{unit.start}:{number}" if name is None else str(name), text)
+            yield Document(f"{split}:{partition.start}:{number}" if name is None else str(name), text)
         elif skipped is not None:
             skipped["whitespace" if text else "empty"] += 1
 
 
 @lru_cache(maxsize=4)
 def _stream(dataset: str, config: str | None, split: str, commit: str):
-    import datasets
+    import datasets  # takes a second, and most sources do without
 
     return datasets.load_dataset(dataset, config, split=split, revision=commit, streaming=True)

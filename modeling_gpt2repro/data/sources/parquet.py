@@ -1,4 +1,4 @@
-"""Parquet files, on disk or on the Hub: what is in them, and the text and id columns of a row group."""
+"""Parquet files, on disk or on the Hub: the size of their row groups, and the text and id columns of one of them."""
 
 import os
 from collections.abc import Iterator
@@ -11,15 +11,14 @@ from huggingface_hub.errors import HTTPError
 
 from modeling_gpt2repro.storage.hub_files import is_on_hub, open_hub_file, retry_hub_read
 
-# Rows held as Python strings at a time: a row group may be as large as the file.
-BATCH_ROWS = 1_000
+ROWS_PER_BATCH = 1_000  # held as Python strings at a time: a row group may be as large as the file
 
 
 def row_group_bytes(path: str, text_column: str) -> list[int]:
-    """Of each row group, the bytes that its text takes without compression: some more or less than UTF-8 takes.
+    """Uncompressed bytes of the text column in each row group: roughly the UTF-8 bytes of its text.
 
     Raises:
-        ValueError: If the file is not whole, or has no such column of text.
+        ValueError: If the file is damaged, or has no such column of text.
     """
     metadata = _metadata(path)
     schema = metadata.schema.to_arrow_schema()
@@ -27,38 +26,46 @@ def row_group_bytes(path: str, text_column: str) -> list[int]:
         raise ValueError(
             f"{path} has no column {text_column!r}; it has {', '.join(schema.names)}: name one by --text_column."
         )
-    kind = schema.field(text_column).type
-    if not _is_text(kind.value_type if pa.types.is_dictionary(kind) else kind):
-        raise ValueError(f"column {text_column!r} of {path} holds {kind}, not text: name another by --text_column.")
+    column_type = schema.field(text_column).type
+    if not _is_text(column_type.value_type if pa.types.is_dictionary(column_type) else column_type):
+        raise ValueError(
+            f"column {text_column!r} of {path} holds {column_type}, not text: name another by --text_column."
+        )
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     if not groups:
         return []
-    places = [groups[0].column(place).path_in_schema for place in range(groups[0].num_columns)]
-    return [group.column(places.index(text_column)).total_uncompressed_size for group in groups]
+    # A nested column is stored as several, so an index in the schema is not one in the row group.
+    stored = [groups[0].column(index).path_in_schema for index in range(groups[0].num_columns)]
+    text_index = stored.index(text_column)
+    return [group.column(text_index).total_uncompressed_size for group in groups]
 
 
-def read_row_group(path: str, row_group: int, text_column: str) -> Iterator[tuple[object, str | None]]:
-    """Yield (id, text) of each row; the id is None where the file has no column of this name.
+def read_row_group(
+    path: str, row_group: int, text_column: str, rows_per_batch: int = ROWS_PER_BATCH
+) -> Iterator[tuple[object, str | None]]:
+    """Yield (id, text) of each row; the id is None if the file has no column of this name.
 
     Raises:
         ValueError: If the file is damaged.
     """
     with _opened(path, _metadata(path)) as parquet:
-        columns = [text_column] + (["id"] if "id" in parquet.schema_arrow.names else [])
-        for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[row_group], columns=columns):
+        has_ids = "id" in parquet.schema_arrow.names
+        columns = [text_column, "id"] if has_ids else [text_column]
+        for batch in parquet.iter_batches(rows_per_batch, row_groups=[row_group], columns=columns):
             texts = batch.column(text_column).to_pylist()
-            yield from zip(
-                batch.column("id").to_pylist() if "id" in columns else [None] * len(texts), texts, strict=True
-            )
+            ids = batch.column("id").to_pylist() if has_ids else [None] * len(texts)
+            yield from zip(ids, texts, strict=True)
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+def _is_text(column_type: pa.DataType) -> bool:
+    return (
+        pa.types.is_string(column_type) or pa.types.is_large_string(column_type) or pa.types.is_string_view(column_type)
+    )
 
 
 def _metadata(path: str) -> pq.FileMetaData:
-    """The footer, read once; an address on the Hub names a commit, so it does not change."""
-    return _read_metadata(path, None if is_on_hub(path) else os.stat(path).st_mtime_ns)
+    """The footer, read once for each version of a file; an address on the Hub names a commit, so it has only one."""
+    return _read_metadata(path, modified_ns=None if is_on_hub(path) else os.stat(path).st_mtime_ns)
 
 
 @lru_cache(maxsize=256)
@@ -76,6 +83,6 @@ def _opened(path: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.P
         with open_hub_file(path) if is_on_hub(path) else open(path, "rb") as file:
             yield pq.ParquetFile(file, metadata=metadata)
     except HTTPError:
-        raise  # of the Hub, not of the file; some are OSErrors, too
+        raise  # the connection failed, not the file; some of these are OSErrors, too
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{path} is not a whole parquet file ({' '.join(str(error).split())}).") from error

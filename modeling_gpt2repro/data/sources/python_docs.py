@@ -1,7 +1,7 @@
-"""The English prose every Python carries: the language reference's help topics and the standard library's docstrings.
+"""The English prose in every Python: the help topics of the language reference and the standard library's docstrings.
 
 About two million characters without a download, enough for a quickstart. The text differs between Python versions, so
-losses on it compare only on one version: report its hash, never expect a number.
+losses on it compare only on one version: tests and documents must not expect a certain one.
 """
 
 import ast
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-# Fragments such as "Internal support module." teach a model where documents end, and little else.
+# From a fragment such as "Internal support module." a model learns where documents end, and little else.
 MIN_DOCUMENT_CHARACTERS = 200
 
 # Installed packages are not the standard library, and the docstrings of tests are not prose.
@@ -24,7 +24,7 @@ def python_prose_documents() -> Iterator[tuple[str, str]]:
     Ids are "topic:NAME" and "module:package.name". A docstring that appears twice is kept where it appears first.
 
     Raises:
-        ValueError: If this Python carries neither topics nor sources.
+        ValueError: If this Python has neither topics nor sources.
     """
     found = False
     for document_id, text in (*_topics(), *_module_docstrings()):
@@ -41,7 +41,7 @@ def python_prose_documents() -> Iterator[tuple[str, str]]:
 def _topics() -> Iterator[tuple[str, str]]:
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions strip it
+    except ImportError:  # some distributions of Python leave it out
         return
     for name in sorted(topics):
         yield f"topic:{name}", topics[name].strip()
@@ -61,7 +61,7 @@ def _module_docstrings() -> Iterator[tuple[str, str]]:
 def _source_files(root: Path) -> list[Path]:
     paths = []
     for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]  # os.walk does not enter the rest
+        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]  # os.walk enters only these
         paths += [Path(folder, name) for name in files if name.endswith(".py")]
     return sorted(paths, key=lambda path: path.relative_to(root).parts)
 
@@ -69,12 +69,12 @@ def _source_files(root: Path) -> list[Path]:
 def _docstrings(path: Path) -> list[str]:
     """The cleaned docstrings of a source file in the order of its lines; none if it does not parse."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes: SyntaxWarning, before Python 3.12 DeprecationWarning
+        warnings.simplefilter("ignore")  # on invalid escapes: DeprecationWarning, since Python 3.12 SyntaxWarning
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):  # templates, other encodings, null bytes
             return []
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
-    nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # a module has no line
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # the module comes first: it has no line
     return [text for node in nodes if (text := ast.get_docstring(node))]

@@ -1,4 +1,4 @@
-"""What a person names as data, resolved to units and a description for the manifest."""
+"""From the name of a data set (local files, a Hub dataset, Python's own prose) to its partitions."""
 
 import os
 from collections import Counter
@@ -13,42 +13,45 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFound
 from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
 
 from .documents import Document, Partition, list_partitions, read_partition
-from .hub_rows import is_of_rows, list_row_partitions, read_row_partition
+from .hub_rows import is_hub_rows, list_row_partitions, read_row_partition
 from .python_docs import python_prose_documents
 
-# The corpus that every Python carries: nothing to download.
-PYTHON_PROSE = "python-prose"
+PYTHON_PROSE = "python-prose"  # the --dataset_name of the text that every Python carries: nothing to download
 
 
 @dataclass(frozen=True)
 class Source:
-    """Units to read and where they come from; `description` goes into the manifest and the run's record."""
+    """Partitions to read, and where they come from.
 
-    units: list[Partition]
+    Args:
+        description: Of JSON's types; goes into the manifest of prepared shards and into run.json.
+    """
+
+    partitions: list[Partition]
     description: dict
 
     @property
     def text_bytes(self) -> int:
-        """About as many as the text takes; 0 where nobody knows."""
-        return sum(unit.text_bytes for unit in self.units)
+        """Bytes of the text, roughly; 0 where they are not known."""
+        return sum(partition.text_bytes for partition in self.partitions)
 
-    def read(self, unit: Partition, skipped: Counter | None = None) -> Iterator[Document]:
-        """The unit's documents, in their order; `skipped` counts those without text, by reason."""
-        if unit.path == PYTHON_PROSE:
+    def read(self, partition: Partition, skipped: Counter | None = None) -> Iterator[Document]:
+        """Yield the partition's documents, in their order; `skipped` counts those without text, by reason."""
+        if partition.path == PYTHON_PROSE:
             return iter(_python_prose())
-        if is_of_rows(unit.path):
-            return read_row_partition(unit, skipped)
-        return read_partition(unit, skipped)
+        if is_hub_rows(partition.path):
+            return read_row_partition(partition, skipped)
+        return read_partition(partition, skipped)
 
 
 def python_prose_source() -> Source:
-    """The English prose in this Python's own documentation, as one unit."""
+    """The English prose in this Python's own documentation, as one partition."""
     return Source([Partition(PYTHON_PROSE, 0, 1)], {"dataset": PYTHON_PROSE})
 
 
 @lru_cache(maxsize=1)
 def _python_prose() -> list[Document]:
-    """Kept, because parsing the standard library takes seconds and a tokenizer is trained on it first."""
+    """Cached: parsing the standard library takes seconds, and it is read twice, once to train a tokenizer."""
     return [Document(name, text) for name, text in python_prose_documents()]
 
 
@@ -58,8 +61,9 @@ def local_source(patterns: list[str], text_column: str = "text") -> Source:
     Raises:
         ValueError: With every problem, one a line.
     """
-    found = [path for pattern in patterns for path in (sorted(glob(pattern, recursive=True)) or [pattern])]
-    paths = list(dict.fromkeys(found))  # two patterns may match the same file
+    # A pattern without a match is kept as a path, so that it is reported as a missing file.
+    matches = [path for pattern in patterns for path in (sorted(glob(pattern, recursive=True)) or [pattern])]
+    paths = list(dict.fromkeys(matches))  # two patterns may match the same file
     description = {"files": [os.path.basename(path) for path in paths], "text_column": text_column}
     return Source(list_partitions(paths, text_column), description)
 
@@ -74,28 +78,29 @@ def hub_source(
     """A Hub dataset's split, at one commit: the row groups of its parquet files, or else what `datasets` streams.
 
     Raises:
-        ValueError: If dataset, config, split or text column is not there, or the Hub cannot be reached.
+        ValueError: If dataset, config, split or text column does not exist, or the Hub cannot be reached.
     """
     name = dataset + (f" ({config})" if config else "")
     try:
         commit = retry_hub_read(lambda: _commit(dataset, revision))
         paths = retry_hub_read(lambda: _data_files(dataset, config, split, commit))
         if all(path.endswith(".parquet") for path in paths):
-            units = list_partitions(paths, text_column)
+            partitions = list_partitions(paths, text_column)
         else:
-            units = list_row_partitions(dataset, config, split, commit, text_column)
-            # Compressed files hold more text than this.
+            partitions = list_row_partitions(dataset, config, split, commit, text_column)
+            # The bytes of a shard's text are not known: each counts as an equal part of the files, which may be
+            # compressed and hold more.
             size = retry_hub_read(lambda: sum(HfFileSystem().info(path)["size"] for path in paths if is_on_hub(path)))
-            units = [replace(unit, text_bytes=size // len(units)) for unit in units]
-    except ConnectionError as error:  # what `datasets` raises offline, too
+            partitions = [replace(partition, text_bytes=size // len(partitions)) for partition in partitions]
+    except ConnectionError as error:  # `datasets` raises it as well when it is offline
         raise ValueError(
             f"the Hub cannot be reached for {name} ({' '.join(str(error).split())}): without a network, train with "
             "--preset quickstart, or prepare data where there is one and give --shards DIR."
         ) from error
-    except (OSError, ValueError, RuntimeError, HTTPError) as error:  # RuntimeError: it is a script
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:  # RuntimeError: a dataset that is a script
         raise ValueError(f"the Hub's dataset {name} does not open: {' '.join(str(error).split())}") from error
     return Source(
-        units,
+        partitions,
         {
             "dataset": dataset,
             "config": config,
@@ -108,7 +113,7 @@ def hub_source(
 
 
 def _commit(dataset: str, revision: str | None) -> str:
-    """What the revision names now; asked first and once, so that where there is no network it is known at once."""
+    """The commit that the revision names now. Asked for first, so that a missing network is noticed at once."""
     try:
         return HfApi().dataset_info(dataset, revision=revision).sha
     except RevisionNotFoundError as error:
@@ -116,7 +121,7 @@ def _commit(dataset: str, revision: str | None) -> str:
     except RepositoryNotFoundError as error:
         raise ValueError("there is none of this name, or it is private: then log in with hf auth login.") from error
     except HfHubHTTPError:
-        raise  # an answer, which may be another one the next time
+        raise  # the Hub answered: `retry_hub_read` decides whether the error may pass
     except HTTPError as error:
         raise ConnectionError(type(error).__name__) from error
 

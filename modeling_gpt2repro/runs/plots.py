@@ -1,0 +1,279 @@
+"""Plots of one or more runs over training tokens: loss, HellaSwag, learning rate, gradient norm, tokens per second."""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from matplotlib import patheffects, rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
+
+from modeling_gpt2repro.storage.atomic import atomic_write
+
+from .read import HELLASWAG_METRICS, Run
+
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "svg.hashsalt": "gpt2repro",  # fixed, so that the same numbers give the same bytes
+}
+# The colorblind-safe palette of Okabe and Ito (https://jfly.uni-koeln.de/color/).
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINE_STYLES = ("-", "--", ":", "-.")  # the palette again for runs 7 to 12, and so on
+VALIDATION_COLOR = "#D55E00"
+GREY = "#555555"
+# Nats per token of OpenAI's GPT-2 124M on the FineWeb-Edu validation shard of build-nanogpt (its play.ipynb).
+GPT2_LOSS = 3.2924
+STEP_PANELS = {  # metric of each training step -> title
+    "learning_rate": "Learning rate",
+    "grad_norm": "Gradient norm, before clipping",
+    "tokens_per_second": "Tokens per second",
+}
+MAX_POINTS = 1000  # a panel is about as many pixels wide
+MAX_MARKERS = 25
+LABEL_HEIGHT = 0.08  # of a panel's height
+Panel = Callable[[Axes, Sequence[Run]], None]
+
+
+def plot_runs(runs: Sequence[Run]) -> Figure:
+    """Plot every metric that any of the runs has, two panels side by side."""
+    panels = available_panels(runs)
+    if len(panels) == 1:
+        return plot_panels(runs, panels, columns=1, size=(10, 5))
+    return plot_panels(runs, panels, columns=2, size=(11, 1 + 2.9 * math.ceil(len(panels) / 2)))
+
+
+def available_panels(runs: Sequence[Run]) -> list[Panel]:
+    """The panels for which any of the runs has numbers."""
+    names = {name for run in runs for record in run.records for name in record}
+    panels = [loss_panel] if names & {"loss", "validation_loss"} else []
+    panels += [partial(hellaswag_panel, protocol=p) for p, name in HELLASWAG_METRICS.items() if name in names]
+    return panels + [partial(step_panel, name=name) for name in STEP_PANELS if name in names]
+
+
+def plot_panels(runs: Sequence[Run], panels: Sequence[Panel], columns: int, size: tuple[float, float]) -> Figure:
+    """Plot panels row by row on a figure of `size` inches; the first one fills what is left of its row."""
+    last_token = max([record.get("tokens", 0) for run in runs for record in run.records], default=0) or 1
+    cells = [0] * (-len(panels) % columns) + list(range(len(panels)))  # 5 panels in 2 columns: 0 0, 1 2, 3 4
+    with rc_context(STYLE):
+        figure = Figure(size, layout="constrained")
+        mosaic = figure.subplot_mosaic(np.reshape(cells, (-1, columns)).tolist())
+        for index, panel in enumerate(panels):
+            panel(mosaic[index], runs)
+            mosaic[index].set_xlim(-0.01 * last_token, 1.01 * last_token)
+            mosaic[index].xaxis.set_major_formatter(TokenFormatter(sep=" "))
+            if index >= len(panels) - columns:
+                mosaic[index].set_xlabel("training tokens")
+        if handles := legend_handles(runs):
+            widths = [len(handle.get_label()) + 6 for handle in handles]  # in letters; the line takes about 6
+            available = int(13 * size[0])  # about 13 letters an inch at this font size
+            one_row = sum(widths) <= available
+            ncols = len(handles) if one_row else max(1, available // max(widths))
+            figure.legend(handles=handles, loc="outside upper left", ncols=ncols)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 150) -> Path:
+    """Write a figure atomically, in the format of the path's suffix; returns the path."""
+    content = io.BytesIO()
+    metadata = {"Date": None} if path.suffix == ".svg" else {}
+    with rc_context(STYLE):
+        figure.savefig(content, format=path.suffix[1:], dpi=dpi, metadata=metadata)
+    with atomic_write(path) as file:
+        file.write(content.getvalue())
+    return path
+
+
+def loss_panel(axes: Axes, runs: Sequence[Run]):
+    """Training loss (every step faint, the running mean strong) and validation loss, with their baselines."""
+    axes.set_title("Loss, nats per token")
+    shown = []
+    baselines = {}
+    foot = axes.get_xaxis_transform()  # x in tokens, y as a share of the panel's height
+    for index, run in enumerate(runs):
+        baselines |= run.loss_baselines | ({"GPT-2 124M": GPT2_LOSS} if run.uses_fineweb_edu() else {})
+        style = line_style(index)
+        shown.append(_plot_noisy(axes, *run.series("loss"), style))
+        for tokens, marker in ((run.resumed_tokens(), "|"), (run.skipped_tokens(), "x")):
+            axes.plot(tokens, np.full(len(tokens), 0.03), marker, color=style["color"], markersize=6, transform=foot)
+        tokens, losses = run.series("validation_loss")
+        shown.append(losses)
+        if len(runs) > 1:  # points in the run's color
+            _plot_points(axes, tokens, losses, color=style["color"], linestyle="", markersize=4)
+        elif len(losses):
+            _plot_points(axes, tokens, losses, color=VALIDATION_COLOR, linewidth=1.2, markersize=4)
+            last = (tokens[-1], losses[-1])
+            axes.annotate(f"{losses[-1]:.3f}", last, **_label("right" if tokens[-1] else "left", VALIDATION_COLOR))
+    _limit_and_draw_baselines(axes, shown, baselines, below=1.0, above=0.1, rising=False)
+
+
+def hellaswag_panel(axes: Axes, runs: Sequence[Run], protocol: str):
+    """acc_norm of one protocol with its 95 % interval, and published numbers of the same protocol close to it."""
+    axes.set_title(f"HellaSwag acc_norm, {protocol}")
+    name = HELLASWAG_METRICS[protocol]
+    shown = []
+    baselines = {}
+    for index, run in enumerate(runs):
+        baselines |= run.hellaswag_baselines.get(protocol, {})
+        tokens, accuracies = run.series(name)
+        _plot_points(axes, tokens, accuracies, **line_style(index), markersize=3)
+        _, low = run.series(f"{name}_low")
+        _, high = run.series(f"{name}_high")
+        if len(low) == len(high) == len(tokens):  # records of early versions have no interval
+            axes.fill_between(tokens, low, high, color=line_style(index)["color"], alpha=0.12, linewidth=0)
+        shown += [accuracies, low, high]
+    _limit_and_draw_baselines(axes, shown, baselines, below=0.02, above=0.06, rising=True)
+
+
+def step_panel(axes: Axes, runs: Sequence[Run], name: str):
+    """A metric of each training step, on an axis from 0, because any other makes small changes look large."""
+    axes.set_title(STEP_PANELS[name])
+    shown = [np.zeros(1)]
+    for index, run in enumerate(runs):
+        tokens, values = run.series(name)
+        if name == "learning_rate":  # exact, without noise
+            axes.plot(*downsample(tokens, values), **line_style(index))
+            shown.append(values)
+        else:
+            shown.append(_plot_noisy(axes, tokens, values, line_style(index)))
+    axes.set_ylim(0, axis_limits(np.concatenate(shown))[1])
+    axes.yaxis.set_major_formatter(TokenFormatter(sep=" ") if name == "tokens_per_second" else "{x:g}")
+
+
+def legend_handles(runs: Sequence[Run]) -> list[Line2D]:
+    """The runs, if there are several, and the meaning of each line and marker that occurs."""
+    alone = len(runs) == 1
+    names = [run.folder.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.folder) for run in runs]
+    handles = [] if alone else [Line2D([], [], label=name, **line_style(i)) for i, name in enumerate(names)]
+    width = mean_width(len(runs[0].series("loss")[1]))
+    training = f"training (mean of {width:,} steps)" if alone and width > 1 else "training"
+    points = {"marker": "o", "markersize": 4} | ({"color": VALIDATION_COLOR} if alone else {"linestyle": ""})
+    for label, found, style in (
+        (training, any(len(run.series("loss")[1]) for run in runs), {}),
+        ("validation", any(len(run.series("validation_loss")[1]) for run in runs), points),
+        ("resumed", any(len(run.resumed_tokens()) for run in runs), {"marker": "|", "linestyle": ""}),
+        ("update skipped", any(len(run.skipped_tokens()) for run in runs), {"marker": "x", "linestyle": ""}),
+    ):
+        if found:
+            handles.append(Line2D([], [], label=label, **{"color": COLORS[0] if alone else GREY, **style}))
+    return handles
+
+
+def line_style(index: int) -> dict[str, str]:
+    """Color and line style of the run at `index`."""
+    return {"color": COLORS[index % len(COLORS)], "linestyle": LINE_STYLES[index // len(COLORS) % len(LINE_STYLES)]}
+
+
+class TokenFormatter(EngFormatter):
+    """Formats 2000000000 as 2 B: tokens are counted in billions, not in SI's giga."""
+
+    ENG_PREFIXES = {0: "", 3: "k", 6: "M", 9: "B", 12: "T"}
+
+
+def mean_width(count: int) -> int:
+    """The width of the running mean over `count` values: an odd number, about 2 % of them."""
+    return 2 * (count // 100) + 1
+
+
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """The mean of each value (n,) and its neighbors, `width` in all; fewer at both ends.
+
+    The window is centered: a mean over past values only would lag behind while the loss falls.
+    """
+    index = np.arange(len(values))
+    first = np.maximum(index - width // 2, 0)
+    last = np.minimum(index + width // 2 + 1, len(values))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def downsample(x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """At most `max_points` of the points (n,): minimum and maximum of each chunk, so that no spike is lost."""
+    if len(x) <= max_points:
+        return x, y
+    chunks = np.array_split(np.arange(len(x)), max_points // 2)
+    kept = np.unique([i for chunk in chunks for i in (chunk[np.argmin(y[chunk])], chunk[np.argmax(y[chunk])])])
+    return x[kept], y[kept]
+
+
+def axis_limits(
+    values: np.ndarray, baselines: Sequence[float] = (), below: float = 0.0, above: float = 0.0
+) -> tuple[float, float]:
+    """Limits of an axis that shows the values (n,) but the highest 2 %, which are the steep start of a loss curve.
+
+    Args:
+        baselines: Included if they lie at most `below` or `above` that range.
+    """
+    low = float(values.min())
+    high = float(np.percentile(values, 98, method="higher"))
+    near = [baseline for baseline in baselines if low - below <= baseline <= high + above]
+    low = min([low, *near])
+    high = max([high, *near])
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    label_below = any(baseline - low < margin for baseline in near)
+    label_above = any(high - baseline < margin for baseline in near)
+    return low - (2 if label_below else 1) * margin, high + (2 if label_above else 1) * margin
+
+
+def _plot_noisy(axes: Axes, tokens: np.ndarray, values: np.ndarray, style: Mapping[str, str]) -> np.ndarray:
+    mean = running_mean(values, mean_width(len(values)))
+    axes.plot(*downsample(tokens, values), color=style["color"], linewidth=0.5, alpha=0.25)
+    axes.plot(*downsample(tokens, mean), linewidth=1.3, **style)
+    return values
+
+
+def _plot_points(axes: Axes, tokens: np.ndarray, values: np.ndarray, **style):
+    axes.plot(tokens, values, marker="o", markevery=max(1, len(tokens) // MAX_MARKERS), **style)
+
+
+def _limit_and_draw_baselines(
+    axes: Axes, shown: Sequence[np.ndarray], baselines: Mapping[str, float], below: float, above: float, rising: bool
+):
+    """Set the y limits and draw dashed baselines, labelled where the curve is not.
+
+    A curve that rises leaves the upper left and the lower right of a panel free, one that falls the others.
+    """
+    if not any(map(len, shown)):
+        return
+    low, high = axis_limits(np.concatenate(shown), list(baselines.values()), below, above)
+    axes.set_ylim(low, high)
+    previous = -math.inf
+    side = "left"
+    for label, value in sorted(baselines.items(), key=lambda item: item[1]):
+        if not low < value < high:
+            continue
+        upper = value > (low + high) / 2
+        free_side = "left" if upper == rising else "right"
+        crowded = value - previous < LABEL_HEIGHT * (high - low)
+        side = {"left": "right", "right": "left"}[side] if crowded else free_side
+        previous = value
+        axes.axhline(value, color=GREY, linestyle=(0, (4, 3)), linewidth=0.8, zorder=1)
+        at = (0.01 if side == "left" else 0.99, value)
+        label_style = _label(side, GREY, above=upper)
+        axes.annotate(f"{label}: {value:.4g}", at, xycoords=("axes fraction", "data"), **label_style)
+
+
+def _label(side: str, color: str, above: bool = True) -> dict:
+    return {
+        "ha": side,
+        "va": "bottom" if above else "top",
+        "xytext": (0, 3 if above else -3),
+        "textcoords": "offset points",
+        "fontsize": 8.5,
+        "color": color,
+        "path_effects": [patheffects.withStroke(linewidth=2, foreground="white")],  # legible on top of lines
+        "in_layout": False,  # or a panel with a long label would get narrower than the others
+    }

@@ -1,0 +1,28 @@
+"""Fixtures of the tests that push."""
+
+import os
+
+import pytest
+
+
+@pytest.fixture
+def on_hub(hub, tmp_path, monkeypatch):
+    """The loopback Hub; processes started by the test talk to it, with a token that may write."""
+    environment = {**hub.environment(tmp_path / "home"), "HF_TOKEN": hub.token}
+    for name in os.environ.keys() - environment:  # such as HF_HUB_OFFLINE
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return hub
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small folder with the files of a checkpoint."""
+    checkpoint = tmp_path / "step-000010"
+    (checkpoint / "training_state").mkdir(parents=True)
+    (checkpoint / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    (checkpoint / "config.json").write_text("{}")
+    (checkpoint / "model.safetensors").write_bytes(b"weights" * 1000)
+    (checkpoint / "training_state" / "optimizer.safetensors").write_bytes(b"moments" * 2000)
+    return checkpoint

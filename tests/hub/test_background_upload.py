@@ -1,0 +1,273 @@
+"""The upload queue of a run, and training runs that push."""
+
+import json
+import re
+import shutil
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from pushing import UNREACHABLE_HUB, files_in, run_push
+from toy_runs import rows_of, train_here
+
+from modeling_gpt2repro.hub import background_upload
+from modeling_gpt2repro.hub.background_upload import UploadQueue, snapshot
+from modeling_gpt2repro.pretrain import setup
+from modeling_gpt2repro.pretrain.checkpointing import Checkpointer
+from modeling_gpt2repro.training.arguments import TrainArguments
+
+
+def slow_push(seconds: float, log: Path | None = None) -> list[str]:
+    """A stand-in for the push command: takes its time, then prints the names of the folder's files.
+
+    Args:
+        log: The flags it is given are appended to this file, one JSON list a line.
+    """
+    program = """
+import json, os, sys, time
+seconds, log, folder, *flags = sys.argv[1:]
+if log:
+    open(log, "a").write(json.dumps(flags) + "\\n")
+time.sleep(float(seconds))
+print(sorted(os.listdir(folder)))
+"""
+    return [sys.executable, "-c", program, str(seconds), str(log or "")]
+
+
+def shell(script: str) -> list[str]:
+    return ["sh", "-c", script]
+
+
+def wait_for(queue: UploadQueue) -> list[str]:
+    """All messages until nothing is left to push."""
+    messages = []
+    while queue._running or queue._pending:
+        messages += queue.poll()
+        time.sleep(0.01)
+    return messages + queue.poll()
+
+
+def copy_checkpoint(folder: Path, step: int) -> Path:
+    return Path(shutil.copytree(folder, folder.parent / "run" / f"step-{step:06d}"))
+
+
+def raise_disk_full(source, target):
+    raise OSError(28, "disk full")
+
+
+def raise_not_supported(source, target):
+    raise OSError(95, "not supported")
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("end", []),
+        ("every_save", ["step 10: main", "step 30: main"]),
+        ("checkpoint", ["step 10: main", "step 30: last-checkpoint", "step 30: main"]),
+        (
+            "all_checkpoints",
+            ["step 10: main", *(f"step {n}0: step-0000{n}0" for n in (1, 2)), "step 30: main", "step 30: step-000030"],
+        ),
+    ],
+)
+def test_a_new_checkpoint_replaces_what_is_pending_for_its_branch(folder, tmp_path, strategy, expected):
+    log = tmp_path / "flags.jsonl"
+    log.touch()
+    queue = UploadQueue("user/any", strategy, tmp_path, command=slow_push(0.1, log))
+    for step in (10, 20, 30):
+        checkpoint = copy_checkpoint(folder, step)
+        queue.enqueue(checkpoint)
+        shutil.rmtree(checkpoint)  # as --save_total_limit does while it is being pushed
+    messages = wait_for(queue)
+    pushes = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [flags[0::2][:2] for flags in pushes] == [["--branch", "--message"]] * len(expected)
+    pushed = [f"{flags[3].removeprefix('Training in progress, ')}: {flags[1]}" for flags in pushes]
+    assert sorted(pushed) == expected
+    with_state = ["--with_training_state" in flags for flags in pushes]
+    assert with_state == [flags[1] == "last-checkpoint" for flags in pushes]
+    assert len(messages) == len(expected)
+    assert all("'model.safetensors'" in message for message in messages)  # complete, although the checkpoint is gone
+    assert [("training_state" in message) for message in messages] == with_state
+    assert not list(tmp_path.glob(".push-*"))
+
+
+def test_a_snapshot_is_copied_only_where_there_are_no_hard_links(folder, tmp_path, monkeypatch):
+    snapshot(folder, tmp_path / "linked", with_training_state=False)
+    assert (tmp_path / "linked" / "model.safetensors").samefile(folder / "model.safetensors")
+    monkeypatch.setattr(background_upload.os, "link", raise_not_supported)
+    snapshot(folder, tmp_path / "copied", with_training_state=False)
+    assert not (tmp_path / "copied" / "model.safetensors").samefile(folder / "model.safetensors")
+    assert files_in(tmp_path / "copied") == files_in(tmp_path / "linked")
+
+
+def test_a_failed_upload_is_a_message_and_never_an_exception(folder, tmp_path, monkeypatch):
+    queue = UploadQueue("user/any", "checkpoint", tmp_path, command=["/there/is/no/such/program"])
+    queue.enqueue(folder)
+    expected = "Training in progress, step 10: not pushed to {} (No such file or directory)"
+    assert queue.poll() == [expected.format(branch) for branch in ("main", "last-checkpoint")]
+
+    queue = UploadQueue("user/any", "every_save", tmp_path, command=[sys.executable, "-c", "exit('no rights')"])
+    queue.enqueue(folder)
+    assert wait_for(queue) == ["Training in progress, step 10: not pushed, because no rights"]
+
+    queue = UploadQueue("user/any", "every_save", tmp_path, command=shell("kill -9 $$"))
+    queue.enqueue(folder)
+    assert wait_for(queue) == ["Training in progress, step 10: not pushed, because it ended with -9"]
+
+    monkeypatch.setattr(background_upload, "link_or_copy", raise_disk_full)
+    queue.enqueue(folder)
+    assert queue.poll() == ["Training in progress, step 10: not pushed to main ([Errno 28] disk full)"]
+    assert not list(tmp_path.glob(".push-*"))
+
+
+def test_the_final_model_does_not_wait_for_a_checkpoint_that_it_replaces(folder, tmp_path):
+    queue = UploadQueue("user/any", "every_save", tmp_path, command=slow_push(60))
+    queue.enqueue(folder)
+    process = queue._running.process
+    queue.command = slow_push(0)
+    assert queue.push_final(folder, print, never) == 0
+    assert process.returncode < 0
+    assert not list(tmp_path.glob(".push-*"))
+
+
+def test_the_final_push_drops_the_rest_of_the_queue_once_the_hub_is_unreachable(folder, tmp_path):
+    shown = []
+    queue = UploadQueue("user/any", "all_checkpoints", tmp_path, command=shell("sleep 0.1; exit 3"))
+    for step in (10, 20, 30):
+        queue.enqueue(copy_checkpoint(folder, step))
+    assert queue.push_final(folder, shown.append, never) == 3
+    dropped = [re.search(r"not pushed to (\S+), dropped", line) for line in shown]
+    assert [match[1] for match in dropped if match] == ["step-000020", "step-000030"]
+    assert not list(tmp_path.glob(".push-*"))
+
+
+def test_a_save_that_fails_drops_pending_uploads(folder, shards, tmp_path, monkeypatch):
+    queue = UploadQueue("user/any", "all_checkpoints", tmp_path, command=slow_push(60))
+    for step in (10, 20):
+        queue.enqueue(copy_checkpoint(folder, step))
+    queue.drop_pending()
+    assert len(list(tmp_path.glob(".push-*"))) == 1  # the running one
+    queue.close()
+
+    dropped = []
+    monkeypatch.setattr(Checkpointer, "write", lambda *given: None if dropped else "No space left")
+    monkeypatch.setattr(UploadQueue, "drop_pending", lambda self: dropped.append(True))
+    assert train_here(tmp_path / "run", shards, train_tokens=3 * 256, save_steps=1) == 0
+    assert len(dropped) == 1
+
+
+def test_closing_kills_an_upload_that_ignores_signals(folder, tmp_path):
+    command = shell("trap '' TERM; echo started; sleep 60")
+    queue = UploadQueue("user/any", "every_save", tmp_path, command=command)
+    queue.enqueue(folder)
+    while "started" not in (tmp_path / "push.log").read_text():
+        time.sleep(0.01)
+    closed_at = time.monotonic()
+    queue.close()
+    assert time.monotonic() - closed_at < 10
+
+
+def test_a_run_that_has_to_stop_waits_for_no_upload(folder, tmp_path):
+    shown = []
+    queue = UploadQueue("user/any", "all_checkpoints", tmp_path, command=slow_push(60))
+    queue.enqueue(folder)
+    assert queue.push_final(folder, shown.append, should_stop=lambda: True) == 3
+    assert "Push it with" in shown[-1]
+    assert str(folder) in shown[-1]
+    queue.close()
+    assert queue._running is None
+    assert not list(tmp_path.glob(".push-*"))
+
+
+def test_only_a_resumed_run_starts_while_the_hub_is_unreachable(on_hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", UNREACHABLE_HUB)
+    queue = UploadQueue("user/any", "every_save", tmp_path)
+    check_access = partial(queue.check_access, patience_seconds=0)
+    assert "The run continues, and pushes once the Hub can be reached again." in check_access(is_resume=True)
+    with pytest.raises(ValueError, match="push_to_hub: the Hub cannot be reached"):
+        check_access(is_resume=False)
+    monkeypatch.setenv("HF_TOKEN", "")
+    with pytest.raises(ValueError, match="push_to_hub: there is no token"):  # waiting does not help
+        check_access(is_resume=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"hub_strategy": "often"}, "hub_strategy (often) must be one of end, every_save, checkpoint, all_checkpoints"),
+        ({"hub_model_id": "me/mine"}, "add --push_to_hub"),
+        ({"push_to_hub": True, "output_dir": "runs/my run"}, "'my run' cannot be the name"),
+        ({"push_to_hub": True, "hub_model_id": "a/b/c"}, "'a/b/c' cannot be the name"),
+    ],
+)
+def test_wrong_arguments_for_pushing_are_refused(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TrainArguments(**given)
+
+
+def test_only_the_main_process_pushes_and_a_resume_is_recognized(tmp_path, monkeypatch):
+    checks = []
+
+    def check_access(self, is_resume):
+        checks.append((self.repository, is_resume))
+
+    monkeypatch.setattr(UploadQueue, "check_access", check_access)
+    monkeypatch.setattr(setup, "run_on_main_and_broadcast", lambda accelerator, work: work())
+    args = TrainArguments(push_to_hub=True, hub_model_id="me/mine", output_dir=str(tmp_path))
+    main_process = SimpleNamespace(is_main_process=True, print=print)
+    other_process = SimpleNamespace(is_main_process=False, print=print)
+    queues = [setup.build_upload_queue(args, accelerator) for accelerator in (main_process, other_process)]
+    (tmp_path / "run.json").touch()
+    setup.build_upload_queue(args, main_process)
+    assert [queue.repository for queue in queues] == ["me/mine", None]
+    assert checks == [("me/mine", False), (None, False), ("me/mine", True)]
+
+
+def test_a_preflight_says_whether_the_hub_can_be_written(on_hub, shards, tmp_path, monkeypatch, capsys):
+    given = {"preflight": True, "push_to_hub": True, "hub_model_id": "user/preflight"}
+    assert train_here(tmp_path / "run", shards, **given) == 0
+    assert f"Hub          can be written: {on_hub.endpoint}/user/preflight" in capsys.readouterr().out
+    assert files_in(on_hub.root / "models/user/preflight") == {}
+    assert train_here(tmp_path / "run", shards, **given, hub_private_repo=True) == 2
+    assert "push_to_hub: the Hub refuses user/preflight (The loopback Hub creates public" in capsys.readouterr().err
+    monkeypatch.setenv("HF_TOKEN", on_hub.read_only_token)
+    assert train_here(tmp_path / "run", shards, **given) == 2
+    assert "push_to_hub: this token may not write to user/preflight" in capsys.readouterr().err
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_training_pushes_its_model_and_a_checkpoint_to_resume_from(on_hub, shards, tmp_path, capsys):
+    run = tmp_path / "trained"
+    assert train_here(run, shards, push_to_hub=True, hub_strategy="checkpoint", train_tokens=20 * 256) == 0
+    assert "Training in progress, step 20: pushed to" in capsys.readouterr().out
+    assert f"pushed to {on_hub.endpoint}/user/trained (commit" in (run / "push.log").read_text()
+    assert files_in(on_hub.root / "models/user/trained") == files_in(run / "model")
+    assert files_in(on_hub.root / "branches/models/user/trained/last-checkpoint") == files_in(run / "step-000020")
+    for name in ("metrics.jsonl", "loss.png"):
+        assert (run / "model" / name).read_bytes()
+    card = (run / "model" / "README.md").read_text()
+    assert f"validation loss | {rows_of(run, 'validation_loss')[-1]:.4f} nats per token" in card
+    assert "after | step 20, 5,120 tokens" in card
+    assert on_hub.token not in "".join(path.read_text(errors="replace") for path in run.rglob("*.json*"))
+
+
+def test_a_training_whose_final_push_fails_shows_the_command_that_pushes_later(
+    on_hub, finished, shards, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(background_upload, "FINAL_PATIENCE_SECONDS", 0)
+    with on_hub.faults({"match": "POST .*commit/main", "status": 503}):
+        assert train_here(tmp_path / "unlucky", shards, push_to_hub=True, hub_strategy="end") == 3
+    output = capsys.readouterr().out
+    command = re.search(r"^    python (-m modeling_gpt2repro.hub.push .*)$", output, re.MULTILINE)[1]
+    assert rows_of(tmp_path / "unlucky") == rows_of(finished[0])  # the training itself is complete
+    result = run_push(*command.replace("'", "").split()[2:3], "--hub_model_id", "user/unlucky")
+    assert result.returncode == 0, result.stderr
+    assert files_in(on_hub.root / "models/user/unlucky") == files_in(tmp_path / "unlucky" / "model")
