@@ -39,10 +39,12 @@ def reference(model, tokenizer, example, protocol):
             text = before + rest.split("]", 1)[1]
         return text.replace("  ", " ")
 
-    sums, lengths = [], []
+    sums = []
+    lengths = []
     for ending in example.endings:
         if protocol == "completion":
-            context, continuation = ids(example.ctx), ids(" " + ending)
+            context = ids(example.ctx)
+            continuation = ids(" " + ending)
         else:
             ending = clean(ending)
             query = clean(example.activity_label + ": " + example.ctx_a + " " + example.ctx_b.capitalize())

@@ -86,7 +86,9 @@ def metric(tmp_path, monkeypatch):
 def answers():
     """Scores of 50 examples as arrays, and their accuracies by sum and by mean."""
     draw = np.random.default_rng(0)
-    sums, lengths, labels = -draw.uniform(5, 50, (50, 4)), draw.integers(1, 9, (50, 4)), draw.integers(0, 4, 50)
+    sums = -draw.uniform(5, 50, (50, 4))
+    lengths = draw.integers(1, 9, (50, 4))
+    labels = draw.integers(0, 4, 50)
     right = [(values.argmax(1) == labels).mean() for values in (sums, sums / lengths)]
     return {"predictions": sums, "lengths": lengths, "references": labels}, right
 

@@ -19,7 +19,10 @@ from modeling_gpt2repro.evaluation.hellaswag.official import is_official_split, 
 class Server(http.server.ThreadingHTTPServer):
     """Serves `body`, which a test may replace, and counts the requests."""
 
-    body, status, promised_more, requests = b"", 200, 0, 0
+    body = b""
+    status = 200
+    promised_more = 0  # bytes that the header announces and the body lacks
+    requests = 0
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

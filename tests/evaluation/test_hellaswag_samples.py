@@ -109,10 +109,8 @@ def test_a_file_that_holds_no_scores_is_refused(tmp_path, line, one_sentence):
 
 
 def test_two_models_are_compared_example_by_example(file_of):
-    first, second = (
-        file_of("a", is_right=lambda index: index in (0, 1, 2)),
-        file_of("b", is_right=lambda index: index in (2, 3, 4, 5)),
-    )
+    first = file_of("a", is_right=lambda index: index in (0, 1, 2))
+    second = file_of("b", is_right=lambda index: index in (2, 3, 4, 5))
     compared = compare_scores(first, second)
     assert set(compared) == set(PROTOCOLS)
     for pair in (pair for measures in compared.values() for pair in measures.values()):
@@ -138,7 +136,8 @@ def test_scores_of_different_examples_or_protocols_are_not_compared(file_of, hel
 
 def test_mcnemars_test_equals_trying_every_outcome():
     for only_first, only_second in ((0, 0), (1, 5), (5, 1), (0, 8), (4, 6), (5, 5)):
-        n, seen = only_first + only_second, abs(only_first - only_second)
+        n = only_first + only_second
+        seen = abs(only_first - only_second)
         outcomes = [abs(2 * sum(outcome) - n) for outcome in itertools.product((0, 1), repeat=n)]
         expected = sum(outcome >= seen for outcome in outcomes) / 2**n
         assert PairedDifference(100, 50, only_first, only_second).p_value == pytest.approx(expected)

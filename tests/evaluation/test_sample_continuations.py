@@ -88,7 +88,8 @@ def test_the_runs_random_numbers_and_training_mode_are_restored(make_model, tiny
 @pytest.fixture
 def read(make_model, tiny_tokenizer):
     """A model of its own, and a list that gets the number of tokens it reads at a time."""
-    model, lengths = make_model("stock", len(tiny_tokenizer)), []
+    model = make_model("stock", len(tiny_tokenizer))
+    lengths = []
     model.transformer.wte.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
     return model, lengths
 

@@ -65,7 +65,8 @@ def validate(token_shards, tmp_path):
 
 def nats_by_hand(folder, ids):
     """Each row of T by itself, in fp64: the sum over all ids but the first."""
-    model, total = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval(), 0.0
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    total = 0.0
     for start in range(0, len(ids) - 1, T):
         row = torch.tensor(ids[start : start + T + 1])
         with torch.no_grad():
@@ -97,7 +98,8 @@ def test_nats_and_bytes_equal_those_counted_by_hand(token_shards, tiny_tokenizer
     folder = save(tiny_tokenizer)
     report = validate(folder, "--eval_tokens", "700", "--per_device_eval_batch_size", "3")
     ids = all_ids(token_shards, "validation")[:641].tolist()  # ten rows of 64
-    nats, found = nats_by_hand(folder, ids), report["results"]
+    nats = nats_by_hand(folder, ids)
+    found = report["results"]
     text_bytes = sum(len(tiny_tokenizer.convert_ids_to_tokens(i)) for i in ids if i != tiny_tokenizer.eos_token_id)
     assert (found["validation_tokens"], found["text_bytes"], report["block_size"]) == (640, text_bytes, T)
     assert found["validation_loss"] == pytest.approx(nats / 640, rel=1e-6)
@@ -120,7 +122,9 @@ def test_a_model_with_another_tokenizer_is_scored_on_the_same_text(
     documents = tiny_tokenizer.decode(ids).split("<|endoftext|>")[1:]
     assert sum(text in tiny_texts for text in documents) >= len(documents) - 1 > 1  # the last one is cut
     again = [i for text in documents for i in (other.eos_token_id, *other(text)["input_ids"])]
-    nats, text_bytes, found = nats_by_hand(folder, again), sum(map(len, documents)), report["results"]
+    nats = nats_by_hand(folder, again)
+    text_bytes = sum(map(len, documents))
+    found = report["results"]
     assert (found["validation_tokens"], found["text_bytes"]) == (len(again) - 1, text_bytes)
     assert (len(again) - 1) % T  # so the last row is a short one
     assert report["split_tokens"] == 640 != found["validation_tokens"]
@@ -145,7 +149,8 @@ class Bigrams(torch.nn.Module):
 
 @pytest.mark.parametrize("mode", [True, False])
 def test_losses_are_taken_in_fp32_without_dropout_and_the_mode_comes_back(mode):
-    model, ids = Bigrams().train(mode), torch.arange(9).view(1, 9)
+    model = Bigrams().train(mode)
+    ids = torch.arange(9).view(1, 9)
     log_probs = model.table.detach().to(torch.bfloat16).double().log_softmax(-1)
     expected = -sum(log_probs[a, a + 1].item() for a in range(8))
     total, tokens = summed_loss(model, [{"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:]}], torch.device("cpu"))
@@ -211,7 +216,8 @@ def test_any_number_of_processes_shares_the_sequences():
 
 @pytest.mark.slow
 def test_three_processes_give_what_one_gives(save, tiny_tokenizer, token_shards, validate, tmp_path):
-    folder, output = save(tiny_tokenizer), tmp_path / "three.json"
+    folder = save(tiny_tokenizer)
+    output = tmp_path / "three.json"
     alone = validate(folder)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     flags = ["--model", str(folder), "--shards", str(token_shards.folder), "--output", str(output)]

@@ -57,10 +57,12 @@ def as_json(value):
 
 
 def test_the_script_prints_a_table_and_saves_its_numbers(tmp_path, model_folder, capsys, hellaswag_rows, expected):
-    data, output = write_rows(tmp_path / "rows.jsonl", hellaswag_rows), tmp_path / "result.json"
+    data = write_rows(tmp_path / "rows.jsonl", hellaswag_rows)
+    output = tmp_path / "result.json"
     arguments = ["--model", str(model_folder), "--data", data, "--device", "cpu", "--limit", "5"]
     eval_hellaswag.main([*arguments, "--output", str(output)])
-    report, expected = json.loads(output.read_text()), [scores for scores in expected if scores.index < 5]
+    report = json.loads(output.read_text())
+    expected = [scores for scores in expected if scores.index < 5]
     assert report["results"] == as_json(summarize_by_protocol(expected))
     assert len(report["data_sha256"]) == 64
     assert report["arguments"]["limit"] == 5

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -28,7 +28,7 @@ Z95 = 1.959964  # the normal distribution's 97.5 % quantile
 Summary = dict[str, float | int | tuple[float, float]]
 
 
-def summarize(scores: Collection[ExampleScores]) -> Summary:
+def summarize(scores: Sequence[ExampleScores]) -> Summary:
     """Accuracies of one protocol: correct, correct_norm, rows, acc, acc_interval, acc_norm, acc_norm_interval.
 
     Raises:
@@ -50,12 +50,9 @@ def summarize(scores: Collection[ExampleScores]) -> Summary:
     }
 
 
-def summarize_by_protocol(scores: Iterable[ExampleScores], protocols: Sequence[str] = PROTOCOLS) -> dict[str, Summary]:
+def summarize_by_protocol(scores: Sequence[ExampleScores], protocols: Sequence[str] = PROTOCOLS) -> dict[str, Summary]:
     """{protocol: `summarize` of its scores}."""
-    by_protocol: dict[str, list[ExampleScores]] = {protocol: [] for protocol in protocols}
-    for example_scores in scores:
-        by_protocol[example_scores.protocol].append(example_scores)
-    return {protocol: summarize(of_protocol) for protocol, of_protocol in by_protocol.items()}
+    return {protocol: summarize([s for s in scores if s.protocol == protocol]) for protocol in protocols}
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
