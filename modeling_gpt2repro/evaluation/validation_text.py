@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from modeling_gpt2repro.data.batches.shuffled import TokenSequences, as_batch
+from modeling_gpt2repro.data.batches.sequences import TokenSequences, as_batch, validation_batches
 
 DOCUMENTS_PER_CALL = 1_000  # limits the memory of the Python lists that tokenizers take and return
 
@@ -63,7 +63,7 @@ def load_validation_text(
     Raises:
         ValueError: If the split holds less than one sequence, or the other tokenizer cannot encode the text.
     """
-    ids = first_ids(shards, tokens, block_size)
+    ids = TokenSequences(list(shards), block_size, "validation").first_ids(tokens)
     split_tokens = len(ids) - 1
     text_bytes = 0
     encoded = []
@@ -85,18 +85,6 @@ def bytes_per_token(
     """
     text = load_validation_text(shards, shards_tokenizer, tokens, block_size)
     return text.text_bytes / text.tokens
-
-
-def first_ids(shards: Sequence[np.ndarray], tokens: int, block_size: int) -> np.ndarray:
-    """The first R * T + 1 ids of a split, int64, where R = `tokens` // T, at least 1 and at most what is there.
-
-    Raises:
-        ValueError: If the split holds less than one sequence.
-    """
-    sequences = TokenSequences(list(shards), block_size, "validation")
-    count = min(len(sequences), max(1, tokens // block_size))
-    ids = sequences.read(np.arange(count))  # (R, T + 1): the last id of a sequence is the first of the next
-    return np.append(ids[:, :-1], ids[-1, -1])
 
 
 def decode_documents(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[str]]:
@@ -145,9 +133,8 @@ def text_batches(
     Batches are (B, T) with B = `batch_size`, fewer in the last one; a sequence of less than T follows alone.
     """
     num_full = text.tokens // text.block_size
-    mine = np.arange(process_index, num_full, num_processes)
-    for first in range(0, len(mine), batch_size):
-        starts = mine[first : first + batch_size, None] * text.block_size
-        yield as_batch(text.ids[starts + np.arange(text.block_size + 1)])
+    if num_full:
+        sequences = TokenSequences([text.ids], text.block_size, "validation")
+        yield from validation_batches(sequences, text.tokens, batch_size, process_index, num_processes)
     if text.tokens % text.block_size and num_full % num_processes == process_index:
         yield as_batch(text.ids[None, num_full * text.block_size :])

@@ -25,7 +25,6 @@ from modeling_gpt2repro.evaluation.validation_text import (
     bytes_per_token,
     decode_documents,
     encode_documents,
-    first_ids,
     load_validation_text,
     text_batches,
 )
@@ -286,7 +285,7 @@ def test_a_tokenizer_that_cannot_encode_the_text_is_refused(
     one_sentence(error)
 
 
-def test_a_split_of_less_than_one_sequence_is_refused(one_sentence):
-    with pytest.raises(ValueError, match="the validation split holds 8 tokens, but one row takes 9") as error:
-        first_ids([np.zeros(5, np.uint16), np.zeros(3, np.uint16)], 100, 8)
+def test_a_split_of_less_than_one_sequence_is_refused(tiny_tokenizer, one_sentence):
+    with pytest.raises(ValueError, match="the validation split holds 8 tokens, but one sequence takes 9") as error:
+        load_validation_text([np.zeros(5, np.uint16), np.zeros(3, np.uint16)], tiny_tokenizer, 100, 8)
     one_sentence(error)
