@@ -22,11 +22,11 @@ from torch.optim import Optimizer
 
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.data.batches.build import TrainingData
-from modeling_gpt2repro.evaluation.distributed import evaluate_hellaswag, validation_loss
 from modeling_gpt2repro.evaluation.generation import sample_continuations
-from modeling_gpt2repro.evaluation.hellaswag.samples import write_results
+from modeling_gpt2repro.evaluation.hellaswag.metrics import evaluate_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.samples import write_scores
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask
-from modeling_gpt2repro.evaluation.validation import validation_numbers
+from modeling_gpt2repro.evaluation.validation import validation_loss, validation_numbers
 from modeling_gpt2repro.pretrain import setup
 from modeling_gpt2repro.pretrain.batch_size import apply_batch_size_finder
 from modeling_gpt2repro.pretrain.checkpointing import Checkpointer, unsharded_model
@@ -245,14 +245,14 @@ def evaluate(
         batch_size = args.per_device_eval_batch_size or args.per_device_train_batch_size
         batches = data.validation_batches(args.eval_tokens, batch_size)
         with accelerator.autocast():
-            loss, tokens = validation_loss(accelerator, module, batches)
+            loss, tokens = validation_loss(module, batches, accelerator.device)
         numbers = {**validation_numbers(loss, bytes_per_token), "validation_tokens": tokens}
         if hellaswag is not None and not stop.should_stop():
-            accuracies, scores = evaluate_hellaswag(accelerator, module, hellaswag)
+            accuracies, scores = evaluate_hellaswag(module, hellaswag)
             numbers |= accuracies
             if accelerator.is_main_process:
                 with logger.warn_on_io_error(step, HELLASWAG_FILE):
-                    write_results(output_dir / HELLASWAG_FILE, scores, hellaswag.rows)
+                    write_scores(output_dir / HELLASWAG_FILE, scores, hellaswag.examples)
         numbers["evaluation_seconds"] = time.perf_counter() - started
         logger.log_evaluation(step, numbers)
         if args.num_samples and accelerator.is_main_process and stop.signal_name is None:

@@ -1,13 +1,14 @@
-"""Time our HellaSwag scorer against the lecture's loop, which takes one row at a time, on the same model.
+"""Time our HellaSwag scorer against the lecture's loop, which takes one example at a time, on the same model.
 
-    python -m benchmarks.hellaswag                                     # GPT-2 124M, 200 rows from the Hub, fp32
+    python -m benchmarks.hellaswag                                     # GPT-2 124M, 200 examples from the Hub, fp32
     python -m benchmarks.hellaswag --data hellaswag_val.jsonl --rows 10042 --rounds 1 --device cuda --dtype bf16
 
-Both score build-nanogpt's protocol ("completion") with the same tokenizer, from texts to answers. The lecture's way is
-written below: a row's four endings, each behind its own copy of the context, as a padded batch of four; logits and
-losses of all positions, of which a mask keeps the endings'. Weights are random, which changes nothing in what is
-computed. The rows are drawn evenly from the file. The two take turns, and which goes first alternates; the figures are
-medians over rounds. In fp32 every answer must be the same, and the scores within 1e-4 of each other.
+Both score build-nanogpt's protocol ("completion") with the same tokenizer, from texts to predictions. The lecture's way
+is `lecture_scores`: an example's four endings, each behind its own copy of the context, are a padded batch of four;
+logits and losses are computed at all positions, and a mask keeps the endings'. Weights are random, which changes
+nothing in what is computed. The examples are drawn evenly from the file. The two sides take turns, and which goes first
+alternates; the figures are medians over rounds. In fp32 every prediction must be the same, and the scores within 1e-4
+of each other.
 """
 
 import os
@@ -37,10 +38,10 @@ from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
 
 SIDES = ("ours", "lecture")
-SCORES_WITHIN = 1e-4  # relative, in fp32
+MAX_DIFFERENCE = 1e-4  # relative, in fp32
 
-Scores = np.ndarray  # (rows, 4): log-likelihoods of the endings, in nats
-Lengths = np.ndarray  # (rows, 4): their tokens
+Scores = np.ndarray  # (examples, 4): log-likelihoods of the endings, in nats
+Lengths = np.ndarray  # (examples, 4): their tokens
 Scorer = Callable[[], tuple[Scores, Lengths]]
 
 
@@ -50,11 +51,15 @@ class BenchmarkArguments:
     tokenizer: str = HfArg(default="gpt2", help="'gpt2', a folder or a Hub id.")
     shape: Literal["toy", "tiny", "124m"] = HfArg(default="124m", help="124m: GPT-2; the others are for a quick look.")
     kind: Literal["ours", "stock"] = HfArg(default="ours", help="Whose model both score: ours or transformers' GPT-2.")
-    rows: int = HfArg(default=200, help="Rows to score: with few, long and short ones meet in a batch.")
-    rounds: int = HfArg(default=3, help="How often the two take turns.")
-    batch_tokens: int | None = HfArg(default=None, help="Of our batches; eval_hellaswag.py's default, if not given.")
-    dtype: Literal["fp32", "bf16"] = HfArg(default="fp32", help="Of the weights; answers may differ in bf16.")
-    device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: CUDA where there is one.")
+    rows: int = HfArg(default=200, help="Examples to score. With few of them, long and short ones share a batch.")
+    rounds: int = HfArg(default=3, help="How often each side scores the examples.")
+    batch_tokens: int | None = HfArg(
+        default=None, help="Of our batches; if not given, as many as in eval_hellaswag.py."
+    )
+    dtype: Literal["fp32", "bf16"] = HfArg(
+        default="fp32", help="Precision of the weights; predictions may differ in bf16."
+    )
+    device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: CUDA if there is a GPU.")
     output: str | None = HfArg(default=None, help="Add the result to this JSON file (a list of results).")
 
     def __post_init__(self):
@@ -63,7 +68,7 @@ class BenchmarkArguments:
         small = [n for n in ("rows", "rounds", "batch_tokens") if getattr(self, n) is not None and getattr(self, n) < 1]
         problems = [f"--{name} ({getattr(self, name)}) must be at least 1." for name in small]
         if self.device == "cuda" and not torch.cuda.is_available():
-            problems.append("--device cuda cannot be used here: torch sees no GPU; say cpu.")
+            problems.append("--device cuda cannot be used here: torch sees no GPU; give cpu.")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -71,13 +76,15 @@ class BenchmarkArguments:
 def main(argv: list[str] | None = None):
     args = parse_command_line(BenchmarkArguments, argv, description=__doc__)
     with exit_on_input_error():
-        rows, tokenizer = load_hellaswag(args.data), load_tokenizer(args.tokenizer)
-    rows = [rows[i * len(rows) // args.rows] for i in range(args.rows)] if args.rows < len(rows) else rows
+        examples = load_hellaswag(args.data)
+        tokenizer = load_tokenizer(args.tokenizer)
+    if args.rows < len(examples):
+        examples = [examples[i * len(examples) // args.rows] for i in range(args.rows)]
     load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     model = build_model(args, vocab_size=len(tokenizer))
     scorers = {
-        "ours": lambda: our_scores(model, tokenizer, rows, args.batch_tokens),
-        "lecture": lambda: lecture_scores(model, tokenizer, rows),
+        "ours": lambda: our_scores(model, tokenizer, examples, args.batch_tokens),
+        "lecture": lambda: lecture_scores(model, tokenizer, examples),
     }
     positions, seconds, cpu_seconds, found = take_turns(model, scorers, args.rounds)
     result = {
@@ -86,10 +93,13 @@ def main(argv: list[str] | None = None):
         "machine": machine(args.device) | {"load_average_before": load_before},
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
-        "rows": {"all": len(rows), "of_wikihow": sum("[header]" in row.ctx or "[step]" in row.ctx for row in rows)},
+        "rows": {
+            "all": len(examples),
+            "of_wikihow": sum("[header]" in example.ctx or "[step]" in example.ctx for example in examples),
+        },
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
-        "rows_per_second": {side: len(rows) / float(np.median(seconds[side])) for side in SIDES},
+        "rows_per_second": {side: len(examples) / float(np.median(seconds[side])) for side in SIDES},
         "lecture_over_ours": {"seconds": quartiles(seconds), "cpu_seconds": quartiles(cpu_seconds)},
         "positions": positions,
         "answers": compare_answers(found, exact=args.dtype == "fp32"),
@@ -112,26 +122,32 @@ def build_model(args: BenchmarkArguments, vocab_size: int) -> PreTrainedModel:
 
 
 def our_scores(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[Example], batch_tokens: int | None
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: list[Example], batch_tokens: int | None
 ) -> tuple[Scores, Lengths]:
     """As `eval_hellaswag.py` does it."""
-    results = score_hellaswag(model, tokenizer, rows, ("completion",), batch_tokens)
-    return np.array([result.log_likelihoods for result in results]), np.array([result.lengths for result in results])
+    scores = score_hellaswag(model, tokenizer, examples, ("completion",), batch_tokens)
+    log_likelihoods = np.array([example_scores.log_likelihoods for example_scores in scores])
+    return log_likelihoods, np.array([example_scores.lengths for example_scores in scores])
 
 
 @torch.no_grad()
-def lecture_scores(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[Example]) -> tuple[Scores, Lengths]:
-    """The lecture's way: a row at a time, everything for each of its endings."""
-    scores, lengths = [], []
-    for row in rows:
-        context = tokenizer.encode(row.ctx)
-        endings = [tokenizer.encode(f" {ending}") for ending in row.endings]
+def lecture_scores(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+) -> tuple[Scores, Lengths]:
+    """The lecture's way: an example at a time, everything for each of its endings."""
+    scores = []
+    lengths = []
+    for example in examples:
+        context = tokenizer.encode(example.ctx)
+        endings = [tokenizer.encode(f" {ending}") for ending in example.endings]
         T = len(context) + max(map(len, endings))
-        ids, mask = torch.zeros(4, T, dtype=torch.long), torch.zeros(4, T)
+        ids = torch.zeros(4, T, dtype=torch.long)
+        mask = torch.zeros(4, T)
         for number, ending in enumerate(endings):
             ids[number, : len(context) + len(ending)] = torch.tensor(context + ending)
             mask[number, len(context) : len(context) + len(ending)] = 1
-        ids, mask = ids.to(model.device), mask.to(model.device)
+        ids = ids.to(model.device)
+        mask = mask.to(model.device)
         logits = model(ids).logits[:, :-1].contiguous()  # (4, T - 1, V)
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         summed = (losses.view(4, -1) * mask[:, 1:]).sum(dim=1)  # (4,)
@@ -143,13 +159,16 @@ def lecture_scores(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: l
 def take_turns(
     model: PreTrainedModel, scorers: dict[str, Scorer], rounds: int
 ) -> tuple[dict, dict[str, list[float]], dict[str, list[float]], dict[str, tuple[Scores, Lengths]]]:
-    """Positions computed, seconds of each turn, seconds of processor time in it, and what was found; each by side."""
-    seconds, cpu_seconds = ({side: [] for side in SIDES} for _ in range(2))
-    positions, found = {}, {}
+    """Positions computed, seconds and CPU seconds of each turn, and the scores; each by side."""
+    seconds = {side: [] for side in SIDES}
+    cpu_seconds = {side: [] for side in SIDES}
+    positions = {}
+    found = {}
     for number in range(rounds):
         for side in SIDES if number % 2 == 0 else SIDES[::-1]:
             with counted_positions(model) as positions[side]:
-                started, cpu_started = time.perf_counter(), time.process_time()
+                started = time.perf_counter()
+                cpu_started = time.process_time()
                 found[side] = scorers[side]()
                 seconds[side].append(time.perf_counter() - started)
                 cpu_seconds[side].append(time.process_time() - cpu_started)
@@ -158,7 +177,7 @@ def take_turns(
 
 @contextmanager
 def counted_positions(model: PreTrainedModel) -> Iterator[dict[str, int]]:
-    """Through the blocks and through the head, padding included; counted while inside."""
+    """Count the positions that pass through the blocks and through the head inside the `with`, padding included."""
     count = {"blocks": 0, "head": 0}
 
     def count_ids(_, inputs):
@@ -177,42 +196,45 @@ def counted_positions(model: PreTrainedModel) -> Iterator[dict[str, int]]:
 
 
 def compare_answers(found: dict[str, tuple[Scores, Lengths]], exact: bool) -> dict[str, int | float]:
-    """How many answers are the same, by sum and by mean, and how far apart the scores are.
+    """How many predictions are the same, by sum and by mean, and how much the scores differ.
 
     Raises:
         ValueError: If `exact` and they are not the same.
     """
-    (ours, our_lengths), (theirs, their_lengths) = found["ours"], found["lecture"]
+    ours, our_lengths = found["ours"]
+    theirs, their_lengths = found["lecture"]
     difference = float((np.abs(ours - theirs) / np.abs(theirs)).max())
     same = int((ours.argmax(1) == theirs.argmax(1)).sum())
     same_norm = int(((ours / our_lengths).argmax(1) == (theirs / their_lengths).argmax(1)).sum())
-    if exact and (min(same, same_norm) < len(ours) or difference > SCORES_WITHIN):
+    if exact and (min(same, same_norm) < len(ours) or difference > MAX_DIFFERENCE):
         raise ValueError(
-            f"the two agree on {same} (acc) and {same_norm} (acc_norm) of {len(ours)} answers, with scores "
-            f"{difference:.1e} apart: they must agree on all, within {SCORES_WITHIN:.0e}."
+            f"the two agree on {same} (acc) and {same_norm} (acc_norm) of {len(ours)} predictions, with scores "
+            f"{difference:.1e} apart: they must agree on all, within {MAX_DIFFERENCE:.0e}."
         )
     return {"same_acc": same, "same_acc_norm": same_norm, "largest_relative_difference": difference}
 
 
 def report(args: BenchmarkArguments, result: dict):
-    """A table, and one line to take away."""
+    """Print a table, and the result in one sentence."""
     where = result["machine"].get("gpu") or f"{result['machine']['cpu']}, {result['machine']['threads']} threads"
-    rows, answers = result["rows"], result["answers"]
-    of_what = f"{rows['all']} rows, {rows['of_wikihow']} of WikiHow"
+    examples = result["rows"]
+    answers = result["answers"]
+    of_what = f"{examples['all']} examples, {examples['of_wikihow']} of WikiHow"
     print(f"{args.shape}, {args.dtype}, {of_what}, {args.rounds} rounds; {where}\n")
-    print(f"{'':8} {'rows/s':>8} {'seconds':>8} {'cpu-seconds':>12} {'positions in blocks':>20} {'in the head':>12}")
+    print(f"{'':8} {'per s':>8} {'seconds':>8} {'cpu-seconds':>12} {'positions in blocks':>20} {'in the head':>12}")
     for side in SIDES:
         positions = result["positions"][side]
         print(
             f"{side:8} {result['rows_per_second'][side]:8.2f} {np.median(result['seconds'][side]):8.1f} "
             f"{np.median(result['cpu_seconds'][side]):12.1f} {positions['blocks']:20,} {positions['head']:12,}"
         )
-    ratio, cpu_ratio = (result["lecture_over_ours"][kind] for kind in ("seconds", "cpu_seconds"))
+    ratio = result["lecture_over_ours"]["seconds"]
+    cpu_ratio = result["lecture_over_ours"]["cpu_seconds"]
     print(
         f"\nours is {ratio['median']:.3f} times as fast (quartiles {ratio['lower_quartile']:.3f} to "
-        f"{ratio['upper_quartile']:.3f}; by processor time {cpu_ratio['median']:.3f}, which counts where others share "
-        f"the machine); of {rows['all']} answers "
-        f"{answers['same_acc']} (acc) and {answers['same_acc_norm']} (acc_norm) are the same, scores differ by at most "
+        f"{ratio['upper_quartile']:.3f}; by CPU time, which other programs on the machine disturb less, "
+        f"{cpu_ratio['median']:.3f}); of {examples['all']} predictions {answers['same_acc']} (acc) and "
+        f"{answers['same_acc_norm']} (acc_norm) are the same, and the scores differ by at most "
         f"{answers['largest_relative_difference']:.1e}"
     )
 

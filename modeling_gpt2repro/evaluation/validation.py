@@ -1,13 +1,12 @@
-"""Validation loss over a fixed number of tokens: the same rows for every model, run and number of processes.
+"""Validation loss over a fixed number of tokens: the same text for every model, run and number of processes.
 
     python -m modeling_gpt2repro.evaluation.validation --model runs/gpt2-124m/model --shards data/edu
     python -m modeling_gpt2repro.evaluation.validation --shards data/edu --output gpt2.json   # stock GPT-2 124M
     accelerate launch --multi_gpu -m modeling_gpt2repro.evaluation.validation --shards data/edu --dtype bfloat16
 
-Any causal language model is scored, one with another tokenizer on the same text: `validation_text.py` says how.
+Any causal language model can be scored; validation_text.py explains how one with another tokenizer is.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -23,29 +22,33 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from modeling_gpt2repro.storage.atomic import atomic_write
+from modeling_gpt2repro.data.shards.dataset import open_shards
+from modeling_gpt2repro.data.tokenizer import tokenizer_sha256
+from modeling_gpt2repro.runtime.collectives import call_main_process_first
+from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
+from modeling_gpt2repro.storage.atomic import write_json
 
 from .load_model import load_causal_lm, max_context
 from .validation_arguments import ValidationArguments
-from .validation_text import ValidationText, open_validation_text, row_batches
+from .validation_text import ValidationText, load_validation_text, text_batches
 
-LARGEST_BLOCK = 1024  # GPT-2's context; with more, models of a longer one would be told more
+DEFAULT_BLOCK_SIZE = 1024  # GPT-2's context; a model with a longer one would predict from more text than the others
 
 
 @torch.no_grad()
 def summed_loss(
     model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], device: torch.device
 ) -> tuple[torch.Tensor, int]:
-    """Sum of the next-token losses of `batches`, in nats, and how many tokens they are.
+    """Sum of the next-token losses of `batches`, in nats, and the number of those tokens.
 
-    Sums rather than means, so that processes with different numbers of rows can be added up exactly.
+    A sum and not a mean, so that processes with different numbers of sequences can be added up exactly.
 
     Args:
-        model: Any module whose output has `.logits` (B, T, V).
+        model: Any module whose output has `.logits` (B, T, V). Put into eval mode (no dropout) and back.
         batches: `input_ids` and `shift_labels`, (B, T) each, and what else the model takes.
 
     Returns:
-        The sum in fp64, a scalar on `device` (fp32 on MPS, which has no fp64), and the count.
+        The sum in float64, a scalar on `device` (float32 on MPS, which has no float64), and the count.
     """
     was_training = model.training
     model.eval()
@@ -54,7 +57,7 @@ def summed_loss(
     try:
         for batch in batches:
             inputs = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
-            labels = inputs.pop("shift_labels")
+            labels = inputs.pop("shift_labels")  # already the next tokens: nothing is shifted here
             logits = model(**inputs, use_cache=False).logits
             losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
             total += losses.to(total.dtype).sum()
@@ -64,8 +67,24 @@ def summed_loss(
     return total, tokens
 
 
+def validation_loss(
+    model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], device: torch.device
+) -> tuple[float, int]:
+    """Mean loss in nats per token over the batches of all processes, and the number of those tokens.
+
+    Args:
+        model: Unwrapped, because processes may have different numbers of batches.
+        batches: This process's share.
+    """
+    total, tokens = summed_loss(model, batches, device)
+    sums = reduce(torch.stack([total, torch.full_like(total, tokens)]), reduction="sum")
+    total, tokens = sums.tolist()
+    return total / tokens, int(tokens)
+
+
 def validation_numbers(loss: float, bytes_per_token: float | None) -> dict[str, float]:
-    """Name the loss: nats per token, perplexity, and bits per byte, which compares across tokenizers."""
+    """The loss as nats per token, as perplexity, and as bits per byte, which alone compares across tokenizers."""
+    # Perplexity: among how many equally likely tokens the model is undecided. exp(710) exceeds a float.
     numbers = {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
     if bytes_per_token:
         numbers["validation_bits_per_byte"] = loss / math.log(2) / bytes_per_token
@@ -73,16 +92,16 @@ def validation_numbers(loss: float, bytes_per_token: float | None) -> dict[str, 
 
 
 def unigram_entropy(batches: Iterable[dict[str, torch.Tensor]], vocab_size: int) -> float:
-    """Nats per token that guessing the targets by their own frequencies costs: what any model of context must beat."""
+    """Loss of predicting the targets by their own frequencies, in nats per token: what any use of context must beat."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for batch in batches:
         counts += np.bincount(batch["shift_labels"].numpy().ravel(), minlength=vocab_size)
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
+    frequencies = counts[counts > 0] / counts.sum()
+    return float(-(frequencies * np.log(frequencies)).sum())
 
 
-def score_text(model: nn.Module, text: ValidationText, batch_rows: int, device: torch.device) -> float:
-    """Mean loss in nats per token over the rows of all processes; the first one shows a bar.
+def score_text(model: nn.Module, text: ValidationText, batch_size: int, device: torch.device) -> float:
+    """Mean loss in nats per token over the sequences of all processes; the main process shows a bar.
 
     Raises:
         ValueError: If memory runs out.
@@ -90,28 +109,21 @@ def score_text(model: nn.Module, text: ValidationText, batch_rows: int, device: 
     state = PartialState()
     with tqdm(total=text.tokens, unit="token", unit_scale=True, disable=not state.is_main_process) as bar:
 
-        def shown() -> Iterator[dict[str, torch.Tensor]]:
-            for batch in row_batches(text, batch_rows, state.process_index, state.num_processes):
+        def with_progress() -> Iterator[dict[str, torch.Tensor]]:
+            for batch in text_batches(text, batch_size, state.process_index, state.num_processes):
                 yield batch
                 bar.update(min(batch["shift_labels"].numel() * state.num_processes, text.tokens - bar.n))
 
         try:
-            total, _ = summed_loss(model, shown(), device)
+            loss, _ = validation_loss(model, with_progress(), device)
         except torch.OutOfMemoryError as error:
             raise ValueError(
-                f"--per_device_eval_batch_size ({batch_rows}) is more than {device} has memory for: halve it."
+                f"--per_device_eval_batch_size ({batch_size}) needs more memory than {device} has: halve it."
             ) from error
-    return reduce(total, reduction="sum").item() / text.tokens
+    return loss
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command. Like a script it combines rooms; what it calls knows its own only."""
-    from modeling_gpt2repro.data.shards.dataset import open_shards
-    from modeling_gpt2repro.runtime.collectives import call_main_process_first
-    from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
-
-    from ..data.tokenizer import tokenizer_sha256
-
     args = parse_command_line(ValidationArguments, argv, description=__doc__)
     with exit_on_input_error():
         state = PartialState(cpu=args.device == "cpu")
@@ -120,17 +132,21 @@ def main(argv: list[str] | None = None) -> None:
         model, tokenizer = call_main_process_first(
             state, lambda: load_causal_lm(args.model, args.dtype, device, args.trust_remote_code)
         )
-        fast = isinstance(tokenizer, PreTrainedTokenizerFast)
-        same_ids = fast and tokenizer_sha256(tokenizer) == tokenizer_sha256(shards.tokenizer)
-        block_size = block_size_of(model, args.block_size)
-        other_tokenizer = None if same_ids else tokenizer
-        text = open_validation_text(
-            shards.shards("validation"), shards.tokenizer, args.eval_tokens, block_size, other_tokenizer
+        block_size = resolve_block_size(model, args.block_size)
+        same_tokenizer = isinstance(tokenizer, PreTrainedTokenizerFast) and (
+            tokenizer_sha256(tokenizer) == tokenizer_sha256(shards.tokenizer)
+        )
+        text = load_validation_text(
+            shards.shards("validation"),
+            shards.tokenizer,
+            tokens=args.eval_tokens,
+            block_size=block_size,
+            other_tokenizer=None if same_tokenizer else tokenizer,
         )
         started = time.perf_counter()
         loss = score_text(model, text, args.per_device_eval_batch_size, device)
         if not math.isfinite(loss):
-            raise ValueError(f"--model {args.model} has a loss of {loss}: try float32, or check its weights.")
+            raise ValueError(f"--model {args.model} has a loss of {loss}: try --dtype float32, or check its weights.")
     if state.is_main_process:
         numbers = validation_numbers(loss, text.text_bytes / text.tokens)
         report = {
@@ -147,38 +163,37 @@ def main(argv: list[str] | None = None) -> None:
         }
         print(table(report))
         if args.output:
-            with atomic_write(Path(args.output)) as file:
-                file.write(json.dumps(report, indent=2).encode() + b"\n")
+            write_json(Path(args.output), report)
     state.destroy_process_group()
 
 
-def block_size_of(model: nn.Module, asked: int | None) -> int:
-    """Tokens a row: what is asked for, else the model's context, at most GPT-2's.
+def resolve_block_size(model: nn.Module, requested: int | None) -> int:
+    """Tokens of a sequence: as requested, else the model's context, at most GPT-2's.
 
     Raises:
         ValueError: If the model cannot read so many.
     """
-    longest = max_context(model)
-    if asked and longest and asked > longest:
-        raise ValueError(f"--block_size ({asked}) must be at most the model's context ({longest}).")
-    return asked or min(longest or LARGEST_BLOCK, LARGEST_BLOCK)
+    context = max_context(model)
+    if requested and context and requested > context:
+        raise ValueError(f"--block_size ({requested}) must be at most the model's context ({context}).")
+    return requested or min(context or DEFAULT_BLOCK_SIZE, DEFAULT_BLOCK_SIZE)
 
 
 def table(report: dict) -> str:
-    """The numbers, and what they compare with."""
+    """The results as text, with what they compare with."""
     numbers = report["results"]
     lines = [
         f"\n{report['model']} on the validation split of {report['shards']}: {report['seconds']:.0f} s",
         f"nats per token   {numbers['validation_loss']:.4f}",
         f"perplexity       {numbers['validation_perplexity']:.2f}",
         f"bits per byte    {numbers['validation_bits_per_byte']:.4f}",
-        f"tokens           {numbers['validation_tokens']:,} in rows of {report['block_size']:,}",
+        f"tokens           {numbers['validation_tokens']:,} in sequences of {report['block_size']:,}",
         f"text             {numbers['text_bytes']:,} bytes",
     ]
     if report["encoded_again"]:
         lines.append(
-            f"\nThese are the model's own tokens, of the text of {report['split_tokens']:,} tokens of the shards. With "
-            "models of other\ntokenizers compare bits per byte, not nats per token."
+            f"\nThese are the model's own tokens, of the text of {report['split_tokens']:,} tokens of the shards. "
+            "Compare models\nwith other tokenizers by bits per byte, not by nats per token."
         )
     return "\n".join(lines)
 

@@ -14,8 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from modeling_gpt2repro.data.batches.build import TrainingData
-from modeling_gpt2repro.evaluation.distributed import hellaswag_accuracies, validation_loss
+from modeling_gpt2repro.evaluation.hellaswag.metrics import evaluate_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask
+from modeling_gpt2repro.evaluation.validation import validation_loss
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import StepMetrics
 from modeling_gpt2repro.runtime.accelerator import nondeterministic
@@ -28,7 +29,7 @@ from modeling_gpt2repro.training.state import TimedIterator
 
 from .checkpointing import Checkpointer, unsharded_model
 from .messages import cannot_save_message, table, unusable_steps_message
-from .setup import log_run_summary
+from .setup import log_run_summary, prepare_hellaswag_task
 
 WARMUP_STEPS = 3
 TIMED_STEPS = 10
@@ -166,13 +167,13 @@ def time_evaluation(
     part = min(args.eval_tokens, EVALUATED_PART * batch_size * args.block_size * accelerator.num_processes)
     started = time.perf_counter()
     with accelerator.autocast():
-        validation_loss(accelerator, module, data.validation_batches(part, batch_size))
+        validation_loss(module, data.validation_batches(part, batch_size), accelerator.device)
     seconds = (time.perf_counter() - started) * args.eval_tokens / part
     if hellaswag is not None:
-        examples = hellaswag.rows[:EVALUATED_PART]
+        examples = hellaswag.examples[:EVALUATED_PART]
         started = time.perf_counter()
-        hellaswag_accuracies(accelerator, module, data.tokenizer, examples)
-        seconds += (time.perf_counter() - started) * len(hellaswag.rows) / len(examples)
+        evaluate_hellaswag(module, prepare_hellaswag_task(accelerator, module, data.tokenizer, examples))
+        seconds += (time.perf_counter() - started) * len(hellaswag.examples) / len(examples)
     return seconds
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,10 +25,10 @@ from modeling_gpt2repro.data.batches.shuffled import BatchConfig
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, hub_source
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, tokenizer_sha256
-from modeling_gpt2repro.evaluation.distributed import without_autocast
 from modeling_gpt2repro.evaluation.generation import check_prompt
 from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS, Example, load_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag.metrics import BASELINES
+from modeling_gpt2repro.evaluation.hellaswag.score import without_autocast
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask, prepare_hellaswag
 from modeling_gpt2repro.evaluation.validation import unigram_entropy
 from modeling_gpt2repro.evaluation.validation_text import bytes_per_token
@@ -206,7 +207,7 @@ def load_hellaswag_examples(args: TrainArguments, accelerator: Accelerator) -> l
 
 
 def prepare_hellaswag_task(
-    accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+    accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> HellaSwagTask | None:
     """Tokenize this process's share of the examples, once for all evaluations; None without examples."""
     if not examples:

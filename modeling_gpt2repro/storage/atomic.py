@@ -4,10 +4,11 @@ Whoever reads `path` finds all of it or nothing, also after a crash or a power c
 """
 
 import errno
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -32,6 +33,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         abort(file)
         raise
+
+
+def write_json(path: Path, value: Mapping | Sequence):
+    """Write indented JSON, atomically."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=2).encode() + b"\n")
 
 
 def open_temporary(path: Path) -> BinaryIO:

@@ -76,4 +76,6 @@ def describe_error(error: BaseException) -> str:
     answer = http_error(error)
     root_cause = exception_chain(error)[-1]
     message = (answer is not None and answer.server_message) or str(root_cause)
+    if isinstance(root_cause, KeyError):  # its message is a bare key
+        message = f"{type(root_cause).__name__}: {message}"
     return next(iter(message.strip().splitlines()), type(root_cause).__name__)

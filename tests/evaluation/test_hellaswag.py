@@ -1,4 +1,4 @@
-"""HellaSwag's scores: both protocols against a reference that scores one ending at a time; preparing once."""
+"""HellaSwag's scores: both protocols against a reference that scores one ending at a time."""
 
 import math
 from pathlib import Path
@@ -11,9 +11,9 @@ from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
 from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS, Example, load_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag.metrics import count_correct, summary_of
+from modeling_gpt2repro.evaluation.hellaswag.metrics import evaluate_hellaswag, summarize_by_protocol
 from modeling_gpt2repro.evaluation.hellaswag.prefix_sharing import group_by_prefix
-from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag, score_task
+from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag, score_task, without_autocast
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import default_batch_tokens, prepare_hellaswag, tokenize_example
 
 REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -26,8 +26,8 @@ def model(request, hellaswag_tokenizer, make_model):
     return make_model(request.param, len(hellaswag_tokenizer))
 
 
-def reference(model, tokenizer, row, protocol):
-    """A row's sums and lengths, each ending alone, from the protocol's definition."""
+def reference(model, tokenizer, example, protocol):
+    """An example's sums and lengths, each ending alone, from the protocol's definition."""
 
     def ids(text):
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -39,13 +39,15 @@ def reference(model, tokenizer, row, protocol):
             text = before + rest.split("]", 1)[1]
         return text.replace("  ", " ")
 
-    sums, lengths = [], []
-    for ending in row.endings:
+    sums = []
+    lengths = []
+    for ending in example.endings:
         if protocol == "completion":
-            context, continuation = ids(row.ctx), ids(" " + ending)
+            context = ids(example.ctx)
+            continuation = ids(" " + ending)
         else:
             ending = clean(ending)
-            query = clean(row.activity_label + ": " + row.ctx_a + " " + row.ctx_b.capitalize())
+            query = clean(example.activity_label + ": " + example.ctx_a + " " + example.ctx_b.capitalize())
             spaces = query[len(query.rstrip()) :]
             context = ids(query.rstrip())
             continuation = ids(query.rstrip() + (spaces + " " + ending))[len(context) :]
@@ -59,13 +61,13 @@ def reference(model, tokenizer, row, protocol):
     return sums, lengths
 
 
-def assert_equals_reference(model, tokenizer, rows):
-    results = score_hellaswag(model, tokenizer, rows, batch_tokens=600)
-    assert [(result.row, result.protocol) for result in results] == [
-        (i, p) for i in range(len(rows)) for p in PROTOCOLS
+def assert_equals_reference(model, tokenizer, examples):
+    results = score_hellaswag(model, tokenizer, examples, batch_tokens=600)
+    assert [(result.index, result.protocol) for result in results] == [
+        (i, p) for i in range(len(examples)) for p in PROTOCOLS
     ]
     for result in results:
-        sums, lengths = reference(model, tokenizer, rows[result.row], result.protocol)
+        sums, lengths = reference(model, tokenizer, examples[result.index], result.protocol)
         assert result.log_likelihoods == pytest.approx(sums, abs=1e-4, rel=1e-6)
         assert list(result.lengths) == lengths
         norms = [a / b if b else -math.inf for a, b in zip(sums, lengths, strict=True)]
@@ -79,53 +81,53 @@ def test_scores_equal_a_reference_that_takes_one_ending_at_a_time(model, hellasw
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="needs ../shared/data: real HellaSwag rows and GPT-2's tokenizer")
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_of_real_rows_equal_the_reference(kind, make_model):
+def test_scores_of_real_examples_equal_the_reference(kind, make_model):
     tokenizer = AutoTokenizer.from_pretrained(REAL_DATA / "gpt2_tokenizer")
-    rows = load_hellaswag(str(REAL_DATA / "hellaswag_val_1000.jsonl"), limit=24)
-    assert_equals_reference(make_model(kind, len(tokenizer), n_positions=128), tokenizer, rows)
+    examples = load_hellaswag(str(REAL_DATA / "hellaswag_val_1000.jsonl"), limit=24)
+    assert_equals_reference(make_model(kind, len(tokenizer), n_positions=128), tokenizer, examples)
 
 
 def test_a_literal_end_of_text_is_text(hellaswag_tokenizer, hellaswag_rows):
     assert hellaswag_tokenizer.eos_token_id in hellaswag_tokenizer(hellaswag_rows[4].ctx)["input_ids"]
     for protocol in PROTOCOLS:
         assert all(
-            hellaswag_tokenizer.eos_token_id not in choice.tokens
-            for choice in tokenize_example(hellaswag_rows[4], protocol, hellaswag_tokenizer)
+            hellaswag_tokenizer.eos_token_id not in continuation.tokens
+            for continuation in tokenize_example(hellaswag_rows[4], protocol, hellaswag_tokenizer)
         )
 
 
 def test_an_ending_without_a_token_to_score_is_refused(hellaswag_tokenizer):
     # The space before the ending is the only token.
-    row = Example(24, "Roof work", "", "", "", ("", "x", "y", "z"), 1)
-    with pytest.raises(ValueError, match="row 24: the ending '' after '' has no token to score"):
-        tokenize_example(row, "completion", hellaswag_tokenizer)
+    example = Example(24, "Roof work", "", "", "", ("", "x", "y", "z"), 1)
+    with pytest.raises(ValueError, match="example 24: the ending '' after '' has no token to score"):
+        tokenize_example(example, "completion", hellaswag_tokenizer)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 200, 10**6])
-def test_the_batch_size_changes_no_score_and_is_kept(model, hellaswag_tokenizer, batch_tokens, hellaswag_rows):
+def test_the_batch_size_changes_no_score_and_is_respected(model, hellaswag_tokenizer, batch_tokens, hellaswag_rows):
     shapes = []
     hook = model.register_forward_pre_hook(lambda _, __, kw: shapes.append(kw["input_ids"].shape), with_kwargs=True)
     results = score_hellaswag(model, hellaswag_tokenizer, hellaswag_rows, batch_tokens=batch_tokens)
     hook.remove()
     for result in results:
-        sums, _ = reference(model, hellaswag_tokenizer, hellaswag_rows[result.row], result.protocol)
+        sums, _ = reference(model, hellaswag_tokenizer, hellaswag_rows[result.index], result.protocol)
         assert result.log_likelihoods == pytest.approx(sums, abs=1e-4, rel=1e-6)
     assert all(size == 1 or size * length <= batch_tokens for size, length in shapes)
     # Four endings share their context, but for those that are cut at different places on the left.
-    sizes = {"row": 10, "alone": 16}
-    assert sum(size for size, _ in shapes) == sum(sizes.values())
-    assert len(shapes) == {1: sum(sizes.values()), 10**6: 1}.get(batch_tokens, len(shapes))
+    requests = 10 + 16  # prefix groups, single endings
+    assert sum(size for size, _ in shapes) == requests
+    assert len(shapes) == {1: requests, 10**6: 1}.get(batch_tokens, len(shapes))
 
 
-def test_a_tree_joins_what_its_endings_have_in_common():
-    tree = group_by_prefix([[5, 6, 7, 8], [5, 6, 9]], [1, 1])
-    assert (tree.context, tree.endings, tree.inputs) == ([5, 6], [[7, 8], [9]], 3)
+def test_a_prefix_group_shares_what_its_sequences_have_in_common():
+    group = group_by_prefix([[5, 6, 7, 8], [5, 6, 9]], [1, 1])
+    assert (group.context, group.endings, group.num_inputs) == ([5, 6], [[7, 8], [9]], 3)
     # Scored tokens are no context, even where all endings begin alike.
     assert group_by_prefix([[5, 6, 7], [5, 6, 8]], [2, 2]).context == [5]
     assert group_by_prefix([[5, 6], [4, 6]], [1, 1]).context == []
 
 
-def test_a_model_that_is_not_told_by_a_mask_is_scored_ending_by_ending(
+def test_a_model_without_prefix_sharing_is_scored_ending_by_ending(
     model, hellaswag_tokenizer, hellaswag_rows, monkeypatch
 ):
     together = score_hellaswag(model, hellaswag_tokenizer, hellaswag_rows)
@@ -148,26 +150,25 @@ def test_processes_together_score_what_one_does(hellaswag_tokenizer, num_process
         for index in range(num_processes)
     ]
     shares = [score_task(model, task) for task in tasks]
-    union = sorted((result for share in shares for result in share), key=lambda result: result.row)
-    assert [(r.row, r.protocol, r.label, r.lengths) for r in union] == [
-        (r.row, r.protocol, r.label, r.lengths) for r in alone
+    union = sorted((result for share in shares for result in share), key=lambda result: result.index)
+    assert [(r.index, r.protocol, r.label, r.lengths) for r in union] == [
+        (r.index, r.protocol, r.label, r.lengths) for r in alone
     ]
     for one, other in zip(union, alone, strict=True):
         assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-4, rel=1e-6)
-    counts = [count_correct(share) for share in shares]
-    added = {p: {name: sum(count[p][name] for count in counts) for name in counts[0][p]} for p in PROTOCOLS}
-    assert added == count_correct(alone)
-    assert added["lm-eval"]["rows"] == len(hellaswag_rows)
+    summaries = summarize_by_protocol(union)
+    assert summaries == summarize_by_protocol(alone)
+    assert summaries["lm-eval"]["rows"] == len(hellaswag_rows)
 
 
-def test_progress_reports_every_row_once(hellaswag_tokenizer, hellaswag_rows, make_model):
+def test_progress_reports_every_example_once(hellaswag_tokenizer, hellaswag_rows, make_model):
     reported = []
     model = make_model("ours", len(hellaswag_tokenizer))
     results = score_hellaswag(
         model, hellaswag_tokenizer, hellaswag_rows, ("lm-eval",), 100, on_progress=reported.append
     )
     assert len(reported) > 1
-    assert sorted((result for part in reported for result in part), key=lambda result: result.row) == results
+    assert sorted((result for part in reported for result in part), key=lambda result: result.index) == results
 
 
 def test_dropout_is_off_while_scoring_and_the_mode_comes_back(hellaswag_tokenizer, hellaswag_rows, make_model):
@@ -192,14 +193,14 @@ def test_log_probabilities_of_bf16_logits_are_taken_in_fp32(hellaswag_tokenizer,
     model = Bigrams(len(hellaswag_tokenizer))
     table = model.table.detach().to(torch.bfloat16).double().log_softmax(-1)
     (result,) = score_hellaswag(model, hellaswag_tokenizer, hellaswag_rows[:1], ("completion",))
-    for choice, total in zip(
+    for continuation, total in zip(
         tokenize_example(hellaswag_rows[0], "completion", hellaswag_tokenizer), result.log_likelihoods, strict=True
     ):
-        pairs = list(zip(choice.tokens, choice.tokens[1:], strict=False))[-choice.scored :]
+        pairs = list(zip(continuation.tokens, continuation.tokens[1:], strict=False))[-continuation.num_scored :]
         assert total == pytest.approx(sum(table[a, b].item() for a, b in pairs), abs=1e-4)
 
 
-def test_rows_are_tokenized_once_and_scored_as_often_as_wanted(hellaswag_tokenizer, hellaswag_rows, make_model):
+def test_examples_are_tokenized_once_and_scored_as_often_as_wanted(hellaswag_tokenizer, hellaswag_rows, make_model):
     model = make_model("ours", len(hellaswag_tokenizer))
     texts = []
 
@@ -232,8 +233,6 @@ def test_a_batch_fills_an_accelerator_but_not_its_memory_with_logits():
 
 
 def test_a_model_under_autocast_is_scored_in_its_weights_own_precision(make_model, hellaswag_tokenizer, hellaswag_rows):
-    from modeling_gpt2repro.evaluation.distributed import evaluate_hellaswag, without_autocast
-
     AcceleratorState._reset_state(reset_partial_state=True)  # other tests have made one without mixed precision
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     plain = make_model("ours", len(hellaswag_tokenizer))
@@ -246,14 +245,13 @@ def test_a_model_under_autocast_is_scored_in_its_weights_own_precision(make_mode
             assert torch.equal(prepared(ids).logits, expected)
         assert not torch.equal(prepared(ids).logits, expected)
     task = prepare_hellaswag(prepared, hellaswag_tokenizer, hellaswag_rows)
-    numbers, scored = evaluate_hellaswag(accelerator, prepared, task)
+    numbers, scores = evaluate_hellaswag(prepared, task)
     AcceleratorState._reset_state(reset_partial_state=True)
     results = score_hellaswag(make_model("ours", len(hellaswag_tokenizer)), hellaswag_tokenizer, hellaswag_rows)
-    assert scored == results
-    seconds, expected = numbers.pop("hellaswag_seconds"), {}
-    assert 0 < seconds < 60
-    for protocol, count in count_correct(results).items():
-        summary = summary_of(count)
+    assert scores == results
+    assert 0 < numbers.pop("hellaswag_seconds") < 60
+    expected = {}
+    for protocol, summary in summarize_by_protocol(results).items():
         for name in ("acc", "acc_norm"):
             full_name = f"hellaswag_{protocol.replace('-', '_')}_{name}"
             low, high = summary[f"{name}_interval"]

@@ -1,4 +1,4 @@
-"""Models of other families and tokenizers of other kinds: the same scores as one ending at a time."""
+"""Models of other families, tokenizers of other kinds: the same scores as one ending at a time."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ FAMILIES = {family: SHAPE | {"intermediate_size": 64} for family in PREFIX_SHARI
 }
 for family in ("llama", "qwen2", "qwen3", "gemma", "olmo2", "granite", "mixtral", "smollm3", "stablelm"):
     FAMILIES[family] = FAMILIES[family] | {"num_key_value_heads": 2}
-OTHERS = {  # a window, a local attention by place, a convolution, ALiBi, no mask of four dimensions
+OTHERS = {  # a sliding window, local attention by place, a convolution, ALiBi, no 4-dimensional mask
     "mistral": SHAPE | {"intermediate_size": 64, "num_key_value_heads": 2, "sliding_window": 16},
     "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 16}
     | {"attention_types": [[["global", "local"], 1]], "initializer_range": 0.3},
@@ -43,13 +43,13 @@ def built(family, tokenizer, **more):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **special, **more)).eval()
 
 
-def one_at_a_time(model, tokenizer, row, protocol):
+def one_at_a_time(model, tokenizer, example, protocol):
     totals = []
-    for choice in tokenize_example(row, protocol, tokenizer, model.config.max_position_embeddings):
-        tokens = torch.tensor(list(choice.tokens))
+    for continuation in tokenize_example(example, protocol, tokenizer, model.config.max_position_embeddings):
+        tokens = torch.tensor(list(continuation.tokens))
         with torch.no_grad():
             log_probs = model(tokens[None, :-1]).logits[0].float().log_softmax(-1)
-        totals.append(log_probs[range(len(tokens) - 1), tokens[1:]][-choice.scored :].sum().item())
+        totals.append(log_probs[range(len(tokens) - 1), tokens[1:]][-continuation.num_scored :].sum().item())
     return totals
 
 
@@ -57,13 +57,13 @@ def one_at_a_time(model, tokenizer, row, protocol):
 def test_scores_of_a_family_equal_one_ending_at_a_time(family, shape, hellaswag_tokenizer, hellaswag_rows):
     model = built(family, hellaswag_tokenizer, **shape)
     assert supports_prefix_sharing(model) == (family in PREFIX_SHARING_FAMILIES)
-    rows = hellaswag_rows[:5]
-    for result in score_hellaswag(model, hellaswag_tokenizer, rows):
-        expected = one_at_a_time(model, hellaswag_tokenizer, rows[result.row], result.protocol)
+    examples = hellaswag_rows[:5]
+    for result in score_hellaswag(model, hellaswag_tokenizer, examples):
+        expected = one_at_a_time(model, hellaswag_tokenizer, examples[result.index], result.protocol)
         assert result.log_likelihoods == pytest.approx(expected, abs=1e-3)
 
 
-def test_an_attention_that_takes_no_mask_of_scores_gets_no_trees(make_model):
+def test_an_attention_without_4_dimensional_masks_shares_no_prefixes(make_model):
     model = make_model("stock", 97)
     assert supports_prefix_sharing(model)
     model.config._attn_implementation = "flash_attention_2"
@@ -71,7 +71,7 @@ def test_an_attention_that_takes_no_mask_of_scores_gets_no_trees(make_model):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_log_probabilities_of_a_tree_are_taken_in_fp32(dtype, make_model, hellaswag_tokenizer, hellaswag_rows):
+def test_log_probabilities_of_a_prefix_group_are_taken_in_fp32(dtype, make_model, hellaswag_tokenizer, hellaswag_rows):
     model = make_model("stock", len(hellaswag_tokenizer)).to(dtype)
     model.set_attn_implementation("eager")
     for result in score_hellaswag(model, hellaswag_tokenizer, hellaswag_rows[:1]):
@@ -93,7 +93,7 @@ def test_a_start_of_text_belongs_to_lm_eval_alone(hellaswag_tokenizer, hellaswag
         assert one[1:] == other[1:]
 
 
-def test_a_sliding_window_takes_no_trees(hellaswag_tokenizer):
+def test_a_sliding_window_shares_no_prefixes(hellaswag_tokenizer):
     shape = FAMILIES["mixtral"]
     assert supports_prefix_sharing(built("mixtral", hellaswag_tokenizer, **shape))
     assert not supports_prefix_sharing(built("mixtral", hellaswag_tokenizer, **shape, sliding_window=16))

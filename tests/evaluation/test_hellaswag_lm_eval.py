@@ -1,4 +1,4 @@
-"""The `lm-eval` protocol against lm-evaluation-harness itself: same model, same rows; tokens, scores and answers."""
+"""The `lm-eval` protocol against lm-evaluation-harness itself: tokens, scores and answers of the same model."""
 
 import json
 import os
@@ -18,20 +18,20 @@ from modeling_gpt2repro.evaluation.hellaswag.tokenize import tokenize_example
 
 REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 HARNESS = "0.4.13"
-# The harness's own task, its process_docs included; only where the rows come from is told.
+# The harness's own task, its process_docs included; only the source of the examples is replaced.
 PROGRAM = """
 import json, sys
 from pathlib import Path
 import lm_eval.tasks
 from lm_eval.models.huggingface import HFLM
-folder, rows, place = sys.argv[1:]
+folder, rows, workspace = sys.argv[1:]
 harness = Path(lm_eval.tasks.__file__).with_name("hellaswag") / "hellaswag.yaml"
 data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": rows}}, "training_split": None}
 task = {"include": str(harness), "task": "hellaswag_here", **data}
-Path(place, "tasks").mkdir()
-Path(place, "tasks", "here.yaml").write_text(json.dumps(task))  # JSON is YAML, too
+Path(workspace, "tasks").mkdir()
+Path(workspace, "tasks", "here.yaml").write_text(json.dumps(task))  # JSON is YAML, too
 model = HFLM(pretrained=folder, trust_remote_code=True, device="cpu", dtype="float32", batch_size=16)
-tasks = lm_eval.tasks.TaskManager(include_path=Path(place, "tasks"), include_defaults=False)
+tasks = lm_eval.tasks.TaskManager(include_path=Path(workspace, "tasks"), include_defaults=False)
 options = {"tasks": ["hellaswag_here"], "task_manager": tasks, "bootstrap_iters": 0, "log_samples": True}
 found = lm_eval.simple_evaluate(model, **options)
 samples = [
@@ -41,38 +41,42 @@ samples = [
      "acc": sample["acc"], "acc_norm": sample["acc_norm"]}
     for sample in found["samples"]["hellaswag_here"]
 ]
-told = {"results": found["results"]["hellaswag_here"], "samples": samples}
-Path(place, "found.json").write_text(json.dumps(told))
+report = {"results": found["results"]["hellaswag_here"], "samples": samples}
+Path(workspace, "found.json").write_text(json.dumps(report))
 """
 
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> Path:
-    """Of a fresh virtual environment that holds the harness and sees this one's packages."""
-    place = tmp_path_factory.mktemp("harness")
-    venv.create(place, with_pip=True)
-    python = place / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-    library = sysconfig.get_path("purelib", vars={"base": str(place)})
+    """The Python of a fresh virtual environment that has the harness and sees this one's packages."""
+    environment = tmp_path_factory.mktemp("harness")
+    venv.create(environment, with_pip=True)
+    python = environment / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    library = sysconfig.get_path("purelib", vars={"base": str(environment)})
     (Path(library) / "packages_from_here.pth").write_text(sysconfig.get_path("purelib"))
     subprocess.run([python, "-m", "pip", "install", "-q", f"lm_eval=={HARNESS}"], check=True)
     return python
 
 
-def run_harness(python: Path, folder: Path, rows: Path, place: Path) -> dict:
-    """What the harness says of a model in a folder; `place` is a folder for its files."""
-    home = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "home"), "HF_DATASETS_CACHE": str(place / "home/datasets")}
+def run_harness(python: Path, folder: Path, rows: Path, workspace: Path) -> dict:
+    """The harness's results for the model in a folder; its own files go into `workspace`."""
+    home = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(workspace / "home"),
+        "HF_DATASETS_CACHE": str(workspace / "home/datasets"),
+    }
     subprocess.run(
-        [python, "-I", "-c", PROGRAM, str(folder), str(rows), str(place)],
+        [python, "-I", "-c", PROGRAM, str(folder), str(rows), str(workspace)],
         env={**os.environ, **home},
-        cwd=place,
+        cwd=workspace,
         check=True,
         timeout=1800,
     )
-    return json.loads((place / "found.json").read_text())
+    return json.loads((workspace / "found.json").read_text())
 
 
 def with_start_of_text(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same, but it puts a token before every text, as Llama's does."""
+    """The same tokenizer, but with a token before every text, as Llama's adds."""
     start = tokenizer.eos_token
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.post_processor = processors.TemplateProcessing(
@@ -96,14 +100,14 @@ def test_every_token_score_and_answer_is_that_of_lm_evaluation_harness(
     (tmp_path / "rows.jsonl").write_text("".join(lines[:: len(lines) // count]), encoding="utf-8")
     found = run_harness(python, tmp_path / "model", tmp_path / "rows.jsonl", tmp_path)
 
-    rows = load_hellaswag(str(tmp_path / "rows.jsonl"))
-    ours = score_hellaswag(model, tokenizer, rows, ("lm-eval",))
-    assert len(found["samples"]) == len(rows) == count
-    for row, result, sample in zip(rows, ours, found["samples"], strict=True):
-        assert sample["ind"] == row.ind
-        choices = tokenize_example(row, "lm-eval", tokenizer)
-        for choice, (context, continuation) in zip(choices, sample["tokens"], strict=True):
-            assert (list(choice.tokens), choice.scored) == (context + continuation, len(continuation))
+    examples = load_hellaswag(str(tmp_path / "rows.jsonl"))
+    ours = score_hellaswag(model, tokenizer, examples, ("lm-eval",))
+    assert len(found["samples"]) == len(examples) == count
+    for example, result, sample in zip(examples, ours, found["samples"], strict=True):
+        assert sample["ind"] == example.ind
+        continuations = tokenize_example(example, "lm-eval", tokenizer)
+        for continuation, (context, ending) in zip(continuations, sample["tokens"], strict=True):
+            assert (list(continuation.tokens), continuation.num_scored) == (context + ending, len(ending))
             assert (context[0] == tokenizer.eos_token_id) == start_of_text
         assert list(result.lengths) == sample["lengths"]
         assert result.log_likelihoods == pytest.approx(sample["scores"], rel=1e-5)

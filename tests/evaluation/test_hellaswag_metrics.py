@@ -1,4 +1,4 @@
-"""HellaSwag's accuracies: worked by hand, their intervals, the metric for evaluate, the place among published ones."""
+"""HellaSwag's accuracies: worked by hand, their intervals, the metric for `evaluate`, the rank among published ones."""
 
 import math
 import socket
@@ -10,8 +10,7 @@ import pytest
 from modeling_gpt2repro.evaluation.hellaswag.metrics import (
     BASELINES,
     baseline_rank,
-    count_correct,
-    summary_of,
+    summarize_by_protocol,
     wilson_interval,
 )
 from modeling_gpt2repro.evaluation.hellaswag.report import rank_sentence
@@ -23,19 +22,19 @@ SCORES = ExampleScores(0, "lm-eval", 1, (-5.0, -8.0, -9.0, -1.5), (2, 4, 3, 0))
 
 def test_a_summary_worked_by_hand():
     assert (SCORES.correct, SCORES.correct_norm) == (False, True)
-    results = [SCORES, replace(SCORES, row=1, label=0), replace(SCORES, row=2), replace(SCORES, row=3, label=3)]
-    summary = summary_of(count_correct(results)["lm-eval"])
+    results = [SCORES, replace(SCORES, index=1, label=0), replace(SCORES, index=2), replace(SCORES, index=3, label=3)]
+    summary = summarize_by_protocol(results, ["lm-eval"])["lm-eval"]
     assert (summary["rows"], summary["acc"], summary["acc_norm"]) == (4, 0.25, 0.5)
     # Wilson's interval of 2 of 4: (2 + z²/2 ± z sqrt(1 + z²/4)) / (4 + z²), z = 1.96.
     assert summary["acc_norm_interval"] == pytest.approx((0.1500, 0.8500), abs=1e-4)
     assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
 
 
-@pytest.mark.parametrize("said", [math.nan, math.inf, -math.inf])
-def test_a_row_with_a_score_that_is_no_number_is_wrong(said):
-    for place in range(4):
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+def test_an_example_with_a_score_that_is_not_finite_counts_as_wrong(score):
+    for ending in range(4):
         totals = [-5.0, -8.0, -9.0, -6.0]
-        totals[place] = said
+        totals[ending] = score
         for label in range(4):
             scores = ExampleScores(0, "completion", label, tuple(totals), (2, 4, 3, 2))
             assert (scores.prediction, scores.prediction_norm) == (None, None)
@@ -43,23 +42,23 @@ def test_a_row_with_a_score_that_is_no_number_is_wrong(said):
             assert not scores.correct_norm
 
 
-def test_a_model_is_placed_among_the_published_numbers_of_its_protocol():
-    place = baseline_rank("completion", 0.31, (0.3010, 0.3191))
-    assert rank_sentence("completion", place) == "completion: passed gpt2 (0.2955); next GPT-3 124M (0.3370)"
-    place = baseline_rank("completion", 0.2960, (0.2871, 0.3050))
-    assert rank_sentence("completion", place) == (
+def test_a_model_is_ranked_among_the_published_numbers_of_its_protocol():
+    rank = baseline_rank("completion", 0.31, (0.3010, 0.3191))
+    assert rank_sentence("completion", rank) == "completion: passed gpt2 (0.2955); next GPT-3 124M (0.3370)"
+    rank = baseline_rank("completion", 0.2960, (0.2871, 0.3050))
+    assert rank_sentence("completion", rank) == (
         "completion: passed gpt2 (0.2955, inside the 95 % interval); next GPT-3 124M (0.3370)"
     )
-    # Two figures are published for gpt2: the higher one is to be passed.
+    # Two figures are published for gpt2: a model must exceed the higher one.
     assert baseline_rank("completion", 0.2950, (0.2861, 0.3039)).passed == []
-    assert baseline_rank("completion", 0.2955, (0.2866, 0.3044)).passed == []  # as good is not better
-    place = baseline_rank("lm-eval", 0.51, (0.5002, 0.5198))
-    assert rank_sentence("lm-eval", place).endswith("gpt2-xl (0.5089, inside the 95 % interval); next none")
-    assert place.as_json()["next"] is None
-    assert place.as_json()["passed"][0] == {"model": "gpt2", "acc_norm": 0.3114, "within_interval": False}
+    assert baseline_rank("completion", 0.2955, (0.2866, 0.3044)).passed == []  # equal is not better
+    rank = baseline_rank("lm-eval", 0.51, (0.5002, 0.5198))
+    assert rank_sentence("lm-eval", rank).endswith("gpt2-xl (0.5089, inside the 95 % interval); next none")
+    assert rank.as_json()["next"] is None
+    assert rank.as_json()["passed"][0] == {"model": "gpt2", "acc_norm": 0.3114, "within_interval": False}
 
 
-def test_the_published_numbers_are_those_that_were_published():
+def test_the_baselines_are_the_published_numbers():
     assert [baseline[:4] for baseline in BASELINES] == [
         ("gpt2", "completion", 0.2859, 0.2955),
         ("gpt2", "completion", None, 0.294463),
@@ -77,7 +76,7 @@ def metric(tmp_path, monkeypatch):
     from modeling_gpt2repro.evaluation.hellaswag.evaluate_metric import HellaSwagAccuracy
 
     def refused(*_):
-        raise AssertionError("a metric asks no network")
+        raise AssertionError("the metric must not use the network")
 
     monkeypatch.setattr(socket.socket, "connect", refused)
     return HellaSwagAccuracy(keep_in_memory=True, cache_dir=str(tmp_path))
@@ -85,14 +84,16 @@ def metric(tmp_path, monkeypatch):
 
 @pytest.fixture
 def answers():
-    """Scores of 50 rows as arrays, and how many are right by sum and by length."""
+    """Scores of 50 examples as arrays, and their accuracies by sum and by mean."""
     draw = np.random.default_rng(0)
-    sums, lengths, labels = -draw.uniform(5, 50, (50, 4)), draw.integers(1, 9, (50, 4)), draw.integers(0, 4, 50)
+    sums = -draw.uniform(5, 50, (50, 4))
+    lengths = draw.integers(1, 9, (50, 4))
+    labels = draw.integers(0, 4, 50)
     right = [(values.argmax(1) == labels).mean() for values in (sums, sums / lengths)]
     return {"predictions": sums, "lengths": lengths, "references": labels}, right
 
 
-def test_the_metric_equals_numpy_at_once_in_batches_and_row_by_row(metric, answers):
+def test_the_metric_equals_numpy_at_once_in_batches_and_one_by_one(metric, answers):
     columns, (acc, acc_norm) = answers
     at_once = metric.compute(**columns)
     assert (at_once["acc"], at_once["acc_norm"]) == (acc, acc_norm)
@@ -124,16 +125,16 @@ def test_the_metric_combines_with_others(metric, answers, tmp_path):
     assert (numbers["acc"], numbers["zeros"]) == (acc, (columns["references"] == 0).sum())
 
 
-def test_the_metric_refuses_rows_that_do_not_fit_together(metric):
-    with pytest.raises(ValueError, match="row 0 has 4 log-likelihoods, 3 lengths and the reference 1"):
+def test_the_metric_refuses_examples_that_do_not_fit_together(metric):
+    with pytest.raises(ValueError, match="example 0 has 4 log-likelihoods, 3 lengths and the reference 1"):
         metric.compute(predictions=[[-1.0] * 4], lengths=[[1] * 3], references=[1])
     with pytest.raises(ValueError, match="4 lengths and the reference 4"):
         metric.compute(predictions=[[-1.0] * 4], lengths=[[1] * 4], references=[4])
-    with pytest.raises(ValueError, match=r"row 0 has log-likelihoods \[nan, .*\]: NaN and infinity are no scores"):
+    with pytest.raises(ValueError, match=r"example 0 has log-likelihoods \[nan, .*\]: give finite numbers only"):
         metric.compute(predictions=[[np.nan, -1.0, -1.0, -1.0]], lengths=[[1] * 4], references=[0])
 
 
-def test_no_rows_have_no_accuracy(metric, one_sentence):
-    with pytest.raises(ValueError, match="there are no rows to take an accuracy of") as error:
+def test_no_examples_have_no_accuracy(metric, one_sentence):
+    with pytest.raises(ValueError, match="there are no examples to compute an accuracy of") as error:
         metric.compute(predictions=[], lengths=[], references=[])
     one_sentence(error)

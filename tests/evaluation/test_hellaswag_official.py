@@ -1,4 +1,4 @@
-"""The official validation file: fetched once, checked, cached; what is not it is refused and removed."""
+"""The official validation file: downloaded once, verified, cached; another file is refused and deleted."""
 
 import hashlib
 import http.server
@@ -13,13 +13,16 @@ from huggingface_hub import constants
 
 from modeling_gpt2repro.evaluation.hellaswag import official as hellaswag_official
 from modeling_gpt2repro.evaluation.hellaswag.examples import load_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag.official import are_official, official_file
+from modeling_gpt2repro.evaluation.hellaswag.official import is_official_split, official_file
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Gives `body`, or what a test puts in its place, and counts how often it was asked."""
+    """Serves `body`, which a test may replace, and counts the requests."""
 
-    body, status, promised_more, requests = b"", 200, 0, 0
+    body = b""
+    status = 200
+    promised_more = 0  # bytes that the header announces and the body lacks
+    requests = 0
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -36,7 +39,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch, hellaswag_rows):
-    """A stand-in for the original repository, whose file is the seven rows, and a cache in `tmp_path`."""
+    """A stand-in for the original repository, whose file is the seven examples, and a cache in `tmp_path`."""
     with Server(("127.0.0.1", 0), Handler) as server:
         server.body = "".join(json.dumps(asdict(row)) + "\n" for row in hellaswag_rows).encode()
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -44,7 +47,7 @@ def server(tmp_path, monkeypatch, hellaswag_rows):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(hellaswag_official, "OFFICIAL_URL", f"http://127.0.0.1:{server.server_port}/val.jsonl")
         monkeypatch.setattr(hellaswag_official, "OFFICIAL_SHA256", hashlib.sha256(server.body).hexdigest())
-        monkeypatch.setattr(hellaswag_official, "OFFICIAL_ROWS", len(hellaswag_rows))
+        monkeypatch.setattr(hellaswag_official, "OFFICIAL_EXAMPLES", len(hellaswag_rows))
         monkeypatch.setattr(hellaswag_official, "cached_assets_path", lambda *_: tmp_path)
         yield server
         server.shutdown()
@@ -54,19 +57,19 @@ def test_the_checksum_is_the_published_one():
     assert hellaswag_official.OFFICIAL_SHA256 == "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 
 
-def kept(folder):
+def files_of(folder):
     return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
 
 
-def test_the_official_file_is_fetched_once_and_then_used_without_network(server, tmp_path, hellaswag_rows, monkeypatch):
+def test_the_official_file_is_downloaded_once_and_then_cached(server, tmp_path, hellaswag_rows, monkeypatch):
     assert load_hellaswag("official") == hellaswag_rows
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert load_hellaswag("official", limit=2) == hellaswag_rows[:2]
     assert server.requests == 1
-    assert kept(tmp_path) == {"hellaswag_val.jsonl"}
+    assert files_of(tmp_path) == {"hellaswag_val.jsonl"}
 
 
-def test_processes_that_want_it_at_once_fetch_it_once(server):
+def test_simultaneous_processes_download_it_once(server):
     with ThreadPoolExecutor(8) as pool:
         paths = set(pool.map(lambda _: official_file(), range(8)))
     assert len(paths) == server.requests == 1
@@ -81,12 +84,12 @@ def test_processes_that_want_it_at_once_fetch_it_once(server):
             r"but 36 bytes that begin with b'<!DOCTYPE html>'",
         ),
         ({"body": b'{"ind": 24, "act'}, ValueError, "did not give HellaSwag's validation file but 16 bytes"),
-        ({"promised_more": 10}, (ConnectionError, ValueError), "val.jsonl (could not be fetched|did not give)"),
-        ({"status": 404}, ConnectionError, r"could not be fetched into .* \(HTTP Error 404"),
+        ({"promised_more": 10}, (ConnectionError, ValueError), "val.jsonl (could not be downloaded|did not give)"),
+        ({"status": 404}, ConnectionError, r"could not be downloaded into .* \(HTTP Error 404"),
     ],
     ids=["html", "truncated", "connection lost", "not found"],
 )
-def test_what_is_not_the_file_is_refused_and_removed(server, tmp_path, change, error, sentence, one_sentence):
+def test_another_file_is_refused_and_deleted(server, tmp_path, change, error, sentence, one_sentence):
     if "promised_more" in change:
         server.body = server.body[:-10]
     for name, value in change.items():
@@ -94,10 +97,10 @@ def test_what_is_not_the_file_is_refused_and_removed(server, tmp_path, change, e
     with pytest.raises(error, match=sentence) as raised:
         official_file()
     one_sentence(raised)
-    assert kept(tmp_path) == set()
+    assert files_of(tmp_path) == set()
 
 
-def test_a_damaged_file_in_the_cache_is_named_removed_and_fetched_again(server, tmp_path, caplog, monkeypatch):
+def test_a_damaged_file_in_the_cache_is_named_deleted_and_downloaded_again(server, tmp_path, caplog, monkeypatch):
     cached = tmp_path / "hellaswag_val.jsonl"
     cached.write_bytes(server.body[:100])
     with caplog.at_level(logging.WARNING):
@@ -107,22 +110,22 @@ def test_a_damaged_file_in_the_cache_is_named_removed_and_fetched_again(server, 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match="is not in the cache and HF_HUB_OFFLINE is set"):
         official_file()
-    assert kept(tmp_path) == set()
+    assert files_of(tmp_path) == set()
 
 
-def test_without_a_network_it_says_what_to_do(server, monkeypatch, one_sentence):
+def test_the_error_without_a_network_says_what_to_do(server, monkeypatch, one_sentence):
     monkeypatch.setattr(hellaswag_official, "OFFICIAL_URL", "http://127.0.0.1:9/val.jsonl")
-    with pytest.raises(ConnectionError, match=r"could not be fetched .* name a local hellaswag_val.jsonl") as raised:
+    with pytest.raises(ConnectionError, match=r"could not be downloaded .* name a local hellaswag_val.jsonl") as raised:
         official_file()
     one_sentence(raised)
 
 
-def test_only_all_official_rows_are_official(server, tmp_path):
+def test_only_all_official_examples_count_as_the_official_split(server, tmp_path):
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes(server.body)
     for source in ("official", "Rowan/hellaswag", str(copy)):
-        assert are_official(source, 7)
-        assert not are_official(source, 6)
+        assert is_official_split(source, 7)
+        assert not is_official_split(source, 6)
     copy.write_bytes(server.body + b"\n")
-    assert not are_official(str(copy), 7)
-    assert not are_official("someone/hellaswag", 7)
+    assert not is_official_split(str(copy), 7)
+    assert not is_official_split("someone/hellaswag", 7)

@@ -1,4 +1,4 @@
-"""HellaSwag's results row by row: written whole, read back, and two models compared on them."""
+"""HellaSwag's scores of each example: written atomically, read back, and two models compared on them."""
 
 import itertools
 import json
@@ -8,43 +8,43 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from modeling_gpt2repro.evaluation.hellaswag.compare import PairedDifference, compare_results
+from modeling_gpt2repro.evaluation.hellaswag.compare import PairedDifference, compare_scores
 from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS
-from modeling_gpt2repro.evaluation.hellaswag.samples import fingerprint, read_results, write_results
+from modeling_gpt2repro.evaluation.hellaswag.samples import fingerprint, read_scores, write_scores
 from modeling_gpt2repro.evaluation.hellaswag.score import ExampleScores
 
 
-def results_of(rows, right=lambda row: True, protocols=PROTOCOLS):
-    """Scores that have a row right, by sum and by length, or wrong."""
+def scores_of(examples, is_right=lambda index: True, protocols=PROTOCOLS):
+    """Scores by which an example is right, by sum and by mean, or wrong."""
 
-    def said(row, label):
-        best = label if right(row) else (label + 1) % 4
+    def log_likelihoods(index, label):
+        best = label if is_right(index) else (label + 1) % 4
         return tuple(-1.0 if ending == best else -9.0 for ending in range(4))
 
     return [
-        ExampleScores(number, protocol, row.label, said(number, row.label), (1, 1, 1, 1))
-        for number, row in enumerate(rows)
+        ExampleScores(index, protocol, example.label, log_likelihoods(index, example.label), (1, 1, 1, 1))
+        for index, example in enumerate(examples)
         for protocol in protocols
     ]
 
 
 @pytest.fixture
 def file_of(tmp_path, hellaswag_rows):
-    """file_of(name, ...) -> the path of results on the seven rows."""
+    """file_of(name, ...) -> the path of scores on the seven examples."""
 
-    def written(name, rows=hellaswag_rows, **how):
-        write_results(tmp_path / name, results_of(rows, **how), rows)
+    def written(name, examples=hellaswag_rows, **options):
+        write_scores(tmp_path / name, scores_of(examples, **options), examples)
         return tmp_path / name
 
     return written
 
 
-def test_results_come_back_and_say_what_they_are_of(tmp_path, hellaswag_rows):
-    results = results_of(hellaswag_rows)
+def test_scores_are_read_back_and_name_their_questions(tmp_path, hellaswag_rows):
+    results = scores_of(hellaswag_rows)
     results[0] = replace(results[0], log_likelihoods=(-5.1, -8.2, -9.3, -6.4), lengths=(2, 4, 3, 2))
     path = tmp_path / "new" / "a.jsonl"
-    write_results(path, results, hellaswag_rows)
-    saved = read_results(path)
+    write_scores(path, results, hellaswag_rows)
+    saved = read_scores(path)
     assert [line.scores for line in saved] == results
     assert len({line.question for line in saved}) == len(hellaswag_rows)
     assert json.loads(path.read_text().splitlines()[0]) == {
@@ -66,28 +66,28 @@ def test_results_come_back_and_say_what_they_are_of(tmp_path, hellaswag_rows):
         assert fingerprint(hellaswag_rows[0]) != fingerprint(replace(hellaswag_rows[0], **change))
 
 
-def test_scores_that_are_no_numbers_are_null_and_no_answers(tmp_path, hellaswag_rows):
+def test_scores_that_are_not_finite_are_null_and_give_no_prediction(tmp_path, hellaswag_rows):
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")
 
-    [result] = results_of(hellaswag_rows[:1], protocols=("completion",))
-    write_results(
+    [result] = scores_of(hellaswag_rows[:1], protocols=("completion",))
+    write_scores(
         tmp_path / "a.jsonl", [replace(result, log_likelihoods=(math.nan, -1.0, -math.inf, -2.0))], hellaswag_rows
     )
     line = json.loads((tmp_path / "a.jsonl").read_text(), parse_constant=refuse)
     assert line["log_likelihoods"] == [None, -1.0, None, -2.0]
     assert [line[name] for name in ("prediction", "correct", "prediction_norm")] == [None, False, None]
-    [saved] = read_results(tmp_path / "a.jsonl")
+    [saved] = read_scores(tmp_path / "a.jsonl")
     assert not saved.scores.correct
     assert [math.isnan(total) for total in saved.scores.log_likelihoods] == [True, False, True, False]
 
 
-def test_a_writer_that_fails_leaves_what_was_there(tmp_path, hellaswag_rows):
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, hellaswag_rows):
     path = tmp_path / "a.jsonl"
-    write_results(path, results_of(hellaswag_rows), hellaswag_rows)
+    write_scores(path, scores_of(hellaswag_rows), hellaswag_rows)
     before = path.read_bytes()
     with pytest.raises(IndexError):
-        write_results(path, results_of(hellaswag_rows), hellaswag_rows[:3])
+        write_scores(path, scores_of(hellaswag_rows), hellaswag_rows[:3])
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -98,60 +98,57 @@ THREE_ENDINGS = '{"row": 0, "question": "6a", "protocol": "completion", "label":
 @pytest.mark.parametrize(
     "line", ["{}", "[1]", "<html>", '{"row": 0', "", "\xff", THREE_ENDINGS + '"lengths": [1, 1, 1]}']
 )
-def test_a_file_of_other_things_is_refused(tmp_path, line, one_sentence):
+def test_a_file_that_holds_no_scores_is_refused(tmp_path, line, one_sentence):
     (tmp_path / "a.jsonl").write_text(line + "\n")
-    with pytest.raises(ValueError, match=r"a.jsonl, line 1: .* is no result of a row") as error:
-        read_results(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"a.jsonl, line 1: .* is not the scores of an example") as error:
+        read_scores(tmp_path / "a.jsonl")
     one_sentence(error)
     (tmp_path / "a.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"a.jsonl has no results"):
-        read_results(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"a.jsonl has no scores"):
+        read_scores(tmp_path / "a.jsonl")
 
 
-def test_two_models_are_compared_row_by_row(file_of):
-    first, second = (
-        file_of("a", right=lambda row: row in (0, 1, 2)),
-        file_of("b", right=lambda row: row in (2, 3, 4, 5)),
-    )
-    compared = compare_results(first, second)
+def test_two_models_are_compared_example_by_example(file_of):
+    first = file_of("a", is_right=lambda index: index in (0, 1, 2))
+    second = file_of("b", is_right=lambda index: index in (2, 3, 4, 5))
+    compared = compare_scores(first, second)
     assert set(compared) == set(PROTOCOLS)
     for pair in (pair for measures in compared.values() for pair in measures.values()):
-        assert pair == PairedDifference(rows=7, both=1, only_first=2, only_second=3)
+        assert pair == PairedDifference(num_examples=7, both=1, only_first=2, only_second=3)
         assert pair.accuracies == (3 / 7, 4 / 7)
         assert pair.difference == pytest.approx(1 / 7)
-    assert set(compare_results(first, second, ("lm-eval",))) == {"lm-eval"}
+    assert set(compare_scores(first, second, ("lm-eval",))) == {"lm-eval"}
 
 
-def test_what_cannot_be_compared_is_refused_in_words(file_of, hellaswag_rows, one_sentence):
+def test_scores_of_different_examples_or_protocols_are_not_compared(file_of, hellaswag_rows, one_sentence):
     other = [*hellaswag_rows[:4], replace(hellaswag_rows[4], label=1), *hellaswag_rows[5:]]
     refused = {
-        r"a has 7 rows, .*b 6: a paired difference needs the same rows": file_of("b", hellaswag_rows[:6]),
-        r"row 4 of .*a is another question \(fingerprint \w{12}\) than row 4 of .*c": file_of("c", other),
+        r"a has 7 examples, .*b 6: a paired difference needs the same examples": file_of("b", hellaswag_rows[:6]),
+        r"example 4 of .*a is another question \(fingerprint \w{12}\) than example 4 of .*c": file_of("c", other),
         r"a holds completion and lm-eval, .*d completion:.*--protocol": file_of("d", protocols=("completion",)),
     }
     for sentence, path in refused.items():
         with pytest.raises(ValueError, match=sentence) as error:
-            compare_results(file_of("a"), path)
+            compare_scores(file_of("a"), path)
         one_sentence(error)
-    assert set(compare_results(file_of("a"), file_of("d", protocols=("completion",)), ("completion",))) == {
-        "completion"
-    }
+    assert set(compare_scores(file_of("a"), file_of("d", protocols=("completion",)), ("completion",))) == {"completion"}
 
 
 def test_mcnemars_test_equals_trying_every_outcome():
     for only_first, only_second in ((0, 0), (1, 5), (5, 1), (0, 8), (4, 6), (5, 5)):
-        n, seen = only_first + only_second, abs(only_first - only_second)
+        n = only_first + only_second
+        seen = abs(only_first - only_second)
         outcomes = [abs(2 * sum(outcome) - n) for outcome in itertools.product((0, 1), repeat=n)]
         expected = sum(outcome >= seen for outcome in outcomes) / 2**n
         assert PairedDifference(100, 50, only_first, only_second).p_value == pytest.approx(expected)
-    # Of many rows the normal distribution says nearly the same.
+    # For many examples the normal distribution gives nearly the same.
     chance = math.erfc((1200 - 1100 - 1) / math.sqrt(2 * 2300))
     assert PairedDifference(10_042, 3000, 1100, 1200).p_value == pytest.approx(chance, rel=0.01)
     assert PairedDifference(10_042, 0, 0, 10_042).p_value < 1e-300
 
 
 def test_the_interval_of_a_paired_difference_holds_95_times_in_100():
-    # (20 + 1 - 10 - 1) / 102 = 0.0980; half of its width is 1.96 sqrt((32 / 102 - 0.0980²) / 102) = 0.1070.
+    # (20 + 1 - 10 - 1) / 102 = 0.0980; half its width is 1.96 sqrt((32 / 102 - 0.0980²) / 102) = 0.1070.
     assert PairedDifference(100, 30, 10, 20).interval == pytest.approx((-0.0090, 0.2051), abs=1e-4)
     low, high = PairedDifference(50, 50, 0, 0).interval
     assert low == -high < 0

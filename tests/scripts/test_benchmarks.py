@@ -131,7 +131,7 @@ def test_memory_is_counted_alone_and_with_children():
 
 
 @pytest.mark.parametrize("kind", ["ours", "stock"])
-def test_hellaswag_benchmark_compares_the_same_answers(kind, hellaswag_tokenizer, hellaswag_rows, tmp_path, capsys):
+def test_hellaswag_benchmark_compares_the_same_predictions(kind, hellaswag_tokenizer, hellaswag_rows, tmp_path, capsys):
     hellaswag_tokenizer.save_pretrained(tmp_path / "tokenizer")
     rows = [
         hellaswag_rows[number] for number in (0,) * 6 + (1,) * 3 + (3,) * 3
@@ -167,10 +167,10 @@ def test_scorers_that_disagree_are_refused_in_fp32_only():
     assert agree == {"same_acc": 2, "same_acc_norm": 2, "largest_relative_difference": 0}
     other = {"ours": (scores, lengths), "lecture": (scores[:, [1, 0, 2, 3]], lengths)}
     with pytest.raises(
-        ValueError, match=r"agree on 1 \(acc\) and 2 \(acc_norm\) of 2 answers, with scores 1.0e\+00 apart"
+        ValueError, match=r"agree on 1 \(acc\) and 2 \(acc_norm\) of 2 predictions, with scores 1.0e\+00 apart"
     ):
         hellaswag.compare_answers(other, exact=True)
     assert hellaswag.compare_answers(other, exact=False)["same_acc"] == 1
     apart = {"ours": (scores, lengths), "lecture": (scores * (1 + 2e-4), lengths)}
-    with pytest.raises(ValueError, match=r"on 2 .* 2 .* 2 answers, with scores 2.0e-04 apart"):
+    with pytest.raises(ValueError, match=r"on 2 .* 2 .* 2 predictions, with scores 2.0e-04 apart"):
         hellaswag.compare_answers(apart, exact=True)

@@ -1,4 +1,4 @@
-"""eval_hellaswag.py: its table and its JSON, the sentences for what cannot be scored, and the Hub as a source."""
+"""eval_hellaswag.py: its table and its JSON, its error messages, and the Hub as a source."""
 
 import hashlib
 import json
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import PartialState
 
 import eval_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag import official as hellaswag_official
 from modeling_gpt2repro.evaluation.hellaswag.arguments import EvalHellaSwagArguments
-from modeling_gpt2repro.evaluation.hellaswag.metrics import count_correct, summary_of
-from modeling_gpt2repro.evaluation.hellaswag.samples import read_results
-from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.metrics import summarize_by_protocol
+from modeling_gpt2repro.evaluation.hellaswag.samples import read_scores
+from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag, score_task
+from modeling_gpt2repro.evaluation.hellaswag.tokenize import prepare_hellaswag
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,47 +35,45 @@ def model_folder(tmp_path_factory, hellaswag_tokenizer, make_model):
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Results go to runs/ in the current folder, if nobody says otherwise."""
+    """Results go to runs/ in the current folder by default."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def expected(hellaswag_tokenizer, hellaswag_rows, make_model):
-    """What the model of `model_folder` says to the seven rows."""
+    """The scores of the model in `model_folder` for the seven examples."""
     return score_hellaswag(make_model("ours", len(hellaswag_tokenizer)), hellaswag_tokenizer, hellaswag_rows)
 
 
 def assert_same_scores(results, expected):
-    """The same, but for rounding: batches of other rows are other sums."""
+    """The same but for rounding, which depends on what else is in a batch."""
     assert [replace(r, log_likelihoods=()) for r in results] == [replace(r, log_likelihoods=()) for r in expected]
     for one, other in zip(results, expected, strict=True):
         assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-4)
-
-
-def summarize(results):
-    return {protocol: summary_of(count) for protocol, count in count_correct(results).items()}
 
 
 def as_json(value):
     return json.loads(json.dumps(value))
 
 
-def test_the_script_prints_a_table_and_saves_numbers_and_rows(tmp_path, model_folder, capsys, hellaswag_rows, expected):
-    data, output = write_rows(tmp_path / "rows.jsonl", hellaswag_rows), tmp_path / "result.json"
+def test_the_script_prints_a_table_and_saves_its_numbers(tmp_path, model_folder, capsys, hellaswag_rows, expected):
+    data = write_rows(tmp_path / "rows.jsonl", hellaswag_rows)
+    output = tmp_path / "result.json"
     arguments = ["--model", str(model_folder), "--data", data, "--device", "cpu", "--limit", "5"]
     eval_hellaswag.main([*arguments, "--output", str(output)])
-    report, expected = json.loads(output.read_text()), [scores for scores in expected if scores.row < 5]
-    assert report["results"] == as_json(summarize(expected))
+    report = json.loads(output.read_text())
+    expected = [scores for scores in expected if scores.index < 5]
+    assert report["results"] == as_json(summarize_by_protocol(expected))
     assert len(report["data_sha256"]) == 64
     assert report["arguments"]["limit"] == 5
     assert {path.name for path in tmp_path.iterdir()} == {"result.json", "result.jsonl", "rows.jsonl"}
-    assert_same_scores([saved.scores for saved in read_results(tmp_path / "result.jsonl")], expected)
+    assert_same_scores([saved.scores for saved in read_scores(tmp_path / "result.jsonl")], expected)
     printed = capsys.readouterr().out
-    for protocol, result in summarize(expected).items():
+    for protocol, result in summarize_by_protocol(expected).items():
         low, high = result["acc_interval"]
         assert f"{protocol:12}{result['acc']:8.4f} [{low:.4f}, {high:.4f}]" in printed
     assert "0.3114   gpt2, lm-evaluation-harness" in printed
-    assert "These 5 rows are not the official 10,042" in printed
+    assert "These 5 examples are not the official 10,042" in printed
     assert "passed" not in printed
     assert report["standings"] == {}
 
@@ -98,24 +96,24 @@ def test_other_arguments_are_saved_under_another_name(tmp_path):
     assert EvalHellaSwagArguments(device="cpu", output="v1.5").rows_file.name == "v1.5.jsonl"
 
 
-def test_all_official_rows_are_placed_among_the_published_numbers(
+def test_the_official_split_is_ranked_among_the_published_numbers(
     tmp_path, model_folder, capsys, hellaswag_rows, expected, monkeypatch
 ):
     data = Path(write_rows(tmp_path / "hellaswag_val.jsonl", hellaswag_rows))
     monkeypatch.setattr(hellaswag_official, "OFFICIAL_SHA256", hashlib.sha256(data.read_bytes()).hexdigest())
-    monkeypatch.setattr(hellaswag_official, "OFFICIAL_ROWS", len(hellaswag_rows))
+    monkeypatch.setattr(hellaswag_official, "OFFICIAL_EXAMPLES", len(hellaswag_rows))
     monkeypatch.setattr(hellaswag_official, "cached_assets_path", lambda *_: tmp_path)
     arguments = ["--model", str(model_folder), "--data", "official", "--device", "cpu", "--output", "all.json"]
     eval_hellaswag.main([*arguments, "--protocol", "lm-eval"])
-    acc_norm = summarize(expected)["lm-eval"]["acc_norm"]
+    acc_norm = summarize_by_protocol(expected)["lm-eval"]["acc_norm"]
     passed = [figure for figure in (0.3114, 0.5089) if figure < acc_norm]
     printed = capsys.readouterr().out
     assert f"lm-eval: passed {'gpt2 (0.3114' if passed else 'none'}" in printed
     assert "These" not in printed
     report = json.loads((tmp_path / "all.json").read_text())
-    assert [yardstick["acc_norm"] for yardstick in report["standings"]["lm-eval"]["passed"]] == passed
+    assert [baseline["acc_norm"] for baseline in report["standings"]["lm-eval"]["passed"]] == passed
     eval_hellaswag.main([*arguments, "--limit", "6"])
-    assert "These 6 rows are not the official" in capsys.readouterr().out
+    assert "These 6 examples are not the official" in capsys.readouterr().out
 
 
 def test_two_saved_results_are_compared(
@@ -139,7 +137,7 @@ def test_two_saved_results_are_compared(
     eval_hellaswag.main(
         ["--model", str(model_folder), "--data", data, "--device", "cpu", "--limit", "3", "--output", "c.json"]
     )
-    assert "a.jsonl has 7 rows, c.jsonl 3: a paired difference" in problems_of(
+    assert "a.jsonl has 7 examples, c.jsonl 3: a paired difference" in problems_of(
         capsys, "--compare", "a.jsonl", "c.jsonl"
     )
     report = (tmp_path / "a.json").read_bytes()
@@ -157,21 +155,26 @@ def test_two_saved_results_are_compared(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_script_scores_the_model_in_the_dtype_asked_for(tmp_path, model_folder, hellaswag_rows, monkeypatch, dtype):
-    seen = []
-    monkeypatch.setattr(eval_hellaswag, "score_task", lambda model, *_: seen.append(model.dtype) or [])
-    args = EvalHellaSwagArguments(model=str(model_folder), dtype=dtype, device="cpu")
-    eval_hellaswag.score(args, PartialState(cpu=True), hellaswag_rows)
-    assert seen == [getattr(torch, dtype)]
+    def record_dtype(model, *arguments):
+        dtypes.append(model.dtype)
+        return score_task(model, *arguments)
+
+    dtypes = []
+    monkeypatch.setattr(eval_hellaswag, "score_task", record_dtype)
+    data = write_rows(tmp_path / "rows.jsonl", hellaswag_rows[:2])
+    eval_hellaswag.main(["--model", str(model_folder), "--data", data, "--dtype", dtype, "--device", "cpu"])
+    assert dtypes == [getattr(torch, dtype)]
 
 
-def test_running_out_of_memory_is_told_with_what_to_do(model_folder, hellaswag_rows, monkeypatch, one_sentence):
-    def full(*_):
+def test_the_error_of_full_memory_says_what_to_do(hellaswag_tokenizer, hellaswag_rows, make_model, one_sentence):
+    def fill_memory(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(eval_hellaswag, "score_task", full)
-    args = EvalHellaSwagArguments(model=str(model_folder), device="cpu", batch_tokens=300)
-    with pytest.raises(ValueError, match="--batch_tokens 300 is more than cpu has memory for: halve it") as error:
-        eval_hellaswag.score(args, PartialState(cpu=True), hellaswag_rows)
+    model = make_model("ours", len(hellaswag_tokenizer))
+    task = prepare_hellaswag(model, hellaswag_tokenizer, hellaswag_rows, batch_tokens=300)
+    model.register_forward_pre_hook(fill_memory)
+    with pytest.raises(ValueError, match="--batch_tokens 300 needs more memory than there is: halve it") as error:
+        eval_hellaswag.score(EvalHellaSwagArguments(device="cpu"), model, task)
     one_sentence(error)
 
 
@@ -180,8 +183,8 @@ import json, sys
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import eval_hellaswag
-from modeling_gpt2repro.evaluation.distributed import evaluate_hellaswag
-from modeling_gpt2repro.evaluation.hellaswag.samples import write_results
+from modeling_gpt2repro.evaluation.hellaswag.metrics import evaluate_hellaswag
+from modeling_gpt2repro.evaluation.hellaswag.samples import write_scores
 from modeling_gpt2repro.evaluation.hellaswag.examples import load_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import prepare_hellaswag
 from pathlib import Path
@@ -190,10 +193,10 @@ model, data = sys.argv[1:]
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
 loaded = AutoModelForCausalLM.from_pretrained(model)
-place = {"process_index": accelerator.process_index, "num_processes": 2}
-task = prepare_hellaswag(loaded, AutoTokenizer.from_pretrained(model), load_hellaswag(data), **place)
-numbers, results = evaluate_hellaswag(accelerator, loaded, task)
-write_results(Path(f"training-{accelerator.process_index}.jsonl"), results, task.rows)
+tokenizer, examples = AutoTokenizer.from_pretrained(model), load_hellaswag(data)
+task = prepare_hellaswag(loaded, tokenizer, examples, process_index=accelerator.process_index, num_processes=2)
+numbers, scores = evaluate_hellaswag(loaded, task)
+write_scores(Path(f"training-{accelerator.process_index}.jsonl"), scores, task.examples)
 Path(f"numbers-{accelerator.process_index}.json").write_text(json.dumps(numbers))
 eval_hellaswag.main(["--model", model, "--data", data, "--device", "cpu", "--output", "script.json"])
 """
@@ -202,14 +205,14 @@ eval_hellaswag.main(["--model", model, "--data", data, "--device", "cpu", "--out
 def test_two_processes_give_and_save_what_one_does(tmp_path, warm_python, model_folder, hellaswag_rows, expected):
     data = write_rows(tmp_path / "rows.jsonl", hellaswag_rows)
     both = warm_python.run_together(2, "-c", TWO_PROCESSES, model_folder, data, cwd=tmp_path)
-    summary = summarize(expected)
+    summary = summarize_by_protocol(expected)
     for rank in (0, 1):
         numbers = json.loads((tmp_path / f"numbers-{rank}.json").read_text())
         assert numbers["hellaswag_completion_acc_norm"] == summary["completion"]["acc_norm"]
         assert numbers["hellaswag_lm_eval_acc_high"] == summary["lm-eval"]["acc_interval"][1]
     assert json.loads((tmp_path / "script.json").read_text())["results"] == as_json(summary)
     for name in ("training-1.jsonl", "script.jsonl"):
-        assert_same_scores([saved.scores for saved in read_results(tmp_path / name)], expected)
+        assert_same_scores([saved.scores for saved in read_scores(tmp_path / name)], expected)
     assert "95 % intervals" in both[0].stdout
     assert both[1].stdout == ""
 
@@ -221,7 +224,7 @@ def problems_of(capsys, *arguments):
     return capsys.readouterr().err
 
 
-def test_the_script_tells_every_problem_of_a_command_line_at_once(tmp_path, capsys):
+def test_the_script_shows_all_errors_of_a_command_line_at_once(tmp_path, capsys):
     error = problems_of(
         capsys,
         *("--model", str(tmp_path / "none"), "--data", "none.jsonl", "--limit", "0", "--batch_tokens", "-1"),
@@ -235,7 +238,7 @@ def test_the_script_tells_every_problem_of_a_command_line_at_once(tmp_path, caps
         "batch_tokens (-1) must be at least 1",
         "protocol (other) must be one of completion, lm-eval, both",
         "dtype (int8) must be one of float32, bfloat16, float16",
-        "--device warp9 cannot be used here (it is none of cuda, cuda:1, mps and cpu); leave it out or say cpu.",
+        "--device warp9 cannot be used here (it is none of cuda, cuda:1, mps and cpu); leave it out or give cpu.",
         "make it first",
     ):
         assert sentence in error
@@ -250,7 +253,7 @@ def test_the_script_tells_every_problem_of_a_command_line_at_once(tmp_path, caps
     assert "must end in .json" in problems_of(capsys, "--data", __file__, "--output", "rows.jsonl")
 
 
-def test_several_processes_do_not_take_one_device(monkeypatch, capsys):
+def test_several_processes_do_not_share_one_device(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "--device cpu:0 is one device for several processes" in problems_of(
         capsys, "--data", __file__, "--device", "cpu:0"
@@ -297,12 +300,12 @@ def not_a_number(folder, tokenizer, make_model):
         (broken_tokenizer, "its tokenizer could not be loaded: "),
         (json_of_something_else, "its tokenizer could not be loaded: KeyError: "),
         (broken_weights, "its model could not be loaded: "),
-        (other_tokenizer, "its tokenizer has 320 tokens, its embedding 319"),
+        (other_tokenizer, "its tokenizer has 320 tokens, its embedding only 319"),
         (incomplete_weights, "12 of its weights are missing (transformer.h.1.attn.c_attn.bias, ...)"),
         (not_a_number, "gives NaN or infinite scores"),
     ],
 )
-def test_a_model_that_cannot_be_scored_is_told_in_a_sentence(
+def test_a_model_that_cannot_be_scored_gives_one_sentence(
     tmp_path, hellaswag_tokenizer, capsys, spoil, sentence, hellaswag_rows, make_model
 ):
     make_model("ours", len(hellaswag_tokenizer)).save_pretrained(tmp_path)
@@ -359,17 +362,17 @@ def test_data_and_model_may_come_from_the_hub(
     make_model("stock", len(hellaswag_tokenizer)).save_pretrained(model_repository)
     hellaswag_tokenizer.save_pretrained(model_repository)
     done = warm_python.run("-c", CLIENT, tmp_path / "result.json")
-    expected = summarize(
+    expected = summarize_by_protocol(
         score_hellaswag(make_model("stock", len(hellaswag_tokenizer)), hellaswag_tokenizer, hellaswag_rows[:2])
     )
     assert json.loads((tmp_path / "result.json").read_text())["results"] == as_json(expected)
-    assert "These 2 rows are not the official 10,042" in done.stdout
-    assert "ValueError: ns/unlabelled, row 2: label is ''" in done.stdout
+    assert "These 2 examples are not the official 10,042" in done.stdout
+    assert "ValueError: ns/unlabelled, example 2: label is ''" in done.stdout
     assert "ConnectionError: the dataset ns/nothing could not be reached on the Hub" in done.stdout
     assert "exit code 2" in done.stdout
     nowhere = "there is no folder runs/nope here, and the Hub has no such model or cannot be reached"
-    assert f"--model runs/nope: {nowhere} (runs/nope is not a local folder and is not a valid model" in done.stdout
-    assert f"--model runs/nope: {nowhere} (We couldn't connect to " in done.stdout
+    assert f"--model runs/nope: {nowhere} (Cannot find the requested files in the disk cache" in done.stdout
+    assert f"--model runs/nope: {nowhere} (Repository not found" in done.stdout
     assert "--data: the dataset ns/nothing could not be reached on the Hub: check the connection, or name a local" in (
         done.stderr
     )

@@ -1,4 +1,4 @@
-"""Two models on the same rows of HellaSwag: their difference, row by row, which is surer than two intervals apart."""
+"""Two models on the same HellaSwag examples: the paired difference, which needs fewer examples than two intervals."""
 
 import math
 from collections.abc import Sequence
@@ -8,59 +8,71 @@ from pathlib import Path
 
 from .examples import PROTOCOLS
 from .metrics import Z95
-from .samples import SavedScores, read_results
+from .samples import SavedScores, read_scores
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """A second model against a first one, by which of them had each row right. Only rows where they differ tell."""
+    """How many examples both models, only the first and only the second got right.
 
-    rows: int
+    Only the examples on which they differ say which model is better.
+    """
+
+    num_examples: int
     both: int
     only_first: int
     only_second: int
 
     @property
     def accuracies(self) -> tuple[float, float]:
-        """Share of the rows that the first and the second had right."""
-        return (self.both + self.only_first) / self.rows, (self.both + self.only_second) / self.rows
+        """Of the first and of the second model."""
+        return (self.both + self.only_first) / self.num_examples, (self.both + self.only_second) / self.num_examples
 
     @property
     def difference(self) -> float:
         """The second accuracy minus the first."""
-        return (self.only_second - self.only_first) / self.rows
+        return (self.only_second - self.only_first) / self.num_examples
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the difference: Wald's with a row added to each kind (Bonett and Price 2012), so that it has
-        a width for equal models, too. 10 only the first, 20 only the second, of 100 rows -> -0.0090, 0.2051."""
-        rows = self.rows + 2
-        first, second = (self.only_first + 1) / rows, (self.only_second + 1) / rows
-        half = Z95 * math.sqrt((first + second - (second - first) ** 2) / rows)
-        return second - first - half, second - first + half
+        """95 % interval of the difference (Bonett and Price 2012).
+
+        Wald's interval after an example was added to each kind, so that equal models have an interval of some width,
+        too. 10 only the first, 20 only the second, of 100 -> -0.0090, 0.2051.
+        """
+        total = self.num_examples + 2
+        first = (self.only_first + 1) / total
+        second = (self.only_second + 1) / total
+        half_width = Z95 * math.sqrt((first + second - (second - first) ** 2) / total)
+        return second - first - half_width, second - first + half_width
 
     @property
     def p_value(self) -> float:
-        """McNemar's test, exact for any number of rows: two-sided binomial test that as many rows are right only under
-        the one as only under the other. 1 against 5 -> 2 * (1 + 6) / 2**6 = 0.21875."""
-        n, fewer = self.only_first + self.only_second, min(self.only_first, self.only_second)
-        ways = total = 1  # of none of n
-        for k in range(1, fewer + 1):
-            ways = ways * (n - k + 1) // k
+        """McNemar's test, exact for any number of examples.
+
+        A two-sided binomial test of whether as many examples are right only under one model as only under the other.
+        1 against 5 -> 2 * (1 + 6) / 2**6 = 0.21875.
+        """
+        n = self.only_first + self.only_second
+        ways = 1  # n choose 0
+        total = ways
+        for k in range(1, min(self.only_first, self.only_second) + 1):
+            ways = ways * (n - k + 1) // k  # n choose k
             total += ways
         return min(1.0, 2 * total / 2**n)
 
 
-def compare_results(
+def compare_scores(
     first: str | Path, second: str | Path, protocols: Sequence[str] = PROTOCOLS
 ) -> dict[str, dict[str, PairedDifference]]:
-    """{protocol: {"acc": ..., "acc_norm": ...}} of two files of `write_results`, of the protocols asked for.
+    """Compare two files of `write_scores`: {protocol: {"acc": ..., "acc_norm": ...}}, of the protocols asked for.
 
     Raises:
         OSError: A file cannot be read.
-        ValueError: A file holds no results, or they are not of the same rows and protocols in the same order.
+        ValueError: A file holds no scores, or they are not of the same examples and protocols in the same order.
     """
-    ours, theirs = ([s for s in read_results(path) if s.scores.protocol in protocols] for path in (first, second))
+    ours = [saved for saved in read_scores(first) if saved.scores.protocol in protocols]
+    theirs = [saved for saved in read_scores(second) if saved.scores.protocol in protocols]
     check_same_questions(first, second, ours, theirs)
     compared = {}
     for protocol in dict.fromkeys(saved.scores.protocol for saved in ours):
@@ -73,31 +85,37 @@ def compare_results(
 
 
 def paired_difference(pairs: Sequence[tuple[bool, bool]]) -> PairedDifference:
-    """Count, for each row, whether the first and whether the second had it right."""
-    kinds = ((True, True), (True, False), (False, True))
-    return PairedDifference(len(pairs), *(sum(pair == kind for pair in pairs) for kind in kinds))
+    """Count the examples by (first is right, second is right)."""
+    return PairedDifference(
+        num_examples=len(pairs),
+        both=pairs.count((True, True)),
+        only_first=pairs.count((True, False)),
+        only_second=pairs.count((False, True)),
+    )
 
 
 def check_same_questions(
     first: str | Path, second: str | Path, ours: Sequence[SavedScores], theirs: Sequence[SavedScores]
 ):
-    """Refuse what cannot be compared, with what differs."""
-    protocols = [sorted({saved.scores.protocol for saved in results}) for results in (ours, theirs)]
-    if protocols[0] != protocols[1] or not protocols[0]:
-        held = [" and ".join(names) or "none" for names in protocols]
+    """Raise a ValueError that names the first difference between the questions of two files."""
+    our_protocols = sorted({saved.scores.protocol for saved in ours})
+    their_protocols = sorted({saved.scores.protocol for saved in theirs})
+    if our_protocols != their_protocols or not our_protocols:
         raise ValueError(
-            f"of the protocols asked for, {first} holds {held[0]}, {second} {held[1]}: numbers compare within a "
-            "protocol only, so name one with --protocol that both hold."
+            f"of the protocols asked for, {first} holds {' and '.join(our_protocols) or 'none'}, {second} "
+            f"{' and '.join(their_protocols) or 'none'}: numbers compare within a protocol only, so name one with "
+            "--protocol that both hold."
         )
     for a, b in zip_longest(ours, theirs):
         if a is None or b is None:
-            counts = [len({saved.scores.row for saved in results}) for results in (ours, theirs)]
+            our_count = len({saved.scores.index for saved in ours})
+            their_count = len({saved.scores.index for saved in theirs})
             raise ValueError(
-                f"{first} has {counts[0]:,} rows, {second} {counts[1]:,}: a paired difference needs the same rows, so "
-                "score both models with the same --data and --limit."
+                f"{first} has {our_count:,} examples, {second} {their_count:,}: a paired difference needs the same "
+                "examples, so score both models with the same --data and --limit."
             )
-        if (a.scores.row, a.question, a.scores.protocol) != (b.scores.row, b.question, b.scores.protocol):
+        if (a.scores.index, a.question, a.scores.protocol) != (b.scores.index, b.question, b.scores.protocol):
             raise ValueError(
-                f"row {a.scores.row} of {first} is another question (fingerprint {a.question}) than row {b.scores.row} "
-                f"of {second} ({b.question}): score both models with the same --data."
+                f"example {a.scores.index} of {first} is another question (fingerprint {a.question}) than example "
+                f"{b.scores.index} of {second} ({b.question}): score both models with the same --data."
             )

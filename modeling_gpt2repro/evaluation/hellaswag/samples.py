@@ -1,4 +1,4 @@
-"""What a model said to each row of HellaSwag, on disk: one JSON object a line, which other programs read, too."""
+"""A model's scores for each HellaSwag example, on disk as JSON lines that other programs can read, too."""
 
 import hashlib
 import json
@@ -15,68 +15,77 @@ from .score import ExampleScores
 
 
 class SavedScores(NamedTuple):
-    """One line of a file of results: the question's fingerprint, and the scores."""
+    """One line of a file of scores."""
 
-    question: str
+    question: str  # the example's `fingerprint`
     scores: ExampleScores
 
 
-def write_results(path: Path, results: Iterable[ExampleScores], rows: Sequence[Example]):
-    """Write one line for each row and protocol, whole or not at all.
+def write_scores(path: Path, scores: Iterable[ExampleScores], examples: Sequence[Example]):
+    """Write one line for each example and protocol, atomically.
 
     Example, on one line: {"row": 0, "ind": 24, "question": "6a2e51c09b7f", "protocol": "completion", "label": 3,
     "log_likelihoods": [-31.2, -28.9, -40.0, -30.1], "lengths": [7, 6, 9, 7], "prediction": 1, "correct": false,
-    "prediction_norm": 3, "correct_norm": true}. `ind` is the row's number in HellaSwag's sources, which may repeat.
-    What is NaN or infinite is null, as JSON has neither, and so are the predictions of that row.
+    "prediction_norm": 3, "correct_norm": true}. "row" is the example's index; "ind" is its number in HellaSwag's
+    sources, which may repeat. JSON has neither NaN nor infinity: such a score is null, and so are the predictions.
     """
     with atomic_write(path) as file:
-        for scores in results:
-            row = rows[scores.row]
+        for example_scores in scores:
+            example = examples[example_scores.index]
+            totals = [total if math.isfinite(total) else None for total in example_scores.log_likelihoods]
             line = {
-                "row": scores.row,
-                "ind": row.ind,
-                "question": fingerprint(row),
-                "protocol": scores.protocol,
-                "label": scores.label,
-                "log_likelihoods": [total if math.isfinite(total) else None for total in scores.log_likelihoods],
-                "lengths": scores.lengths,
-                "prediction": scores.prediction,
-                "correct": scores.correct,
-                "prediction_norm": scores.prediction_norm,
-                "correct_norm": scores.correct_norm,
+                "row": example_scores.index,
+                "ind": example.ind,
+                "question": fingerprint(example),
+                "protocol": example_scores.protocol,
+                "label": example_scores.label,
+                "log_likelihoods": totals,
+                "lengths": example_scores.lengths,
+                "prediction": example_scores.prediction,
+                "correct": example_scores.correct,
+                "prediction_norm": example_scores.prediction_norm,
+                "correct_norm": example_scores.correct_norm,
             }
             file.write(json.dumps(line).encode() + b"\n")
 
 
-def fingerprint(row: Example) -> str:
-    """Twelve hex digits that name a question by what it says, whether it came from the Hub or from a file."""
-    said = {name: value for name, value in asdict(row).items() if name != "ind"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
+def fingerprint(example: Example) -> str:
+    """Twelve hex digits that identify a question by its text and label, from whichever source it was read."""
+    content = {name: value for name, value in asdict(example).items() if name != "ind"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def read_results(path: str | Path) -> list[SavedScores]:
-    """The lines of `write_results`; null is read as NaN.
+def read_scores(path: str | Path) -> list[SavedScores]:
+    """Read the lines of `write_scores`; null becomes NaN.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: A line is none of `write_results`; or there is none.
+        OSError: The file cannot be read.
+        ValueError: A line was not written by `write_scores`, or there is none.
     """
     saved = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             try:
-                found = json.loads(line)
-                totals = tuple(math.nan if total is None else float(total) for total in found["log_likelihoods"])
-                lengths = tuple(map(int, found["lengths"]))
-                scores = ExampleScores(int(found["row"]), str(found["protocol"]), int(found["label"]), totals, lengths)
-                if not len(scores.log_likelihoods) == len(scores.lengths) == 4:
-                    raise ValueError
-                saved.append(SavedScores(str(found["question"]), scores))
+                saved.append(_parse_line(line))
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{path}, line {number}: {line.strip()[:40]!r} is no result of a row: give the .jsonl that "
-                    "eval_hellaswag.py has written beside its .json."
+                    f"{path}, line {number}: {line.strip()[:40]!r} is not the scores of an example: give the .jsonl "
+                    "that eval_hellaswag.py has written beside its .json."
                 ) from error
     if not saved:
-        raise ValueError(f"{path} has no results: give the .jsonl that eval_hellaswag.py has written.")
+        raise ValueError(f"{path} has no scores: give the .jsonl that eval_hellaswag.py has written.")
     return saved
+
+
+def _parse_line(line: str) -> SavedScores:
+    record = json.loads(line)
+    scores = ExampleScores(
+        index=int(record["row"]),
+        protocol=str(record["protocol"]),
+        label=int(record["label"]),
+        log_likelihoods=tuple(math.nan if total is None else float(total) for total in record["log_likelihoods"]),
+        lengths=tuple(map(int, record["lengths"])),
+    )
+    if not len(scores.log_likelihoods) == len(scores.lengths) == 4:
+        raise ValueError
+    return SavedScores(str(record["question"]), scores)

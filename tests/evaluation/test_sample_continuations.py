@@ -1,4 +1,4 @@
-"""Samples: seeded each by itself, the run's random numbers untouched, the cache without influence."""
+"""Samples: each has its own seed, the run's random numbers are untouched, the cache changes nothing."""
 
 import contextlib
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_gpt2repro.evaluation.generation import check_prompt, random_numbers_from, sample_continuations
+from modeling_gpt2repro.evaluation.generation import check_prompt, sample_continuations, seeded_rng
 
 PROMPTS = ["the cold sea", "a ship was", "Over the land"]
 
@@ -47,7 +47,7 @@ def test_samples_equal_a_loop_without_a_cache(model, tiny_tokenizer, texts):
             assert by_hand.startswith(prompt)
 
 
-def test_only_the_likeliest_tokens_are_sampled(model, tiny_tokenizer):
+def test_only_the_top_k_tokens_are_sampled(model, tiny_tokenizer):
     ids = tiny_tokenizer(PROMPTS[0], return_tensors="pt")
     greedy = model.generate(**ids, do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
     uncached = model.generate(
@@ -58,19 +58,19 @@ def test_only_the_likeliest_tokens_are_sampled(model, tiny_tokenizer):
     assert text == tiny_tokenizer.decode(greedy[0], skip_special_tokens=True)
 
 
-def test_a_sample_depends_on_neither_how_many_there_are_nor_on_other_prompts(model, tiny_tokenizer, texts):
+def test_a_sample_does_not_depend_on_the_number_of_samples_or_other_prompts(model, tiny_tokenizer, texts):
     assert sample_continuations(model, tiny_tokenizer, PROMPTS, 3, 12, seed=7)[2][:2] == texts[2]
     assert sample_continuations(model, tiny_tokenizer, ["x", "the " * 20, PROMPTS[2]], 1, 12, seed=7)[2] == texts[2][:1]
 
 
-def test_the_same_call_gives_the_same_and_another_seed_something_else(model, tiny_tokenizer, texts):
+def test_the_same_seed_repeats_the_samples_and_another_changes_them(model, tiny_tokenizer, texts):
     assert sample_continuations(model, tiny_tokenizer, PROMPTS, 2, 12, seed=7) == texts
-    one_prompt = [PROMPTS[0]] * 3  # thrice
+    one_prompt = [PROMPTS[0]] * 3  # three times
     others = [sample_continuations(model, tiny_tokenizer, one_prompt, 2, 12, seed=seed) for seed in (7, 8)]
     assert len({text for of_seed in others for of_prompt in of_seed for text in of_prompt}) == 12
 
 
-def test_the_runs_random_numbers_and_mode_are_left_as_they_were(make_model, tiny_tokenizer, texts):
+def test_the_runs_random_numbers_and_training_mode_are_restored(make_model, tiny_tokenizer, texts):
     model = make_model("stock", len(tiny_tokenizer)).train()
     torch.manual_seed(3)
     expected = torch.rand(4)
@@ -79,7 +79,7 @@ def test_the_runs_random_numbers_and_mode_are_left_as_they_were(make_model, tiny
     assert torch.equal(torch.rand(4), expected)
     assert model.training
     torch.manual_seed(3)
-    with contextlib.suppress(KeyboardInterrupt), random_numbers_from([1, 2], torch.device("cpu")):
+    with contextlib.suppress(KeyboardInterrupt), seeded_rng([1, 2], torch.device("cpu")):
         torch.rand(1)
         raise KeyboardInterrupt
     assert torch.equal(torch.rand(4), expected)
@@ -88,7 +88,8 @@ def test_the_runs_random_numbers_and_mode_are_left_as_they_were(make_model, tiny
 @pytest.fixture
 def read(make_model, tiny_tokenizer):
     """A model of its own, and a list that gets the number of tokens it reads at a time."""
-    model, lengths = make_model("stock", len(tiny_tokenizer)), []
+    model = make_model("stock", len(tiny_tokenizer))
+    lengths = []
     model.transformer.wte.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
     return model, lengths
 
