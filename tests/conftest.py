@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,8 +15,7 @@ from random import Random
 import pytest
 from warm_python import ROOT, WarmPython
 
-# The clients read these when they are imported. No test needs the network, and what is told of a Hub that may not be
-# asked, a test sets for itself.
+# The clients read these when they are imported. No test needs the network; one about offline mode sets them itself.
 for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ.pop(switch, None)
 
@@ -93,6 +93,28 @@ def warm_python(hub, tmp_path_factory) -> WarmPython:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
     environment = hub.environment(tmp_path_factory.mktemp("home"))
     return WarmPython(environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for torch: more of them slow a tiny model down, by far where other programs use the cores too."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def terminal_signals() -> Iterator[None]:
+    """Signal handlers as in a terminal: a job in the background ignores SIGINT, one under nohup SIGHUP."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import train_accelerate
 from modeling_gpt2repro.pretrain import checkpointing, setup
 from modeling_gpt2repro.runs.read import read_metrics
 from modeling_gpt2repro.runtime import signals
-from modeling_gpt2repro.runtime.signals import StopSignal, requested_num_processes, resume_command
+from modeling_gpt2repro.runtime.signals import requested_num_processes
 
 WEIGHTS = "model/model.safetensors"
 
@@ -40,17 +40,6 @@ def at_step(monkeypatch, step: int, action):
     monkeypatch.setattr(train_accelerate, "train_step", step_with_action)
 
 
-@pytest.fixture
-def usual_signals():
-    """As in a terminal: a job in the background ignores SIGINT, one under nohup SIGHUP."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def signalled(number):
     def action(go_on, model):
         os.kill(os.getpid(), number)
@@ -61,7 +50,7 @@ def signalled(number):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"])
 def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on_bit_for_bit(
-    finished, shards, tmp_path, monkeypatch, capsys, usual_signals, name
+    finished, shards, tmp_path, monkeypatch, capsys, terminal_signals, name
 ):
     with monkeypatch.context() as patch:
         at_step(patch, 17, signalled(getattr(signal, name)))
@@ -75,18 +64,6 @@ def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on_bit_for_bit
     assert "resuming from step 17" in capsys.readouterr().out
     assert rows_of(tmp_path / "run") == rows_of(finished[0])
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
-
-
-def test_a_second_ctrl_c_ends_at_once(usual_signals):
-    with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)  # the same one, passed on by a launcher
-        assert stop.should_stop()
-        stop._received_at -= 10
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):  # afterwards Ctrl-C is Python's again
-        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_signal_at_the_last_step_or_during_an_evaluation_costs_nothing(finished, shards, tmp_path, monkeypatch):
@@ -260,20 +237,6 @@ def test_the_last_checkpoint_waits_for_room(finished, shards, tmp_path, monkeypa
     assert "free some space there, then resume" in capsys.readouterr().err
 
 
-def test_rows_of_the_log_wait_for_a_disk_that_is_full(tmp_path):
-    from modeling_gpt2repro.runs.metrics import MetricsLog
-
-    log = MetricsLog(tmp_path, None, enabled=True)
-    log.append({"step": 1})
-    here, log.path = log.path, tmp_path / "nowhere" / "metrics.jsonl"
-    log.append({"step": 2})
-    log.append({"step": 3})
-    log.path = here
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
-    log.append({"step": 4})
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
-
-
 def test_memory_that_runs_out_names_the_batch_to_try(shards, tmp_path, monkeypatch, capsys):
     def exhausted(go_on, model):
         torch.empty(2**60)
@@ -353,15 +316,6 @@ def test_when_one_of_two_processes_dies_the_other_ends_within_a_minute(shards, t
     assert "exitcode  : -9" in told
     assert "(local_rank: 1) of binary" in told or "Signal 9 (SIGKILL)" in told
     assert sorted((tmp_path / "run").glob("step-*"))  # and the last checkpoint is there
-
-
-def test_the_command_that_goes_on_is_the_one_that_was_given(monkeypatch):
-    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python3", "train_accelerate.py", "--preset", "quickstart"])
-    assert resume_command() == "python3 train_accelerate.py --preset quickstart --resume_from_checkpoint latest"
-    monkeypatch.setattr(
-        sys, "orig_argv", ["python", "a/t.py", "--resume_from_checkpoint", "step-000005", "--seed", "1"]
-    )
-    assert resume_command() == "python a/t.py --seed 1 --resume_from_checkpoint latest"
 
 
 def test_a_renamed_checkpoint_in_the_runs_folder_can_be_gone_on_from(finished, shards, tmp_path, capsys):
@@ -444,7 +398,7 @@ def test_trackers_get_arguments_that_every_one_of_them_takes(shards, tmp_path, m
     assert not any("step" in values for _, values in logged)  # which Trackio reserves
 
 
-def test_a_signal_that_is_ignored_stays_so(shards, tmp_path, monkeypatch, usual_signals):
+def test_a_signal_that_is_ignored_stays_so(shards, tmp_path, monkeypatch, terminal_signals):
     """Under nohup a terminal that closes ends nothing."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     at_step(monkeypatch, 5, signalled(signal.SIGHUP))
@@ -453,7 +407,7 @@ def test_a_signal_that_is_ignored_stays_so(shards, tmp_path, monkeypatch, usual_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_to_accelerate_launch_reaches_the_run(shards, tmp_path, usual_signals, name):
+def test_a_signal_to_accelerate_launch_reaches_the_run(shards, tmp_path, terminal_signals, name):
     """Its launcher of one process passes nothing on; the run notices that it has died."""
     launcher = start(tmp_path / "run", shards, 1, ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"))
     wait_for_step(tmp_path / "run", 12)
