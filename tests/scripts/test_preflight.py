@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from toy_runs import rows_of, train_here
+from toy_runs import logged_values, train_here
 
 from modeling_gpt2repro.pretrain import checkpointing
 
@@ -24,7 +24,7 @@ def test_a_preflight_leaves_nothing_behind_and_does_not_change_the_run(finished,
     assert train_here(tmp_path / "run", shards, preflight=True, deterministic=False) == 0
     assert "without --deterministic" not in capsys.readouterr().out
     assert train_here(tmp_path / "run", shards, find_batch_size=True) == 0
-    assert rows_of(tmp_path / "run") == pytest.approx(rows_of(finished[0]), abs=1e-5)
+    assert logged_values(tmp_path / "run") == pytest.approx(logged_values(finished[0]), abs=1e-5)
 
 
 def test_a_preflight_of_a_resumed_run_leaves_its_checkpoints_alone(finished, shards, tmp_path):

@@ -27,7 +27,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-WRITE_TOKEN, READ_TOKEN = "hf_writer", "hf_reader"
+WRITE_TOKEN = "hf_writer"
+READ_TOKEN = "hf_reader"
 ROLES = {WRITE_TOKEN: "write", READ_TOKEN: "read"}  # any other token is refused, as in reality
 # From the .gitattributes of a new repository.
 LFS_SUFFIXES = {".parquet", ".arrow", ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".npy"}
@@ -49,7 +50,7 @@ ROUTES = {
 
 @dataclass
 class Reply(Exception):
-    """What goes back to the client; raised from wherever it is known."""
+    """A response to the client; raised from wherever it is known."""
 
     status: int
     body: bytes | list | dict = b""
@@ -241,7 +242,8 @@ class HubHandler(Handler):
         entry = self.repository.entries.get(self.path_in_repository)
         if entry is None or entry["type"] != "file":
             raise self.entry_not_found()
-        path, headers = self.repository.folder / entry["path"], {"X-Repo-Commit": self.repository.commit}
+        path = self.repository.folder / entry["path"]
+        headers = {"X-Repo-Commit": self.repository.commit}
         if "lfs" not in entry:
             self.send_file(path, headers | {"ETag": f'"{entry["oid"]}"'})
         address = f"/lfs/{entry['lfs']['oid']}/{quote(entry['path'])}"
