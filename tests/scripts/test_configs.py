@@ -36,9 +36,8 @@ def test_accelerate_knows_every_key_and_none_is_a_hyperparameter(path):
     assert load_config_from_file(str(path)).num_processes >= 1  # raises on keys of the first level
     keys = yaml.safe_load(path.read_text(encoding="utf-8"))
     flags = vars(launch_command_parser().parse_args(["train_accelerate.py"]))
-    assert not [
-        key for key in keys.get("fsdp_config", {}) if key not in flags
-    ]  # unknown ones would be accepted silently
+    # Unknown keys of this level would be accepted silently.
+    assert not [key for key in keys.get("fsdp_config", {}) if key not in flags]
     assert not set(keys) & {field.name for field in dataclasses.fields(TrainArguments)}
 
 
