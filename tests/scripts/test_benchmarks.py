@@ -83,7 +83,8 @@ def test_prepare_benchmark_compares_the_same_tokens_and_writes_the_sources_of_it
 
 def test_the_file_of_the_prepare_benchmark_is_like_those_of_fineweb_edu(tmp_path):
     file = prepare.make_parquet(tmp_path / "a.parquet", 0.5, "The sea is cold.\n\nThe café, too. " * 400)
-    table, metadata = pq.read_table(file), pq.read_metadata(file)
+    table = pq.read_table(file)
+    metadata = pq.read_metadata(file)
     named = "text id dump url file_path language language_score token_count score int_score"
     assert table.column_names == named.split()
     texts = table["text"].to_pylist()

@@ -132,7 +132,8 @@ class Handler(BaseHTTPRequestHandler):
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not asked:
             raise Reply(200, content, headers | {"Accept-Ranges": "bytes"})
-        start, end = int(asked[1]), min(int(asked[2] or len(content)) + 1, len(content))
+        start = int(asked[1])
+        end = min(int(asked[2] or len(content)) + 1, len(content))
         if start >= end:
             raise refusal(416, "Range not satisfiable", headers={"Content-Range": f"bytes */{len(content)}"})
         raise Reply(206, content[start:end], headers | {"Content-Range": f"bytes {start}-{end - 1}/{len(content)}"})
@@ -172,7 +173,8 @@ class HubHandler(Handler):
                 self.parts = {name: unquote(value) for name, value in found.groupdict().items() if value}
                 self.path_in_repository = self.parts.get("path", "").rstrip("/")
                 if "name" in self.parts:
-                    self.kind, self.name = self.parts.get("kind", "models"), self.parts["name"]
+                    self.kind = self.parts.get("kind", "models")
+                    self.name = self.parts["name"]
                     self.repository = self.find_repository(self.parts.get("revision", "main"))
                 getattr(self, action)()
         raise refusal(404, "Sorry, we can't find the page you are looking for.")
@@ -256,9 +258,12 @@ class State:
     """What the two origins share."""
 
     def __init__(self, root: Path):
-        self.root, self.endpoint, self.cdn = root, "", ""
+        self.root = root
+        self.endpoint = ""
+        self.cdn = ""
         self.handed_out: dict[str, Path] = {}  # in place of a signature: "METHOD address", and what file it is about
-        self.faults, self.faults_version = [], (0, 0)
+        self.faults = []
+        self.faults_version = (0, 0)
         self.lock = threading.Lock()
 
     def next_fault(self, request: str) -> dict:
@@ -266,7 +271,8 @@ class State:
         with self.lock:
             version = (file.stat().st_mtime_ns, file.stat().st_ino) if file.exists() else (0, 0)
             if version != self.faults_version:
-                self.faults, self.faults_version = json.loads(file.read_text()) if any(version) else [], version
+                self.faults = json.loads(file.read_text()) if any(version) else []
+                self.faults_version = version
             for fault in self.faults:
                 if fault.get("times", 1) > 0 and re.search(fault["match"], request):
                     if "times" in fault:
