@@ -11,15 +11,9 @@ alternates; the figures are medians over rounds. In fp32 every prediction must b
 of each other.
 """
 
-import os
-import platform
-import shlex
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -27,15 +21,14 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.hf_argparser import HfArg
 
-from benchmarks.prepare import quartiles
-from benchmarks.training_step import NO_SPECIAL_TOKENS, SEED, SHAPES, add_to_file, machine
+from benchmarks.harness import BySide, add_to_file, machine_name, quartiles, result_header, sides_in_turn, timed
+from benchmarks.training_step import NO_SPECIAL_TOKENS, SEED, SHAPES
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.data.tokenizer import load_tokenizer
 from modeling_gpt2repro.evaluation.hellaswag.examples import Example, load_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag
-from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
+from modeling_gpt2repro.runtime.command_line import arg, check_limits, exit_on_input_error, parse_command_line
 
 SIDES = ("ours", "lecture")
 MAX_DIFFERENCE = 1e-4  # relative, in fp32
@@ -47,26 +40,27 @@ Scorer = Callable[[], tuple[Scores, Lengths]]
 
 @dataclass
 class BenchmarkArguments:
-    data: str = HfArg(default="Rowan/hellaswag", help="A local jsonl in HellaSwag's schema, or a dataset on the Hub.")
-    tokenizer: str = HfArg(default="gpt2", help="'gpt2', a folder or a Hub id.")
-    shape: Literal["toy", "tiny", "124m"] = HfArg(default="124m", help="124m: GPT-2; the others are for a quick look.")
-    kind: Literal["ours", "stock"] = HfArg(default="ours", help="Whose model both score: ours or transformers' GPT-2.")
-    rows: int = HfArg(default=200, help="Examples to score. With few of them, long and short ones share a batch.")
-    rounds: int = HfArg(default=3, help="How often each side scores the examples.")
-    batch_tokens: int | None = HfArg(
-        default=None, help="Of our batches; if not given, as many as in eval_hellaswag.py."
+    data: str = arg(default="Rowan/hellaswag", help="A local jsonl in HellaSwag's schema, or a dataset on the Hub.")
+    tokenizer: str = arg(default="gpt2", help="'gpt2', a folder or a Hub id.")
+    shape: Literal["toy", "tiny", "124m"] = arg(default="124m", help="124m: GPT-2; the others are for a quick look.")
+    kind: Literal["ours", "stock"] = arg(default="ours", help="Whose model both score: ours or transformers' GPT-2.")
+    rows: int = arg(
+        default=200, minimum=1, help="Examples to score. With few of them, long and short ones share a batch."
     )
-    dtype: Literal["fp32", "bf16"] = HfArg(
+    rounds: int = arg(default=3, minimum=1, help="How often each side scores the examples.")
+    batch_tokens: int | None = arg(
+        default=None, minimum=1, help="Of our batches; if not given, as many as in eval_hellaswag.py."
+    )
+    dtype: Literal["fp32", "bf16"] = arg(
         default="fp32", help="Precision of the weights; predictions may differ in bf16."
     )
-    device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: CUDA if there is a GPU.")
-    output: str | None = HfArg(default=None, help="Add the result to this JSON file (a list of results).")
+    device: Literal["auto", "cpu", "cuda"] = arg(default="auto", help="auto: CUDA if there is a GPU.")
+    output: str | None = arg(default=None, help="Add the result to this JSON file (a list of results).")
 
     def __post_init__(self):
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        small = [n for n in ("rows", "rounds", "batch_tokens") if getattr(self, n) is not None and getattr(self, n) < 1]
-        problems = [f"--{name} ({getattr(self, name)}) must be at least 1." for name in small]
+        problems = list(check_limits(self))
         if self.device == "cuda" and not torch.cuda.is_available():
             problems.append("--device cuda cannot be used here: torch sees no GPU; give cpu.")
         if problems:
@@ -80,19 +74,16 @@ def main(argv: list[str] | None = None):
         tokenizer = load_tokenizer(args.tokenizer)
     if args.rows < len(examples):
         examples = [examples[i * len(examples) // args.rows] for i in range(args.rows)]
-    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    header = result_header(
+        "hellaswag", argv, args, packages=("torch", "transformers", "tokenizers", "numpy"), device=args.device
+    )
     model = build_model(args, vocab_size=len(tokenizer))
     scorers = {
         "ours": lambda: our_scores(model, tokenizer, examples, args.batch_tokens),
         "lecture": lambda: lecture_scores(model, tokenizer, examples),
     }
     positions, seconds, cpu_seconds, found = take_turns(model, scorers, args.rounds)
-    result = {
-        "command": shlex.join(["python", "-m", "benchmarks.hellaswag", *(sys.argv[1:] if argv is None else argv)]),
-        "settings": {name: value for name, value in asdict(args).items() if name not in ("rounds", "output", "data")},
-        "machine": machine(args.device) | {"load_average_before": load_before},
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
+    result = header | {
         "rows": {
             "all": len(examples),
             "of_wikihow": sum("[header]" in example.ctx or "[step]" in example.ctx for example in examples),
@@ -158,20 +149,16 @@ def lecture_scores(
 
 def take_turns(
     model: PreTrainedModel, scorers: dict[str, Scorer], rounds: int
-) -> tuple[dict, dict[str, list[float]], dict[str, list[float]], dict[str, tuple[Scores, Lengths]]]:
+) -> tuple[dict, BySide, BySide, dict[str, tuple[Scores, Lengths]]]:
     """Positions computed, seconds and CPU seconds of each turn, and the scores; each by side."""
     seconds = {side: [] for side in SIDES}
     cpu_seconds = {side: [] for side in SIDES}
     positions = {}
     found = {}
     for number in range(rounds):
-        for side in SIDES if number % 2 == 0 else SIDES[::-1]:
-            with counted_positions(model) as positions[side]:
-                started = time.perf_counter()
-                cpu_started = time.process_time()
+        for side in sides_in_turn(SIDES, number):
+            with counted_positions(model) as positions[side], timed(seconds[side], cpu_seconds[side]):
                 found[side] = scorers[side]()
-                seconds[side].append(time.perf_counter() - started)
-                cpu_seconds[side].append(time.process_time() - cpu_started)
     return positions, seconds, cpu_seconds, found
 
 
@@ -216,11 +203,10 @@ def compare_answers(found: dict[str, tuple[Scores, Lengths]], exact: bool) -> di
 
 def report(args: BenchmarkArguments, result: dict):
     """Print a table, and the result in one sentence."""
-    where = result["machine"].get("gpu") or f"{result['machine']['cpu']}, {result['machine']['threads']} threads"
     examples = result["rows"]
     answers = result["answers"]
     of_what = f"{examples['all']} examples, {examples['of_wikihow']} of WikiHow"
-    print(f"{args.shape}, {args.dtype}, {of_what}, {args.rounds} rounds; {where}\n")
+    print(f"{args.shape}, {args.dtype}, {of_what}, {args.rounds} rounds; {machine_name(result['machine'])}\n")
     print(f"{'':8} {'per s':>8} {'seconds':>8} {'cpu-seconds':>12} {'positions in blocks':>20} {'in the head':>12}")
     for side in SIDES:
         positions = result["positions"][side]

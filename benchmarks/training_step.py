@@ -26,7 +26,6 @@ from benchmarks.harness import (
     BySide,
     add_to_file,
     in_fresh_process,
-    machine,  # noqa: F401 - benchmarks/hellaswag.py takes it from here
     machine_name,
     quartiles,
     result_header,
@@ -46,7 +45,7 @@ Step = Callable[[MicroBatches], float]  # one optimizer step -> its loss
 SIDES = ("ours", "stock")
 SHAPES = {
     "toy": {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 64, "vocab_size": 512},
-    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": 256, "vocab_size": 4096},  # the quickstart's
+    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": 256, "vocab_size": 4096},
     "124m": {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257},
 }
 BATCH_ROWS = {"cpu": {"toy": 2, "tiny": 8, "124m": 1}, "cuda": {"toy": 2, "tiny": 64, "124m": 16}}
@@ -63,7 +62,7 @@ NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None}  # else a small
 
 @dataclass
 class BenchmarkArguments:
-    shape: Literal["toy", "tiny", "124m"] = arg(default="tiny", help="124m: GPT-2; tiny: the quickstart's model.")
+    shape: Literal["toy", "tiny", "124m"] = arg(default="tiny", help="124m: GPT-2; tiny: four layers, 256 wide.")
     compile: bool = arg(default=False, help="Compile both.")
     dtype: Literal["fp32", "bf16"] = arg(default="fp32", help="bf16: autocast, weights stay fp32.")
     rounds: int = arg(default=10, minimum=1, help="How often the two take turns.")
