@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -18,42 +17,10 @@ from .sequences import TokenSequences, validation_batches
 from .shuffled import BatchConfig, ShuffledBatches
 from .streaming import StreamedBatches
 
-
-class TrainingBatches(Protocol):
-    """The batches of one process, as the training loop asks for them.
-
-    What a step trains on depends on `config.seed` and the step alone. `config.micro_batch_size` may be replaced before
-    the first step: it changes how a step is cut, not what is in it.
-    """
-
-    config: BatchConfig
-
-    @property
-    def micro_batch_shape(self) -> tuple[int, int]:
-        """Micro-batches of a step and sequences of each, the same for every step and process."""
-
-    @property
-    def sequences_per_epoch(self) -> int | None:
-        """Sequences that come before one comes again; None where there is no such number."""
-
-    def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield what `micro_batch_shape` says, each a dict of `input_ids` and `shift_labels`, (B, T) int64 on the CPU.
-
-        With `config.document_mask` also `position_ids` (B, T). Padding has -100 in `shift_labels`. Steps are asked for
-        in their order; the first one may be any that `load_state_dict` has set.
-        """
-
-    def sample_ids(self, step: int) -> list:
-        """What the step trained on, for a log: enough to find the text again."""
-
-    def state_dict(self) -> dict:
-        """What a checkpoint needs of this process to go on with the very next sequence; of JSON's types."""
-
-    def load_state_dict(self, state: dict):
-        """Go on from the union of all processes' states, on any number of processes."""
-
-    def close(self):
-        """End what works in the background."""
+# The same methods: `micro_batches(step)`, `micro_batch_shape`, `sequences_per_epoch`, `sample_ids(step)`, `state_dict`,
+# `load_state_dict` and `close`. What a step trains on depends on `config.seed` and the step alone, so before the first
+# step `config.micro_batch_size` may be replaced: it changes how a step is cut, not what is in it.
+TrainingBatches = ShuffledBatches | StreamedBatches  # MixedBatches are ShuffledBatches
 
 
 @dataclass

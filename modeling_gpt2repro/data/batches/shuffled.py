@@ -125,7 +125,7 @@ class ShuffledBatches:
 
     @property
     def sequences_per_epoch(self) -> int | None:
-        """Sequences that come before one comes again."""
+        """Sequences that come before one comes again; None where there is no such number."""
         return self.shuffle.num_sequences
 
     def sample_indices(self, step: int) -> np.ndarray:
@@ -142,7 +142,7 @@ class ShuffledBatches:
         return self.sequences.read(self.shuffle.sequence_indices(sample_indices))
 
     def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the step's micro-batches, see `as_batch`."""
+        """Yield the step's micro-batches on the CPU, see `as_batch`: of one shape for every step and process."""
         end_of_text = self.end_of_text if self.config.document_mask else None
         sample_indices = self.sample_indices(step)
         num_micro_batches, size = self.micro_batch_shape
