@@ -3,13 +3,13 @@
 import shutil
 import time
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from modeling_gpt2repro.data.batches.build import TrainingData
@@ -30,14 +30,6 @@ from .messages import cannot_save_message
 MAX_FAILED_SAVES = 3  # in a row, after which a run stops
 FINAL_SAVE_TRIES = 20  # for the last checkpoint, which no later one makes up for
 SECONDS_BETWEEN_TRIES = 30.0  # with 20 tries, ten minutes in which somebody can free some space
-
-
-class Stateful(Protocol):
-    """What a checkpoint keeps a dictionary of."""
-
-    def state_dict(self) -> dict: ...
-
-    def load_state_dict(self, state: dict): ...
 
 
 class Checkpointer:
