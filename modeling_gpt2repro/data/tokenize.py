@@ -5,14 +5,12 @@ validation [].
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from modeling_gpt2repro.data.sources.documents import Document, Partition
-from modeling_gpt2repro.data.sources.resolve import Source
+from modeling_gpt2repro.data.sources.documents import Document
 
 
 @dataclass
@@ -60,18 +58,3 @@ def tokenize_documents(
         previous_split = split
     ids = {split: np.concatenate(arrays) if arrays else np.empty(0, np.uint16) for split, arrays in parts.items()}
     return TokenizedPartition(ids, text_bytes)
-
-
-def tokenize_partition(
-    source: Source,
-    partition: Partition,
-    encode: Callable[[str], np.ndarray],
-    end_of_text_id: int,
-    validation_share: float,
-) -> TokenizedPartition:
-    """Read a partition, encode it, and count the documents that were left out."""
-    skipped = Counter()
-    documents = source.read(partition, skipped)
-    tokenized = tokenize_documents(documents, encode, end_of_text_id, validation_share)
-    tokenized.skipped = dict(skipped)
-    return tokenized
