@@ -7,7 +7,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from modeling_gpt2repro.storage.atomic import atomic_write
+from modeling_gpt2repro.storage.atomic import write_json
 
 from .folder import RUN_CONFIG_FILE
 
@@ -46,8 +46,7 @@ def write_run_config(output_dir: Path, arguments: dict, hardware: dict, data_fin
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": current_commit(),
     }
-    with atomic_write(output_dir / RUN_CONFIG_FILE) as file:
-        file.write(json.dumps(config, indent=1).encode())
+    write_json(output_dir / RUN_CONFIG_FILE, config)
 
 
 def saved_arguments(output_dir: Path) -> dict:

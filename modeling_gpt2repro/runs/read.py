@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling_gpt2repro.storage.atomic import atomic_write
+from modeling_gpt2repro.storage.atomic import write_json
 
 from .folder import BASELINES_FILE, METRICS_FILE, RUN_CONFIG_FILE
 
@@ -156,9 +156,7 @@ def write_baselines(
     published: dict[str, dict[str, float]] = {}
     for model, protocol, _, acc_norm, _ in hellaswag:
         published.setdefault(protocol, {}).setdefault(model, acc_norm)
-    text = json.dumps({"loss_baselines": loss, "hellaswag_baselines": published}, indent=1)
-    with atomic_write(folder / BASELINES_FILE) as file:
-        file.write(text.encode())
+    write_json(folder / BASELINES_FILE, {"loss_baselines": loss, "hellaswag_baselines": published})
 
 
 def read_baselines(folder: Path) -> dict[str, dict]:

@@ -1,7 +1,6 @@
 """Assemble tokenized partitions, in their order, into shards and the manifest."""
 
 import itertools
-import json
 import os
 import shutil
 from collections import Counter
@@ -11,7 +10,7 @@ from pathlib import Path
 from modeling_gpt2repro.data.shards.dataset import FORMAT, MANIFEST, SPLITS
 from modeling_gpt2repro.data.shards.writer import ShardWriter
 from modeling_gpt2repro.data.tokenize import TokenizedPartition
-from modeling_gpt2repro.storage.atomic import atomic_write, explain_disk_full
+from modeling_gpt2repro.storage.atomic import explain_disk_full, write_json
 
 from .spec import PrepareSpec
 from .token_cache import CACHE_DIR, finished_partitions, read_errors, read_partition_file, required_partitions
@@ -106,8 +105,7 @@ def write_manifest(folder: Path, spec: PrepareSpec, splits: dict[str, dict], num
         "skipped": dict(sorted(skipped.items())),
         "splits": {split: splits[split] for split in SPLITS},
     }
-    with atomic_write(folder / MANIFEST) as file:
-        file.write(json.dumps(manifest, indent=1).encode())
+    write_json(folder / MANIFEST, manifest)
 
 
 def _file_name(path: str) -> str:

@@ -12,7 +12,7 @@ from modeling_gpt2repro.data.shards.dataset import SPEC_FILE
 from modeling_gpt2repro.data.sources.documents import Partition
 from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.data.tokenizer import save_tokenizer
-from modeling_gpt2repro.storage.atomic import atomic_write
+from modeling_gpt2repro.storage.atomic import write_json
 
 # Shares of the documents that are held out by default.
 HUB_SHARE = 0.001
@@ -105,8 +105,7 @@ def write_spec(folder: Path, spec: PrepareSpec):
     """Write the spec where `read_spec` finds it."""
     fields = asdict(spec)
     fields["units"] = fields.pop("partitions")  # its key on disk since the first release
-    with atomic_write(folder / SPEC_FILE) as file:
-        file.write(json.dumps(fields).encode())
+    write_json(folder / SPEC_FILE, fields)
 
 
 def read_spec(folder: Path) -> PrepareSpec | None:
