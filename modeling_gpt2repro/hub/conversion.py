@@ -44,10 +44,7 @@ SHARED_FIELDS = (
 )
 # Options of GPT2Config that change what the model computes -> the values that our model implements.
 SUPPORTED_OPTIONS = {
-    "activation_function": (
-        "gelu_pytorch_tanh",
-        "gelu_new",
-    ),  # one function: fused, and in several operations
+    "activation_function": ("gelu_pytorch_tanh", "gelu_new"),  # one function: fused, and in several operations
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),

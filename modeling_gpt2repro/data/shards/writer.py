@@ -33,7 +33,6 @@ class ShardWriter:
         self.max_tokens = max_tokens
         self.shard_tokens = shard_length(layout, split, shard_tokens)
         self.tokens = 0
-        self.documents = 0
         self.text_bytes = 0
         self.entries: list[dict] = []
         self._file: BinaryIO | None = None
@@ -59,15 +58,13 @@ class ShardWriter:
                 self._begin(partition)
             entry = self.entries[-1]
             taken = ids if self.shard_tokens is None else ids[: self.shard_tokens - entry["tokens"]]
-            documents = int(np.count_nonzero(taken == self.end_of_text_id))
             data = np.ascontiguousarray(taken, dtype="<u2").data
             self._file.write(data)
             self._hash.update(data)
             entry["tokens"] += len(taken)
-            entry["documents"] += documents
+            entry["documents"] += int(np.count_nonzero(taken == self.end_of_text_id))
             entry["units"][1] = partition
             self.tokens += len(taken)
-            self.documents += documents
             ids = ids[len(taken) :]
             if entry["tokens"] == self.shard_tokens:
                 self._end()
@@ -76,7 +73,8 @@ class ShardWriter:
         """Complete the last shard and return the split's part of the manifest."""
         if self._file is not None:
             self._end()
-        totals = {"tokens": self.tokens, "documents": self.documents, "text_bytes": self.text_bytes}
+        documents = sum(entry["documents"] for entry in self.entries)
+        totals = {"tokens": self.tokens, "documents": documents, "text_bytes": self.text_bytes}
         return {**totals, "shards": self.entries}
 
     def abandon(self):
