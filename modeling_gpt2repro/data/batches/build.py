@@ -8,9 +8,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.prepare.local import prepare_shards
-from modeling_gpt2repro.data.shards.dataset import MANIFEST, TokenDataset, open_shards
+from modeling_gpt2repro.data.shards.dataset import MANIFEST, SPLITS, TokenDataset, open_shards
 from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, Source, python_prose_source
 from modeling_gpt2repro.data.tokenizer import tokenizer_sha256, train_tokenizer
+from modeling_gpt2repro.runtime.command_line import InputErrors
 
 from .mixture import MixedBatches, load_mixture, mixed_validation
 from .sequences import TokenSequences, validation_batches
@@ -61,20 +62,15 @@ def build_shuffled_data(dataset: TokenDataset, config: BatchConfig) -> TrainingD
     Raises:
         ValueError: If a split holds less than one sequence; a line for each that does.
     """
-    sequences = {}
-    problems = []
-    for split, name in (("train", "training"), ("validation", "validation")):
-        try:
-            sequences[split] = TokenSequences(dataset.shards(split), config.block_size, name)
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
-    train_tokens, validation_tokens = (dataset.manifest["splits"][split]["tokens"] for split in sequences)
+    errors = InputErrors()
+    train = errors.capture(TokenSequences, dataset.shards("train"), config.block_size, "training")
+    validation = errors.capture(TokenSequences, dataset.shards("validation"), config.block_size, "validation")
+    errors.raise_if_any()
+    train_tokens, validation_tokens = (dataset.manifest["splits"][split]["tokens"] for split in SPLITS)
     return TrainingData(
         tokenizer=dataset.tokenizer,
-        batches=ShuffledBatches(sequences["train"], config, dataset.manifest["end_of_text_id"]),
-        validation=sequences["validation"],
+        batches=ShuffledBatches(train, config, dataset.manifest["end_of_text_id"]),
+        validation=validation,
         data_fingerprint={"data": dataset.fingerprint, **order_fingerprint(config)},
         summary=f"{train_tokens:,} training tokens in {dataset.folder}, {validation_tokens:,} for validation",
     )
