@@ -15,17 +15,12 @@ from modeling_gpt2repro.data.sources.documents import Document
 
 @dataclass
 class TokenizedPartition:
-    """The token ids of one partition of a source.
+    """The token ids of one partition of a source."""
 
-    Args:
-        ids: Per split, (n,) uint16: GPT-2's 50,257 ids fit in 16 bits, and int32 would double the disk space.
-        text_bytes: Per split, UTF-8 bytes of text.
-        skipped: How many documents were left out, by reason.
-    """
-
+    # Per split, (n,) uint16: GPT-2's 50,257 ids fit in 16 bits, and int32 would double the disk space.
     ids: dict[str, np.ndarray]
-    text_bytes: dict[str, int]
-    skipped: dict[str, int] = field(default_factory=dict)
+    text_bytes: dict[str, int]  # per split, UTF-8 bytes of text
+    skipped: dict[str, int] = field(default_factory=dict)  # how many documents were left out, by reason
 
 
 def is_validation(document_id: str, share: float) -> bool:

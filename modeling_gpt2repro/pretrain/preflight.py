@@ -38,26 +38,16 @@ EVALUATED_PART = 100  # HellaSwag examples, and validation batches, from which a
 
 @dataclass(frozen=True)
 class StepTimings:
-    """What a preflight has measured, in seconds unless stated otherwise.
+    """What a preflight has measured, in seconds unless stated otherwise."""
 
-    Args:
-        first_step: With compilation.
-        step, data: Medians of a step, and of its wait for data.
-        evaluation: A whole evaluation, extrapolated from a part of it.
-        save: One checkpoint.
-        checkpoint_bytes: Its size.
-        memory_gb: The peak of one process, in 10**9 bytes.
-        step_not_deterministic: A step without --deterministic; None if the run is without it anyway.
-    """
-
-    first_step: float
-    step: float
-    data: float
-    evaluation: float
-    save: float
+    first_step: float  # with compilation
+    step: float  # median
+    data: float  # median of a step's wait for data
+    evaluation: float  # a whole one, extrapolated from a part of it
+    save: float  # of one checkpoint
     checkpoint_bytes: int
-    memory_gb: float
-    step_not_deterministic: float | None = None
+    memory_gb: float  # the peak of one process, in 10**9 bytes
+    step_not_deterministic: float | None = None  # a step without --deterministic; None if the run is without it anyway
 
 
 def preflight(

@@ -56,19 +56,12 @@ SHAPE = ("n_layer", "n_head", "n_embd")
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """What a run starts from.
+    """What a run starts from."""
 
-    Args:
-        checkpoint: The folder to resume from; None for a new run.
-        model: The weights of the checkpoint or of `--init_from`; None for fresh ones.
-        tokenizer: That of `--init_from`.
-        description: First sentence of the model card.
-    """
-
-    checkpoint: Path | None
-    model: GPT2ReproForCausalLM | None
-    tokenizer: PreTrainedTokenizerBase | None
-    description: str
+    checkpoint: Path | None  # the folder to resume from; None for a new run
+    model: GPT2ReproForCausalLM | None  # the weights of the checkpoint or of `--init_from`; None for fresh ones
+    tokenizer: PreTrainedTokenizerBase | None  # that of `--init_from`
+    description: str  # first sentence of the model card
 
 
 def build_upload_queue(args: TrainArguments, accelerator: Accelerator) -> UploadQueue:

@@ -13,17 +13,11 @@ from .folder import METRICS_FILE
 
 
 class StepMetrics(NamedTuple):
-    """The result of an optimizer step: scalars on the device, equal on all processes, so that nothing waits for them.
+    """The result of an optimizer step, as scalars on the device, equal on all processes: nothing waits for them."""
 
-    Args:
-        loss: Nats per token, over all tokens of the step.
-        grad_norm: Before clipping, over all parameters.
-        skipped: Whether the update was left out.
-    """
-
-    loss: torch.Tensor
-    grad_norm: torch.Tensor
-    skipped: torch.Tensor
+    loss: torch.Tensor  # nats per token, over all tokens of the step
+    grad_norm: torch.Tensor  # before clipping, over all parameters
+    skipped: torch.Tensor  # whether the update was left out
 
 
 class MetricsLog:

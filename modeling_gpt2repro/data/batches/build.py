@@ -26,22 +26,15 @@ TrainingBatches = ShuffledBatches | StreamedBatches  # MixedBatches are Shuffled
 
 @dataclass
 class TrainingData:
-    """The data of a run: all that the training loop knows of it.
+    """The data of a run: all that the training loop knows of it."""
 
-    Args:
-        tokenizer: What made the ids.
-        batches: What each step trains on.
-        validation: Sequences that are never trained on, the same on every process.
-        data_fingerprint: Equal for two runs that train on the same sequences in the same order. Kept in checkpoints, so
-            that a run is not resumed on other data; does not depend on processes and micro-batches.
-        summary: One line about it for the start of the log.
-    """
-
-    tokenizer: PreTrainedTokenizerFast
-    batches: TrainingBatches
-    validation: TokenSequences
+    tokenizer: PreTrainedTokenizerFast  # what made the ids
+    batches: TrainingBatches  # what each step trains on
+    validation: TokenSequences  # sequences that are never trained on, the same on every process
+    # Equal for two runs that train on the same sequences in the same order. Kept in checkpoints, so that a run is not
+    # resumed on other data; does not depend on processes and micro-batches.
     data_fingerprint: dict
-    summary: str
+    summary: str  # one line about it for the start of the log
 
     def validation_batches(self, tokens: int, micro_batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
         """This process's part of the first `tokens` tokens of validation."""

@@ -28,25 +28,15 @@ from .sequences import TokenSequences, as_batch
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How sequences become batches.
+    """How sequences become batches."""
 
-    Args:
-        block_size: T, tokens of a sequence.
-        sequences_per_step: R, sequences of an optimizer step over all processes and micro-batches.
-        micro_batch_size: B, the most sequences of one forward on one process.
-        seed: Decides the order.
-        process_index: p.
-        num_processes: P.
-        document_mask: Whether batches say where documents begin, so that attention stays inside them.
-    """
-
-    block_size: int
-    sequences_per_step: int
-    micro_batch_size: int
-    seed: int
-    process_index: int = 0
-    num_processes: int = 1
-    document_mask: bool = False
+    block_size: int  # T, tokens of a sequence
+    sequences_per_step: int  # R, sequences of an optimizer step over all processes and micro-batches
+    micro_batch_size: int  # B, the most sequences of one forward on one process
+    seed: int  # decides the order
+    process_index: int = 0  # p
+    num_processes: int = 1  # P
+    document_mask: bool = False  # whether batches say where documents begin, so that attention stays inside them
 
 
 def seeded_permutation(size: int, seed: Sequence[int]) -> np.ndarray:

@@ -39,15 +39,10 @@ REMEMBERED_STEPS = 4096  # whose sequences can still be named: 50 MB where a pro
 
 
 class Position(NamedTuple):
-    """Where the next sequence of a logical shard begins.
+    """Where the next sequence of a logical shard begins."""
 
-    Args:
-        turn: Which of the logical shard's partitions, counted on through the epochs.
-        token: Which of the partition's tokens.
-    """
-
-    turn: int
-    token: int
+    turn: int  # which of the logical shard's partitions, counted on through the epochs
+    token: int  # which of the partition's tokens
 
 
 class StreamedBatches:

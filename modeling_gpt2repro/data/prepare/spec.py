@@ -25,23 +25,17 @@ BYTES_PER_TOKEN = 5
 
 @dataclass(frozen=True)
 class PrepareSpec:
-    """Everything that decides the content of the shards.
+    """Everything that decides the content of the shards."""
 
-    Args:
-        source: `Source.description`.
-        partitions: To be read in this order.
-        tokenizer: Its name, vocab_size and sha256.
-        files: For each local file [name, bytes, modification time in ns]: a file that changed is another source.
-    """
-
-    source: dict
-    partitions: list[Partition]
-    tokenizer: dict
+    source: dict  # `Source.description`
+    partitions: list[Partition]  # to be read in this order
+    tokenizer: dict  # its name, vocab_size and sha256
     end_of_text_id: int
     validation_share: float
     max_tokens: int | None = None
     shard_tokens: int = 100_000_000
     layout: str = "plain"
+    # For each local file [name, bytes, modification time in ns]: a file that changed is another source.
     files: list[list] | None = None
 
     @property

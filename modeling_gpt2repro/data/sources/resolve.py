@@ -21,14 +21,10 @@ PYTHON_PROSE = "python-prose"  # the --dataset_name of the text that every Pytho
 
 @dataclass(frozen=True)
 class Source:
-    """Partitions to read, and where they come from.
-
-    Args:
-        description: Of JSON's types; goes into the manifest of prepared shards and into run.json.
-    """
+    """Partitions to read, and where they come from."""
 
     partitions: list[Partition]
-    description: dict
+    description: dict  # of JSON's types; goes into the manifest of prepared shards and into run.json
 
     @property
     def text_bytes(self) -> int:
