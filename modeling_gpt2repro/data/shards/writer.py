@@ -1,6 +1,7 @@
 """Write the token shards of one split."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,27 +12,22 @@ from modeling_gpt2repro.storage.atomic import abort, commit, open_temporary
 from .nanogpt_format import shard_length, shard_name
 
 
+@dataclass(eq=False)
 class ShardWriter:
     """Append ids to the .npy shards of one split; each is streamed to a temporary file and renamed when complete.
 
     With shard_tokens 4, append([0, 1, 2]) and append([3, 4, 5]) give shards [0, 1, 2, 3] and [4, 5].
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        shard_tokens: int,
-        end_of_text_id: int,
-        max_tokens: int | None = None,
-        layout: str = "plain",
-    ):
-        self.folder = folder
-        self.split = split
-        self.layout = layout
-        self.end_of_text_id = end_of_text_id
-        self.max_tokens = max_tokens
-        self.shard_tokens = shard_length(layout, split, shard_tokens)
+    folder: Path
+    split: str
+    shard_tokens: int | None  # tokens after which a shard ends; None: one shard
+    end_of_text_id: int
+    max_tokens: int | None = None  # tokens after which the split ends
+    layout: str = "plain"
+
+    def __post_init__(self):
+        self.shard_tokens = shard_length(self.layout, self.split, self.shard_tokens)
         self.tokens = 0
         self.text_bytes = 0
         self.entries: list[dict] = []
