@@ -139,10 +139,6 @@ class UploadQueue:
         Checkpoints for main are dropped, because the final model replaces them there. The others may take their time,
         but only until one finds the Hub unreachable: not every one of them waits for it anew.
 
-        Args:
-            show: Prints a line.
-            should_stop: Whether to stop waiting.
-
         Returns:
             The exit code: 0 if the model is on the Hub; otherwise the command that pushes it has been shown.
         """

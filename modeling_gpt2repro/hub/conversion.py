@@ -205,9 +205,6 @@ def from_hf_gpt2(hf_model: GPT2LMHeadModel) -> GPT2ReproForCausalLM:
 
     In fp32 the logits are equal up to rounding. With `gelu_new`, which computes GELU in several operations, that is a
     few millionths of the largest logit (tests/hub/test_conversion.py).
-
-    Raises:
-        ValueError: If the GPT-2 computes something that our model does not.
     """
     model = GPT2ReproForCausalLM(convert_config(hf_model.config)).to(hf_model.dtype)
     return copy_weights(hf_model, model)

@@ -96,7 +96,6 @@ def push_folder(
         repository: 'owner/name', or a name alone for a repository of the token's owner.
         private: Visibility of a new repository; None takes the default of its owner's settings.
         with_training_state: Push `training_state/`, too, which resuming needs.
-        api: The client; by default a new one from `connect`.
 
     Returns:
         The address of the branch, and the commit.

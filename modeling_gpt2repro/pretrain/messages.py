@@ -49,14 +49,7 @@ def start_message(
     baselines: dict[str, float],
     step: int,
 ) -> str:
-    """What will happen, and what the losses are to be compared with.
-
-    Args:
-        model: Unwrapped.
-        micro_batch_shape: Micro-batches of a step on each process, and sequences of each.
-        baselines: Name -> loss in nats per token.
-        step: Where the run resumes; 0 for a new one.
-    """
+    """What will happen, from `step` on, and the baselines in nats per token that the losses compare with."""
     config = model.config
     num_processes = accelerator.num_processes
     count, size = micro_batch_shape

@@ -64,9 +64,6 @@ def preflight(
 ) -> int:
     """Take some steps, a part of an evaluation and a save, keep none of it, and report what the whole run will take.
 
-    Args:
-        train_step: The script's.
-
     Returns:
         The exit code: 0 if nothing stands in the way of the run.
     """

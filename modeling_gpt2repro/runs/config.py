@@ -31,12 +31,7 @@ def make_writable(folder: Path):
 
 
 def write_run_config(output_dir: Path, arguments: dict, hardware: dict, data_fingerprint: dict):
-    """Write run.json, unless there is one: a resumed run keeps its own.
-
-    Args:
-        hardware: What the arguments do not contain: device, processes, precision.
-        data_fingerprint: Which data in which order.
-    """
+    """Write run.json, unless there is one: a resumed run keeps its own."""
     if (output_dir / RUN_CONFIG_FILE).exists():
         return
     config = {

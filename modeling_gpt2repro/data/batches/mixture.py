@@ -62,13 +62,7 @@ def sequences_per_period(shares: list[float]) -> np.ndarray:
 
 
 class MixedBatches(ShuffledBatches):
-    """The training batches of one process out of several folders; any step can be asked for at any time.
-
-    Args:
-        sources: The sequences of each folder.
-        shares: The part of the samples that each folder gives; they add up to 1.
-        end_of_text: The id before each document.
-    """
+    """The training batches of one process out of several folders, each of which gives its share of the samples."""
 
     def __init__(self, sources: list[TokenSequences], shares: list[float], config: BatchConfig, end_of_text: int):
         self.sources = sources

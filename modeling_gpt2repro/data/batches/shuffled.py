@@ -51,12 +51,7 @@ def seeded_permutation(size: int, seed: Sequence[int]) -> np.ndarray:
 
 
 class EpochShuffle:
-    """Sample index -> sequence index, where each epoch is a shuffle of its own.
-
-    Args:
-        num_sequences: Sequences of an epoch.
-        seed: Whole numbers that decide the order, together with the number of the epoch.
-    """
+    """Sample index -> sequence index; each epoch is a shuffle of its own, decided by the seed and its number."""
 
     def __init__(self, num_sequences: int, seed: Sequence[int]):
         self.num_sequences = num_sequences
@@ -96,15 +91,12 @@ class ShuffledBatches:
     Nothing has to divide evenly. All processes of a step do the same number of micro-batches of the same size, because
     they meet in the collectives of each forward and backward, and a compiled model is compiled for one shape. Where a
     process has fewer sequences than that, the rest is padding without targets.
-
-    Args:
-        end_of_text: The id before each document; needed for a document mask only.
     """
 
     def __init__(self, sequences: TokenSequences, config: BatchConfig, end_of_text: int | None = None):
         self.sequences = sequences
         self.config = config
-        self.end_of_text = end_of_text
+        self.end_of_text = end_of_text  # the id before each document; needed for a document mask only
         self.shuffle = EpochShuffle(len(sequences), [config.seed])
 
     @property

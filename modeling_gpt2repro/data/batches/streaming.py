@@ -50,10 +50,8 @@ class StreamedBatches:
 
     Args:
         source: Where the partitions come from; at least two.
-        tokenizer: Its ids are the sequences' ids.
         config: Its seed decides the order of partitions, and of documents within them.
         validation_share: Part of the partitions, chosen by hash, that is never trained on; at least one.
-        threads: Partitions read ahead at the same time.
         max_logical_shards: L is at most this. Another value is another order.
 
     Raises:
