@@ -28,7 +28,7 @@ from modeling_gpt2repro.training.outliers import OutlierDetector
 from modeling_gpt2repro.training.state import TimedIterator
 
 from .checkpointing import Checkpointer, unsharded_model
-from .messages import cannot_save_message, table, unusable_steps_message
+from .messages import cannot_save_message, table
 from .setup import log_run_summary, prepare_hellaswag_task
 
 WARMUP_STEPS = 3
@@ -121,7 +121,10 @@ def preflight(
     if save_problem:
         problems.append(cannot_save_message(args, save_problem))
     if any(skipped):
-        problems.append(unusable_steps_message(args, sum(skipped), len(skipped)))
+        problems.append(
+            f"the loss or the gradient norm of {sum(skipped)} of {len(skipped)} steps was not usable: try a lower "
+            f"--learning_rate than {args.learning_rate}, or look at the data."
+        )
     logger.print("\n".join([report, *problems]))
     return 1 if problems else 0
 

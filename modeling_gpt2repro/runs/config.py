@@ -44,18 +44,13 @@ def write_run_config(output_dir: Path, arguments: dict, hardware: dict, data_fin
     write_json(output_dir / RUN_CONFIG_FILE, config)
 
 
-def saved_arguments(output_dir: Path) -> dict:
-    """The arguments that a run began with; empty if it has not begun."""
-    path = output_dir / RUN_CONFIG_FILE
-    return json.loads(path.read_text(encoding="utf-8"))["arguments"] if path.exists() else {}
-
-
 def diff_arguments(output_dir: Path, arguments: dict) -> dict[str, tuple]:
     """Which arguments differ from those that the run began with: name -> (then, now).
 
     Of files only the names are kept: metrics.jsonl, where the difference is recorded, is published with the model.
     """
-    saved = saved_arguments(output_dir)
+    path = output_dir / RUN_CONFIG_FILE
+    saved = json.loads(path.read_text(encoding="utf-8"))["arguments"] if path.exists() else {}
     return {
         name: (without_folder(saved[name]), without_folder(value))
         for name, value in arguments.items()

@@ -39,8 +39,10 @@ class MetricsLog:
         """Write one record and flush it, so that a killed run loses none. NaN and infinity, not in JSON, are null."""
         assert "step" in record, "every record has its step"
         if self.enabled:
-            finite = {name: None if is_not_finite(value) else value for name, value in record.items()}
-            self._pending.append(json.dumps(finite))
+            nonfinite = [
+                name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)
+            ]
+            self._pending.append(json.dumps({**record, **dict.fromkeys(nonfinite)}))
             self.flush()
 
     def flush(self):
@@ -57,8 +59,3 @@ class MetricsLog:
                 print(f"{self.path} cannot be written ({error.strerror}); its records wait.", file=sys.stderr)
             if self.path.exists():
                 os.truncate(self.path, size)
-
-
-def is_not_finite(value: object) -> bool:
-    """Whether a value is a number that JSON cannot express."""
-    return isinstance(value, float) and not math.isfinite(value)

@@ -93,7 +93,10 @@ def check_splits(writers: dict[str, ShardWriter], validation_share: float):
 def write_manifest(folder: Path, spec: PrepareSpec, splits: dict[str, dict], num_partitions: int, skipped: Counter):
     """Write manifest.json, last of all and atomically: a folder without one is not a prepared folder."""
     paths = [partition.path for partition in spec.partitions[:num_partitions]]
-    files = [{"file": _file_name(path), "units": len(list(group))} for path, group in itertools.groupby(paths)]
+    files = []
+    for path, group in itertools.groupby(paths):
+        # Of a local path only the name, because folders differ between machines; a Hub address unchanged.
+        files.append({"file": path if "://" in path else os.path.basename(path), "units": len(list(group))})
     manifest = {
         "format": FORMAT,
         "source": spec.source,
@@ -106,8 +109,3 @@ def write_manifest(folder: Path, spec: PrepareSpec, splits: dict[str, dict], num
         "splits": {split: splits[split] for split in SPLITS},
     }
     write_json(folder / MANIFEST, manifest)
-
-
-def _file_name(path: str) -> str:
-    """A Hub address unchanged; of a local path only the name, because folders differ between machines."""
-    return path if "://" in path else os.path.basename(path)

@@ -20,8 +20,6 @@ from .local import tokenize_partitions
 from .spec import read_spec
 from .workspace import LOGS, finish_job
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-
 
 class TokenizePartitions(PipelineStep):
     """`tokenize_partitions` as a step of datatrove: each task takes every world_size-th partition."""
@@ -133,4 +131,5 @@ def _slurm_executors(
 
 def _python_path() -> str:
     """PYTHONPATH with which nodes find this package where it is not installed."""
-    return os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+    repository = Path(__file__).resolve().parents[3]
+    return os.pathsep.join(filter(None, [str(repository), os.environ.get("PYTHONPATH", "")]))

@@ -44,7 +44,7 @@ def tokenize_partitions(
         ValueError: If a partition cannot be read; its message names the partition.
     """
     spec = read_spec(folder)
-    source = spec.source_to_read()
+    source = Source(spec.partitions, spec.source)
     encode = text_encoder(load_tokenizer_folder(folder / "tokenizer"))
     finished = finished_partitions(folder)
     for index in range(rank, len(spec.partitions), world_size):

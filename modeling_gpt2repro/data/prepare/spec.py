@@ -43,10 +43,6 @@ class PrepareSpec:
         """By the bytes of text; 0 if they are unknown."""
         return sum(partition.text_bytes for partition in self.partitions) // BYTES_PER_TOKEN
 
-    def source_to_read(self) -> Source:
-        """The source, for a process that knows nothing but this spec."""
-        return Source(self.partitions, self.source)
-
     def differences(self, other: "PrepareSpec") -> list[str]:
         """Names of the fields that differ; the folder that local files are in does not count."""
         mine = _comparable(self)
