@@ -119,7 +119,8 @@ def main(argv: list[str] | None = None):
 
     stop = StopSignal()
     with closing(data.batches), closing(logger), closing(uploads), stop, explain_oom(args):
-        bytes_per_token = setup.log_run_summary(args, accelerator, model, data, state.step, logger)
+        bytes_per_token = setup.validation_bytes_per_token(args, data)
+        setup.log_run_summary(args, accelerator, model, data, state.step, logger)
         while state.step < args.total_steps and not stop.should_stop():
             # Once in a while: how good is it on text that it has not seen, and what does it write?
             if is_due(state.step, args.eval_steps):
@@ -152,6 +153,7 @@ def main(argv: list[str] | None = None):
         checkpointer.save(logger, uploads, final=True)
         if state.step < args.total_steps:
             logger.print(stopped_message(stop, state.step))
+            accelerator.wait_for_everyone()  # a process that left now would have the launcher end the others
             exit_code = EXIT_CODE
         else:
             evaluate(args, accelerator, model, data, hellaswag, bytes_per_token, state.step, logger, stop)

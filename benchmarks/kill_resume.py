@@ -1,14 +1,13 @@
-"""A run that is killed again and again against one that never was: the same losses, rows and weights, bit for bit?
+"""Compare a run that is killed again and again with one that never was: losses and weights must be equal in every bit.
 
     python -m benchmarks.kill_resume                 # quickstart's model and data, 20 kills; minutes
     python -m benchmarks.kill_resume --kills 4 --steps 60
 
 The run is started by `--resume_from_checkpoint latest` each time and killed by SIGKILL: in turn after a random time of
-training, while a checkpoint is being written (its folder `.step-NNNNNN.partial` is there), and at a random moment after
+training, while a checkpoint is being written (its folder `.step-NNNNNN.partial` exists), and at a random moment after
 the start, which may be before the first step. Checkpoints come every few steps, so that many are being written.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -25,17 +24,30 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness import machine, machine_name
 from modeling_gpt2repro.runs.read import read_metrics
+from modeling_gpt2repro.runtime.command_line import arg, check_limits, parse_command_line
 from modeling_gpt2repro.training.checkpoints import find_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_STEPS = 10
-RESULTS = Path(__file__).parent / "results" / "kill_resume_cpu.json"
+
+
+@dataclass
+class BenchmarkArguments:
+    kills: int = arg(default=20, minimum=0, help="How often the run is killed.")
+    steps: int = arg(default=1400, minimum=1, help="Its length; the kills must fit in.")
+    seed: int = arg(default=0, help="Seed of the moments of the kills.")
+    output: str = arg(default="benchmarks/results/kill_resume_cpu.json", help="Write the result to this JSON file.")
+
+    def __post_init__(self):
+        if problems := list(check_limits(self)):
+            raise ValueError("\n".join(problems))
 
 
 @dataclass
 class Attempts:
-    """What the kills hit."""
+    """What the kills hit, the checkpoints that were left, and the steps that they cost."""
 
     hit: Counter = field(default_factory=Counter)
     resumed_from: list[int] = field(default_factory=list)
@@ -64,29 +76,28 @@ def environment() -> dict[str, str]:
 
 
 def logged_step(output_dir: Path) -> int:
-    """The last step in the log."""
-    return max((row["step"] for row in read_metrics(output_dir)), default=0)
+    """The last step in metrics.jsonl; 0 if there is none."""
+    return max((record["step"] for record in read_metrics(output_dir)), default=0)
 
 
-def run_to_its_end(output_dir: Path, steps: int):
-    """Train without a kill."""
+def run_to_end(output_dir: Path, steps: int):
     subprocess.run(command(output_dir, steps), env=environment(), stdout=subprocess.DEVNULL, check=True)
 
 
-def kill_once(output_dir: Path, steps: int, draw: random.Random, moment: str, attempts: Attempts) -> bool:
-    """Start, kill at a random moment, note what was hit; False if the run came to its end before."""
+def kill_once(output_dir: Path, steps: int, generator: random.Random, moment: str, attempts: Attempts) -> bool:
+    """Start the run, kill it at a random moment, record what was hit; False if it finished before."""
     before = logged_step(output_dir)
     process = subprocess.Popen(command(output_dir, steps), env=environment(), stdout=subprocess.DEVNULL)
     if moment == "start":
-        time.sleep(draw.uniform(0.0, 8.0))
+        time.sleep(generator.uniform(0.0, 8.0))
     else:
         while logged_step(output_dir) < min(before + 2, steps) and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(draw.uniform(0.0, 1.5))
+        time.sleep(generator.uniform(0.0, 1.5))
     if moment == "write":
         while not list(output_dir.glob(".step-*.partial")) and process.poll() is None:
             pass
-        time.sleep(draw.uniform(0.0, 0.02))  # a write of this size takes about so long
+        time.sleep(generator.uniform(0.0, 0.02))  # a write of this size takes about as long
     if process.poll() is not None:
         return False
     process.kill()
@@ -95,7 +106,7 @@ def kill_once(output_dir: Path, steps: int, draw: random.Random, moment: str, at
     newest = int(found[-1].name.removeprefix("step-")) if found else 0
     half_written = bool(list(output_dir.glob(".step-*")) or list(output_dir.glob(".model*")))
     hit = "a checkpoint half-written" if half_written else "training"
-    if logged_step(output_dir) == before:  # what is half-written may be of the kill before
+    if logged_step(output_dir) == before:  # what is half-written may be left from the previous kill
         hit = "starting"
     attempts.hit[hit] += 1
     attempts.resumed_from.append(newest)
@@ -104,10 +115,12 @@ def kill_once(output_dir: Path, steps: int, draw: random.Random, moment: str, at
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What two finished runs differ in; empty where all is the same, bit for bit."""
+    """The metrics and files in which two finished runs differ in any bit."""
     found = []
     for name in ("loss", "grad_norm", "learning_rate", "validation_loss"):
-        a, b = ([(row["step"], row[name]) for row in read_metrics(run) if name in row] for run in (one, other))
+        a = [(record["step"], record[name]) for record in read_metrics(one) if name in record]
+        b = [(record["step"], record[name]) for record in read_metrics(other) if name in record]
+        # An evaluation is repeated, and logged again, if the kill came between it and the next checkpoint.
         if dict(a) != dict(b) or (len(a) != len(b) and name != "validation_loss"):
             found.append(name)
     last = find_checkpoints(one)[-1].name
@@ -118,30 +131,27 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None):
-    """Train twice, kill one of them, compare, print and write what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=1400)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    args = parser.parse_args(argv)
-    draw, attempts = random.Random(args.seed), Attempts()
+    """Train twice, kill one of the runs, compare them, print and write the result."""
+    args = parse_command_line(BenchmarkArguments, argv, description=__doc__)
+    generator = random.Random(args.seed)
+    attempts = Attempts()
     with tempfile.TemporaryDirectory() as folder:
-        never_killed, killed = Path(folder) / "never_killed", Path(folder) / "killed"
+        never_killed = Path(folder) / "never_killed"
+        killed = Path(folder) / "killed"
         print(f"a run of {args.steps} steps that is never killed ...", flush=True)
-        run_to_its_end(never_killed, args.steps)
+        run_to_end(never_killed, args.steps)
         killed.mkdir()
-        shutil.copytree(never_killed / "data", killed / "data")  # prepared once; the rows are compared by their losses
+        shutil.copytree(never_killed / "data", killed / "data")  # prepared once; equal losses show equal data
         for number in range(args.kills):
             moment = ("training", "write", "start")[number % 3]
-            if not kill_once(killed, args.steps, draw, moment, attempts):
-                raise SystemExit(f"the run was over after {number} kills: give more --steps than {args.steps}.")
+            if not kill_once(killed, args.steps, generator, moment, attempts):
+                raise SystemExit(f"the run finished after {number} kills: give more --steps than {args.steps}.")
             print(
-                f"kill {number + 1:>2}: {dict(attempts.hit)}, at step {logged_step(killed)}, goes on from step "
+                f"kill {number + 1:>2}: {dict(attempts.hit)}, at step {logged_step(killed)}, resumes from step "
                 f"{attempts.resumed_from[-1]}",
                 flush=True,
             )
-        run_to_its_end(killed, args.steps)
+        run_to_end(killed, args.steps)
         different = differences(never_killed, killed)
     result = {
         "command": f"python -m benchmarks.kill_resume --kills {args.kills} --steps {args.steps} --seed {args.seed}",
@@ -151,11 +161,11 @@ def main(argv: list[str] | None = None):
         "lost_steps": attempts.lost_steps,
         "different": different,
         "equal_bit_for_bit": not different,
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9,
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "peak_memory_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9,  # kilobytes on Linux
+        "machine": machine_name(machine("cpu")),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
     raise SystemExit(1 if different else 0)
 

@@ -4,63 +4,60 @@
     python -m benchmarks.prepare --text_file a.txt --megabytes 50
 
 The file is synthetic: FineWeb-Edu's columns and row groups, documents of 3 to 5 kB cut out of a text at random places.
-The lecture's side is written below: rows as dicts from `datasets`, `imap` over single documents, `encode_ordinary`, a
-buffer for a shard. The Arrow table that `datasets` makes of a file once is made before the clock starts. Each side runs
-as a command, so that its start-up counts; a file of 0.2 MB shows how much that is. The sides take turns, and which runs
-first alternates; the figures are medians over rounds. Memory is sampled ten times a second in all runs, and on a file
-of more than one shard in a run of its own. Both must make the same number of tokens.
+The lecture's side is lecture_fineweb.py: rows as dicts from `datasets`, `imap` over single documents,
+`encode_ordinary`, a buffer for a shard. The Arrow table that `datasets` makes of a file once is made before the clock
+starts. Each side runs as a command, so that its start-up counts; a file of 0.2 MB shows how much that is. The sides
+take turns, and which runs first alternates; the figures are medians over rounds. Memory is sampled ten times a second
+in all runs, and on a file of more than one shard in a run of its own. Both must make the same number of tokens.
 """
 
 import json
 import math
-import multiprocessing
 import os
-import platform
 import re
 import shlex
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 from random import Random
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-# The lecture's process imports this file, too: heavy imports that it does not need are where they are used.
+from benchmarks.harness import add_to_file, quartiles, result_header, sides_in_turn
+from benchmarks.lecture_fineweb import load_rows
+from modeling_gpt2repro.runtime.command_line import arg, check_limits, parse_command_line
 
 REPOSITORY = Path(__file__).parents[1]
 SIDES = ("ours", "lecture")
 START_UP_MEGABYTES = 0.2
 VALIDATION_SHARE = 0.1  # large enough that a small file has a document of each split
-SHARD_TOKENS = 100_000_000  # build-nanogpt's fineweb.py, and prepare_data.py's default
-CHUNK_DOCUMENTS = 16  # build-nanogpt's fineweb.py
 ROW_GROUP_ROWS = 1_000  # FineWeb-Edu's
 SEED = 1337
 
 
 @dataclass
 class BenchmarkArguments:
-    text_file: str | None = field(
-        default=None, metadata={"help": "Cut documents out of this text; else Python's language reference."}
+    text_file: str | None = arg(default=None, help="Cut documents out of this text; else Python's language reference.")
+    megabytes: float = arg(
+        default=100, above=START_UP_MEGABYTES, help="Text in the file that speed is measured on; more than start-up's."
     )
-    megabytes: float = field(default=100, metadata={"help": "Text in the file that speed is measured on."})
-    large_megabytes: float = field(
-        default=600, metadata={"help": "Text in the file that only memory is measured on, with most workers; 0: none."}
+    large_megabytes: float = arg(
+        default=600, help="Text in the file that only memory is measured on, with most workers; 0: none."
     )
-    workers: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "Worker counts to compare at."})
-    rounds: int = field(default=5, metadata={"help": "How often each side runs."})
-    output: str | None = field(default=None, metadata={"help": "Add the result to this JSON file (a list of results)."})
+    workers: list[int] = arg(default_factory=lambda: [1, 2], help="Worker counts to compare at.")
+    rounds: int = arg(default=5, minimum=1, help="How often each side runs.")
+    output: str | None = arg(default=None, help="Add the result to this JSON file (a list of results).")
 
     def __post_init__(self):
-        problems = [f"--workers ({count}) must be at least 1." for count in self.workers if count < 1]
-        if self.rounds < 1:
-            problems.append(f"--rounds ({self.rounds}) must be at least 1.")
-        if self.megabytes <= START_UP_MEGABYTES:
-            problems.append(f"--megabytes ({self.megabytes}) must be more than {START_UP_MEGABYTES}, the start-up's.")
+        problems = list(check_limits(self))
+        problems += [f"workers ({count}) must be at least 1." for count in self.workers if count < 1]
         if self.text_file and not Path(self.text_file).is_file():
             problems.append(f"there is no file {self.text_file} for --text_file.")
         if problems:
@@ -70,8 +67,6 @@ class BenchmarkArguments:
     def text(self) -> str:
         if self.text_file:
             return Path(self.text_file).read_text(encoding="utf-8")
-        from pydoc_data.topics import topics
-
         return "\n\n".join(topics[name] for name in sorted(topics))
 
 
@@ -87,19 +82,12 @@ class Run:
 
 
 def main(argv: list[str] | None = None):
-    from benchmarks.training_step import add_to_file, machine
-    from modeling_gpt2repro.runtime.command_line import parse_command_line
-
     args = parse_command_line(BenchmarkArguments, argv, description=__doc__)
-    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    packages = ("datasets", "numpy", "pyarrow", "tiktoken", "transformers")
+    header = result_header("prepare", argv, args, packages)
     with TemporaryDirectory() as folder:
         runs, large = measure(args, Path(folder))
-    result = {
-        "command": shlex.join(["python", "-m", "benchmarks.prepare", *(sys.argv[1:] if argv is None else argv)]),
-        "settings": {name: value for name, value in asdict(args).items() if name not in ("rounds", "output")},
-        "machine": machine("cpu") | {"load_average_before": load_before},
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("datasets", "numpy", "pyarrow", "tiktoken", "transformers")},
+    result = header | {
         "workers": {str(workers): summary(runs, workers) for workers in args.workers},
         "peak_memory_bytes": peaks(args, runs, large),
     }
@@ -113,9 +101,6 @@ def main(argv: list[str] | None = None):
 
 def make_parquet(file: Path, megabytes: float, text: str) -> Path:
     """Write documents of 3,000 to 5,000 characters with FineWeb-Edu's columns, in eight row groups or more."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     random = Random(SEED)
     text *= math.ceil(10_000 / len(text))
     documents = math.ceil(megabytes * 1e6 / 4_000 / (len(text.encode()) / len(text)))
@@ -144,60 +129,13 @@ def make_parquet(file: Path, megabytes: float, text: str) -> Path:
     return file
 
 
-@lru_cache(maxsize=1)
-def lecture_encoding():
-    """GPT-2's encoding, loaded once per process; forked workers inherit the parent's."""
-    import tiktoken
-
-    return tiktoken.get_encoding("gpt2")
-
-
-def lecture_tokens(row: dict) -> np.ndarray:
-    """A document's ids (n,) uint16, end-of-text first."""
-    encoding = lecture_encoding()
-    ids = np.array([encoding.eot_token, *encoding.encode_ordinary(row["text"])])
-    assert (ids >= 0).all()
-    assert (ids < 2**16).all()
-    return ids.astype(np.uint16)
-
-
-def lecture_rows(file: str, cache: str):
-    """The file's rows from `datasets`, which caches them as an Arrow table in `cache`."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    return datasets.load_dataset("parquet", data_files=file, split="train", cache_dir=cache)
-
-
-def lecture_preparation(file: str, cache: str, folder: str, workers: str):
-    """The lecture's fineweb.py, run as a command; prints how many tokens it wrote."""
-    rows = lecture_rows(file, cache)
-    lecture_encoding()
-    os.makedirs(folder)
-    buffer = np.empty(SHARD_TOKENS, dtype=np.uint16)
-    filled = 0
-    shards = 0
-    with multiprocessing.Pool(int(workers)) as pool:
-        for ids in pool.imap(lecture_tokens, rows, chunksize=CHUNK_DOCUMENTS):
-            if filled + len(ids) > SHARD_TOKENS:
-                rest = SHARD_TOKENS - filled
-                buffer[filled:] = ids[:rest]
-                np.save(os.path.join(folder, f"{shards:06d}.npy"), buffer)
-                ids = ids[rest:]
-                filled = 0
-                shards += 1
-            buffer[filled : filled + len(ids)] = ids
-            filled += len(ids)
-    np.save(os.path.join(folder, f"{shards:06d}.npy"), buffer[:filled])
-    print(f"{shards * SHARD_TOKENS + filled} tokens")
-
-
 def command_of(side: str, file: Path, output: Path, workers: int) -> list[str]:
+    """The command that prepares `file` in `output`."""
     if side == "ours":
         flags = ["--train_files", str(file), "--output_dir", str(output), "--validation_share", str(VALIDATION_SHARE)]
         return [sys.executable, "prepare_data.py", *flags, "--tokenizer", "gpt2", "--workers", str(workers)]
-    start = "import sys; from benchmarks.prepare import lecture_preparation; lecture_preparation(*sys.argv[1:])"
-    return [sys.executable, "-c", start, str(file), str(file.parent / "cache"), str(output), str(workers)]
+    words = [str(file), str(file.parent / "cache"), str(output), str(workers)]
+    return [sys.executable, "-m", "benchmarks.lecture_fineweb", *words]
 
 
 def tokens_written(side: str, output: Path, printed: str) -> int:
@@ -216,12 +154,12 @@ def measure(args: BenchmarkArguments, folder: Path) -> tuple[dict, dict[str, Run
     sizes |= {"large": args.large_megabytes} if args.large_megabytes else {}
     files = {size: make_parquet(folder / f"{size}.parquet", sizes[size], args.text) for size in sizes}
     for file in files.values():
-        lecture_rows(str(file), str(folder / "cache"))
+        load_rows(str(file), str(folder / "cache"))
     runs = {(side, workers, size): [] for side in SIDES for workers in args.workers for size in ("start-up", "file")}
     for number in range(args.rounds):
         for workers in args.workers:
             for size in ("start-up", "file"):
-                for side in SIDES if number % 2 == 0 else SIDES[::-1]:
+                for side in sides_in_turn(SIDES, number):
                     runs[side, workers, size].append(run(side, files[size], folder / "out", workers))
     large = {side: run(side, files["large"], folder / "out", max(args.workers)) for side in SIDES if "large" in files}
     for (_, workers, size), ours in runs.items():
@@ -238,8 +176,6 @@ def compare_tokens(runs: list[Run]):
 
 def run(side: str, file: Path, output: Path, workers: int) -> Run:
     """Run one side's command into a temporary folder, and sample its memory meanwhile."""
-    import psutil
-
     with TemporaryDirectory(dir=output.parent) as scratch:
         output = Path(scratch) / "out"
         command = command_of(side, file, output, workers)
@@ -269,10 +205,8 @@ def run(side: str, file: Path, output: Path, workers: int) -> Run:
     return Run(seconds, spent, tokens, parent_bytes, all_bytes)
 
 
-def resident(parent) -> tuple[int, int]:
+def resident(parent: psutil.Process) -> tuple[int, int]:
     """Resident bytes of a process, and of it with all its descendants (shared memory counts for each)."""
-    import psutil
-
     found = []
     try:
         for process in (parent, *parent.children(recursive=True)):
@@ -304,12 +238,6 @@ def summary(runs: dict, workers: int) -> dict:
         "tokens_per": {kind: {s: tokens / float(np.median(of[s])) for s in SIDES} for kind, of in spent.items()},
         "lecture_over_ours": {kind: quartiles(of) for kind, of in spent.items()},
     }
-
-
-def quartiles(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Quartiles over rounds of the lecture's time divided by ours: above 1.0 ours is faster."""
-    low, median, high = np.quantile(np.divide(seconds["lecture"], seconds["ours"]), (0.25, 0.5, 0.75))
-    return {"median": float(median), "lower_quartile": float(low), "upper_quartile": float(high)}
 
 
 def peaks(args: BenchmarkArguments, runs: dict, large: dict[str, Run]) -> list[dict]:

@@ -7,16 +7,14 @@ on a machine that trains.
 """
 
 import json
-import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import psutil
 
+from benchmarks.harness import in_fresh_process
 from modeling_gpt2repro.data.batches.sequences import TokenSequences
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig, ShuffledBatches
 
@@ -66,11 +64,6 @@ def measure(shard: Path) -> dict[str, float]:
         "open_mb": open_bytes / 1e6,
         "batch_ms": 1e3 * float(np.median(batch_seconds)),
     }
-
-
-def in_fresh_process(function: Callable, *arguments):
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 if __name__ == "__main__":

@@ -5,22 +5,13 @@
 
 Ours is what `train_accelerate.py` runs: Accelerator, `prepare`, `build_optimizer`, `train_step`. The other is a loop
 written by hand: `GPT2LMHeadModel` without dropout, `torch.autocast`, fused AdamW with the same two groups,
-`clip_grad_norm_`. Both start with the same weights and see the same rows, so their losses must agree. They take turns
-in one process, and which goes first alternates; the figure is the median of the rounds' ratios, so that a machine that
-is now fast and now slow does little harm. Memory is measured in a process each.
+`clip_grad_norm_`. Both start with the same weights and see the same sequences, so their losses must agree. They take
+turns in one process, and which goes first alternates; the figure is the median of the rounds' ratios, so that a machine
+that is now fast and now slow does little harm. Memory is measured in one process for each side.
 """
 
-import json
-import multiprocessing
-import os
-import platform
-import shlex
-import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,11 +21,21 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.hf_argparser import HfArg
 
+from benchmarks.harness import (
+    BySide,
+    add_to_file,
+    in_fresh_process,
+    machine,  # noqa: F401 - benchmarks/hellaswag.py takes it from here
+    machine_name,
+    quartiles,
+    result_header,
+    sides_in_turn,
+    timed,
+)
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from modeling_gpt2repro.runtime.command_line import parse_command_line
-from modeling_gpt2repro.runtime.hardware import device_name
+from modeling_gpt2repro.runtime.command_line import arg, check_limits, parse_command_line
+from modeling_gpt2repro.runtime.hardware import peak_memory_gb
 from modeling_gpt2repro.training.optimization import build_optimizer
 from modeling_gpt2repro.training.outliers import OutlierDetector
 from train_accelerate import train_step
@@ -42,6 +43,7 @@ from train_accelerate import train_step
 MicroBatches = list[dict[str, torch.Tensor]]
 Step = Callable[[MicroBatches], float]  # one optimizer step -> its loss
 
+SIDES = ("ours", "stock")
 SHAPES = {
     "toy": {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 64, "vocab_size": 512},
     "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": 256, "vocab_size": 4096},  # the quickstart's
@@ -49,7 +51,11 @@ SHAPES = {
 }
 BATCH_ROWS = {"cpu": {"toy": 2, "tiny": 8, "124m": 1}, "cuda": {"toy": 2, "tiny": 64, "124m": 16}}
 # GPT-3, table 2.1 and appendix B; constant here, because the schedule costs nothing.
-LEARNING_RATE, WEIGHT_DECAY, BETAS, EPSILON, MAX_GRAD_NORM = 6e-4, 0.1, (0.9, 0.95), 1e-8, 1.0
+LEARNING_RATE = 6e-4
+WEIGHT_DECAY = 0.1
+BETAS = (0.9, 0.95)
+EPSILON = 1e-8
+MAX_GRAD_NORM = 1.0
 WARMUP_STEPS = 2  # compile, first allocations
 SEED = 1337
 NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None}  # else a small vocabulary gets a warning for its 50256
@@ -57,50 +63,47 @@ NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None}  # else a small
 
 @dataclass
 class BenchmarkArguments:
-    shape: Literal["toy", "tiny", "124m"] = HfArg(default="tiny", help="124m: GPT-2; tiny: the quickstart's model.")
-    compile: bool = HfArg(default=False, help="Compile both.")
-    dtype: Literal["fp32", "bf16"] = HfArg(default="fp32", help="bf16: autocast, weights stay fp32.")
-    rounds: int = HfArg(default=10, help="How often the two take turns.")
-    steps: int = HfArg(default=3, help="Optimizer steps a turn.")
-    micro_batches: int = HfArg(default=1, help="Micro-batches that a step accumulates.")
-    batch_rows: int | None = HfArg(default=None, help="Rows of a micro-batch; by shape and device, if not given.")
-    stock_activation: str = HfArg(
+    shape: Literal["toy", "tiny", "124m"] = arg(default="tiny", help="124m: GPT-2; tiny: the quickstart's model.")
+    compile: bool = arg(default=False, help="Compile both.")
+    dtype: Literal["fp32", "bf16"] = arg(default="fp32", help="bf16: autocast, weights stay fp32.")
+    rounds: int = arg(default=10, minimum=1, help="How often the two take turns.")
+    steps: int = arg(default=3, minimum=1, help="Optimizer steps a turn.")
+    micro_batches: int = arg(default=1, minimum=1, help="Micro-batches that a step accumulates.")
+    batch_rows: int | None = arg(
+        default=None, minimum=1, help="Sequences of a micro-batch; by shape and device, if not given."
+    )
+    stock_activation: str = arg(
         default="gelu_new", help="GPT-2's default, or gelu_pytorch_tanh: the same function in one kernel."
     )
-    device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: CUDA where there is one.")
-    output: str | None = HfArg(default=None, help="Add the result to this JSON file (a list of results).")
+    device: Literal["auto", "cpu", "cuda"] = arg(default="auto", help="auto: CUDA if there is a GPU.")
+    output: str | None = arg(default=None, help="Add the result to this JSON file (a list of results).")
 
     def __post_init__(self):
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.batch_rows = BATCH_ROWS[self.device][self.shape] if self.batch_rows is None else self.batch_rows
-        small = [name for name in ("rounds", "steps", "micro_batches", "batch_rows") if getattr(self, name) < 1]
-        problems = [f"--{name} ({getattr(self, name)}) must be at least 1." for name in small]
+        problems = list(check_limits(self))
         if self.device == "cuda" and not torch.cuda.is_available():
-            problems.append("--device cuda cannot be used here: torch sees no GPU; say cpu.")
+            problems.append("--device cuda cannot be used here: torch sees no GPU; give cpu.")
         if problems:
             raise ValueError("\n".join(problems))
 
     def draw_step(self, step: int) -> MicroBatches:
-        """The random rows of a step, the same for both."""
-        B, T, V = self.batch_rows, SHAPES[self.shape]["n_positions"], SHAPES[self.shape]["vocab_size"]
+        """The random sequences of a step, the same for both sides."""
+        shape = (self.micro_batches, self.batch_rows, SHAPES[self.shape]["n_positions"] + 1)
         generator = torch.Generator().manual_seed(SEED + step)
-        ids = torch.randint(V, (self.micro_batches, B, T + 1), generator=generator)
-        return [{"input_ids": row[:, :-1].contiguous(), "shift_labels": row[:, 1:].contiguous()} for row in ids]
+        ids = torch.randint(SHAPES[self.shape]["vocab_size"], shape, generator=generator)  # (micro-batches, B, T + 1)
+        return [{"input_ids": part[:, :-1].contiguous(), "shift_labels": part[:, 1:].contiguous()} for part in ids]
 
 
 def main(argv: list[str] | None = None):
     args = parse_command_line(BenchmarkArguments, argv, description=__doc__)
-    load_before = os.getloadavg()[0]
-    memory = {side: in_fresh_process(peak_memory, side, args) for side in ("ours", "stock")}  # while this one is small
+    packages = ("torch", "transformers", "accelerate", "numpy")
+    header = result_header("training_step", argv, args, packages, device=args.device)
+    memory = {side: in_fresh_process(peak_memory, side, args) for side in SIDES}
     seconds, cpu_seconds, losses = take_turns(args)
-    result = {
-        "command": shlex.join(["python", "-m", "benchmarks.training_step", *(sys.argv[1:] if argv is None else argv)]),
-        "settings": {name: value for name, value in asdict(args).items() if name not in ("rounds", "steps", "output")},
-        "machine": machine(args.device) | {"load_average_before": load_before},
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "accelerate", "numpy")},
-        "step_seconds": {side: float(np.median(seconds[side])) / args.steps for side in seconds},
+    result = header | {
+        "step_seconds": {side: float(np.median(seconds[side])) / args.steps for side in SIDES},
         "stock_over_ours": {"seconds": quartiles(seconds), "cpu_seconds": quartiles(cpu_seconds)},
         "peak_memory_bytes": memory,
         "losses": losses,
@@ -114,7 +117,7 @@ def main(argv: list[str] | None = None):
 def build_step(
     side: str, args: BenchmarkArguments, weights: dict[str, torch.Tensor] | None = None
 ) -> tuple[nn.Module, Step]:
-    """One side's model in training mode and its step, on the device; fresh weights where none are given."""
+    """One side's model in training mode and its step, on the device; fresh weights if none are given."""
     torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32, on both sides
     set_seed(SEED)
     if side == "ours":
@@ -148,20 +151,20 @@ def build_our_step(args: BenchmarkArguments) -> tuple[nn.Module, Step]:
     optimizer = build_optimizer(model, LEARNING_RATE, WEIGHT_DECAY, BETAS, EPSILON)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     prepared.train()
-    guard = OutlierDetector(accelerator.device)
+    detector = OutlierDetector(accelerator.device)
 
     def step(micro_batches: MicroBatches) -> float:
         tokens = sum(micro_batch["input_ids"].numel() for micro_batch in micro_batches)
-        numbers = train_step(
+        metrics = train_step(
             accelerator,
             prepared,
             optimizer,
             micro_batches,
             tokens_per_step=tokens,
             max_grad_norm=MAX_GRAD_NORM,
-            detector=guard,
+            detector=detector,
         )
-        return torch.stack([numbers.loss, numbers.grad_norm]).tolist()[0]
+        return torch.stack([metrics.loss, metrics.grad_norm]).tolist()[0]
 
     return model, step
 
@@ -200,78 +203,49 @@ def stock_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: w.t() if name.endswith(conv1d) else w for name, w in model.state_dict().items()}
 
 
-def take_turns(args: BenchmarkArguments) -> tuple[dict, dict, dict]:
+def take_turns(args: BenchmarkArguments) -> tuple[BySide, BySide, BySide]:
     """Seconds of each turn, seconds of processor time in it, and the loss of each step; each by side."""
     model, our_step = build_step("ours", args)
     steps = {"ours": our_step, "stock": build_step("stock", args, stock_weights(model))[1]}
-    seconds, cpu_seconds, losses = ({side: [] for side in steps} for _ in range(3))
-    for side, step in steps.items():
-        losses[side] += [step(args.draw_step(number)) for number in range(WARMUP_STEPS)]
+    seconds = {side: [] for side in SIDES}
+    cpu_seconds = {side: [] for side in SIDES}
+    losses = {side: [steps[side](args.draw_step(number)) for number in range(WARMUP_STEPS)] for side in SIDES}
     for number in range(args.rounds):
         first_step = WARMUP_STEPS + number * args.steps
-        rows = [args.draw_step(first_step + offset) for offset in range(args.steps)]
-        for side in ("ours", "stock") if number % 2 == 0 else ("stock", "ours"):
-            started, cpu_started = time.perf_counter(), time.process_time()
-            losses[side] += [steps[side](micro_batches) for micro_batches in rows]
-            if args.device == "cuda":
-                torch.cuda.synchronize()  # the last update
-            seconds[side].append(time.perf_counter() - started)
-            cpu_seconds[side].append(time.process_time() - cpu_started)
+        batches = [args.draw_step(step) for step in range(first_step, first_step + args.steps)]
+        for side in sides_in_turn(SIDES, number):
+            with timed(seconds[side], cpu_seconds[side]):
+                losses[side] += [steps[side](micro_batches) for micro_batches in batches]
+                if args.device == "cuda":
+                    torch.cuda.synchronize()  # the last update
     return seconds, cpu_seconds, losses
-
-
-def in_fresh_process(function: Callable[..., int], *arguments) -> int:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def peak_memory(side: str, args: BenchmarkArguments) -> int:
     """Bytes of weights, gradients, optimizer and activations over a few steps; on a CPU, what the process grew by."""
-    before = resident_peak()
+    cpu = torch.device("cpu")
+    before_gb = peak_memory_gb(cpu)
     _, step = build_step(side, args)
     for number in range(WARMUP_STEPS + 1):
         step(args.draw_step(number))
-    return torch.cuda.max_memory_allocated() if args.device == "cuda" else resident_peak() - before
-
-
-def resident_peak() -> int:
-    """Most bytes that this process has had in memory."""
-    if sys.platform == "win32":
-        import psutil  # accelerate needs it, so it is there
-
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): Linux counts in kilobytes, macOS in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def quartiles(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Of stock's time over ours, round by round: 1.0 and more means that ours is at least as fast."""
-    low, median, high = np.quantile(np.divide(seconds["stock"], seconds["ours"]), (0.25, 0.5, 0.75))
-    return {"median": float(median), "lower_quartile": float(low), "upper_quartile": float(high)}
-
-
-def machine(device: str) -> dict[str, str | int]:
-    """What ran it; the processor's own name where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    cpu = names[0] if names else platform.processor() or platform.machine()
-    found = {"cpu": cpu, "threads": torch.get_num_threads(), "system": platform.system()}
-    return found | ({"gpu": device_name(torch.device(device))} if device == "cuda" else {})
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return round(1e9 * (peak_memory_gb(cpu) - before_gb))
 
 
 def report(args: BenchmarkArguments, result: dict):
-    """A table, and one line to take away."""
-    seconds, memory, losses = result["step_seconds"], result["peak_memory_bytes"], result["losses"]
-    ratio, cpu_ratio = result["stock_over_ours"]["seconds"], result["stock_over_ours"]["cpu_seconds"]
+    """Print a table, and the result in one sentence."""
+    seconds = result["step_seconds"]
+    memory = result["peak_memory_bytes"]
+    losses = result["losses"]
+    ratio = result["stock_over_ours"]["seconds"]
+    cpu_ratio = result["stock_over_ours"]["cpu_seconds"]
     tokens = args.micro_batches * args.batch_rows * SHAPES[args.shape]["n_positions"]
-    how = f"{args.dtype}, {'compiled' if args.compile else 'eager'}"
-    where = result["machine"].get("gpu") or f"{result['machine']['cpu']}, {result['machine']['threads']} threads"
-    print(f"{args.shape}, {how}, {tokens:,} tokens a step, {args.rounds} rounds of {args.steps} steps; {where}\n")
+    mode = f"{args.dtype}, {'compiled' if args.compile else 'eager'}"
+    rounds = f"{args.rounds} rounds of {args.steps} steps"
+    print(f"{args.shape}, {mode}, {tokens:,} tokens a step, {rounds}; {machine_name(result['machine'])}\n")
     print(f"{'':6} {'ms a step':>10} {'tokens/s':>10} {'peak MB':>9} {'first loss':>11} {'last loss':>11}")
-    for side in ("ours", "stock"):
+    for side in SIDES:
         print(
             f"{side:6} {1000 * seconds[side]:10.1f} {tokens / seconds[side]:10,.0f} {memory[side] / 1e6:9,.0f} "
             f"{losses[side][0]:11.6f} {losses[side][-1]:11.6f}"
@@ -282,14 +256,6 @@ def report(args: BenchmarkArguments, result: dict):
         f"{memory['ours'] / memory['stock']:.3f} times the memory; {len(losses['ours'])} losses differ by at most "
         f"{result['largest_loss_difference']:.1e}"
     )
-
-
-def add_to_file(file: Path, result: dict):
-    """Put the result into the file's list, in place of an earlier one with the same settings."""
-    results = json.loads(file.read_text()) if file.exists() else []
-    results = [old for old in results if old["settings"] != result["settings"]] + [result]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

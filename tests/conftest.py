@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,8 +15,7 @@ from random import Random
 import pytest
 from warm_python import ROOT, WarmPython
 
-# The clients read these when they are imported. No test needs the network, and what is told of a Hub that may not be
-# asked, a test sets for itself.
+# The clients read these when they are imported. No test needs the network; one about offline mode sets them itself.
 for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ.pop(switch, None)
 
@@ -24,9 +24,9 @@ for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
 class LoopbackHub:
     """A Hub on 127.0.0.1 (`loopback_hub.py`) that serves the folders below `root / "models"` and `root / "datasets"`.
 
-    The clients read HF_ENDPOINT when they are imported: what talks to it runs by `warm_python`, or in a subprocess with
-    `environment`, and to push to "user/<any name>" also with HF_TOKEN set to `token`. What was pushed lies below `root`
-    in its turn.
+    The clients read HF_ENDPOINT when they are imported, so code that uses it runs by `warm_python`, or in a subprocess
+    with `environment`; to push to "user/<any name>" it also needs HF_TOKEN set to `token`. Pushed files are below
+    `root` as well.
     """
 
     endpoint: str
@@ -36,7 +36,7 @@ class LoopbackHub:
     root: Path
 
     def new_repository(self, path: str) -> Path:
-        """`datasets/ns/name` or `models/ns/name`, to write files to; what another test put there is gone."""
+        """An empty folder for `datasets/ns/name` or `models/ns/name`; files of earlier tests are deleted."""
         folder = self.root / path
         for old in (folder, self.root / "branches" / path, self.root / "lfs" / path):
             shutil.rmtree(old, ignore_errors=True)
@@ -44,7 +44,7 @@ class LoopbackHub:
         return folder
 
     def log(self) -> list[dict]:
-        """Every request of the whole run: origin (hub, cdn), method, path, status (null: dropped), range, auth."""
+        """Every request since the start: origin (hub, cdn), method, path, status (null: dropped), range, auth."""
         log = self.root / "log.jsonl"
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
@@ -52,16 +52,16 @@ class LoopbackHub:
     def faults(self, *rules: dict) -> Iterator[None]:
         """Requests fail by these rules (see `loopback_hub.py`) inside the `with` block."""
         file = self.root / "faults.json"
-        written = file.with_suffix(".new")
-        written.write_text(json.dumps(rules))
-        written.replace(file)
+        temporary = file.with_suffix(".new")
+        temporary.write_text(json.dumps(rules))
+        temporary.replace(file)
         try:
             yield
         finally:
             file.unlink()
 
     def environment(self, home: Path) -> dict[str, str]:
-        """For a subprocess that sees this Hub, no proxy, no token, and no cache but `home`."""
+        """Variables for a subprocess that uses this Hub, no proxy, no token, and only the cache in `home`."""
         foreign = ("HF_", "HUGGING", "TRANSFORMERS_")
         kept = {
             name: value
@@ -79,20 +79,42 @@ class LoopbackHub:
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory) -> Iterator[LoopbackHub]:
-    """One loopback Hub for the whole run."""
+    """One loopback Hub for all tests."""
     root = tmp_path_factory.mktemp("hub")
     command = [sys.executable, str(Path(__file__).with_name("support") / "loopback_hub_writes.py"), "--root", str(root)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         yield LoopbackHub(**json.loads(server.stdout.readline()), root=root)
-        server.stdin.close()  # which ends it
+        server.stdin.close()  # the server exits
 
 
 @pytest.fixture(scope="session")
 def warm_python(hub, tmp_path_factory) -> WarmPython:
-    """Processes on one thread that see the loopback Hub, and no cache but this run's."""
+    """Processes on one thread that use the loopback Hub and a temporary cache."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
     environment = hub.environment(tmp_path_factory.mktemp("home"))
     return WarmPython(environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for torch: more of them slow a tiny model down, by far where other programs use the cores too."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def terminal_signals() -> Iterator[None]:
+    """Signal handlers as in a terminal: a job in the background ignores SIGINT, one under nohup SIGHUP."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -118,7 +140,7 @@ def tiny_model(tiny_config):
 
 @pytest.fixture
 def stock(tiny_config):
-    """A random stock GPT-2 of the tiny shape, with weights large enough that mistakes show."""
+    """A random stock GPT-2 of the tiny shape, with weights large enough to make mistakes visible."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -145,7 +167,7 @@ def carried(stock, tiny_config):
 
 @pytest.fixture
 def random_ids():
-    """random_ids(*shape) -> ids of the tiny vocabulary without its end-of-text, the same each time."""
+    """random_ids(*shape) -> ids of the tiny vocabulary except end-of-text, the same each time."""
     import torch
 
     return lambda *shape: torch.randint(1, 97, shape, generator=torch.Generator().manual_seed(2))
@@ -155,23 +177,8 @@ def random_ids():
 def tiny_texts() -> list[str]:
     """200 documents of some 300 characters: a text is one to five lines of words."""
     random = Random(0)
-    words = [
-        "the",
-        "a",
-        "sea",
-        "ship",
-        "captain",
-        "water",
-        "land",
-        "wind",
-        "of",
-        "to",
-        "in",
-        "and",
-        "over",
-        "was",
-        "cold",
-    ]
+    vocabulary = "the a sea ship captain water land wind of to in and over was cold"
+    words = vocabulary.split()
     lines = [" ".join(random.choices(words, k=random.randint(5, 40))).capitalize() + "." for _ in range(600)]
     return ["\n".join(random.choices(lines, k=random.randint(1, 5))) for _ in range(200)]
 
@@ -186,7 +193,7 @@ def tiny_tokenizer(tiny_texts):
 
 @pytest.fixture(scope="session")
 def gpt2_tokenizer(tmp_path_factory):
-    """GPT-2's own, from the files that tiktoken would download."""
+    """GPT-2's own tokenizer, from the files that tiktoken would download."""
     from modeling_gpt2repro.data.tokenizer import load_tokenizer
 
     shared = ROOT / "../shared/data"
@@ -214,7 +221,7 @@ def token_shards(tiny_texts, tiny_tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def all_ids():
-    """The ids of a split of prepared shards, in one array."""
+    """all_ids(shards, split) -> the ids of a split of prepared shards, in one array."""
     import numpy as np
 
     def joined(shards, split="train"):
@@ -225,7 +232,7 @@ def all_ids():
 
 @pytest.fixture
 def one_sentence():
-    """The message of an error, which must be one for a person: a single line that ends in a full stop."""
+    """one_sentence(error) -> its message, which must be a single line that ends in a full stop."""
 
     def checked(error) -> str:
         message = str(error.value)
@@ -238,7 +245,7 @@ def one_sentence():
 
 @pytest.fixture(scope="session")
 def hellaswag_rows():
-    """Seven rows: a plain one, and the troubles that a scorer may meet."""
+    """Seven examples: a plain one, and those with difficulties for a scorer."""
     from modeling_gpt2repro.evaluation.hellaswag.examples import Example
 
     def row_of(ctx_a, ctx_b, *endings, activity="Roof work", label=1):
@@ -298,7 +305,7 @@ def make_model():
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
-    """A few thousand tokens of made-up prose, and HellaSwag rows beside them: what the toy runs train on."""
+    """A few thousand tokens of made-up prose, with HellaSwag examples beside them: the data of the toy runs."""
     from toy_runs import make_shards
 
     return make_shards(tmp_path_factory.mktemp("shards"))
@@ -306,7 +313,7 @@ def shards(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(shards, warm_python, tmp_path_factory) -> tuple[Path, str]:
-    """One whole toy run on one process, and what it printed; tests read it and leave it as it is."""
+    """The folder of one whole toy run on one process, and its output; tests must not change it."""
     from toy_runs import CPU_FP32, SCRIPT, toy_flags
 
     output_dir = tmp_path_factory.mktemp("runs") / "one"

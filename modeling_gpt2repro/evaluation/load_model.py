@@ -32,7 +32,7 @@ def load_causal_lm(
         if isinstance(error.__cause__, (LocalEntryNotFoundError, RepositoryNotFoundError)):
             raise ValueError(
                 f"--model {name}: there is no folder {name} here, and the Hub has no such model or cannot be reached "
-                f"({describe_error(error).rstrip('.')})."
+                f"({str(error).strip().splitlines()[0].rstrip('.')})."  # its cause names a flag of another command
             ) from error
         raise ValueError(f"--model {name}: its {loading} could not be loaded: {describe_error(error)}") from error
     if loading_info["missing_keys"]:

@@ -261,12 +261,8 @@ def build_logger(
 
 def log_run_summary(
     args: TrainArguments, accelerator: Accelerator, model: nn.Module, data: TrainingData, step: int, logger: RunLogger
-) -> float:
-    """Print what will happen, and write what the losses are to be compared with into the run's folder.
-
-    Returns:
-        UTF-8 bytes per token of the validation text, which make bits per byte of a loss in nats per token.
-    """
+):
+    """Print what will happen, and write what the losses are to be compared with into the run's folder."""
     with logger.untimed():
         vocab_size = len(data.tokenizer)
         batches = validation_batches(data.validation, args.eval_tokens, micro_batch_size=64)
@@ -280,7 +276,11 @@ def log_run_summary(
         module = unwrapped_model(accelerator, model)
         shape = data.batches.micro_batch_shape
         logger.print(start_message(args, accelerator, module, data.summary, shape, baselines, step))
-        return bytes_per_token(data.validation.shards, data.tokenizer, args.eval_tokens, args.block_size)
+
+
+def validation_bytes_per_token(args: TrainArguments, data: TrainingData) -> float:
+    """UTF-8 bytes per token of the validation text, which make bits per byte of a loss in nats per token."""
+    return bytes_per_token(data.validation.shards, data.tokenizer, args.eval_tokens, args.block_size)
 
 
 def shutdown(accelerator: Accelerator, exit_code: int):

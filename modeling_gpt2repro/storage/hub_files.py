@@ -10,8 +10,8 @@ from .retry import describe_error, is_transient, retry
 
 Result = TypeVar("Result")
 
-# The Hub's client repeats each request for 23 seconds by itself; together with 7 pauses that is about 5 minutes.
-READ_PATIENCE_SECONDS = 127.0
+# Enough for 8 attempts: the Hub's client spends 23 seconds on each, and there are 127 seconds of pauses between them.
+READ_PATIENCE_SECONDS = 311.0
 
 
 def is_on_hub(path: str) -> bool:

@@ -47,9 +47,11 @@ def backoff_seconds() -> Iterator[float]:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later: the connection or the server failed, not this machine."""
-    if (answer := http_error(error)) is not None:
-        return answer.response.status_code in TRANSIENT_STATUS
     chain = exception_chain(error)
+    for cause in chain:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status is not None:
+            return status in TRANSIENT_STATUS
     if any(isinstance(cause, HTTPError | ConnectionError | TimeoutError) for cause in chain):
         return True
     return not any(isinstance(cause, OSError) for cause in chain)

@@ -30,7 +30,7 @@ PRESETS: dict[str, dict] = {
         "learning_rate": 2e-4,  # GPT-3 XL, 1.3B
         "per_device_train_batch_size": 4,
     },
-    # Minutes on two CPU cores, with nothing to download. Values were found by trial; README, "The quickstart".
+    # Minutes on two CPU cores, with nothing to download. Values were found by trial; README.md shows the run.
     "quickstart": {
         "output_dir": "runs/quickstart",
         "dataset_name": "python-prose",

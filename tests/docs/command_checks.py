@@ -22,7 +22,7 @@ PACKAGE = "modeling_gpt2repro"
 # Programs that are not ours: nothing but the files they name is checked.
 FOREIGN = {"python3", "py", "conda", "hf", "ruff", "export", ".", ".venv\\Scripts\\activate"}
 FOREIGN_FLAGS = {
-    *("nodes", "time", "account", "partition", "gpus-per-node"),  # sbatch
+    *("nodes", "time", "account", "partition", "gpus-per-node", "cpus-per-task"),  # sbatch
     *("index-url", "extra-index-url"),  # pip
     *("cpu", "help"),
 }

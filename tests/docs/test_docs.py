@@ -147,3 +147,11 @@ def test_the_figures_are_those_of_the_results_files():
             whole, warm = (figures["lecture_over_ours"][k]["median"] for k in ("seconds", "seconds_after_start_up"))
             row = f"| {workers} | {ours:.1f} | {lecture:.1f} | {whole:.2f} | {warm:.2f} |"
             assert row in data, f"docs/data.md has no row {row}"
+        for peak in result["peak_memory_bytes"]:
+            if peak["megabytes"] == result["settings"]["megabytes"]:
+                megabytes = [
+                    f"{peak[processes]['ours'] / 1e6:,.0f}, lecture's {peak[processes]['lecture'] / 1e6:,.0f}"
+                    for processes in ("parent", "all_processes")
+                ]
+                cells = f"| {' | '.join(megabytes)} |"
+                assert cells in data, f"docs/data.md has no cells {cells}"

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from pushing import UNREACHABLE_HUB, files_in, run_push
-from toy_runs import rows_of, train_here
+from toy_runs import logged_values, train_here
 
 from modeling_gpt2repro.hub import background_upload
 from modeling_gpt2repro.hub.background_upload import UploadQueue, snapshot
@@ -254,7 +254,7 @@ def test_a_training_pushes_its_model_and_a_checkpoint_to_resume_from(on_hub, sha
     for name in ("metrics.jsonl", "loss.png"):
         assert (run / "model" / name).read_bytes()
     card = (run / "model" / "README.md").read_text()
-    assert f"validation loss | {rows_of(run, 'validation_loss')[-1]:.4f} nats per token" in card
+    assert f"validation loss | {logged_values(run, 'validation_loss')[-1]:.4f} nats per token" in card
     assert "after | step 20, 5,120 tokens" in card
     assert on_hub.token not in "".join(path.read_text(errors="replace") for path in run.rglob("*.json*"))
 
@@ -267,7 +267,7 @@ def test_a_training_whose_final_push_fails_shows_the_command_that_pushes_later(
         assert train_here(tmp_path / "unlucky", shards, push_to_hub=True, hub_strategy="end") == 3
     output = capsys.readouterr().out
     command = re.search(r"^    python (-m modeling_gpt2repro.hub.push .*)$", output, re.MULTILINE)[1]
-    assert rows_of(tmp_path / "unlucky") == rows_of(finished[0])  # the training itself is complete
+    assert logged_values(tmp_path / "unlucky") == logged_values(finished[0])  # the training itself is complete
     result = run_push(*command.replace("'", "").split()[2:3], "--hub_model_id", "user/unlucky")
     assert result.returncode == 0, result.stderr
     assert files_in(on_hub.root / "models/user/unlucky") == files_in(tmp_path / "unlucky" / "model")

@@ -263,6 +263,6 @@ def test_training_with_flash_attention_logs_what_sdpa_logs(shards, flash, tmp_pa
         assert toy_runs.train_here(runs[attention], shards, **given, num_samples=1) == 0
         assert ("batch" in calls) == (attention == name)
     for number, most in (("loss", 0.01), ("validation_loss", 0.01), ("hellaswag_lm_eval_acc_norm", 1 / 7)):
-        first, second = (toy_runs.rows_of(folder, number) for folder in runs.values())
+        first, second = (toy_runs.logged_values(folder, number) for folder in runs.values())
         assert len(first) == 3
         assert second == pytest.approx(first, abs=most)

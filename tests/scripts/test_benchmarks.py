@@ -1,6 +1,5 @@
 """The benchmarks run, and what they compare computes the same."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import hellaswag, prepare
+from benchmarks import harness, hellaswag, prepare
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY / "../shared/data"
@@ -22,7 +21,7 @@ SHARED = REPOSITORY / "../shared/data"
 
 @pytest.fixture(scope="module")
 def benchmark_run(warm_python, tmp_path_factory) -> tuple[Path, str]:
-    """The file that a toy run wrote, and what it printed."""
+    """The results file of a toy run, and what it printed."""
     output = tmp_path_factory.mktemp("benchmark") / "results" / "training_step.json"
     flags = ["--shape", "toy", "--device", "cpu", "--rounds", "2", "--steps", "2", "--micro_batches", "2"]
     return output, warm_python.run("-m", "benchmarks.training_step", *flags, "--output", output).stdout
@@ -30,14 +29,15 @@ def benchmark_run(warm_python, tmp_path_factory) -> tuple[Path, str]:
 
 def test_our_step_and_the_plain_loop_have_the_same_losses(benchmark_run):
     [result] = json.loads(benchmark_run[0].read_text())
-    ours, stock = result["losses"]["ours"], result["losses"]["stock"]
+    ours = result["losses"]["ours"]
+    stock = result["losses"]["stock"]
     assert len(ours) == len(stock) == 2 + 2 * 2  # warm-up, rounds x steps
-    assert len(set(ours)) == len(ours)  # every step has rows of its own
+    assert len(set(ours)) == len(ours)  # every step has its own sequences
     np.testing.assert_allclose(ours, stock, rtol=0, atol=1e-5)
     assert result["largest_loss_difference"] == np.abs(np.subtract(ours, stock)).max()
 
 
-def test_training_step_benchmark_writes_what_its_figures_come_from(benchmark_run):
+def test_training_step_benchmark_writes_the_sources_of_its_figures(benchmark_run):
     output, printed = benchmark_run
     [result] = json.loads(output.read_text())
     assert result["command"].startswith("python -m benchmarks.training_step --shape toy --device cpu")
@@ -53,20 +53,16 @@ def test_training_step_benchmark_writes_what_its_figures_come_from(benchmark_run
     assert f"ours is {result['stock_over_ours']['seconds']['median']:.3f} times as fast" in printed
 
 
-def test_a_results_file_keeps_the_latest_result_of_each_setting(tmp_path, monkeypatch):
-    specification = importlib.util.spec_from_file_location("training_step", REPOSITORY / "benchmarks/training_step.py")
-    benchmark = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, "training_step", benchmark)  # dataclasses look their module up
-    specification.loader.exec_module(benchmark)
+def test_a_results_file_keeps_the_latest_result_of_each_setting(tmp_path):
     file = tmp_path / "results.json"
     for dtype, speed in (("fp32", 1), ("bf16", 2), ("fp32", 3)):
-        benchmark.add_to_file(file, {"settings": {"dtype": dtype}, "speed": speed})
+        harness.add_to_file(file, {"settings": {"dtype": dtype}, "speed": speed})
     assert [result["speed"] for result in json.loads(file.read_text())] == [2, 3]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="GPT-2's vocabulary is not in ../shared/data")
 @pytest.mark.slow
-def test_prepare_benchmark_compares_the_same_tokens_and_writes_what_its_figures_come_from(tmp_path):
+def test_prepare_benchmark_compares_the_same_tokens_and_writes_the_sources_of_its_figures(tmp_path):
     shutil.copytree(SHARED / "tiktoken_cache", tmp_path / "tiktoken")  # tiktoken deletes what it finds damaged
     flags = ["--megabytes", "0.4", "--large_megabytes", "0", "--workers", "1", "--rounds", "1"]
     command = [sys.executable, "-m", "benchmarks.prepare", *flags, "--output", str(tmp_path / "prepare.json")]
@@ -85,9 +81,10 @@ def test_prepare_benchmark_compares_the_same_tokens_and_writes_what_its_figures_
     assert f"with 1 worker(s) ours is {found['lecture_over_ours']['seconds']['median']:.3f} times as fast" in ran.stdout
 
 
-def test_the_file_that_preparation_is_timed_on_is_like_fineweb_edus(tmp_path):
+def test_the_file_of_the_prepare_benchmark_is_like_those_of_fineweb_edu(tmp_path):
     file = prepare.make_parquet(tmp_path / "a.parquet", 0.5, "The sea is cold.\n\nThe café, too. " * 400)
-    table, metadata = pq.read_table(file), pq.read_metadata(file)
+    table = pq.read_table(file)
+    metadata = pq.read_metadata(file)
     named = "text id dump url file_path language language_score token_count score int_score"
     assert table.column_names == named.split()
     texts = table["text"].to_pylist()
@@ -101,7 +98,7 @@ def runs_of(seconds, cpu_seconds, tokens=1_000):
     return [prepare.Run(s, c, tokens, 0, 0) for s, c in zip(seconds, cpu_seconds, strict=True)]
 
 
-def test_start_up_is_taken_off_both_sides_alike():
+def test_start_up_is_subtracted_from_both_sides():
     runs = {
         ("ours", 2, "start-up"): runs_of([2, 2, 8], [1, 1, 1]),
         ("ours", 2, "file"): runs_of([4, 5, 3], [2, 2, 2]),
@@ -118,7 +115,7 @@ def test_start_up_is_taken_off_both_sides_alike():
     assert "seconds_after_start_up" not in prepare.summary(runs, 2)["lecture_over_ours"]
 
 
-def test_a_comparison_of_different_tokens_is_refused():
+def test_a_comparison_of_unequal_token_counts_is_refused():
     with pytest.raises(ValueError, match=r"did not make the same number of tokens: \[999, 1000\]\."):
         prepare.compare_tokens(runs_of([1, 1], [1, 1]) + runs_of([1], [1], tokens=999))
 

@@ -6,7 +6,7 @@ pytest -m gpu tests/scripts/test_compiled_run.py        # on a CUDA GPU, in bf16
 
 import pytest
 import torch
-from toy_runs import STEPS, rows_of, train
+from toy_runs import STEPS, logged_values, train
 
 
 @pytest.mark.slow
@@ -15,9 +15,9 @@ def test_a_compiled_run_on_the_cpu_equals_an_eager_one_and_compiles_once(finishe
     result = train(tmp_path / "run", shards, torch_compile=True)
     assert "compile: inductor" in result.stdout
     assert "Recompiling" not in result.stderr
-    assert rows_of(tmp_path / "run") == pytest.approx(rows_of(finished[0]), abs=1e-4)
+    assert logged_values(tmp_path / "run") == pytest.approx(logged_values(finished[0]), abs=1e-4)
     for name in ("validation_loss", "hellaswag_completion_acc_norm", "hellaswag_lm_eval_acc"):
-        assert rows_of(tmp_path / "run", name) == pytest.approx(rows_of(finished[0], name), abs=1e-4), name
+        assert logged_values(tmp_path / "run", name) == pytest.approx(logged_values(finished[0], name), abs=1e-4), name
     assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 4
 
 
@@ -30,8 +30,8 @@ def test_a_compiled_bf16_run_on_a_gpu_stays_near_fp32_on_the_cpu_and_resumes(fin
     assert "precision    bf16" in result.stdout
     assert "compile: inductor" in result.stdout
     assert "Recompiling" not in result.stderr
-    losses = rows_of(tmp_path / "run")
+    losses = logged_values(tmp_path / "run")
     assert len(losses) == STEPS
-    assert losses == pytest.approx(rows_of(finished[0]), abs=0.1)
+    assert losses == pytest.approx(logged_values(finished[0]), abs=0.1)
     train(tmp_path / "run", shards, environment=hardware, resume_from_checkpoint="latest")
-    assert len(rows_of(tmp_path / "run")) == STEPS
+    assert len(logged_values(tmp_path / "run")) == STEPS

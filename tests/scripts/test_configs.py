@@ -26,17 +26,18 @@ SBATCH = CONFIGS / "slurm.sbatch"
 
 
 def launcher_arguments(config, *more):
-    """What `accelerate launch` knows when it has read a configuration and its command line."""
+    """The arguments of `accelerate launch` after it has read a configuration and its command line."""
     command = ["--config_file", str(CONFIGS / config), *more, "train_accelerate.py"]
     return _validate_launch_command(launch_command_parser().parse_args(command))[0]
 
 
 @pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: path.name)
-def test_accelerate_knows_every_key_and_no_hyperparameter_is_among_them(path):
+def test_accelerate_knows_every_key_and_none_is_a_hyperparameter(path):
     assert load_config_from_file(str(path)).num_processes >= 1  # raises on keys of the first level
     keys = yaml.safe_load(path.read_text(encoding="utf-8"))
     flags = vars(launch_command_parser().parse_args(["train_accelerate.py"]))
-    assert not [key for key in keys.get("fsdp_config", {}) if key not in flags]  # these it would take silently
+    # Unknown keys of this level would be accepted silently.
+    assert not [key for key in keys.get("fsdp_config", {}) if key not in flags]
     assert not set(keys) & {field.name for field in dataclasses.fields(TrainArguments)}
 
 
@@ -62,11 +63,11 @@ def test_fsdp2_shards_by_the_models_block(tiny_model, monkeypatch):
     assert plugin.reshard_after_forward is True
     assert plugin.cpu_ram_efficient_loading is False
     assert plugin.state_dict_type.name == "FULL_STATE_DICT"
-    plugin.set_auto_wrap_policy(tiny_model)  # raises where the model has no such class
+    plugin.set_auto_wrap_policy(tiny_model)  # raises if the model has no such class
     assert plugin.auto_wrap_policy.keywords["transformer_layer_cls"] == {type(tiny_model.transformer.h[0])}
 
 
-# A step of one task a machine. As Slurm's: options first, SIGUSR1 goes on to the tasks, SIGTERM kills them.
+# A step of one task per machine. Like Slurm's: options first, SIGUSR1 is forwarded to the tasks, SIGTERM kills them.
 SRUN = """#!/bin/bash
 echo "$@" >> "$CLUSTER/srun_options"
 while [[ $1 == -* ]]; do shift; done
@@ -86,7 +87,7 @@ case $1 in
     requeue) echo "$2" >> "$CLUSTER/requeued";;
 esac
 """
-# A launcher ends at once with $ENDS_WITH, or trains until a signal that it has been told of, then saves and leaves.
+# A launcher exits at once with $ENDS_WITH, or trains until a signal that PET_SIGNALS_TO_HANDLE lists, then saves.
 ACCELERATE = """#!/bin/bash
 leave() { sleep 0.1; echo "$SLURM_NODEID" >> "$CLUSTER/saved"; exit 1; }
 [[ $PET_SIGNALS_TO_HANDLE == *SIGUSR1* ]] && trap leave USR1
@@ -98,7 +99,7 @@ while true; do sleep 0.02; done
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """A folder with stand-ins for Slurm's commands first on PATH; they leave notes in it."""
+    """A folder with stand-ins for Slurm's commands first on PATH; they record their calls in it."""
     for name, program in (("srun", SRUN), ("scontrol", SCONTROL), ("accelerate", ACCELERATE)):
         (tmp_path / name).write_text(program, encoding="utf-8")
         (tmp_path / name).chmod(0o755)
@@ -144,7 +145,7 @@ def test_the_slurm_script_asks_for_a_warning_that_leaves_time_to_save():
     assert "#SBATCH" not in script[first_command:]  # Slurm stops reading options at the first command
 
 
-def test_each_machine_launches_with_its_rank_and_the_first_ones_address(cluster, monkeypatch):
+def test_each_machine_launches_with_its_rank_and_the_address_of_the_first(cluster, monkeypatch):
     monkeypatch.setenv("ENDS_WITH", "0")
     assert start_job(cluster, "--output_dir", "two words").wait(60) == 0, (cluster / "log").read_text()
     for rank in (0, 1):
@@ -168,23 +169,23 @@ def test_each_machine_launches_with_its_rank_and_the_first_ones_address(cluster,
     assert launch_command_parser().parse_args(lines(cluster / "launched.0")[1:]).num_processes == 4
 
 
-def test_a_warned_job_saves_on_all_machines_and_queues_again_once(cluster):
+def test_a_warned_job_saves_on_all_machines_and_is_requeued_once(cluster):
     job = start_job(cluster)
     wait_for(cluster, "launched.*", 2)
     job.send_signal(signal.SIGUSR1)  # to the shell alone, as B: asks
     assert job.wait(60) == 1
-    assert sorted(lines(cluster / "saved")) == ["0", "1"]  # all had left before the script did
+    assert sorted(lines(cluster / "saved")) == ["0", "1"]  # all had exited before the script did
     assert lines(cluster / "requeued") == ["17"]
 
 
 @pytest.mark.parametrize("status", [0, 1, 143])
-def test_a_job_that_was_not_warned_does_not_queue_again(cluster, monkeypatch, status):
+def test_a_job_that_was_not_warned_is_not_requeued(cluster, monkeypatch, status):
     monkeypatch.setenv("ENDS_WITH", str(status))  # finished, failed, cancelled
     assert start_job(cluster).wait(60) == status
     assert not lines(cluster / "requeued")
 
 
-def test_a_job_that_finishes_after_the_warning_does_not_queue_again(cluster):
+def test_a_job_that_finishes_after_the_warning_is_not_requeued(cluster):
     (cluster / "accelerate").write_text(ACCELERATE.replace("exit 1; }", "exit 0; }"), encoding="utf-8")
     job = start_job(cluster)
     wait_for(cluster, "launched.*", 2)
@@ -198,13 +199,13 @@ def test_a_cancelled_job_waits_for_its_step(cluster):
     wait_for(cluster, "launched.*", 2)
     job.send_signal(signal.SIGTERM)
     time.sleep(0.1)
-    assert job.poll() is None  # the step is told by Slurm itself, and given its time
+    assert job.poll() is None  # Slurm itself signals the step, and gives it time
     job.send_signal(signal.SIGUSR1)
     assert job.wait(60) == 1
 
 
 @pytest.mark.slow
-def test_accelerates_own_launcher_hands_the_warning_to_every_process(cluster, monkeypatch):
+def test_accelerates_own_launcher_forwards_the_warning_to_every_process(cluster, monkeypatch):
     (cluster / "accelerate").unlink()
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert shutil.which("accelerate") == str(Path(sys.executable).parent / "accelerate")

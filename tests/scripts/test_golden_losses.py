@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from toy_runs import CPU_FP32, SCRIPT, rows_of, toy_flags
+from toy_runs import CPU_FP32, SCRIPT, logged_values, toy_flags
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 STEPS = 10
@@ -38,8 +38,8 @@ def test_ten_steps_give_the_golden_losses(shards, warm_python, tmp_path, precisi
     assert fingerprint == golden["data"], "the toy data are others: tokenizer or text has changed"
     for name in ("loss", "grad_norm"):
         expected = pytest.approx(golden[name], abs=TOLERANCE[precision] * (1 if name == "loss" else 10))
-        assert rows_of(tmp_path / "run", name) == expected, name
-    assert rows_of(tmp_path / "run", "learning_rate") == pytest.approx(golden["learning_rate"], rel=1e-12)
+        assert logged_values(tmp_path / "run", name) == expected, name
+    assert logged_values(tmp_path / "run", "learning_rate") == pytest.approx(golden["learning_rate"], rel=1e-12)
 
 
 if __name__ == "__main__":
@@ -61,7 +61,7 @@ if __name__ == "__main__":
             run = Path(folder, f"{precision}-{processes}")
             run_ten_steps(python, shards, run, precision, processes)
             record = json.loads((run / "run.json").read_text())
-            numbers = {name: rows_of(run, name) for name in ("loss", "grad_norm", "learning_rate")}
+            numbers = {name: logged_values(run, name) for name in ("loss", "grad_norm", "learning_rate")}
             about = {"data": record["data"]["data"], "versions": record["versions"]}
             file.write_text(json.dumps(about | numbers, indent=1) + "\n")
             print(file)

@@ -3,7 +3,7 @@
 import importlib
 
 import pytest
-from toy_runs import ROOT, rows_of, train_here
+from toy_runs import ROOT, logged_values, train_here
 
 from modeling_gpt2repro.training.presets import PRESETS
 
@@ -22,5 +22,5 @@ def test_the_first_losses_of_the_plain_loop_equal_those_of_the_script(shards, tm
     assert train_here(shards=shards, **flags) == 0
     losses = plain_loop.main(["--shards", str(shards), "--max_steps", str(STEPS)])
     assert len(losses) == STEPS
-    assert losses == pytest.approx(rows_of(tmp_path / "run"), abs=1e-5)
+    assert losses == pytest.approx(logged_values(tmp_path / "run"), abs=1e-5)
     assert losses[-1] < losses[0] - 0.5

@@ -1,4 +1,4 @@
-"""train_accelerate.py, run as people run it, against a plain loop around stock GPT-2 and against itself."""
+"""train_accelerate.py as a whole, against a plain loop around stock GPT-2 and against itself."""
 
 import json
 import math
@@ -14,11 +14,24 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toy_runs import CPU_FP32, ROOT, ROWS, SCRIPT, SHAPE, STEPS, as_flags, rows_of, toy_flags, train, train_here
+from toy_runs import (
+    CPU_FP32,
+    ROOT,
+    SCRIPT,
+    SEQUENCES_PER_STEP,
+    SHAPE,
+    STEPS,
+    TOKENS_PER_STEP,
+    as_flags,
+    logged_values,
+    toy_flags,
+    train,
+    train_here,
+)
 
 
 def plain_start(shards: Path) -> tuple[nn.Module, np.ndarray, list[int]]:
-    """Stock GPT-2 with the weights that the script starts from, all rows, and the order they come in."""
+    """Stock GPT-2 with the weights that the script starts from, all sequences, and the order they come in."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
@@ -32,30 +45,30 @@ def plain_start(shards: Path) -> tuple[nn.Module, np.ndarray, list[int]]:
     model.load_state_dict(start)
 
     ids = np.concatenate([np.load(path) for path in sorted(shards.glob("train_*.npy"))]).astype(np.int64)
-    rows = np.stack([ids[i : i + 33] for i in range(0, len(ids) - 32, 32)])
+    sequences = np.stack([ids[i : i + 33] for i in range(0, len(ids) - 32, 32)])
     order = []
     for epoch in range(10):
-        draws = np.random.PCG64(np.random.SeedSequence([SHAPE["seed"], epoch])).random_raw(len(rows))
+        draws = np.random.PCG64(np.random.SeedSequence([SHAPE["seed"], epoch])).random_raw(len(sequences))
         order += np.argsort(draws, kind="stable").tolist()
-    return model, rows, order
+    return model, sequences, order
 
 
 def plain_losses(shards: Path) -> list[float]:
     """The same training with stock GPT-2 in a plain loop: none of our training code, none of our data code."""
-    model, rows, order = plain_start(shards)
+    model, sequences, order = plain_start(shards)
     decayed = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim == 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.95), eps=1e-8
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95), eps=1e-8
     )
     losses = []
     for step in range(STEPS):
-        rate = 1e-2 * (step + 1) / 5
+        learning_rate = 1e-2 * (step + 1) / 5
         if step >= 5:
-            rate = 1e-3 + 0.5 * (1e-2 - 1e-3) * (1 + math.cos(math.pi * (step - 5) / (STEPS - 5)))
+            learning_rate = 1e-3 + 0.5 * (1e-2 - 1e-3) * (1 + math.cos(math.pi * (step - 5) / (STEPS - 5)))
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        batch = torch.from_numpy(rows[order[step * ROWS : (step + 1) * ROWS]])
+            group["lr"] = learning_rate
+        batch = torch.from_numpy(sequences[order[step * SEQUENCES_PER_STEP : (step + 1) * SEQUENCES_PER_STEP]])
         logits = model(batch[:, :-1]).logits
         loss = nn.functional.cross_entropy(logits.reshape(-1, 300), batch[:, 1:].reshape(-1))
         optimizer.zero_grad()
@@ -67,14 +80,15 @@ def plain_losses(shards: Path) -> list[float]:
 
 
 def test_the_losses_equal_those_of_a_plain_loop_around_stock_gpt2(finished, shards):
-    losses, expected = rows_of(finished[0]), plain_losses(shards)
+    losses = logged_values(finished[0])
+    expected = plain_losses(shards)
     assert len(losses) == STEPS
     assert expected[0] == pytest.approx(math.log(300), abs=0.1)
     assert expected[-1] < expected[0] - 1
     assert losses == pytest.approx(expected, abs=1e-5)
 
 
-def test_who_may_read_the_record_of_a_run_may_read_all_of_it(finished):
+def test_all_files_of_a_run_have_the_same_permissions(finished):
     files = [path for path in finished[0].rglob("*") if path.is_file()]
     modes = {path.relative_to(finished[0]).as_posix(): oct(path.stat().st_mode) for path in files}
     assert set(modes.values()) == {modes["run.json"]}, modes
@@ -83,11 +97,11 @@ def test_who_may_read_the_record_of_a_run_may_read_all_of_it(finished):
 def assert_equal_curves(run, other):
     hellaswag = ("hellaswag_completion_acc_norm", "hellaswag_lm_eval_acc")
     for name in ("loss", "grad_norm", "validation_loss", *hellaswag):
-        assert rows_of(run, name) == pytest.approx(rows_of(other, name), abs=1e-5), name
+        assert logged_values(run, name) == pytest.approx(logged_values(other, name), abs=1e-5), name
 
 
 def test_three_processes_equal_one(finished, shards, warm_python, tmp_path):
-    """8 rows a step: three micro-batches of one row on each process, the last of which has none on the third."""
+    """8 sequences a step: three micro-batches of one on each process, the last of which is empty on the third."""
     flags = toy_flags(tmp_path / "run", shards, per_device_train_batch_size=1)
     first, *others = warm_python.run_together(3, SCRIPT, *flags, **CPU_FP32)
     assert "3 processes x 3 micro-batches x 1 sequence x 32 tokens, less 1 sequence left empty" in first.stdout
@@ -102,55 +116,55 @@ def test_two_processes_of_torchs_launcher_equal_one(finished, shards, tmp_path):
     assert_equal_curves(tmp_path / "run", finished[0])
 
 
-@pytest.mark.parametrize("rows", [1, 3, 5])
-def test_the_micro_batch_does_not_change_the_curve(finished, shards, tmp_path, rows):
-    assert train_here(tmp_path / "run", shards, per_device_train_batch_size=rows, eval_steps=0, num_samples=0) == 0
-    assert rows_of(tmp_path / "run") == pytest.approx(rows_of(finished[0]), abs=1e-5)
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_the_micro_batch_does_not_change_the_curve(finished, shards, tmp_path, size):
+    assert train_here(tmp_path / "run", shards, per_device_train_batch_size=size, eval_steps=0, num_samples=0) == 0
+    assert logged_values(tmp_path / "run") == pytest.approx(logged_values(finished[0]), abs=1e-5)
 
 
 def test_stop_and_resume_equal_never_stopped(finished, shards, tmp_path, capsys):
-    # As if it had been killed after step 20: the later checkpoint is gone, the log goes on to 30.
+    # As if it had been killed after step 20: the later checkpoint is gone, but the log reaches step 30.
     shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("step-000030", "model"))
     assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest") == 0
     assert "resuming from step 20" in capsys.readouterr().out
-    assert rows_of(tmp_path / "run") == rows_of(finished[0])
+    assert logged_values(tmp_path / "run") == logged_values(finished[0])
     expected = (finished[0] / "model/model.safetensors").read_bytes()
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == expected
 
 
-def test_under_the_document_mask_a_loss_is_that_of_each_document_alone(shards, tmp_path):
-    one_step = {"train_tokens": ROWS * 32, "warmup_tokens": 0, "eval_steps": 0, "num_samples": 0}
+def test_with_the_document_mask_the_loss_is_that_of_each_document_alone(shards, tmp_path):
+    one_step = {"train_tokens": TOKENS_PER_STEP, "warmup_tokens": 0, "eval_steps": 0, "num_samples": 0}
     assert train_here(tmp_path / "run", shards, document_mask=True, hellaswag="none", **one_step) == 0
-    model, rows, order = plain_start(shards)
+    model, sequences, order = plain_start(shards)
     losses = []
-    for row in torch.from_numpy(rows[order[:ROWS]]):
-        starts = [0, *(n for n in range(1, 32) if row[n] == 0), 32]
+    for sequence in torch.from_numpy(sequences[order[:SEQUENCES_PER_STEP]]):
+        starts = [0, *(n for n in range(1, 32) if sequence[n] == 0), 32]
         for first, last in pairwise(starts):
-            logits = model(row[None, first:last]).logits[0]
-            losses.append(nn.functional.cross_entropy(logits, row[first + 1 : last + 1], reduction="sum"))
-    assert len(losses) > ROWS
-    assert rows_of(tmp_path / "run", "loss")[0] == pytest.approx(sum(losses).item() / (ROWS * 32), abs=1e-5)
-    assert 0 < rows_of(tmp_path / "run", "data_seconds")[0] < rows_of(tmp_path / "run", "step_seconds")[0]
+            logits = model(sequence[None, first:last]).logits[0]
+            losses.append(nn.functional.cross_entropy(logits, sequence[first + 1 : last + 1], reduction="sum"))
+    assert len(losses) > SEQUENCES_PER_STEP
+    assert logged_values(tmp_path / "run", "loss")[0] == pytest.approx(sum(losses).item() / (TOKENS_PER_STEP), abs=1e-5)
+    assert 0 < logged_values(tmp_path / "run", "data_seconds")[0] < logged_values(tmp_path / "run", "step_seconds")[0]
 
 
-def test_training_goes_on_from_the_weights_that_it_is_given(finished, shards, tmp_path):
+def test_training_starts_from_the_weights_of_init_from(finished, shards, tmp_path):
     from modeling_gpt2repro.hub.conversion import main as convert
 
     convert(["--from", str(finished[0] / "model"), "--to", str(tmp_path / "stock")])
     short = {
-        "train_tokens": 2 * ROWS * 32,
+        "train_tokens": 2 * TOKENS_PER_STEP,
         "warmup_tokens": 0,
         "learning_rate": 1e-4,
         "eval_steps": 0,
         "num_samples": 0,
     }
     assert train_here(tmp_path / "run", shards, init_from=tmp_path / "stock", hellaswag="none", **short) == 0
-    last = rows_of(finished[0], "validation_loss")[-1]
-    assert rows_of(tmp_path / "run", "validation_loss")[0] == pytest.approx(last, abs=1e-5)
+    last = logged_values(finished[0], "validation_loss")[-1]
+    assert logged_values(tmp_path / "run", "validation_loss")[0] == pytest.approx(last, abs=1e-5)
     assert "A GPT-2 fine-tuned from stock." in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
-def test_a_run_leaves_what_it_says(finished):
+def test_a_run_writes_the_files_and_numbers_that_it_prints(finished):
     output_dir, printed = finished
     names = {path.name for path in output_dir.iterdir()}
     assert names == {
@@ -169,14 +183,14 @@ def test_a_run_leaves_what_it_says(finished):
     assert "guessing evenly, ln(vocabulary) 5.70" in printed
     assert re.search(r"HellaSwag: completion_acc 0\.\d{4} \[0\.\d{4}, 0\.\d{4}\], .* s of it\)", printed)
     assert f'model="{(output_dir / "model").as_posix()}", trust_remote_code=True' in printed
-    validation = rows_of(output_dir, "validation_loss")
+    validation = logged_values(output_dir, "validation_loss")
     assert len(validation) == 4  # steps 0, 10, 20 and, on the saved weights, 30
     assert validation[-1] < validation[0] - 1
-    assert set(rows_of(output_dir, "validation_tokens")) == {320}
-    assert all(round(7 * acc, 6).is_integer() for acc in rows_of(output_dir, "hellaswag_completion_acc"))
+    assert set(logged_values(output_dir, "validation_tokens")) == {320}
+    assert all(round(7 * acc, 6).is_integer() for acc in logged_values(output_dir, "hellaswag_completion_acc"))
 
 
-def test_folders_talk_in_a_clean_process_without_our_package(finished, tmp_path):
+def test_saved_folders_generate_in_a_clean_process_without_our_package(finished, tmp_path):
     program = """
 import sys
 sys.path = [path for path in sys.path if path.rstrip("/\\\\") != sys.argv[2]]  # a .venv may lie below it
@@ -229,13 +243,13 @@ def test_the_quickstart_needs_nothing_but_python(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert {path.name for path in tmp_path.iterdir()} <= {"run", "home"}
-    losses = rows_of(tmp_path / "run")
+    losses = logged_values(tmp_path / "run")
     assert losses[0] == pytest.approx(math.log(2048), abs=0.1)
     assert losses[-1] < losses[0] - 1
-    assert len(rows_of(tmp_path / "run", "validation_bits_per_byte")) == 2
+    assert len(logged_values(tmp_path / "run", "validation_bits_per_byte")) == 2
 
 
-def test_a_stream_from_the_hub_goes_on_with_the_very_next_row(shards, hub, warm_python, tmp_path):
+def test_a_stream_from_the_hub_resumes_with_the_very_next_sequence(shards, hub, warm_python, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -243,20 +257,20 @@ def test_a_stream_from_the_hub_goes_on_with_the_very_next_row(shards, hub, warm_
     texts = [json.loads(line)["text"] for line in lines]
     table = pa.table({"text": texts, "id": [f"doc-{i}" for i in range(len(texts))]})
     pq.write_table(table, hub.new_repository("datasets/toy/prose") / "train.parquet", row_group_size=8)
-    stream = {"dataset_name": "toy/prose", "tokenizer": shards / "tokenizer", "train_tokens": 12 * ROWS * 32}
+    stream = {"dataset_name": "toy/prose", "tokenizer": shards / "tokenizer", "train_tokens": 12 * TOKENS_PER_STEP}
     stream |= {"save_steps": 5, "eval_steps": 0, "num_samples": 0}
     command = [SCRIPT, *toy_flags(tmp_path / "one", None, **stream)]
     warm_python.run(*command, **CPU_FP32)
-    never_stopped = rows_of(tmp_path / "one")
+    never_stopped = logged_values(tmp_path / "one")
     shutil.rmtree(tmp_path / "one" / "step-000012")
     shutil.rmtree(tmp_path / "one" / "step-000010")
-    again = warm_python.run(*command, "--resume_from_checkpoint", "latest", **CPU_FP32)
-    assert "resuming from step 5" in again.stdout
-    assert rows_of(tmp_path / "one") == never_stopped
+    resumed = warm_python.run(*command, "--resume_from_checkpoint", "latest", **CPU_FP32)
+    assert "resuming from step 5" in resumed.stdout
+    assert logged_values(tmp_path / "one") == never_stopped
 
 
 @pytest.mark.slow
-def test_processes_agree_to_leave_out_a_hellaswag_that_cannot_be_reached(shards, tmp_path, monkeypatch):
+def test_processes_agree_to_leave_out_hellaswag_if_it_cannot_be_reached(shards, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     result = train(tmp_path / "two", shards, processes=2, per_device_train_batch_size=2, hellaswag="Rowan/hellaswag")
     assert "HellaSwag is left out" in result.stdout

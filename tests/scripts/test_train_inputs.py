@@ -79,7 +79,7 @@ def test_two_processes_exit_together_on_missing_weights(shards, warm_python, tmp
     flags = toy_flags(tmp_path / "run", shards, init_from=tmp_path / "nowhere")
     both = warm_python.run_together(2, "-c", program, *flags, check=False, **CPU_FP32)
     assert [process.returncode for process in both] == [2, 2]
-    assert all("no model that can be read" in process.stderr for process in both)
+    assert all("cannot be read as a model" in process.stderr for process in both)
 
 
 def test_a_folder_that_does_not_belong_to_a_run_is_left_alone(shards, tmp_path, capsys):

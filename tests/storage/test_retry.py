@@ -47,6 +47,20 @@ def test_a_busy_or_unreachable_hub_is_asked_again(pauses):
     assert pauses == [1, 2, 4]
 
 
+def test_eight_attempts_of_23_seconds_each_fit_into_the_patience(pauses, monkeypatch):
+    """23 seconds are what the Hub's client takes by itself before it gives up."""
+    calls = []
+
+    def slow_attempt():
+        calls.append(23.0)
+        raise HTTPError("connection lost")
+
+    monkeypatch.setattr(retry.time, "monotonic", lambda: sum(pauses) + sum(calls))
+    with pytest.raises(ConnectionError):
+        retry_hub_read(slow_attempt)
+    assert len(calls) == 8
+
+
 def test_the_patience_ends_in_a_sentence(one_sentence):
     work = Failing(*[HTTPError("connection lost")] * 9)
     with pytest.raises(ConnectionError, match=r"the Hub did not answer for 3 s \(connection lost\)") as error:

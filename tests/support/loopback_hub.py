@@ -27,7 +27,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-WRITE_TOKEN, READ_TOKEN = "hf_writer", "hf_reader"
+WRITE_TOKEN = "hf_writer"
+READ_TOKEN = "hf_reader"
 ROLES = {WRITE_TOKEN: "write", READ_TOKEN: "read"}  # any other token is refused, as in reality
 # From the .gitattributes of a new repository.
 LFS_SUFFIXES = {".parquet", ".arrow", ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".npy"}
@@ -49,7 +50,7 @@ ROUTES = {
 
 @dataclass
 class Reply(Exception):
-    """What goes back to the client; raised from wherever it is known."""
+    """A response to the client; raised from wherever it is known."""
 
     status: int
     body: bytes | list | dict = b""
@@ -131,7 +132,8 @@ class Handler(BaseHTTPRequestHandler):
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not asked:
             raise Reply(200, content, headers | {"Accept-Ranges": "bytes"})
-        start, end = int(asked[1]), min(int(asked[2] or len(content)) + 1, len(content))
+        start = int(asked[1])
+        end = min(int(asked[2] or len(content)) + 1, len(content))
         if start >= end:
             raise refusal(416, "Range not satisfiable", headers={"Content-Range": f"bytes */{len(content)}"})
         raise Reply(206, content[start:end], headers | {"Content-Range": f"bytes {start}-{end - 1}/{len(content)}"})
@@ -171,7 +173,8 @@ class HubHandler(Handler):
                 self.parts = {name: unquote(value) for name, value in found.groupdict().items() if value}
                 self.path_in_repository = self.parts.get("path", "").rstrip("/")
                 if "name" in self.parts:
-                    self.kind, self.name = self.parts.get("kind", "models"), self.parts["name"]
+                    self.kind = self.parts.get("kind", "models")
+                    self.name = self.parts["name"]
                     self.repository = self.find_repository(self.parts.get("revision", "main"))
                 getattr(self, action)()
         raise refusal(404, "Sorry, we can't find the page you are looking for.")
@@ -241,7 +244,8 @@ class HubHandler(Handler):
         entry = self.repository.entries.get(self.path_in_repository)
         if entry is None or entry["type"] != "file":
             raise self.entry_not_found()
-        path, headers = self.repository.folder / entry["path"], {"X-Repo-Commit": self.repository.commit}
+        path = self.repository.folder / entry["path"]
+        headers = {"X-Repo-Commit": self.repository.commit}
         if "lfs" not in entry:
             self.send_file(path, headers | {"ETag": f'"{entry["oid"]}"'})
         address = f"/lfs/{entry['lfs']['oid']}/{quote(entry['path'])}"
@@ -254,9 +258,12 @@ class State:
     """What the two origins share."""
 
     def __init__(self, root: Path):
-        self.root, self.endpoint, self.cdn = root, "", ""
+        self.root = root
+        self.endpoint = ""
+        self.cdn = ""
         self.handed_out: dict[str, Path] = {}  # in place of a signature: "METHOD address", and what file it is about
-        self.faults, self.faults_version = [], (0, 0)
+        self.faults = []
+        self.faults_version = (0, 0)
         self.lock = threading.Lock()
 
     def next_fault(self, request: str) -> dict:
@@ -264,7 +271,8 @@ class State:
         with self.lock:
             version = (file.stat().st_mtime_ns, file.stat().st_ino) if file.exists() else (0, 0)
             if version != self.faults_version:
-                self.faults, self.faults_version = json.loads(file.read_text()) if any(version) else [], version
+                self.faults = json.loads(file.read_text()) if any(version) else []
+                self.faults_version = version
             for fault in self.faults:
                 if fault.get("times", 1) > 0 and re.search(fault["match"], request):
                     if "times" in fault:

@@ -30,7 +30,8 @@ class WritableCdn(CdnHandler):
     def serve(self, path: Path) -> None:
         if self.command != "PUT":
             super().serve(path)
-        sha256, size = path.name, int(self.path.partition("?size=")[2])
+        sha256 = path.name
+        size = int(self.path.partition("?size=")[2])
         if len(self.body) != size or hashlib.sha256(self.body).hexdigest() != sha256:
             raise refusal(400, f"These {len(self.body)} bytes are not the {size} bytes of {sha256}")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,7 @@ class WritableHub(HubHandler):
         raise Reply(200, {"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": auth})
 
     def validate_yaml(self) -> None:
-        """That a card's metadata can be parsed; the Hub also checks the fields."""
+        """Check that a card's metadata can be parsed; the Hub also checks the fields."""
         metadata = re.match(r"---\n(.*?)\n---(\n|$)", json.loads(self.body)["content"], re.DOTALL)
         if not metadata:
             raise Reply(200, {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
@@ -124,7 +125,8 @@ class WritableHub(HubHandler):
 
     def lfs_batch(self) -> None:
         self.require_write(self.name)
-        state, objects = self.server.state, []
+        state = self.server.state
+        objects = []
         for item in json.loads(self.body)["objects"]:
             objects.append({"oid": item["oid"], "size": item["size"]})
             if not self.lfs_object(item["oid"]).exists():
@@ -143,7 +145,7 @@ class WritableHub(HubHandler):
         raise Reply(200, {})
 
     def commit(self) -> None:
-        """All operations on a copy of the branch, which takes its place when the last one has gone well."""
+        """Apply all operations to a copy of the branch, which replaces it when the last one has succeeded."""
         self.require_write(self.name)
         header, *operations = [json.loads(line) for line in self.body.splitlines()]
         if header["value"].get("parentCommit", self.repository.commit) != self.repository.commit:

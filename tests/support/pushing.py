@@ -1,4 +1,4 @@
-"""Running the push command, and looking at what arrived."""
+"""The push command, and the files that arrived."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from toy_runs import ROOT
 
 from modeling_gpt2repro.hub.background_upload import upload_environment
 
-UNREACHABLE_HUB = "http://127.0.0.1:9"  # the discard port: nobody listens there
+UNREACHABLE_HUB = "http://127.0.0.1:9"  # the discard port: nothing listens there
 
 
 def run_push(*words) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-"""The real clients read from the loopback Hub and push to it as to the real one.
+"""The Hub's own clients read from the loopback Hub and push to it as they would to the real one.
 
 They run once, the reading ones in one subprocess, `CLIENTS`, and the pushing one in another, `PUSHES`.
 """
@@ -12,7 +12,8 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
 
-ROW_GROUPS, ROWS_PER_GROUP = 3, 50
+ROW_GROUPS = 3
+ROWS_PER_GROUP = 50
 DEFAULT_FILE = "data/CC-MAIN-2024-10/train-0.parquet"
 SAMPLE_FILES = ["sample/10BT/000_00000.parquet", "sample/10BT/001_00000.parquet"]
 
@@ -32,7 +33,8 @@ def failure(call):
         return type(error).__name__
 
 
-api, files = huggingface_hub.HfApi(), huggingface_hub.HfFileSystem()
+api = huggingface_hub.HfApi()
+files = huggingface_hub.HfFileSystem()
 answers = {}
 
 stream = datasets.load_dataset("ns/text", "sample-10BT", split="train", streaming=True)
@@ -89,7 +91,9 @@ from pathlib import Path
 
 import huggingface_hub
 
-folder, downloads, read_only_token = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+folder = Path(sys.argv[1])
+downloads = Path(sys.argv[2])
+read_only_token = sys.argv[3]
 api = huggingface_hub.HfApi()
 answers = {}
 
@@ -231,8 +235,8 @@ def answers(hub, warm_python):
     write_hellaswag(hub.new_repository("datasets/Rowan/hellaswag"))
     write_tokenizer(hub.new_repository("models/ns/tok"))
     seen = len(hub.log())
-    told = warm_python.run("-c", CLIENTS).stdout
-    return json.loads(told.splitlines()[-1]) | {"log": hub.log()[seen:]}
+    output = warm_python.run("-c", CLIENTS).stdout
+    return json.loads(output.splitlines()[-1]) | {"log": hub.log()[seen:]}
 
 
 def requests_of(answers, origin, text):
@@ -253,7 +257,7 @@ def test_a_config_streams_every_row_of_its_files(answers):
     assert answers["streamed"] == [2 * ROW_GROUPS * ROWS_PER_GROUP, sorted(FINEWEB), "Text 0 o", len(SAMPLE_FILES)]
 
 
-def test_the_card_says_which_files_a_config_has_and_the_address_names_the_commit(answers):
+def test_the_card_lists_the_files_of_a_config_and_the_address_names_the_commit(answers):
     at = f"hf://datasets/ns/text@{answers['sha']}/"
     assert answers["configs"] == ["default", "sample-10BT"]
     assert answers["default_files"] == [at + DEFAULT_FILE]
@@ -287,7 +291,7 @@ def test_the_listings_agree(answers, hub):
     assert answers["at_commit"] == answers["sha"]
 
 
-def test_a_snapshot_downloads_and_keeps_its_token_from_the_cdn(answers):
+def test_a_snapshot_downloads_and_does_not_send_its_token_to_the_cdn(answers):
     assert answers["rows_in_snapshot"] == ROW_GROUPS * ROWS_PER_GROUP
     assert any(line["auth"] for line in requests_of(answers, "hub", DEFAULT_FILE))
     assert [line["status"] for line in requests_of(answers, "cdn", DEFAULT_FILE) if line["range"] is None] == [200]
@@ -302,7 +306,7 @@ def test_a_tokenizer_loads(answers):
     assert answers["tokens"] == [2]
 
 
-def test_what_is_missing_raises_the_clients_own_errors(answers):
+def test_missing_things_raise_the_clients_own_errors(answers):
     assert answers["missing"] == {
         "dataset": "DatasetNotFoundError",
         "config": "ValueError",
@@ -313,7 +317,7 @@ def test_what_is_missing_raises_the_clients_own_errors(answers):
     }
 
 
-def test_no_request_met_a_bug_or_an_unknown_address(answers):
+def test_no_request_caused_a_bug_or_had_an_unknown_address(answers):
     assert {line["status"] for line in answers["log"]} == {200, 206, 302, 401, 404}
     absent = [line["path"] for line in answers["log"] if line["status"] == 404 and "/api/" in line["path"]]
     assert [path.split("/", 5)[5] for path in absent] == [
@@ -341,7 +345,7 @@ def test_ranges_are_inclusive_and_may_be_open(notes, name):
     assert (status, headers["Content-Range"]) == (416, "bytes */10")
 
 
-def test_the_cdn_refuses_a_token_and_what_was_not_handed_out(notes, hub):
+def test_the_cdn_refuses_a_token_and_an_address_that_was_not_handed_out(notes, hub):
     assert read(notes + "ten.bin")[0] == 200
     address = hub.cdn + hub.log()[-1]["path"]
     assert read(address)[0] == 200
@@ -349,7 +353,7 @@ def test_the_cdn_refuses_a_token_and_what_was_not_handed_out(notes, hub):
     assert read(f"{hub.cdn}/lfs/0/ten.bin")[0] == 403
 
 
-def test_a_missing_file_says_at_which_commit_and_a_change_makes_a_new_one(notes, hub):
+def test_a_missing_file_names_its_commit_and_a_change_makes_a_new_one(notes, hub):
     status, headers, _ = read(notes + "no.txt")
     before = headers["X-Repo-Commit"]
     assert (status, headers["X-Error-Code"], len(before)) == (404, "EntryNotFound", 40)
@@ -360,7 +364,7 @@ def test_a_missing_file_says_at_which_commit_and_a_change_makes_a_new_one(notes,
     assert (status, headers["X-Error-Code"]) == (404, "RevisionNotFound")
 
 
-def test_what_it_does_not_know_is_404_and_json(hub):
+def test_an_unknown_address_is_404_and_json(hub):
     for path in ("/", "/api/agent-harnesses", "/api/models/one", "/api/models/ns/../etc"):
         status, headers, body = read(hub.endpoint + path)
         assert (status, headers["Content-Type"], list(json.loads(body))) == (404, "application/json", ["error"])
@@ -385,7 +389,8 @@ def test_faults_are_applied_as_often_as_asked(notes, hub):
 @pytest.fixture(scope="module")
 def pushed(hub, tmp_path_factory):
     """What `PUSHES` got, its downloads "first", "second" and "branch" as {path: content}, its requests as "log"."""
-    folder, downloads = tmp_path_factory.mktemp("pushed"), tmp_path_factory.mktemp("downloads")
+    folder = tmp_path_factory.mktemp("pushed")
+    downloads = tmp_path_factory.mktemp("downloads")
     for name, content in PUSHED_FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
@@ -394,7 +399,7 @@ def pushed(hub, tmp_path_factory):
     environment = hub.environment(tmp_path_factory.mktemp("home")) | {"HF_TOKEN": hub.token}
     command = [sys.executable, "-c", PUSHES, folder, downloads, hub.read_only_token]
     uploads = "PUT /lfs/user/lost/|POST /user/lost.git/info/lfs/objects/verify"
-    with hub.faults({"match": uploads, "status": 200}):  # the client is told that they went well
+    with hub.faults({"match": uploads, "status": 200}):  # the client takes them for successful
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     downloaded = {name: files_below(downloads / name) for name in ("first", "second", "branch")}
@@ -407,7 +412,7 @@ def files_below(folder):
     return {name: path.read_bytes() for name, path in names.items() if not name.startswith(hidden)}
 
 
-def test_what_is_pushed_is_downloaded_and_lies_below_root(pushed, hub):
+def test_pushed_files_are_downloaded_and_are_below_root(pushed, hub):
     second = PUSHED_FILES | {"README.md": b"# Second\n"}
     assert pushed["first"] == PUSHED_FILES
     assert pushed["second"] == second == files_below(hub.root / "models/user/pushed")
@@ -432,7 +437,7 @@ def test_an_unchanged_push_makes_no_commit_and_a_changed_one_uploads_what_change
     assert not any(line["auth"] for line in requests_of(pushed, "cdn", ""))
 
 
-def test_a_push_that_may_not_be_changes_nothing(pushed):
+def test_a_refused_push_changes_nothing(pushed):
     assert pushed["refused"] == {
         "no token": ["HfHubHTTPError", 401],
         "unknown token": ["HfHubHTTPError", 401],
@@ -451,7 +456,7 @@ def test_a_push_that_may_not_be_changes_nothing(pushed):
     assert pushed["nothing"] == [".gitattributes"]
 
 
-def test_an_upload_is_checked_and_takes_no_token(pushed, hub):
+def test_an_upload_is_verified_and_refuses_a_token(pushed, hub):
     address = hub.cdn + requests_of(pushed, "cdn", "size=10240")[0]["path"]
     content = PUSHED_FILES["model.safetensors"]
     assert read(address, put=content)[0] == 200

@@ -1,4 +1,4 @@
-"""Toy runs of train_accelerate.py in processes of their own: what several test files compare."""
+"""Toy runs of train_accelerate.py, in this process or in others: data, flags, and the values that a run logged."""
 
 import gc
 import json
@@ -11,12 +11,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train_accelerate.py"
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "seed": 11}
-STEPS, ROWS = 30, 8
+STEPS = 30
+SEQUENCES_PER_STEP = 8
+TOKENS_PER_STEP = SEQUENCES_PER_STEP * SHAPE["block_size"]
 RECIPE = {
     **SHAPE,
-    "train_tokens": STEPS * ROWS * 32,
-    "tokens_per_step": ROWS * 32,
-    "warmup_tokens": 5 * ROWS * 32,
+    "train_tokens": STEPS * TOKENS_PER_STEP,
+    "tokens_per_step": TOKENS_PER_STEP,
+    "warmup_tokens": 5 * TOKENS_PER_STEP,
     "per_device_train_batch_size": 4,
     "learning_rate": 1e-2,
     "eval_tokens": 320,
@@ -41,7 +43,7 @@ def make_shards(folder: Path) -> Path:
     tokenizer = train_tokenizer(texts, 300)
     source = local_source([str(folder / "prose.jsonl")])
     prepare_shards(source, tokenizer, "toy", folder / "tokens", validation_share=0.3, shard_tokens=1500)
-    rows = [
+    examples = [
         {
             "ind": i,
             "activity_label": "Seeing",
@@ -53,16 +55,17 @@ def make_shards(folder: Path) -> Path:
         }
         for i in range(7)
     ]
-    (folder / "hellaswag.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "hellaswag.jsonl").write_text("\n".join(map(json.dumps, examples)))
     return folder / "tokens"
 
 
 def as_flags(recipe: dict) -> list[str]:
+    """{"seed": 1} -> ["--seed", "1"]."""
     return [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
 
 
 def toy_flags(output_dir: Path, shards: Path | None, **overrides) -> list[str]:
-    """The command line of a toy run; without shards the overrides say where its data are."""
+    """The command line of a toy run; without shards the overrides must name its data."""
     data = {"shards": shards, "hellaswag": shards.parent / "hellaswag.jsonl"} if shards else {"hellaswag": "none"}
     return as_flags({**data, "output_dir": output_dir, **RECIPE, **overrides})
 
@@ -91,10 +94,11 @@ def train(
     )
 
 
-def rows_of(output_dir: Path, name: str = "loss") -> list[float]:
+def logged_values(output_dir: Path, name: str = "loss") -> list[float]:
+    """The values of `name` in a run's metrics.jsonl, in order; None for NaN."""
     from modeling_gpt2repro.runs.read import read_metrics
 
-    return [row[name] for row in read_metrics(output_dir) if name in row]
+    return [record[name] for record in read_metrics(output_dir) if name in record]
 
 
 def train_here(output_dir: Path, shards: Path, **overrides) -> int:
@@ -107,7 +111,7 @@ def train_here(output_dir: Path, shards: Path, **overrides) -> int:
     threads = torch.get_num_threads()
     before = {name: os.environ.get(name) for name in CPU_FP32}
     os.environ.update(CPU_FP32)
-    gc.freeze()  # the script looks for garbage twice, and need not look through all that the tests have imported
+    gc.freeze()  # the script looks for garbage twice, and need not search all that the tests have imported
     try:
         torch.set_num_threads(1)
         train_accelerate.main(toy_flags(output_dir, shards, **overrides))

@@ -1,4 +1,4 @@
-"""Python processes that begin with their imports done, for what has to run in a process of its own.
+"""Python processes that start with their imports done, for what has to run in a process of its own.
 
 A fresh interpreter takes four seconds to import what the scripts need, and the tests start some thirty. The fork server
 of multiprocessing imports it once and forks them; elsewhere than on Linux each one imports for itself.
@@ -32,14 +32,14 @@ IMPORTED = [
 class WarmPython:
     """Runs Python's command lines: -c PROGRAM, -m MODULE or a script, and its arguments.
 
-    Each has `environment`, and what a test adds; but what is read while importing, as HF_* are, a test cannot change.
-    A claim about imports needs a fresh interpreter instead.
+    Each has `environment`, and what a test adds; but variables that are read while importing, such as HF_*, are fixed.
+    A test about imports needs a fresh interpreter instead.
     """
 
     environment: dict[str, str]
 
     def run(self, *words, cwd: Path = ROOT, check: bool = True, **more: str) -> subprocess.CompletedProcess:
-        """One process; `more` is added to its environment. `check`: it must end well."""
+        """One process; `more` is added to its environment. `check`: its exit code must be 0."""
         return self.run_together(1, *words, cwd=cwd, check=check, **more)[0]
 
     def run_together(
@@ -48,7 +48,7 @@ class WarmPython:
         """The same in several processes, which find each other as those of torchrun do; by rank."""
         words = list(map(str, words))
         with TemporaryDirectory() as folder:
-            # `spawn` hands on the environment of this moment, the fork server keeps the one of its start.
+            # `spawn` passes on the environment of this moment, the fork server keeps the one of its start.
             with patch.dict(os.environ, self.environment, clear=True):
                 started = [
                     _start(words, str(cwd), more | ranked, str(Path(folder, f"{rank}")))
@@ -61,7 +61,7 @@ class WarmPython:
                 process.kill()
                 process.join()
             ended = [
-                subprocess.CompletedProcess(words, process.exitcode, *_told(Path(folder, f"{rank}")))
+                subprocess.CompletedProcess(words, process.exitcode, *_outputs(Path(folder, f"{rank}")))
                 for rank, process in enumerate(started)
             ]
         assert not late, f"still there after {timeout} seconds: {ended}"
@@ -78,25 +78,26 @@ def _ranks(processes: int) -> list[dict[str, str]]:
     return [meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def _start(words: list[str], cwd: str, environment: dict[str, str], told: str) -> multiprocessing.Process:
+def _start(words: list[str], cwd: str, environment: dict[str, str], output: str) -> multiprocessing.Process:
     forks = sys.platform == "linux"  # macOS can, but not safely with its own libraries loaded
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload(IMPORTED)
-    process = context.Process(target=_run, args=(words, cwd, environment, told))
+    process = context.Process(target=_run, args=(words, cwd, environment, output))
     process.start()
     return process
 
 
-def _told(place: Path) -> list[str]:
-    return [place.with_suffix(kind).read_text(encoding="utf-8") for kind in (".out", ".err")]
+def _outputs(path: Path) -> list[str]:
+    """What a process has written to stdout and stderr."""
+    return [path.with_suffix(kind).read_text(encoding="utf-8") for kind in (".out", ".err")]
 
 
-def _run(words: list[str], cwd: str, environment: dict[str, str], told: str):
+def _run(words: list[str], cwd: str, environment: dict[str, str], output: str):
     """In the new process: what `python WORDS...` does."""
     for descriptor, kind in ((1, ".out"), (2, ".err")):
-        os.dup2(os.open(told + kind, os.O_WRONLY | os.O_CREAT), descriptor)
-    gc.freeze()  # the imports are no garbage
+        os.dup2(os.open(output + kind, os.O_WRONLY | os.O_CREAT), descriptor)
+    gc.freeze()  # the imports are not garbage
     os.environ.update(environment)
     os.chdir(cwd)
     kind, *arguments = words

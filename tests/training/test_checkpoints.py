@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, checked to the last byte, kept and deleted in the right order."""
+"""Checkpoints: written atomically, verified by checksums, kept and deleted in the right order."""
 
 import errno
 import json
@@ -34,14 +34,14 @@ def optimizer(tiny_model):
 
 @pytest.fixture
 def save(tiny_model, optimizer, tmp_path):
-    """save(step) -> the checkpoint's folder, or why there is none."""
+    """save(step) -> the checkpoint's folder, or the error message."""
 
     def save(step, keep=RetentionPolicy(), write_model=None, folder=tmp_path):  # noqa: B008 - frozen
         accelerator = Accelerator(cpu=True)
         problem = checkpoints.save_checkpoint(
             accelerator,
             folder / checkpoint_name(step),
-            write_model or (lambda aside: (aside / "model.safetensors").write_bytes(b"weights" * 100)),
+            write_model or (lambda temporary: (temporary / "model.safetensors").write_bytes(b"weights" * 100)),
             optimizer=optimizer_tensors(tiny_model, optimizer, keep=True),
             random=random_tensors(accelerator),
             state={"progress": {"step": step}, "data": {"next_step": step}, "identity": IDENTITY},
@@ -56,7 +56,7 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_checkpoint_gives_back_what_was_saved(save, tiny_model, optimizer):
+def test_loading_a_checkpoint_restores_what_was_saved(save, tiny_model, optimizer):
     torch.manual_seed(3)
     folder = save(3)
     drawn = torch.rand(4)
@@ -89,29 +89,31 @@ def test_every_file_is_listed_with_its_size_and_hash(save):
     assert all(re.fullmatch("[0-9a-f]{64}", entry["sha256"]) for entry in listed.values())
 
 
-def test_all_of_it_is_on_disk_before_it_gets_its_name(save, tmp_path, monkeypatch):
-    happened, flush, rename = [], os.fsync, os.replace
+def test_every_file_is_flushed_to_disk_before_the_rename(save, tmp_path, monkeypatch):
+    events = []
+    flush = os.fsync
+    rename = os.replace
 
-    def flushed(descriptor):
-        happened.append((os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+    def record_flush(descriptor):
+        events.append((os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
         flush(descriptor)
 
-    def renamed(old, new):
-        happened.append((old.name, new.name))
+    def record_rename(old, new):
+        events.append((old.name, new.name))
         rename(old, new)
 
-    monkeypatch.setattr(atomic.os, "fsync", flushed)
-    monkeypatch.setattr(atomic.os, "replace", renamed)
+    monkeypatch.setattr(atomic.os, "fsync", record_flush)
+    monkeypatch.setattr(atomic.os, "replace", record_rename)
     folder = save(5)
-    named = happened.index((".step-000005.partial", "step-000005"))
-    for path in (folder, *folder.rglob("*")):  # whole, and the names in folders, too
-        assert (path.stat().st_ino, path.stat().st_size) in happened[:named], path
-    assert [number for number, _ in happened[named + 1 :]] == [tmp_path.stat().st_ino]
+    named = events.index((".step-000005.partial", "step-000005"))
+    for path in (folder, *folder.rglob("*")):  # at its full size; and the folders, which hold the names
+        assert (path.stat().st_ino, path.stat().st_size) in events[:named], path
+    assert [number for number, _ in events[named + 1 :]] == [tmp_path.stat().st_ino]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a umask")
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
-def test_a_checkpoint_may_be_read_by_whom_the_umask_lets(save, umask, mode):
+def test_file_permissions_follow_the_umask(save, umask, mode):
     before = os.umask(umask)
     try:
         folder = save(5)
@@ -120,16 +122,21 @@ def test_a_checkpoint_may_be_read_by_whom_the_umask_lets(save, umask, mode):
     assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {mode}
 
 
-def test_what_a_killed_save_left_is_no_part_of_the_next_one(save, tmp_path):
-    left = tmp_path / ".step-000005.partial" / "training_state"
-    left.mkdir(parents=True)
-    (left / "of_another_time.json").write_text("{}")
-    assert not [path for path in save(5).rglob("*") if path.name == "of_another_time.json"]
+def test_leftovers_of_a_killed_save_do_not_enter_the_next_one(save, tmp_path):
+    leftovers = tmp_path / ".step-000005.partial" / "training_state"
+    leftovers.mkdir(parents=True)
+    (leftovers / "leftover.json").write_text("{}")
+    assert not [path for path in save(5).rglob("*") if path.name == "leftover.json"]
 
 
-def test_old_checkpoints_go_after_the_new_one_stands(save, tmp_path, monkeypatch):
+def test_old_checkpoints_are_deleted_after_the_new_one_is_complete(save, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(checkpoints, "delete_dir", lambda old: (seen.append(names(tmp_path)), atomic.delete_dir(old)))
+
+    def record_and_delete(old):
+        seen.append(names(tmp_path))
+        atomic.delete_dir(old)
+
+    monkeypatch.setattr(checkpoints, "delete_dir", record_and_delete)
     for step in (9, 10, 11):
         save(step, RetentionPolicy(limit=2))
     assert seen == [["step-000009", "step-000010", "step-000011"]]
@@ -137,7 +144,7 @@ def test_old_checkpoints_go_after_the_new_one_stands(save, tmp_path, monkeypatch
     assert find_resume_checkpoint("latest", tmp_path)[0].name == "step-000011"
 
 
-def test_milestones_stay_beside_the_newest(save, tmp_path):
+def test_milestones_are_kept_beside_the_newest(save, tmp_path):
     for step in range(10, 70, 10):
         save(step, RetentionPolicy(limit=2, every=20))
     assert names(tmp_path) == ["step-000020", "step-000030", "step-000040", "step-000050", "step-000060"]
@@ -145,12 +152,12 @@ def test_milestones_stay_beside_the_newest(save, tmp_path):
     assert names(tmp_path) == ["step-000020", "step-000040", "step-000050", "step-000060", "step-000070"]
 
 
-def test_the_places_of_all_processes_are_joined():
+def test_the_data_states_of_all_processes_are_joined():
     states = [{"next_step": 3, "lanes": {"0": [1, 2]}}, {"next_step": 3, "lanes": {"1": [0, 5]}}]
     assert checkpoints.join_states(states) == {"next_step": 3, "lanes": {"0": [1, 2], "1": [0, 5]}}
 
 
-def test_a_half_written_folder_is_no_checkpoint(save, tmp_path):
+def test_a_half_written_folder_is_not_a_checkpoint(save, tmp_path):
     save(5)
     (tmp_path / ".step-000006.partial" / "training_state").mkdir(parents=True)
     shutil.copytree(tmp_path / "step-000005", tmp_path / "step-000007")
@@ -168,7 +175,7 @@ FILES = [
 ]
 
 
-def cut(path):
+def truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
@@ -178,14 +185,15 @@ def flip_a_bit(path):
     path.write_bytes(bytes(data))
 
 
-def lose(path):
+def delete(path):
     path.unlink()
 
 
 @pytest.mark.parametrize(
-    ("damage", "name"), [(damage, name) for damage in (cut, flip_a_bit, lose) for name in FILES[:3]] + [(cut, FILES[3])]
+    ("damage", "name"),
+    [(damage, name) for damage in (truncate, flip_a_bit, delete) for name in FILES[:3]] + [(truncate, FILES[3])],
 )
-def test_a_damaged_newest_checkpoint_is_named_and_passed_over(save, tmp_path, damage, name):
+def test_a_damaged_newest_checkpoint_is_reported_and_passed_over(save, tmp_path, damage, name):
     save(4)
     damage(save(5) / name)
     checkpoint, passed_over = find_resume_checkpoint("latest", tmp_path)
@@ -196,45 +204,45 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(save, tmp_path, da
         find_resume_checkpoint(str(tmp_path / "step-000005"), tmp_path)
 
 
-def test_where_all_are_damaged_nothing_starts_afresh(save, tmp_path):
-    cut(save(5) / "model.safetensors")
+def test_no_run_starts_anew_where_all_checkpoints_are_damaged(save, tmp_path):
+    truncate(save(5) / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors has 699 of 700 bytes") as error:
         find_resume_checkpoint("latest", tmp_path)
     assert "has no checkpoint left" in str(error.value)
 
 
-def test_a_damaged_later_checkpoint_does_not_push_out_a_good_one(save, tmp_path):
+def test_a_damaged_later_checkpoint_does_not_displace_a_good_one(save, tmp_path):
     save(4)
-    cut(save(6) / "model.safetensors")
+    truncate(save(6) / "model.safetensors")
     save(5, RetentionPolicy(limit=1))
     assert names(tmp_path) == ["step-000005", "step-000006"]
     assert find_resume_checkpoint("latest", tmp_path)[0].name == "step-000005"
     assert len(names(save(6, RetentionPolicy(limit=1)).parent)) == 1
 
 
-def test_a_card_may_be_edited(save, tmp_path):
-    def write(aside):
-        (aside / "model.safetensors").write_bytes(b"weights")
-        (aside / "README.md").write_text("A card.")
+def test_an_edited_model_card_is_no_damage(save, tmp_path):
+    def write(temporary):
+        (temporary / "model.safetensors").write_bytes(b"weights")
+        (temporary / "README.md").write_text("A card.")
 
     (save(5, write_model=write) / "README.md").write_text("A better card.")
     assert find_resume_checkpoint("latest", tmp_path) == (tmp_path / "step-000005", [])
 
 
-def test_a_save_that_fails_leaves_all_as_it_was(save, tmp_path):
+def test_a_failed_save_changes_nothing(save, tmp_path):
     save(5, RetentionPolicy(limit=1))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
-    def no_room(aside):
-        (aside / "model.safetensors").write_bytes(b"half")
+    def full(temporary):
+        (temporary / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    assert save(6, RetentionPolicy(limit=1), no_room) == "No space left on device"
+    assert save(6, RetentionPolicy(limit=1), full) == "No space left on device"
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert names(tmp_path) == ["step-000005"]
 
 
-def test_going_back_behind_later_checkpoints_is_refused(save, tmp_path):
+def test_resuming_from_before_later_checkpoints_is_refused(save, tmp_path):
     for step in (5, 6):
         save(step)
     assert find_resume_checkpoint(str(tmp_path / "step-000006"), tmp_path)[0].name == "step-000006"
@@ -248,14 +256,14 @@ def test_checkpoints_are_ordered_by_number(save, tmp_path):
     assert find_resume_checkpoint("latest", tmp_path)[0].name == "step-1000000"
 
 
-def test_a_resumed_optimizer_has_the_decay_that_was_asked_for(save, tiny_model):
+def test_a_resumed_optimizer_has_the_decay_of_its_arguments(save, tiny_model):
     folder = save(5)
     optimizer = build_optimizer(tiny_model, 1e-3, weight_decay=0.5)
     load_optimizer(folder / "training_state", tiny_model, optimizer)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
 
 
-def test_a_resumed_optimizer_holds_memory_of_its_own(save, tiny_model):
+def test_a_resumed_optimizer_does_not_share_memory_with_the_file(save, tiny_model):
     folder = save(5)
     optimizer = build_optimizer(tiny_model, 1e-3)
     load_optimizer(folder / "training_state", tiny_model, optimizer)
@@ -266,7 +274,7 @@ def test_a_resumed_optimizer_holds_memory_of_its_own(save, tiny_model):
             tensor.add_(1)  # a mapped file would not take it
 
 
-def test_latest_starts_afresh_where_there_is_none_yet(tmp_path):
+def test_latest_starts_anew_where_there_is_no_checkpoint_yet(tmp_path):
     assert find_resume_checkpoint("latest", tmp_path) == (None, [])
 
 
@@ -277,13 +285,13 @@ def test_a_checkpoint_of_another_run_is_refused_with_every_difference(save):
     assert "made with block_size None, not 64" in str(error.value)
 
 
-def test_a_kill_between_the_renames_of_a_checkpoint_written_again_costs_nothing(save, tmp_path, monkeypatch):
+def test_a_kill_between_the_renames_of_a_rewritten_checkpoint_costs_nothing(save, tmp_path, monkeypatch):
     save(5)
 
-    def killed(aside, folder):
-        if aside.name.endswith(".partial"):
+    def killed(temporary, folder):
+        if temporary.name.endswith(".partial"):
             raise KeyboardInterrupt
-        rename(aside, folder)
+        rename(temporary, folder)
 
     rename = atomic.os.replace
     with monkeypatch.context() as patch:
@@ -294,7 +302,7 @@ def test_a_kill_between_the_renames_of_a_checkpoint_written_again_costs_nothing(
     assert find_resume_checkpoint("latest", tmp_path) == (tmp_path / "step-000005", [])
 
 
-def test_a_checkpoint_that_was_being_deleted_does_not_come_back(save, tmp_path, monkeypatch):
+def test_a_half_deleted_checkpoint_is_not_recovered(save, tmp_path, monkeypatch):
     save(5)
 
     def killed(folder, **options):
@@ -311,29 +319,29 @@ def test_a_checkpoint_that_was_being_deleted_does_not_come_back(save, tmp_path, 
     assert names(tmp_path) == []
 
 
-def test_a_tokenizer_that_finds_the_disk_full_is_told_like_any_other_file(save, tmp_path, tiny_tokenizer, monkeypatch):
+def test_a_disk_that_is_full_for_the_tokenizer_is_reported_as_for_any_file(save, tmp_path, tiny_tokenizer, monkeypatch):
     def full(self, path, **options):
         raise Exception("No space left on device (os error 28)")
 
     monkeypatch.setattr(type(tiny_tokenizer), "save_pretrained", full)
-    assert "No space left" in save(6, write_model=lambda aside: save_tokenizer(tiny_tokenizer, aside))
+    assert "No space left" in save(6, write_model=lambda temporary: save_tokenizer(tiny_tokenizer, temporary))
     assert names(tmp_path) == []
 
 
-def test_a_disk_that_flushes_files_only_takes_checkpoints(save, tmp_path, monkeypatch):
+def test_a_disk_that_cannot_flush_folders_takes_checkpoints(save, tmp_path, monkeypatch):
     flush = os.fsync
 
-    def of_files(descriptor):
+    def flush_files_only(descriptor):
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "Invalid argument")
         flush(descriptor)
 
-    monkeypatch.setattr(os, "fsync", of_files)
+    monkeypatch.setattr(os, "fsync", flush_files_only)
     assert save(5) == tmp_path / "step-000005"
     assert find_resume_checkpoint("latest", tmp_path) == (tmp_path / "step-000005", [])
 
 
-def test_what_a_killed_save_left_is_cleared(save, tmp_path):
+def test_leftovers_of_killed_saves_are_removed(save, tmp_path):
     save(5)
     for name in (".step-000006.partial", ".step-000004.old", ".model.partial", ".push-main-step-000005"):
         (tmp_path / name).mkdir()

@@ -1,10 +1,12 @@
-"""Parameters spread over two processes by torch's own `fully_shard`, as accelerate shards on GPUs only; through the
-script itself: its step, its evaluation, its checkpoints."""
+"""A whole run with parameters sharded over two processes: its step, its evaluation, its checkpoints.
+
+Sharded by torch's own `fully_shard`, because accelerate's FSDP runs on GPUs only.
+"""
 
 import shutil
 
 import pytest
-from toy_runs import CPU_FP32, rows_of, toy_flags, train_here
+from toy_runs import CPU_FP32, logged_values, toy_flags, train_here
 
 SHARDED = """
 import sys
@@ -34,19 +36,19 @@ train_accelerate.main(sys.argv[1:])
 """
 
 
-def test_a_sharded_run_equals_a_whole_one_and_each_goes_on_from_the_others_checkpoint(
+def test_a_sharded_run_equals_an_unsharded_one_and_each_resumes_from_the_others_checkpoint(
     finished, shards, warm_python, tmp_path
 ):
-    whole = shutil.ignore_patterns("step-000020", "step-000030", "model")
-    shutil.copytree(finished[0], tmp_path / "run", ignore=whole)
+    later = shutil.ignore_patterns("step-000020", "step-000030", "model")
+    shutil.copytree(finished[0], tmp_path / "run", ignore=later)
     flags = toy_flags(tmp_path / "run", shards, per_device_train_batch_size=2, resume_from_checkpoint="latest")
     result = warm_python.run_together(2, "-c", SHARDED, *flags, **CPU_FP32)[0]
     assert "sharded: (150, 32) of (300, 32)" in result.stdout
     assert "resuming from step 10" in result.stdout
     for name in ("loss", "grad_norm", "validation_loss", "hellaswag_completion_acc_norm"):
-        assert rows_of(tmp_path / "run", name) == pytest.approx(rows_of(finished[0], name), abs=1e-5), name
+        assert logged_values(tmp_path / "run", name) == pytest.approx(logged_values(finished[0], name), abs=1e-5), name
 
     shutil.rmtree(tmp_path / "run" / "step-000030")
     assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest") == 0
-    assert len(rows_of(tmp_path / "run")) == 30
-    assert rows_of(tmp_path / "run") == pytest.approx(rows_of(finished[0]), abs=1e-5)
+    assert len(logged_values(tmp_path / "run")) == 30
+    assert logged_values(tmp_path / "run") == pytest.approx(logged_values(finished[0]), abs=1e-5)

@@ -1,0 +1,44 @@
+"""Single optimizer steps of the training script, on the CPU and with random tokens."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+from torch import nn
+from torch.optim import Optimizer
+
+from modeling_gpt2repro.data.batches.sequences import as_batch
+from modeling_gpt2repro.runs.metrics import StepMetrics
+from modeling_gpt2repro.training.outliers import OutlierDetector
+from train_accelerate import train_step
+
+
+def accelerator_for(micro_batches: int) -> Accelerator:
+    """An accelerator on the CPU that accumulates the gradients of so many micro-batches."""
+    plugin = GradientAccumulationPlugin(num_steps=micro_batches, sync_with_dataloader=False)
+    return Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+
+
+def random_sequences(count: int, length: int = 33, seed: int = 5) -> torch.Tensor:
+    """Ids of the tiny vocabulary, (count, length): inputs and, one further, targets."""
+    return torch.randint(0, 97, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def take_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    sequences: torch.Tensor,
+    micro_batch_size: int,
+    max_grad_norm: float = 1.0,
+) -> StepMetrics:
+    """A step over `sequences`; the last micro-batch is padded, as it is in training."""
+    parts = sequences.split(micro_batch_size)
+    return train_step(
+        accelerator,
+        model,
+        optimizer,
+        [as_batch(part.numpy(), pad_to=micro_batch_size) for part in parts],
+        tokens_per_step=sequences[:, 1:].numel(),
+        max_grad_norm=max_grad_norm,
+        detector=OutlierDetector(torch.device("cpu")),
+    )
