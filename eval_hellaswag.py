@@ -102,7 +102,7 @@ def save_report(
         "data": args.data,
         "data_sha256": hellaswag_sha256(args.data),
         "results": results,
-        "standings": {protocol: rank.as_json() for protocol, rank in ranks.items()},
+        "standings": {protocol: asdict(rank) for protocol, rank in ranks.items()},
         "seconds": round(seconds, 3),
         "arguments": asdict(args),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -20,17 +20,11 @@ SHOWN_TOKENS = 120  # at each end of a long document: a few lines
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where documents begin in a shard.
+    """Where documents begin in a shard."""
 
-    Args:
-        name: The shard's file name.
-        ids: Its memory-mapped ids, (n,).
-        starts: Positions of its end-of-text ids, one before each document, (m,).
-    """
-
-    name: str
-    ids: np.ndarray
-    starts: np.ndarray
+    name: str  # the shard's file name
+    ids: np.ndarray  # its memory-mapped ids, (n,)
+    starts: np.ndarray  # positions of its end-of-text ids, one before each document, (m,)
 
     @property
     def begins_inside(self) -> bool:

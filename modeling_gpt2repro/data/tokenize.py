@@ -5,29 +5,22 @@ validation [].
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from modeling_gpt2repro.data.sources.documents import Document, Partition
-from modeling_gpt2repro.data.sources.resolve import Source
+from modeling_gpt2repro.data.sources.documents import Document
 
 
 @dataclass
 class TokenizedPartition:
-    """The token ids of one partition of a source.
+    """The token ids of one partition of a source."""
 
-    Args:
-        ids: Per split, (n,) uint16: GPT-2's 50,257 ids fit in 16 bits, and int32 would double the disk space.
-        text_bytes: Per split, UTF-8 bytes of text.
-        skipped: How many documents were left out, by reason.
-    """
-
+    # Per split, (n,) uint16: GPT-2's 50,257 ids fit in 16 bits, and int32 would double the disk space.
     ids: dict[str, np.ndarray]
-    text_bytes: dict[str, int]
-    skipped: dict[str, int] = field(default_factory=dict)
+    text_bytes: dict[str, int]  # per split, UTF-8 bytes of text
+    skipped: dict[str, int] = field(default_factory=dict)  # how many documents were left out, by reason
 
 
 def is_validation(document_id: str, share: float) -> bool:
@@ -60,18 +53,3 @@ def tokenize_documents(
         previous_split = split
     ids = {split: np.concatenate(arrays) if arrays else np.empty(0, np.uint16) for split, arrays in parts.items()}
     return TokenizedPartition(ids, text_bytes)
-
-
-def tokenize_partition(
-    source: Source,
-    partition: Partition,
-    encode: Callable[[str], np.ndarray],
-    end_of_text_id: int,
-    validation_share: float,
-) -> TokenizedPartition:
-    """Read a partition, encode it, and count the documents that were left out."""
-    skipped = Counter()
-    documents = source.read(partition, skipped)
-    tokenized = tokenize_documents(documents, encode, end_of_text_id, validation_share)
-    tokenized.skipped = dict(skipped)
-    return tokenized

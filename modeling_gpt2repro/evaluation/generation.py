@@ -45,43 +45,31 @@ def sample_continuations(
     Raises:
         ValueError: If a prompt leaves no room in the context.
     """
+    n_positions = model.config.max_position_embeddings
+    continuations = []
     was_training = model.training
     model.eval()
     try:
-        return [
-            [
-                _sample(model, tokenizer, prompt, max_new_tokens, [seed, prompt_number, number], top_k)
-                for number in range(num_samples)
-            ]
-            for prompt_number, prompt in enumerate(prompts)
-        ]
+        for prompt_number, prompt in enumerate(prompts):
+            room = n_positions - check_prompt(prompt, tokenizer, n_positions)
+            config = GenerationConfig(
+                do_sample=True,
+                top_k=top_k,
+                max_new_tokens=min(max_new_tokens, room),
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.eos_token_id,
+                use_cache=True,
+            )
+            inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+            texts = []
+            for number in range(num_samples):
+                with seeded_rng([seed, prompt_number, number], model.device):
+                    [ids] = model.generate(**inputs, generation_config=config)
+                texts.append(tokenizer.decode(ids, skip_special_tokens=True))
+            continuations.append(texts)
     finally:
         model.train(was_training)
-
-
-@torch.no_grad()
-def _sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    max_new_tokens: int,
-    seed: Sequence[int],
-    top_k: int,
-) -> str:
-    n_positions = model.config.max_position_embeddings
-    room = n_positions - check_prompt(prompt, tokenizer, n_positions)
-    config = GenerationConfig(
-        do_sample=True,
-        top_k=top_k,
-        max_new_tokens=min(max_new_tokens, room),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-        use_cache=True,
-    )
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
-    with seeded_rng(seed, model.device):
-        [text] = model.generate(**ids, generation_config=config)
-    return tokenizer.decode(text, skip_special_tokens=True)
+    return continuations
 
 
 @contextmanager

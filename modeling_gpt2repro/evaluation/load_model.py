@@ -14,11 +14,7 @@ from modeling_gpt2repro.storage.retry import describe_error
 def load_causal_lm(
     name: str, dtype: str = "float32", device: str | torch.device = "cpu", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model, in eval mode on its device, and its tokenizer.
-
-    Args:
-        name: A folder, or a model on the Hub.
-        dtype: Of the weights: "float32", "bfloat16" or "float16".
+    """Load a model, from a folder or the Hub, in eval mode on its device, and its tokenizer.
 
     Raises:
         ValueError: If either cannot be loaded, weights are missing, or the tokenizer has more tokens than the model.

@@ -36,22 +36,19 @@ DEFAULT_BLOCK_SIZE = 1024  # GPT-2's context; a model with a longer one would pr
 
 
 @torch.no_grad()
-def summed_loss(
+def validation_loss(
     model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], device: torch.device
-) -> tuple[torch.Tensor, int]:
-    """Sum of the next-token losses of `batches`, in nats, and the number of those tokens.
-
-    A sum and not a mean, so that processes with different numbers of sequences can be added up exactly.
+) -> tuple[float, int]:
+    """Mean next-token loss in nats per token over the batches of all processes, and the number of those tokens.
 
     Args:
-        model: Any module whose output has `.logits` (B, T, V). Put into eval mode (no dropout) and back.
-        batches: `input_ids` and `shift_labels`, (B, T) each, and what else the model takes.
-
-    Returns:
-        The sum in float64, a scalar on `device` (float32 on MPS, which has no float64), and the count.
+        model: Any module whose output has `.logits` (B, T, V). Put into eval mode (no dropout) and back. Unwrapped,
+            because processes may have different numbers of batches.
+        batches: This process's share: `input_ids` and `shift_labels`, (B, T) each, and what else the model takes.
     """
     was_training = model.training
     model.eval()
+    # A sum and not a mean, so that processes with different numbers of tokens can be added up exactly.
     total = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     tokens = 0
     try:
@@ -64,21 +61,7 @@ def summed_loss(
             tokens += labels.numel()
     finally:
         model.train(was_training)
-    return total, tokens
-
-
-def validation_loss(
-    model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], device: torch.device
-) -> tuple[float, int]:
-    """Mean loss in nats per token over the batches of all processes, and the number of those tokens.
-
-    Args:
-        model: Unwrapped, because processes may have different numbers of batches.
-        batches: This process's share.
-    """
-    total, tokens = summed_loss(model, batches, device)
-    sums = reduce(torch.stack([total, torch.full_like(total, tokens)]), reduction="sum")
-    total, tokens = sums.tolist()
+    total, tokens = reduce(torch.stack([total, torch.full_like(total, tokens)]), reduction="sum").tolist()
     return total / tokens, int(tokens)
 
 

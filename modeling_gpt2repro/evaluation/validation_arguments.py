@@ -29,11 +29,7 @@ FLAG_HINTS: dict[tuple[str, ...], str] = {
 
 @dataclass
 class ValidationArguments:
-    """Which model to score on which shards.
-
-    Raises:
-        ValueError: On values that cannot work, with one error per line.
-    """
+    """Which model to score on which shards."""
 
     flag_hints: ClassVar[Mapping[tuple[str, ...], str]] = FLAG_HINTS
 

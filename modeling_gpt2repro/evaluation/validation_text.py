@@ -26,21 +26,13 @@ DOCUMENTS_PER_CALL = 1_000  # limits the memory of the Python lists that tokeniz
 
 @dataclass(frozen=True)
 class ValidationText:
-    """Text to score, as ids of the model's tokenizer.
+    """Text to score, as ids of the model's tokenizer."""
 
-    Args:
-        ids: (N + 1,) int64; each but the first is scored once.
-        block_size: T, tokens of a sequence.
-        text_bytes: Bytes of the text in UTF-8.
-        split_tokens: Tokens of the text in the split, by the shards' tokenizer.
-        encoded_again: Whether the ids are of another tokenizer than the shards'.
-    """
-
-    ids: np.ndarray
-    block_size: int
-    text_bytes: int
-    split_tokens: int
-    encoded_again: bool
+    ids: np.ndarray  # (N + 1,) int64; each but the first is scored once
+    block_size: int  # T, tokens of a sequence
+    text_bytes: int  # bytes of the text in UTF-8
+    split_tokens: int  # tokens of the text in the split, by the shards' tokenizer
+    encoded_again: bool  # whether the ids are of another tokenizer than the shards'
 
     @property
     def tokens(self) -> int:

@@ -46,32 +46,20 @@ class RunningUpload(NamedTuple):
     log_offset: int
 
 
+@dataclass(eq=False)
 class UploadQueue:
-    """Pushes a run's checkpoints while it trains, and its final model.
+    """Pushes a run's checkpoints while it trains, and its final model."""
 
-    Args:
-        repository: 'owner/name', or the name of one of your own; None pushes nothing.
-        strategy: What is pushed before the final model. 'end': nothing. 'every_save': each checkpoint's model, to main.
-            'checkpoint': in addition the newest checkpoint with its training state, to the branch last-checkpoint.
-            'all_checkpoints': in addition each checkpoint's model, to a branch step-NNNNNN of its own.
-        output_dir: The run's folder; the output of uploads is appended to its push.log.
-        private: Visibility of a new repository; None takes the default of its owner's settings.
-        command: The program that pushes a folder.
-    """
+    repository: str | None  # 'owner/name', or the name of one of your own; None pushes nothing
+    # What is pushed before the final model. 'end': nothing. 'every_save': each checkpoint's model, to main.
+    # 'checkpoint': in addition the newest checkpoint with its training state, to the branch last-checkpoint.
+    # 'all_checkpoints': in addition each checkpoint's model, to a branch step-NNNNNN of its own.
+    strategy: str
+    output_dir: Path  # the run's folder; the output of uploads is appended to its push.log
+    private: bool | None = None  # visibility of a new repository; None takes the default of its owner's settings
+    command: Sequence[str] = PUSH_COMMAND  # the program that pushes a folder
 
-    def __init__(
-        self,
-        repository: str | None,
-        strategy: str,
-        output_dir: Path,
-        private: bool | None = None,
-        command: Sequence[str] = PUSH_COMMAND,
-    ):
-        self.repository = repository
-        self.strategy = strategy
-        self.output_dir = output_dir
-        self.private = private
-        self.command = command
+    def __post_init__(self):
         self._pending: list[UploadJob] = []
         self._running: RunningUpload | None = None
         self._messages: list[str] = []
@@ -150,10 +138,6 @@ class UploadQueue:
 
         Checkpoints for main are dropped, because the final model replaces them there. The others may take their time,
         but only until one finds the Hub unreachable: not every one of them waits for it anew.
-
-        Args:
-            show: Prints a line.
-            should_stop: Whether to stop waiting.
 
         Returns:
             The exit code: 0 if the model is on the Hub; otherwise the command that pushes it has been shown.

@@ -44,10 +44,7 @@ SHARED_FIELDS = (
 )
 # Options of GPT2Config that change what the model computes -> the values that our model implements.
 SUPPORTED_OPTIONS = {
-    "activation_function": (
-        "gelu_pytorch_tanh",
-        "gelu_new",
-    ),  # one function: fused, and in several operations
+    "activation_function": ("gelu_pytorch_tanh", "gelu_new"),  # one function: fused, and in several operations
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
@@ -208,9 +205,6 @@ def from_hf_gpt2(hf_model: GPT2LMHeadModel) -> GPT2ReproForCausalLM:
 
     In fp32 the logits are equal up to rounding. With `gelu_new`, which computes GELU in several operations, that is a
     few millionths of the largest logit (tests/hub/test_conversion.py).
-
-    Raises:
-        ValueError: If the GPT-2 computes something that our model does not.
     """
     model = GPT2ReproForCausalLM(convert_config(hf_model.config)).to(hf_model.dtype)
     return copy_weights(hf_model, model)

@@ -43,13 +43,7 @@ def base_model_sentence(init_from: str | None) -> str:
 
 
 def model_card(model: PreTrainedModel, description: str = FROM_SCRATCH, run_folder: Path | None = None) -> str:
-    """The text of README.md.
-
-    Args:
-        model: Ours, or a GPT-2 of transformers.
-        description: The first sentence.
-        run_folder: The run that trained the model; without it the card has no results.
-    """
+    """The text of README.md; without the folder of the run that trained the model, it has no results."""
     run = None
     if run_folder and (run_folder / METRICS_FILE).is_file():
         run = read_run(run_folder)

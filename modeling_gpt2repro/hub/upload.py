@@ -12,6 +12,7 @@ import argparse
 import sys
 import uuid
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_session, get_token
@@ -69,7 +70,8 @@ def main(argv: list[str] | None = None):
         return f"pushed to {address}"
 
     try:
-        print(retry(attempt, args.patience_seconds, on_retry=print_to_stderr))
+        # Flushed, because the process that started this one may follow its log file.
+        print(retry(attempt, args.patience_seconds, on_retry=partial(print, file=sys.stderr, flush=True)))
     except (HTTPError, OSError, RuntimeError) as error:
         if is_transient(error):
             message = f"the Hub cannot be reached ({describe_error(error)}): try again later."
@@ -96,7 +98,6 @@ def push_folder(
         repository: 'owner/name', or a name alone for a repository of the token's owner.
         private: Visibility of a new repository; None takes the default of its owner's settings.
         with_training_state: Push `training_state/`, too, which resuming needs.
-        api: The client; by default a new one from `connect`.
 
     Returns:
         The address of the branch, and the commit.
@@ -190,11 +191,6 @@ def explain_hub_error(error: BaseException, repository: str) -> str:
             "or another --hub_model_id."
         )
     return f"the Hub refuses {repository} ({describe_error(error)})."
-
-
-def print_to_stderr(text: str):
-    """Print at once: the process that started this one may follow its log file."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,15 @@
 
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from modeling_gpt2repro.data.batches.build import TrainingData
@@ -32,42 +33,21 @@ FINAL_SAVE_TRIES = 20  # for the last checkpoint, which no later one makes up fo
 SECONDS_BETWEEN_TRIES = 30.0  # with 20 tries, ten minutes in which somebody can free some space
 
 
-class Stateful(Protocol):
-    """What a checkpoint keeps a dictionary of."""
-
-    def state_dict(self) -> dict: ...
-
-    def load_state_dict(self, state: dict): ...
-
-
+@dataclass(eq=False)
 class Checkpointer:
-    """Saves and restores all that a run needs to continue as if it had never stopped.
+    """Saves and restores all that a run needs to continue as if it had never stopped."""
 
-    Args:
-        model, optimizer: As `accelerator.prepare` returned them.
-        stateful: Name in state.json -> what has a state; `progress` is the run's TrainState.
-        description: First sentence of the model card; a resumed run keeps the one of its checkpoint.
-    """
+    args: TrainArguments
+    accelerator: Accelerator
+    model: nn.Module  # as `accelerator.prepare` returned it, like the optimizer
+    optimizer: Optimizer
+    data: TrainingData
+    stateful: dict[str, Stateful]  # name in state.json -> what has a state; `progress` is the run's TrainState
+    description: str  # first sentence of the model card; a resumed run keeps the one of its checkpoint
 
-    def __init__(
-        self,
-        args: TrainArguments,
-        accelerator: Accelerator,
-        model: nn.Module,
-        optimizer: Optimizer,
-        data: TrainingData,
-        stateful: dict[str, Stateful],
-        description: str,
-    ):
-        self.args = args
-        self.output_dir = Path(args.output_dir)
-        self.policy = checkpoints.RetentionPolicy(limit=args.save_total_limit, every=args.keep_every)
-        self.accelerator = accelerator
-        self.model = model
-        self.optimizer = optimizer
-        self.data = data
-        self.stateful = stateful
-        self.description = description
+    def __post_init__(self):
+        self.output_dir = Path(self.args.output_dir)
+        self.policy = checkpoints.RetentionPolicy(limit=self.args.save_total_limit, every=self.args.keep_every)
         self.saved_step = 0  # the last step that has a checkpoint in this run's folder; step 0 needs none
         self.failed_saves = 0  # in a row
 

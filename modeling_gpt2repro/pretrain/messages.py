@@ -49,14 +49,7 @@ def start_message(
     baselines: dict[str, float],
     step: int,
 ) -> str:
-    """What will happen, and what the losses are to be compared with.
-
-    Args:
-        model: Unwrapped.
-        micro_batch_shape: Micro-batches of a step on each process, and sequences of each.
-        baselines: Name -> loss in nats per token.
-        step: Where the run resumes; 0 for a new one.
-    """
+    """What will happen, from `step` on, and the baselines in nats per token that the losses compare with."""
     config = model.config
     num_processes = accelerator.num_processes
     count, size = micro_batch_shape
@@ -125,11 +118,6 @@ def stopped_message(stop: StopSignal, step: int) -> str:
     return f"\nStopped by {reason} after step {step}. Resume with:\n\n    {stop.resume_command}\n"
 
 
-def skipped_step_message(step: int) -> str:
-    """That the update of a step was skipped, and where its data are."""
-    return f"step {step:>6}: skipped, its loss or gradient norm is not usable; its sequences: {METRICS_FILE}"
-
-
 def too_many_skipped_message(args: TrainArguments, state: TrainState) -> str:
     """Why a run stops whose steps are all skipped, and what to do."""
     first = state.last_skipped - state.skipped_in_a_row + 1
@@ -139,14 +127,6 @@ def too_many_skipped_message(args: TrainArguments, state: TrainState) -> str:
         "from the last checkpoint with --resume_from_checkpoint latest and a lower --learning_rate than "
         f"{args.learning_rate}; if only these sequences are at fault, with a larger --max_skipped than "
         f"{args.max_skipped}."
-    )
-
-
-def unusable_steps_message(args: TrainArguments, skipped: int, steps: int) -> str:
-    """What a preflight says of steps whose update would have been skipped."""
-    return (
-        f"the loss or the gradient norm of {skipped} of {steps} steps was not usable: try a lower --learning_rate "
-        f"than {args.learning_rate}, or look at the data."
     )
 
 

@@ -28,7 +28,7 @@ from modeling_gpt2repro.training.outliers import OutlierDetector
 from modeling_gpt2repro.training.state import TimedIterator
 
 from .checkpointing import Checkpointer, unsharded_model
-from .messages import cannot_save_message, table, unusable_steps_message
+from .messages import cannot_save_message, table
 from .setup import log_run_summary, prepare_hellaswag_task
 
 WARMUP_STEPS = 3
@@ -38,26 +38,16 @@ EVALUATED_PART = 100  # HellaSwag examples, and validation batches, from which a
 
 @dataclass(frozen=True)
 class StepTimings:
-    """What a preflight has measured, in seconds unless stated otherwise.
+    """What a preflight has measured, in seconds unless stated otherwise."""
 
-    Args:
-        first_step: With compilation.
-        step, data: Medians of a step, and of its wait for data.
-        evaluation: A whole evaluation, extrapolated from a part of it.
-        save: One checkpoint.
-        checkpoint_bytes: Its size.
-        memory_gb: The peak of one process, in 10**9 bytes.
-        step_not_deterministic: A step without --deterministic; None if the run is without it anyway.
-    """
-
-    first_step: float
-    step: float
-    data: float
-    evaluation: float
-    save: float
+    first_step: float  # with compilation
+    step: float  # median
+    data: float  # median of a step's wait for data
+    evaluation: float  # a whole one, extrapolated from a part of it
+    save: float  # of one checkpoint
     checkpoint_bytes: int
-    memory_gb: float
-    step_not_deterministic: float | None = None
+    memory_gb: float  # the peak of one process, in 10**9 bytes
+    step_not_deterministic: float | None = None  # a step without --deterministic; None if the run is without it anyway
 
 
 def preflight(
@@ -73,9 +63,6 @@ def preflight(
     train_step: Callable[..., StepMetrics],
 ) -> int:
     """Take some steps, a part of an evaluation and a save, keep none of it, and report what the whole run will take.
-
-    Args:
-        train_step: The script's.
 
     Returns:
         The exit code: 0 if nothing stands in the way of the run.
@@ -134,7 +121,10 @@ def preflight(
     if save_problem:
         problems.append(cannot_save_message(args, save_problem))
     if any(skipped):
-        problems.append(unusable_steps_message(args, sum(skipped), len(skipped)))
+        problems.append(
+            f"the loss or the gradient norm of {sum(skipped)} of {len(skipped)} steps was not usable: try a lower "
+            f"--learning_rate than {args.learning_rate}, or look at the data."
+        )
     logger.print("\n".join([report, *problems]))
     return 1 if problems else 0
 

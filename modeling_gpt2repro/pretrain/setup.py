@@ -37,7 +37,7 @@ from modeling_gpt2repro.hub.conversion import load_gpt2
 from modeling_gpt2repro.hub.model_card import base_model_sentence
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
 from modeling_gpt2repro.runs.config import diff_arguments, write_run_config
-from modeling_gpt2repro.runs.folder import BASELINES_FILE, DATA_FOLDER, RUN_CONFIG_FILE
+from modeling_gpt2repro.runs.folder import BASELINES_FILE, DATA_FOLDER, METRICS_FILE, RUN_CONFIG_FILE
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog
 from modeling_gpt2repro.runs.read import write_baselines
@@ -49,26 +49,19 @@ from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.state import TrainState
 
 from .checkpointing import unwrapped_model
-from .messages import skipped_step_message, start_message, too_many_skipped_message
+from .messages import start_message, too_many_skipped_message
 
 SHAPE = ("n_layer", "n_head", "n_embd")
 
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """What a run starts from.
+    """What a run starts from."""
 
-    Args:
-        checkpoint: The folder to resume from; None for a new run.
-        model: The weights of the checkpoint or of `--init_from`; None for fresh ones.
-        tokenizer: That of `--init_from`.
-        description: First sentence of the model card.
-    """
-
-    checkpoint: Path | None
-    model: GPT2ReproForCausalLM | None
-    tokenizer: PreTrainedTokenizerBase | None
-    description: str
+    checkpoint: Path | None  # the folder to resume from; None for a new run
+    model: GPT2ReproForCausalLM | None  # the weights of the checkpoint or of `--init_from`; None for fresh ones
+    tokenizer: PreTrainedTokenizerBase | None  # that of `--init_from`
+    description: str  # first sentence of the model card
 
 
 def build_upload_queue(args: TrainArguments, accelerator: Accelerator) -> UploadQueue:
@@ -245,7 +238,7 @@ def build_logger(
     def on_skipped(step: int):
         """Log the sequences of a step whose update was skipped; stop the run when too many are skipped in a row."""
         sample_ids = gather_object([data.batches.sample_ids(step - 1)])
-        logger.print(skipped_step_message(step))
+        logger.print(f"step {step:>6}: skipped, its loss or gradient norm is not usable; its sequences: {METRICS_FILE}")
         logger.record(step, {"event": "skipped", "rows_by_process": sample_ids})
         if state.record_skip(step) >= args.max_skipped:
             raise SystemExit(too_many_skipped_message(args, state) if accelerator.is_main_process else 1)

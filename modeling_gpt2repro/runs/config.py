@@ -7,7 +7,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from modeling_gpt2repro.storage.atomic import atomic_write
+from modeling_gpt2repro.storage.atomic import write_json
 
 from .folder import RUN_CONFIG_FILE
 
@@ -31,12 +31,7 @@ def make_writable(folder: Path):
 
 
 def write_run_config(output_dir: Path, arguments: dict, hardware: dict, data_fingerprint: dict):
-    """Write run.json, unless there is one: a resumed run keeps its own.
-
-    Args:
-        hardware: What the arguments do not contain: device, processes, precision.
-        data_fingerprint: Which data in which order.
-    """
+    """Write run.json, unless there is one: a resumed run keeps its own."""
     if (output_dir / RUN_CONFIG_FILE).exists():
         return
     config = {
@@ -46,14 +41,7 @@ def write_run_config(output_dir: Path, arguments: dict, hardware: dict, data_fin
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": current_commit(),
     }
-    with atomic_write(output_dir / RUN_CONFIG_FILE) as file:
-        file.write(json.dumps(config, indent=1).encode())
-
-
-def saved_arguments(output_dir: Path) -> dict:
-    """The arguments that a run began with; empty if it has not begun."""
-    path = output_dir / RUN_CONFIG_FILE
-    return json.loads(path.read_text(encoding="utf-8"))["arguments"] if path.exists() else {}
+    write_json(output_dir / RUN_CONFIG_FILE, config)
 
 
 def diff_arguments(output_dir: Path, arguments: dict) -> dict[str, tuple]:
@@ -61,7 +49,8 @@ def diff_arguments(output_dir: Path, arguments: dict) -> dict[str, tuple]:
 
     Of files only the names are kept: metrics.jsonl, where the difference is recorded, is published with the model.
     """
-    saved = saved_arguments(output_dir)
+    path = output_dir / RUN_CONFIG_FILE
+    saved = json.loads(path.read_text(encoding="utf-8"))["arguments"] if path.exists() else {}
     return {
         name: (without_folder(saved[name]), without_folder(value))
         for name, value in arguments.items()

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from accelerate import Accelerator
@@ -25,47 +26,29 @@ LINE_SECONDS = 10.0
 SMOOTHING = 0.02  # weight of a step in the running mean of step times: the last 50 or so count
 
 
+@dataclass(eq=False)
 class RunLogger:
-    """Shows and logs a run on the main process; silent on the others.
+    """Shows and logs a run on the main process; silent on the others."""
 
-    Args:
-        log: Where records go.
-        total_steps: For the bar and the time left.
-        first_step: Where the bar begins; 0 for a new run.
-        logging_steps: Steps between reads of the metrics.
-        on_skipped: Called with the number of each step whose update turns out to have been skipped, on all processes.
-        flops_per_token: Forward and backward. With `peak_flops` (per second, of all devices) it gives the MFU.
-        train_seconds: Time spent in training steps before this start.
-    """
+    accelerator: Accelerator
+    log: MetricsLog  # where records go
+    _: KW_ONLY
+    total_steps: int  # for the bar and the time left
+    tokens_per_step: int
+    logging_steps: int  # steps between reads of the metrics
+    first_step: int = 0  # where the bar begins; 0 for a new run
+    # Called with the number of each step whose update turns out to have been skipped, on all processes.
+    on_skipped: Callable[[int], None] = lambda step: None
+    flops_per_token: int = 0  # forward and backward; with `peak_flops` it gives the MFU
+    peak_flops: float | None = None  # per second, of all devices
+    train_seconds: float = 0.0  # time spent in training steps, over all starts of the run
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        log: MetricsLog,
-        *,
-        total_steps: int,
-        tokens_per_step: int,
-        logging_steps: int,
-        first_step: int = 0,
-        on_skipped: Callable[[int], None] = lambda step: None,
-        flops_per_token: int = 0,
-        peak_flops: float | None = None,
-        train_seconds: float = 0.0,
-    ):
-        self.accelerator = accelerator
-        self.log = log
-        self.total_steps = total_steps
-        self.tokens_per_step = tokens_per_step
-        self.logging_steps = logging_steps
-        self.on_skipped = on_skipped
-        self.flops_per_token = flops_per_token
-        self.peak_flops = peak_flops
-        self.train_seconds = train_seconds
+    def __post_init__(self):
         # Some pseudo-terminals have no lines; tqdm shows nothing there.
         has_terminal = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 1
-        self.shows_bar = has_terminal and accelerator.is_main_process
+        self.shows_bar = has_terminal and self.accelerator.is_main_process
         self.bar = tqdm(
-            total=total_steps, initial=first_step, unit="step", disable=not self.shows_bar, dynamic_ncols=True
+            total=self.total_steps, initial=self.first_step, unit="step", disable=not self.shows_bar, dynamic_ncols=True
         )
         self._unread: list[tuple[int, StepMetrics, float, float]] = []
         self._clock = time.perf_counter()

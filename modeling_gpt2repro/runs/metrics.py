@@ -13,17 +13,11 @@ from .folder import METRICS_FILE
 
 
 class StepMetrics(NamedTuple):
-    """The result of an optimizer step: scalars on the device, equal on all processes, so that nothing waits for them.
+    """The result of an optimizer step, as scalars on the device, equal on all processes: nothing waits for them."""
 
-    Args:
-        loss: Nats per token, over all tokens of the step.
-        grad_norm: Before clipping, over all parameters.
-        skipped: Whether the update was left out.
-    """
-
-    loss: torch.Tensor
-    grad_norm: torch.Tensor
-    skipped: torch.Tensor
+    loss: torch.Tensor  # nats per token, over all tokens of the step
+    grad_norm: torch.Tensor  # before clipping, over all parameters
+    skipped: torch.Tensor  # whether the update was left out
 
 
 class MetricsLog:
@@ -45,8 +39,10 @@ class MetricsLog:
         """Write one record and flush it, so that a killed run loses none. NaN and infinity, not in JSON, are null."""
         assert "step" in record, "every record has its step"
         if self.enabled:
-            finite = {name: None if is_not_finite(value) else value for name, value in record.items()}
-            self._pending.append(json.dumps(finite))
+            nonfinite = [
+                name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)
+            ]
+            self._pending.append(json.dumps({**record, **dict.fromkeys(nonfinite)}))
             self.flush()
 
     def flush(self):
@@ -63,8 +59,3 @@ class MetricsLog:
                 print(f"{self.path} cannot be written ({error.strerror}); its records wait.", file=sys.stderr)
             if self.path.exists():
                 os.truncate(self.path, size)
-
-
-def is_not_finite(value: object) -> bool:
-    """Whether a value is a number that JSON cannot express."""
-    return isinstance(value, float) and not math.isfinite(value)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling_gpt2repro.storage.atomic import atomic_write
+from modeling_gpt2repro.storage.atomic import write_json
 
 from .folder import BASELINES_FILE, METRICS_FILE, RUN_CONFIG_FILE
 
@@ -22,21 +22,15 @@ HELLASWAG_METRICS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A training run, as if it had never been interrupted.
-
-    Args:
-        records: Lines of metrics.jsonl, without those that were undone by resuming from an earlier checkpoint.
-        resumed_steps: The steps at which training was resumed.
-        config: run.json, with the arguments of the last resume; empty if the file is missing.
-        loss_baselines: Label -> nats per token, such as the loss of a uniform guess.
-        hellaswag_baselines: Protocol -> model -> published acc_norm.
-    """
+    """A training run, as if it had never been interrupted."""
 
     folder: Path
-    records: list[dict]
-    resumed_steps: list[int]
-    config: dict
+    records: list[dict]  # lines of metrics.jsonl, without those that were undone by resuming from an earlier checkpoint
+    resumed_steps: list[int]  # the steps at which training was resumed
+    config: dict  # run.json, with the arguments of the last resume; empty if the file is missing
+    # Label -> nats per token, such as the loss of a uniform guess.
     loss_baselines: dict[str, float] = field(default_factory=dict)
+    # Protocol -> model -> published acc_norm.
     hellaswag_baselines: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -156,9 +150,7 @@ def write_baselines(
     published: dict[str, dict[str, float]] = {}
     for model, protocol, _, acc_norm, _ in hellaswag:
         published.setdefault(protocol, {}).setdefault(model, acc_norm)
-    text = json.dumps({"loss_baselines": loss, "hellaswag_baselines": published}, indent=1)
-    with atomic_write(folder / BASELINES_FILE) as file:
-        file.write(text.encode())
+    write_json(folder / BASELINES_FILE, {"loss_baselines": loss, "hellaswag_baselines": published})
 
 
 def read_baselines(folder: Path) -> dict[str, dict]:

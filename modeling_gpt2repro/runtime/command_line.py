@@ -53,10 +53,7 @@ def arg(
     Args:
         help: Sentences for `--help`; a default other than None is added to them.
         group: Title of the group that begins with this field and lasts until the next title.
-        minimum: The value must be at least this.
-        above: The value must be greater than this.
-        below: The value must be less than this.
-        choices: The value must be one of these.
+        minimum, above, below: Bounds of the value; it may equal the minimum, but neither of the others.
         field_options: `default` or `default_factory`, as for `dataclasses.field`.
     """
     limits = {"minimum": minimum, "above": above, "below": below, "choices": choices and tuple(choices)}
@@ -179,9 +176,7 @@ def parse_command_line(
     Args:
         arguments_class: A dataclass whose `__post_init__` raises a ValueError with one error per line. Its class
             attribute `flag_hints`, where it has one, maps likely wrong flags to what to use instead.
-        argv: The words after the script's name; `sys.argv[1:]` if None.
         presets: Name -> overrides of defaults, chosen by the field `preset`.
-        description: Text at the top of `--help`.
 
     Raises:
         SystemExit: With code 2, after all errors were printed, one per line.

@@ -28,12 +28,7 @@ def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def gather_tensors(
     tensors: Mapping[str, torch.Tensor], keep: bool, device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """Gather tensors one after the other.
-
-    Args:
-        keep: Whether this process needs them; it gets an empty dictionary otherwise.
-        device: Where the full tensors go.
-    """
+    """Gather tensors one after the other onto `device`; a process that need not `keep` them gets none."""
     gathered = {}
     for name, tensor in tensors.items():
         full = full_tensor(tensor.detach())
@@ -45,9 +40,7 @@ def gather_tensors(
 def load_full_state_dict(plain: nn.Module, sharded: nn.Module, keep: bool, device: torch.device | str):
     """Load the parameters of a sharded model into a plain one, which its process can then use at its own pace.
 
-    Args:
-        plain: May be on the meta device. Tied parameters must be tied again afterwards.
-        keep: Whether this process needs them.
+    The plain one may be on the meta device. Tied parameters must be tied again afterwards.
     """
     weights = gather_tensors(sharded.state_dict(), keep=keep, device=device)
     if keep:

@@ -61,19 +61,8 @@ def cpu_lacks_bf16() -> bool:
     Measured, because the instructions have many names. On one processor, training took 0.7 times as long as in fp32
     with AVX-512 bf16, and 8 times with oneDNN restricted to AVX2: both far from the factor of two used here.
     """
-    return matmul_seconds(torch.bfloat16, side=512) > 2 * matmul_seconds(torch.float32, side=512)
-
-
-def matmul_seconds(dtype: torch.dtype, side: int) -> float:
-    """Seconds of a (side, side) matrix product on this CPU, the best of five."""
-    a = torch.randn(side, side, dtype=dtype)
-    b = torch.randn(side, side, dtype=dtype)
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    cpu = torch.device("cpu")
+    return measured_flops(cpu, torch.bfloat16, side=512) < 0.5 * measured_flops(cpu, torch.float32, side=512)
 
 
 # Dense bf16 operations per second, from NVIDIA's data sheets. The first entry found in the GPU's name counts.
@@ -156,8 +145,7 @@ def device_name(device: torch.device) -> str:
 
 def estimate_cpu_seconds(flops: float, dtype: torch.dtype) -> float:
     """A lower bound of the seconds that `flops` take on this CPU: at the rate of one measured matrix product."""
-    side = 1024
-    return flops * matmul_seconds(dtype, side) / (2 * side**3)
+    return flops / measured_flops(torch.device("cpu"), dtype, side=1024)
 
 
 def readable_bytes(count: float) -> str:

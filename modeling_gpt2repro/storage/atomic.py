@@ -36,7 +36,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_json(path: Path, value: Mapping | Sequence):
-    """Write indented JSON, atomically."""
+    """Write JSON atomically, indented for people."""
     with atomic_write(path) as file:
         file.write(json.dumps(value, indent=2).encode() + b"\n")
 

@@ -25,9 +25,6 @@ def retry(
     Args:
         errors: Which errors may be transient at all; others are raised at once.
         on_retry: Receives a sentence before each pause.
-
-    Raises:
-        Exception: The last error of `attempt`.
     """
     deadline = time.monotonic() + patience_seconds
     for pause in backoff_seconds():

@@ -18,11 +18,7 @@ from .validate import HUB_STRATEGIES, validate_args
 
 @dataclass
 class TrainArguments:
-    """Defaults are GPT-2 124M on 10 B tokens of FineWeb-Edu, as in the lecture.
-
-    Raises:
-        ValueError: On values that cannot work, with one error per line.
-    """
+    """Defaults are GPT-2 124M on 10 B tokens of FineWeb-Edu, as in the lecture."""
 
     flag_hints: ClassVar[Mapping[tuple[str, ...], str]] = FLAG_HINTS
 

@@ -102,15 +102,10 @@ def open_named_checkpoint(name: str) -> Path:
 
 @dataclass(frozen=True)
 class RetentionPolicy:
-    """Which older checkpoints to keep when a new one is complete.
+    """Which older checkpoints to keep when a new one is complete."""
 
-    Args:
-        limit: How many of the newest; all if None or 0.
-        every: Those whose step is a multiple are kept for good; none if 0.
-    """
-
-    limit: int | None = None
-    every: int = 0
+    limit: int | None = None  # how many of the newest; all if None or 0
+    every: int = 0  # those whose step is a multiple are kept for good; none if 0
 
     def expired(self, found: list[Path], newest: Path) -> list[Path]:
         """Those to delete; never one that is later than the newest, which can only be a damaged one."""

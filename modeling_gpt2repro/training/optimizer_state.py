@@ -22,12 +22,7 @@ RANDOM_FILE = "random.safetensors"
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer, keep: bool) -> dict[str, torch.Tensor]:
-    """All tensors of the optimizer's state, on the CPU. All processes must call this.
-
-    Args:
-        model: Unwrapped, with the parameters that the optimizer has.
-        keep: Whether this process needs them.
-    """
+    """All tensors of the optimizer's state, on the CPU of those that `keep` them. All processes must call this."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {
         f"{names[parameter]}.{kind}": tensor

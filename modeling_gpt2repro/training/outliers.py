@@ -15,13 +15,10 @@ class OutlierDetector:
     """Decides which updates to skip.
 
     It reads numbers on the device that are equal on all processes, so all decide alike, and none waits for its GPU.
-
-    Args:
-        skip_outliers: Whether outliers are skipped. NaN and infinity always are.
     """
 
     def __init__(self, device: torch.device, skip_outliers: bool = False):
-        self.skip_outliers = skip_outliers
+        self.skip_outliers = skip_outliers  # NaN and infinity are always skipped
         self.window = torch.zeros(2, WINDOW_STEPS, device=device)  # ring buffer: losses and gradient norms
         self.good_steps = torch.zeros((), dtype=torch.int64, device=device)
 

@@ -10,21 +10,13 @@ Item = TypeVar("Item")
 
 @dataclass
 class TrainState:
-    """How far a run is.
+    """How far a run is."""
 
-    Args:
-        step: Optimizer steps done, skipped ones included.
-        tokens: Training tokens seen, over all processes.
-        train_seconds: Time spent in training steps, without evaluations and saves, over all restarts.
-        last_skipped: The last step whose update was skipped; 0 for none.
-        skipped_in_a_row: How many consecutive steps up to that one were skipped.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    train_seconds: float = 0.0
-    last_skipped: int = 0
-    skipped_in_a_row: int = 0
+    step: int = 0  # optimizer steps done, skipped ones included
+    tokens: int = 0  # training tokens seen, over all processes
+    train_seconds: float = 0.0  # time spent in training steps, without evaluations and saves, over all restarts
+    last_skipped: int = 0  # the last step whose update was skipped; 0 for none
+    skipped_in_a_row: int = 0  # how many consecutive steps up to that one were skipped
 
     def advance(self, tokens: int):
         """Count one more step."""

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import prepare_data
-from modeling_gpt2repro.data.prepare import assemble, local, workspace
+from modeling_gpt2repro.data.prepare import assemble, workspace
 from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
 from modeling_gpt2repro.data.shards.dataset import open_shards
+from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.storage import atomic
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,7 +32,7 @@ import sys
 from pathlib import Path
 
 import prepare_data
-from modeling_gpt2repro.data.prepare import local
+from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.storage import atomic
 from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
 
@@ -44,7 +45,7 @@ def run(folder, kill_at, late=False):
     os.dup2(os.open(folder.with_suffix(".stderr"), os.O_WRONLY | os.O_CREAT), 2)
     started = []
     renamed = []
-    tokenize = local.tokenize_partition
+    read = Source.read
 
     def replace(old, new, rename=os.replace):
         renamed.append(new)
@@ -55,12 +56,12 @@ def run(folder, kill_at, late=False):
         if not late:
             rename(old, new)
 
-    def tokenize_partition(source, partition, **more):
+    def recorded(source, partition, *more):
         started.append(partition.start)
-        return tokenize(source, partition, **more)
+        return read(source, partition, *more)
 
     atomic.os.replace = replace
-    local.tokenize_partition = tokenize_partition
+    Source.read = recorded
     prepare_data.main(["--output_dir", str(folder), *arguments])
     folder.with_suffix(".json").write_text(json.dumps(started))
     os._exit(0)
@@ -175,13 +176,13 @@ def interrupt_before_the_shards(folder, arguments, monkeypatch):
 def record_tokenized_partitions(monkeypatch):
     """A list that fills with the row groups that are tokenized in this process."""
     started = []
-    tokenize = local.tokenize_partition
+    read = Source.read
 
-    def recorded(source, partition, **more):
+    def recorded(source, partition, *more):
         started.append(partition.start)
-        return tokenize(source, partition, **more)
+        return read(source, partition, *more)
 
-    monkeypatch.setattr(local, "tokenize_partition", recorded)
+    monkeypatch.setattr(Source, "read", recorded)
     return started
 
 

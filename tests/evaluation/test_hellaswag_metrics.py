@@ -2,7 +2,7 @@
 
 import math
 import socket
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -54,8 +54,8 @@ def test_a_model_is_ranked_among_the_published_numbers_of_its_protocol():
     assert baseline_rank("completion", 0.2955, (0.2866, 0.3044)).passed == []  # equal is not better
     rank = baseline_rank("lm-eval", 0.51, (0.5002, 0.5198))
     assert rank_sentence("lm-eval", rank).endswith("gpt2-xl (0.5089, inside the 95 % interval); next none")
-    assert rank.as_json()["next"] is None
-    assert rank.as_json()["passed"][0] == {"model": "gpt2", "acc_norm": 0.3114, "within_interval": False}
+    assert asdict(rank)["next"] is None
+    assert asdict(rank)["passed"][0] == {"model": "gpt2", "acc_norm": 0.3114, "within_interval": False}
 
 
 def test_the_baselines_are_the_published_numbers():

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from modeling_gpt2repro.data.batches.sequences import TokenSequences, validation_batches
 from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
 from modeling_gpt2repro.data.tokenizer import train_tokenizer
-from modeling_gpt2repro.evaluation.validation import main, resolve_block_size, summed_loss
+from modeling_gpt2repro.evaluation.validation import main, resolve_block_size, validation_loss
 from modeling_gpt2repro.evaluation.validation_arguments import ValidationArguments
 from modeling_gpt2repro.evaluation.validation_text import (
     ValidationText,
@@ -152,11 +152,11 @@ def test_losses_are_taken_in_fp32_without_dropout_and_the_mode_comes_back(mode):
     ids = torch.arange(9).view(1, 9)
     log_probs = model.table.detach().to(torch.bfloat16).double().log_softmax(-1)
     expected = -sum(log_probs[a, a + 1].item() for a in range(8))
-    total, tokens = summed_loss(model, [{"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:]}], torch.device("cpu"))
-    assert (total.item(), tokens) == (pytest.approx(expected, rel=1e-6), 8)
+    batch = {"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:]}
+    assert validation_loss(model, [batch], torch.device("cpu")) == (pytest.approx(expected / 8, rel=1e-6), 8)
     assert model.training == mode
     with pytest.raises(RuntimeError, match="no such id"):
-        summed_loss(model, [{"input_ids": ids + 1, "shift_labels": ids}], torch.device("cpu"))
+        validation_loss(model, [{"input_ids": ids + 1, "shift_labels": ids}], torch.device("cpu"))
     assert model.training == mode
 
 

@@ -3,77 +3,38 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.prepare.local import prepare_shards
-from modeling_gpt2repro.data.shards.dataset import MANIFEST, TokenDataset, open_shards
+from modeling_gpt2repro.data.shards.dataset import MANIFEST, SPLITS, TokenDataset, open_shards
 from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, Source, python_prose_source
 from modeling_gpt2repro.data.tokenizer import tokenizer_sha256, train_tokenizer
+from modeling_gpt2repro.runtime.command_line import InputErrors
 
 from .mixture import MixedBatches, load_mixture, mixed_validation
 from .sequences import TokenSequences, validation_batches
 from .shuffled import BatchConfig, ShuffledBatches
 from .streaming import StreamedBatches
 
-
-class TrainingBatches(Protocol):
-    """The batches of one process, as the training loop asks for them.
-
-    What a step trains on depends on `config.seed` and the step alone. `config.micro_batch_size` may be replaced before
-    the first step: it changes how a step is cut, not what is in it.
-    """
-
-    config: BatchConfig
-
-    @property
-    def micro_batch_shape(self) -> tuple[int, int]:
-        """Micro-batches of a step and sequences of each, the same for every step and process."""
-
-    @property
-    def sequences_per_epoch(self) -> int | None:
-        """Sequences that come before one comes again; None where there is no such number."""
-
-    def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield what `micro_batch_shape` says, each a dict of `input_ids` and `shift_labels`, (B, T) int64 on the CPU.
-
-        With `config.document_mask` also `position_ids` (B, T). Padding has -100 in `shift_labels`. Steps are asked for
-        in their order; the first one may be any that `load_state_dict` has set.
-        """
-
-    def sample_ids(self, step: int) -> list:
-        """What the step trained on, for a log: enough to find the text again."""
-
-    def state_dict(self) -> dict:
-        """What a checkpoint needs of this process to go on with the very next sequence; of JSON's types."""
-
-    def load_state_dict(self, state: dict):
-        """Go on from the union of all processes' states, on any number of processes."""
-
-    def close(self):
-        """End what works in the background."""
+# The same methods: `micro_batches(step)`, `micro_batch_shape`, `sequences_per_epoch`, `sample_ids(step)`, `state_dict`,
+# `load_state_dict` and `close`. What a step trains on depends on `config.seed` and the step alone, so before the first
+# step `config.micro_batch_size` may be replaced: it changes how a step is cut, not what is in it.
+TrainingBatches = ShuffledBatches | StreamedBatches  # MixedBatches are ShuffledBatches
 
 
 @dataclass
 class TrainingData:
-    """The data of a run: all that the training loop knows of it.
+    """The data of a run: all that the training loop knows of it."""
 
-    Args:
-        tokenizer: What made the ids.
-        batches: What each step trains on.
-        validation: Sequences that are never trained on, the same on every process.
-        data_fingerprint: Equal for two runs that train on the same sequences in the same order. Kept in checkpoints, so
-            that a run is not resumed on other data; does not depend on processes and micro-batches.
-        summary: One line about it for the start of the log.
-    """
-
-    tokenizer: PreTrainedTokenizerFast
-    batches: TrainingBatches
-    validation: TokenSequences
+    tokenizer: PreTrainedTokenizerFast  # what made the ids
+    batches: TrainingBatches  # what each step trains on
+    validation: TokenSequences  # sequences that are never trained on, the same on every process
+    # Equal for two runs that train on the same sequences in the same order. Kept in checkpoints, so that a run is not
+    # resumed on other data; does not depend on processes and micro-batches.
     data_fingerprint: dict
-    summary: str
+    summary: str  # one line about it for the start of the log
 
     def validation_batches(self, tokens: int, micro_batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
         """This process's part of the first `tokens` tokens of validation."""
@@ -94,20 +55,15 @@ def build_shuffled_data(dataset: TokenDataset, config: BatchConfig) -> TrainingD
     Raises:
         ValueError: If a split holds less than one sequence; a line for each that does.
     """
-    sequences = {}
-    problems = []
-    for split, name in (("train", "training"), ("validation", "validation")):
-        try:
-            sequences[split] = TokenSequences(dataset.shards(split), config.block_size, name)
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
-    train_tokens, validation_tokens = (dataset.manifest["splits"][split]["tokens"] for split in sequences)
+    errors = InputErrors()
+    train = errors.capture(TokenSequences, dataset.shards("train"), config.block_size, "training")
+    validation = errors.capture(TokenSequences, dataset.shards("validation"), config.block_size, "validation")
+    errors.raise_if_any()
+    train_tokens, validation_tokens = (dataset.manifest["splits"][split]["tokens"] for split in SPLITS)
     return TrainingData(
         tokenizer=dataset.tokenizer,
-        batches=ShuffledBatches(sequences["train"], config, dataset.manifest["end_of_text_id"]),
-        validation=sequences["validation"],
+        batches=ShuffledBatches(train, config, dataset.manifest["end_of_text_id"]),
+        validation=validation,
         data_fingerprint={"data": dataset.fingerprint, **order_fingerprint(config)},
         summary=f"{train_tokens:,} training tokens in {dataset.folder}, {validation_tokens:,} for validation",
     )

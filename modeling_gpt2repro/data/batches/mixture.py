@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from modeling_gpt2repro.data.shards.dataset import TokenDataset, open_shards
+from modeling_gpt2repro.runtime.command_line import InputErrors
 
 from .sequences import TokenSequences, first_tokens
 from .shuffled import BatchConfig, EpochShuffle, ShuffledBatches, seeded_permutation
@@ -61,13 +62,7 @@ def sequences_per_period(shares: list[float]) -> np.ndarray:
 
 
 class MixedBatches(ShuffledBatches):
-    """The training batches of one process out of several folders; any step can be asked for at any time.
-
-    Args:
-        sources: The sequences of each folder.
-        shares: The part of the samples that each folder gives; they add up to 1.
-        end_of_text: The id before each document.
-    """
+    """The training batches of one process out of several folders, each of which gives its share of the samples."""
 
     def __init__(self, sources: list[TokenSequences], shares: list[float], config: BatchConfig, end_of_text: int):
         self.sources = sources
@@ -119,20 +114,15 @@ def load_mixture(shares: dict[str, float]) -> list[TokenDataset]:
     Raises:
         ValueError: With every folder that cannot be opened, and those with another tokenizer than the first.
     """
-    datasets = []
-    problems = []
-    for folder in shares:
-        try:
-            datasets.append(open_shards(Path(folder)))
-        except ValueError as error:
-            problems.append(str(error))
-    problems += [
+    errors = InputErrors()
+    datasets = [errors.capture(open_shards, folder) for folder in shares]
+    datasets = [dataset for dataset in datasets if dataset is not None]
+    errors.messages += [
         f"{dataset.folder} was prepared with another tokenizer than {datasets[0].folder}: prepare both with one."
         for dataset in datasets[1:]
         if dataset.manifest["tokenizer"]["sha256"] != datasets[0].manifest["tokenizer"]["sha256"]
     ]
-    if problems:
-        raise ValueError("\n".join(problems))
+    errors.raise_if_any()
     return datasets
 
 

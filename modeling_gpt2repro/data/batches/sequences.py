@@ -20,8 +20,6 @@ class TokenSequences:
 
     Args:
         shards: Token ids, (n,) each; memory maps are read where they are used only.
-        block_size: T.
-        name: The split, for the error message.
 
     Raises:
         ValueError: If the shards hold less than one sequence.

@@ -28,25 +28,15 @@ from .sequences import TokenSequences, as_batch
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How sequences become batches.
+    """How sequences become batches."""
 
-    Args:
-        block_size: T, tokens of a sequence.
-        sequences_per_step: R, sequences of an optimizer step over all processes and micro-batches.
-        micro_batch_size: B, the most sequences of one forward on one process.
-        seed: Decides the order.
-        process_index: p.
-        num_processes: P.
-        document_mask: Whether batches say where documents begin, so that attention stays inside them.
-    """
-
-    block_size: int
-    sequences_per_step: int
-    micro_batch_size: int
-    seed: int
-    process_index: int = 0
-    num_processes: int = 1
-    document_mask: bool = False
+    block_size: int  # T, tokens of a sequence
+    sequences_per_step: int  # R, sequences of an optimizer step over all processes and micro-batches
+    micro_batch_size: int  # B, the most sequences of one forward on one process
+    seed: int  # decides the order
+    process_index: int = 0  # p
+    num_processes: int = 1  # P
+    document_mask: bool = False  # whether batches say where documents begin, so that attention stays inside them
 
 
 def seeded_permutation(size: int, seed: Sequence[int]) -> np.ndarray:
@@ -61,12 +51,7 @@ def seeded_permutation(size: int, seed: Sequence[int]) -> np.ndarray:
 
 
 class EpochShuffle:
-    """Sample index -> sequence index, where each epoch is a shuffle of its own.
-
-    Args:
-        num_sequences: Sequences of an epoch.
-        seed: Whole numbers that decide the order, together with the number of the epoch.
-    """
+    """Sample index -> sequence index; each epoch is a shuffle of its own, decided by the seed and its number."""
 
     def __init__(self, num_sequences: int, seed: Sequence[int]):
         self.num_sequences = num_sequences
@@ -106,15 +91,12 @@ class ShuffledBatches:
     Nothing has to divide evenly. All processes of a step do the same number of micro-batches of the same size, because
     they meet in the collectives of each forward and backward, and a compiled model is compiled for one shape. Where a
     process has fewer sequences than that, the rest is padding without targets.
-
-    Args:
-        end_of_text: The id before each document; needed for a document mask only.
     """
 
     def __init__(self, sequences: TokenSequences, config: BatchConfig, end_of_text: int | None = None):
         self.sequences = sequences
         self.config = config
-        self.end_of_text = end_of_text
+        self.end_of_text = end_of_text  # the id before each document; needed for a document mask only
         self.shuffle = EpochShuffle(len(sequences), [config.seed])
 
     @property
@@ -125,7 +107,7 @@ class ShuffledBatches:
 
     @property
     def sequences_per_epoch(self) -> int | None:
-        """Sequences that come before one comes again."""
+        """Sequences that come before one comes again; None where there is no such number."""
         return self.shuffle.num_sequences
 
     def sample_indices(self, step: int) -> np.ndarray:
@@ -142,7 +124,7 @@ class ShuffledBatches:
         return self.sequences.read(self.shuffle.sequence_indices(sample_indices))
 
     def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the step's micro-batches, see `as_batch`."""
+        """Yield the step's micro-batches on the CPU, see `as_batch`: of one shape for every step and process."""
         end_of_text = self.end_of_text if self.config.document_mask else None
         sample_indices = self.sample_indices(step)
         num_micro_batches, size = self.micro_batch_shape

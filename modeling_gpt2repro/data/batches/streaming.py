@@ -39,15 +39,10 @@ REMEMBERED_STEPS = 4096  # whose sequences can still be named: 50 MB where a pro
 
 
 class Position(NamedTuple):
-    """Where the next sequence of a logical shard begins.
+    """Where the next sequence of a logical shard begins."""
 
-    Args:
-        turn: Which of the logical shard's partitions, counted on through the epochs.
-        token: Which of the partition's tokens.
-    """
-
-    turn: int
-    token: int
+    turn: int  # which of the logical shard's partitions, counted on through the epochs
+    token: int  # which of the partition's tokens
 
 
 class StreamedBatches:
@@ -55,10 +50,8 @@ class StreamedBatches:
 
     Args:
         source: Where the partitions come from; at least two.
-        tokenizer: Its ids are the sequences' ids.
         config: Its seed decides the order of partitions, and of documents within them.
         validation_share: Part of the partitions, chosen by hash, that is never trained on; at least one.
-        threads: Partitions read ahead at the same time.
         max_logical_shards: L is at most this. Another value is another order.
 
     Raises:

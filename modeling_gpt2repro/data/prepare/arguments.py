@@ -39,11 +39,7 @@ FLAG_HINTS: dict[tuple[str, ...], str] = {
 
 @dataclass
 class PrepareArguments:
-    """What to tokenize, how, where to write it, and where to run.
-
-    Raises:
-        ValueError: On values that cannot work, with one error per line.
-    """
+    """What to tokenize, how, where to write it, and where to run."""
 
     flag_hints: ClassVar[Mapping[tuple[str, ...], str]] = FLAG_HINTS
 

@@ -1,7 +1,6 @@
 """Assemble tokenized partitions, in their order, into shards and the manifest."""
 
 import itertools
-import json
 import os
 import shutil
 from collections import Counter
@@ -11,7 +10,7 @@ from pathlib import Path
 from modeling_gpt2repro.data.shards.dataset import FORMAT, MANIFEST, SPLITS
 from modeling_gpt2repro.data.shards.writer import ShardWriter
 from modeling_gpt2repro.data.tokenize import TokenizedPartition
-from modeling_gpt2repro.storage.atomic import atomic_write, explain_disk_full
+from modeling_gpt2repro.storage.atomic import explain_disk_full, write_json
 
 from .spec import PrepareSpec
 from .token_cache import CACHE_DIR, finished_partitions, read_errors, read_partition_file, required_partitions
@@ -94,7 +93,10 @@ def check_splits(writers: dict[str, ShardWriter], validation_share: float):
 def write_manifest(folder: Path, spec: PrepareSpec, splits: dict[str, dict], num_partitions: int, skipped: Counter):
     """Write manifest.json, last of all and atomically: a folder without one is not a prepared folder."""
     paths = [partition.path for partition in spec.partitions[:num_partitions]]
-    files = [{"file": _file_name(path), "units": len(list(group))} for path, group in itertools.groupby(paths)]
+    files = []
+    for path, group in itertools.groupby(paths):
+        # Of a local path only the name, because folders differ between machines; a Hub address unchanged.
+        files.append({"file": path if "://" in path else os.path.basename(path), "units": len(list(group))})
     manifest = {
         "format": FORMAT,
         "source": spec.source,
@@ -106,10 +108,4 @@ def write_manifest(folder: Path, spec: PrepareSpec, splits: dict[str, dict], num
         "skipped": dict(sorted(skipped.items())),
         "splits": {split: splits[split] for split in SPLITS},
     }
-    with atomic_write(folder / MANIFEST) as file:
-        file.write(json.dumps(manifest, indent=1).encode())
-
-
-def _file_name(path: str) -> str:
-    """A Hub address unchanged; of a local path only the name, because folders differ between machines."""
-    return path if "://" in path else os.path.basename(path)
+    write_json(folder / MANIFEST, manifest)

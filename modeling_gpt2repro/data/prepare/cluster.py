@@ -4,6 +4,7 @@ import math
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,8 +19,6 @@ from .assemble import assemble
 from .local import tokenize_partitions
 from .spec import read_spec
 from .workspace import LOGS, finish_job
-
-REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 class TokenizePartitions(PipelineStep):
@@ -40,21 +39,12 @@ class TokenizePartitions(PipelineStep):
         tokenize_partitions(Path(self.folder), rank, world_size=world_size, on_tokenized=on_tokenized)
 
 
-class AssembleShards(PipelineStep):
+def assemble_and_finish(data: None, rank: int, world_size: int, folder: str):
     """`assemble` as a step of datatrove, for a job of its own after all of the others."""
-
-    type = "Writer"
-    name = "Ids to shards"
-
-    def __init__(self, folder: str):
-        super().__init__()
-        self.folder = folder
-
-    def run(self, data: None = None, rank: int = 0, world_size: int = 1):
-        folder = Path(self.folder)
-        if not (folder / MANIFEST).exists():  # else this job was interrupted after it had written it
-            assemble(folder, read_spec(folder))
-        finish_job(folder, keep_logs=True)
+    path = Path(folder)
+    if not (path / MANIFEST).exists():  # else this job was interrupted after it had written it
+        assemble(path, read_spec(path))
+    finish_job(path, keep_logs=True)
 
 
 def tokenize_on_ray(folder: Path, workers: int):
@@ -129,7 +119,7 @@ def _slurm_executors(
         **shared,
     )
     assembling = SlurmPipelineExecutor(
-        [AssembleShards(str(folder))],
+        [partial(assemble_and_finish, folder=str(folder))],
         tasks=1,
         job_name="assemble",
         logging_dir=str(folder / LOGS / "assemble"),
@@ -141,4 +131,5 @@ def _slurm_executors(
 
 def _python_path() -> str:
     """PYTHONPATH with which nodes find this package where it is not installed."""
-    return os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+    repository = Path(__file__).resolve().parents[3]
+    return os.pathsep.join(filter(None, [str(repository), os.environ.get("PYTHONPATH", "")]))

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from modeling_gpt2repro.data.shards.dataset import TokenDataset, open_shards
 from modeling_gpt2repro.data.sources.documents import Partition
 from modeling_gpt2repro.data.sources.resolve import Source
-from modeling_gpt2repro.data.tokenize import tokenize_partition
+from modeling_gpt2repro.data.tokenize import tokenize_documents
 from modeling_gpt2repro.data.tokenizer import load_tokenizer_folder, save_tokenizer, text_encoder
 from modeling_gpt2repro.storage.atomic import explain_disk_full
 
@@ -43,7 +44,7 @@ def tokenize_partitions(
         ValueError: If a partition cannot be read; its message names the partition.
     """
     spec = read_spec(folder)
-    source = spec.source_to_read()
+    source = Source(spec.partitions, spec.source)
     encode = text_encoder(load_tokenizer_folder(folder / "tokenizer"))
     finished = finished_partitions(folder)
     for index in range(rank, len(spec.partitions), world_size):
@@ -54,19 +55,16 @@ def tokenize_partitions(
         if index in finished:
             continue
         partition = spec.partitions[index]
+        skipped = Counter()
         try:
-            tokenized = tokenize_partition(
-                source,
-                partition,
-                encode=encode,
-                end_of_text_id=spec.end_of_text_id,
-                validation_share=spec.validation_share,
-            )
+            documents = source.read(partition, skipped)
+            tokenized = tokenize_documents(documents, encode, spec.end_of_text_id, spec.validation_share)
         except (ValueError, OSError, HTTPError) as error:
             reason = " ".join(str(error).split()).removeprefix(f"{partition.path}: ")
             message = f"{partition.location}: {reason}"
             write_error(folder, index, message)
             raise ValueError(message) from error
+        tokenized.skipped = dict(skipped)
         write_partition(folder, index, tokenized)
         on_tokenized(partition, len(tokenized.ids["train"]))
 

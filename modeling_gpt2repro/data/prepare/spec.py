@@ -12,7 +12,7 @@ from modeling_gpt2repro.data.shards.dataset import SPEC_FILE
 from modeling_gpt2repro.data.sources.documents import Partition
 from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.data.tokenizer import save_tokenizer
-from modeling_gpt2repro.storage.atomic import atomic_write
+from modeling_gpt2repro.storage.atomic import write_json
 
 # Shares of the documents that are held out by default.
 HUB_SHARE = 0.001
@@ -25,33 +25,23 @@ BYTES_PER_TOKEN = 5
 
 @dataclass(frozen=True)
 class PrepareSpec:
-    """Everything that decides the content of the shards.
+    """Everything that decides the content of the shards."""
 
-    Args:
-        source: `Source.description`.
-        partitions: To be read in this order.
-        tokenizer: Its name, vocab_size and sha256.
-        files: For each local file [name, bytes, modification time in ns]: a file that changed is another source.
-    """
-
-    source: dict
-    partitions: list[Partition]
-    tokenizer: dict
+    source: dict  # `Source.description`
+    partitions: list[Partition]  # to be read in this order
+    tokenizer: dict  # its name, vocab_size and sha256
     end_of_text_id: int
     validation_share: float
     max_tokens: int | None = None
     shard_tokens: int = 100_000_000
     layout: str = "plain"
+    # For each local file [name, bytes, modification time in ns]: a file that changed is another source.
     files: list[list] | None = None
 
     @property
     def estimated_tokens(self) -> int:
         """By the bytes of text; 0 if they are unknown."""
         return sum(partition.text_bytes for partition in self.partitions) // BYTES_PER_TOKEN
-
-    def source_to_read(self) -> Source:
-        """The source, for a process that knows nothing but this spec."""
-        return Source(self.partitions, self.source)
 
     def differences(self, other: "PrepareSpec") -> list[str]:
         """Names of the fields that differ; the folder that local files are in does not count."""
@@ -105,8 +95,7 @@ def write_spec(folder: Path, spec: PrepareSpec):
     """Write the spec where `read_spec` finds it."""
     fields = asdict(spec)
     fields["units"] = fields.pop("partitions")  # its key on disk since the first release
-    with atomic_write(folder / SPEC_FILE) as file:
-        file.write(json.dumps(fields).encode())
+    write_json(folder / SPEC_FILE, fields)
 
 
 def read_spec(folder: Path) -> PrepareSpec | None:

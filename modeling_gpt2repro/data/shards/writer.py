@@ -1,6 +1,7 @@
 """Write the token shards of one split."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,29 +12,23 @@ from modeling_gpt2repro.storage.atomic import abort, commit, open_temporary
 from .nanogpt_format import shard_length, shard_name
 
 
+@dataclass(eq=False)
 class ShardWriter:
     """Append ids to the .npy shards of one split; each is streamed to a temporary file and renamed when complete.
 
     With shard_tokens 4, append([0, 1, 2]) and append([3, 4, 5]) give shards [0, 1, 2, 3] and [4, 5].
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        shard_tokens: int,
-        end_of_text_id: int,
-        max_tokens: int | None = None,
-        layout: str = "plain",
-    ):
-        self.folder = folder
-        self.split = split
-        self.layout = layout
-        self.end_of_text_id = end_of_text_id
-        self.max_tokens = max_tokens
-        self.shard_tokens = shard_length(layout, split, shard_tokens)
+    folder: Path
+    split: str
+    shard_tokens: int | None  # tokens after which a shard ends; None: one shard
+    end_of_text_id: int
+    max_tokens: int | None = None  # tokens after which the split ends
+    layout: str = "plain"
+
+    def __post_init__(self):
+        self.shard_tokens = shard_length(self.layout, self.split, self.shard_tokens)
         self.tokens = 0
-        self.documents = 0
         self.text_bytes = 0
         self.entries: list[dict] = []
         self._file: BinaryIO | None = None
@@ -59,15 +54,13 @@ class ShardWriter:
                 self._begin(partition)
             entry = self.entries[-1]
             taken = ids if self.shard_tokens is None else ids[: self.shard_tokens - entry["tokens"]]
-            documents = int(np.count_nonzero(taken == self.end_of_text_id))
             data = np.ascontiguousarray(taken, dtype="<u2").data
             self._file.write(data)
             self._hash.update(data)
             entry["tokens"] += len(taken)
-            entry["documents"] += documents
+            entry["documents"] += int(np.count_nonzero(taken == self.end_of_text_id))
             entry["units"][1] = partition
             self.tokens += len(taken)
-            self.documents += documents
             ids = ids[len(taken) :]
             if entry["tokens"] == self.shard_tokens:
                 self._end()
@@ -76,7 +69,8 @@ class ShardWriter:
         """Complete the last shard and return the split's part of the manifest."""
         if self._file is not None:
             self._end()
-        totals = {"tokens": self.tokens, "documents": self.documents, "text_bytes": self.text_bytes}
+        documents = sum(entry["documents"] for entry in self.entries)
+        totals = {"tokens": self.tokens, "documents": documents, "text_bytes": self.text_bytes}
         return {**totals, "shards": self.entries}
 
     def abandon(self):

@@ -24,36 +24,24 @@ LISTING_THREADS = 4  # the footers of parquet files on the Hub are waited for, n
 
 @dataclass(frozen=True)
 class Document:
-    """One document, or a piece of one.
+    """One document, or a piece of one."""
 
-    Args:
-        id: The same on every machine, in every folder and for any number of workers: its hash decides whether the
-            document is held out for validation.
-        text: Never empty, and not whitespace alone, unless it continues the piece before.
-        continues: Whether the text continues the piece before, with no end-of-text in between.
-    """
-
+    # The same on every machine, in every folder and for any number of workers: its hash decides whether the document is
+    # held out for validation.
     id: str
-    text: str
-    continues: bool = False
+    text: str  # never empty, and not whitespace alone, unless it continues the piece before
+    continues: bool = False  # whether the text continues the piece before, with no end-of-text in between
 
 
 @dataclass(frozen=True)
 class Partition:
-    """What one worker reads at a time; the fields are keys of plan.json.
+    """What one worker reads at a time; the fields are keys of plan.json."""
 
-    Args:
-        path: A file on disk, or an `hf://` address.
-        start: The first byte of a .txt or .jsonl file, the row group of a .parquet file.
-        stop: One after the last.
-        text_bytes: Bytes of its text, roughly; 0 where they are not known.
-    """
-
-    path: str
-    start: int
-    stop: int
+    path: str  # a file on disk, or an `hf://` address
+    start: int  # the first byte of a .txt or .jsonl file, the row group of a .parquet file
+    stop: int  # one after the last
     text_column: str = "text"
-    text_bytes: int = 0
+    text_bytes: int = 0  # bytes of its text, roughly; 0 where they are not known
 
     @property
     def name(self) -> str:

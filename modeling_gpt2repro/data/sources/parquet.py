@@ -27,7 +27,8 @@ def row_group_bytes(path: str, text_column: str) -> list[int]:
             f"{path} has no column {text_column!r}; it has {', '.join(schema.names)}: name one by --text_column."
         )
     column_type = schema.field(text_column).type
-    if not _is_text(column_type.value_type if pa.types.is_dictionary(column_type) else column_type):
+    value_type = column_type.value_type if pa.types.is_dictionary(column_type) else column_type
+    if value_type not in (pa.string(), pa.large_string(), pa.string_view()):
         raise ValueError(
             f"column {text_column!r} of {path} holds {column_type}, not text: name another by --text_column."
         )
@@ -55,12 +56,6 @@ def read_row_group(
             texts = batch.column(text_column).to_pylist()
             ids = batch.column("id").to_pylist() if has_ids else [None] * len(texts)
             yield from zip(ids, texts, strict=True)
-
-
-def _is_text(column_type: pa.DataType) -> bool:
-    return (
-        pa.types.is_string(column_type) or pa.types.is_large_string(column_type) or pa.types.is_string_view(column_type)
-    )
 
 
 def _metadata(path: str) -> pq.FileMetaData:

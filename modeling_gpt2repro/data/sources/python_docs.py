@@ -9,7 +9,10 @@ import os
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
+
+from .documents import Document
 
 # From a fragment such as "Internal support module." a model learns where documents end, and little else.
 MIN_DOCUMENT_CHARACTERS = 200
@@ -18,24 +21,23 @@ MIN_DOCUMENT_CHARACTERS = 200
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
-def python_prose_documents() -> Iterator[tuple[str, str]]:
-    """Yield (id, text) in an order that is fixed for one Python version: the help topics, then one document a module.
+@lru_cache(maxsize=1)  # parsing takes seconds, and the text is read twice, once to train a tokenizer
+def python_prose_documents() -> list[Document]:
+    """The help topics, then one document a module, in an order that is fixed for one Python version.
 
     Ids are "topic:NAME" and "module:package.name". A docstring that appears twice is kept where it appears first.
 
     Raises:
         ValueError: If this Python has neither topics nor sources.
     """
-    found = False
-    for document_id, text in (*_topics(), *_module_docstrings()):
-        if len(text) >= MIN_DOCUMENT_CHARACTERS:
-            found = True
-            yield document_id, text
-    if not found:
+    texts = (*_topics(), *_module_docstrings())
+    documents = [Document(name, text) for name, text in texts if len(text) >= MIN_DOCUMENT_CHARACTERS]
+    if not documents:
         raise ValueError(
             f"this Python has no pydoc_data.topics and no sources in {sysconfig.get_paths()['stdlib']}: "
             "use a Python that ships its standard library's sources, such as the one from python.org."
         )
+    return documents
 
 
 def _topics() -> Iterator[tuple[str, str]]:

@@ -4,7 +4,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from glob import glob
 
 from huggingface_hub import HfApi, HfFileSystem
@@ -21,14 +20,10 @@ PYTHON_PROSE = "python-prose"  # the --dataset_name of the text that every Pytho
 
 @dataclass(frozen=True)
 class Source:
-    """Partitions to read, and where they come from.
-
-    Args:
-        description: Of JSON's types; goes into the manifest of prepared shards and into run.json.
-    """
+    """Partitions to read, and where they come from."""
 
     partitions: list[Partition]
-    description: dict
+    description: dict  # of JSON's types; goes into the manifest of prepared shards and into run.json
 
     @property
     def text_bytes(self) -> int:
@@ -38,7 +33,7 @@ class Source:
     def read(self, partition: Partition, skipped: Counter | None = None) -> Iterator[Document]:
         """Yield the partition's documents, in their order; `skipped` counts those without text, by reason."""
         if partition.path == PYTHON_PROSE:
-            return iter(_python_prose())
+            return iter(python_prose_documents())
         if is_hub_rows(partition.path):
             return read_row_partition(partition, skipped)
         return read_partition(partition, skipped)
@@ -47,12 +42,6 @@ class Source:
 def python_prose_source() -> Source:
     """The English prose in this Python's own documentation, as one partition."""
     return Source([Partition(PYTHON_PROSE, 0, 1)], {"dataset": PYTHON_PROSE})
-
-
-@lru_cache(maxsize=1)
-def _python_prose() -> list[Document]:
-    """Cached: parsing the standard library takes seconds, and it is read twice, once to train a tokenizer."""
-    return [Document(name, text) for name, text in python_prose_documents()]
 
 
 def local_source(patterns: list[str], text_column: str = "text") -> Source:

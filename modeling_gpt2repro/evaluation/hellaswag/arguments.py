@@ -37,11 +37,7 @@ FLAG_HINTS: dict[tuple[str, ...], str] = {
 
 @dataclass
 class EvalHellaSwagArguments:
-    """What to score and how, or which two results to compare.
-
-    Raises:
-        ValueError: On values that cannot work, with one error per line.
-    """
+    """What to score and how, or which two results to compare."""
 
     flag_hints: ClassVar[Mapping[tuple[str, ...], str]] = FLAG_HINTS
 

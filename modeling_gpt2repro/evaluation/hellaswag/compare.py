@@ -54,12 +54,8 @@ class PairedDifference:
         1 against 5 -> 2 * (1 + 6) / 2**6 = 0.21875.
         """
         n = self.only_first + self.only_second
-        ways = 1  # n choose 0
-        total = ways
-        for k in range(1, min(self.only_first, self.only_second) + 1):
-            ways = ways * (n - k + 1) // k  # n choose k
-            total += ways
-        return min(1.0, 2 * total / 2**n)
+        ways = sum(math.comb(n, k) for k in range(min(self.only_first, self.only_second) + 1))
+        return min(1.0, 2 * ways / 2**n)
 
 
 def compare_scores(

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -87,7 +87,8 @@ def evaluate_hellaswag(model: nn.Module, task: HellaSwagTask) -> tuple[dict[str,
     return numbers, scores
 
 
-class Baseline(NamedTuple):
+@dataclass(frozen=True)
+class Baseline:
     """A published acc_norm, and whether it lies in the 95 % interval of the measured one.
 
     That interval ignores that both are of the same examples: whether two models differ, only --compare can tell.
@@ -98,18 +99,12 @@ class Baseline(NamedTuple):
     within_interval: bool
 
 
-class BaselineRank(NamedTuple):
+@dataclass(frozen=True)
+class BaselineRank:
     """The published models that a model has passed, the lowest first, and the next one; None after the last."""
 
     passed: list[Baseline]
     next: Baseline | None
-
-    def as_json(self) -> dict:
-        """{"passed": [{"model": "gpt2", "acc_norm": 0.2955, "within_interval": False}], "next": {...}}."""
-        return {
-            "passed": [baseline._asdict() for baseline in self.passed],
-            "next": self.next and self.next._asdict(),
-        }
 
 
 def baseline_rank(protocol: str, acc_norm: float, interval: tuple[float, float]) -> BaselineRank:
