@@ -117,6 +117,12 @@ def terminal_signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Tests run in an empty folder: in the checkout, runs/ may hold runs of the user, which the defaults refuse."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def tiny_config():
     """A GPT-2 that a test can afford: 3 layers, 4 heads, 64 wide, 64 tokens of context, 97 ids."""

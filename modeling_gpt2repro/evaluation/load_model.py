@@ -29,10 +29,12 @@ def load_causal_lm(
             name, dtype=getattr(torch, dtype), output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, KeyError, TypeError) as error:
-        if isinstance(error.__cause__, (LocalEntryNotFoundError, RepositoryNotFoundError)):
+        if isinstance(error.__cause__, LocalEntryNotFoundError | RepositoryNotFoundError):
+            is_unreachable = isinstance(error.__cause__, LocalEntryNotFoundError)  # and names a flag that is not here
+            reason = str(error).strip().splitlines()[0] if is_unreachable else describe_error(error)
             raise ValueError(
                 f"--model {name}: there is no folder {name} here, and the Hub has no such model or cannot be reached "
-                f"({str(error).strip().splitlines()[0].rstrip('.')})."  # its cause names a flag of another command
+                f"({reason.rstrip('.')})."
             ) from error
         raise ValueError(f"--model {name}: its {loading} could not be loaded: {describe_error(error)}") from error
     if loading_info["missing_keys"]:
