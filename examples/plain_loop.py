@@ -40,8 +40,11 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--shards", type=Path, help="a folder of tokens; by default the text that Python ships")
     parser.add_argument("--max_steps", type=int, default=MAX_STEPS, help="optimizer steps (default: %(default)s)")
     args = parser.parse_args(argv)
-    folder = Path("runs/plain_loop/data")
-    dataset = open_shards(args.shards) if args.shards else load_python_prose(folder, 2048, T, validation_share=0.05)
+    try:
+        folder = Path("runs/plain_loop/data")
+        dataset = open_shards(args.shards) if args.shards else load_python_prose(folder, 2048, T, validation_share=0.05)
+    except ValueError as error:
+        parser.error(str(error))
     config = BatchConfig(block_size=T, sequences_per_step=TOKENS_PER_STEP // T, micro_batch_size=B, seed=SEED)
     batches = ShuffledBatches(TokenSequences(dataset.shards("train"), T), config)
 
