@@ -110,7 +110,7 @@ class RunLogger:
 
     @contextmanager
     def warn_on_io_error(self, step: int, what: str) -> Iterator[None]:
-        """Around writing what a run can do without: a full disk gives a warning, and the run goes on."""
+        """Around writing what a run can do without: a full disk gives a warning, and the run continues."""
         try:
             yield
         except OSError as error:
