@@ -53,7 +53,9 @@ def main(argv: list[str] | None = None):
             if args.dry_run:
                 return print_dry_run(args, spec, folder, workers)
             if not is_prepared(folder, spec):
-                start_job(folder, spec, resume=True)
+                spec = start_job(folder, spec, resume=True)
+                if previous_spec is not None and (changed := spec.changed_files(previous_spec)):
+                    report_changed_files(changed)
                 save_tokenizer(tokenizer, folder / "tokenizer")
                 if args.executor == "slurm":
                     submit_to_slurm(folder, workers, args.slurm_partition, args.slurm_time, args.sbatch_options)
@@ -101,6 +103,15 @@ def open_tokenizer(
             return tokenizer
     texts = (document.text for partition in source.partitions for document in source.read(partition))
     return train_tokenizer(texts, args.vocab_size)
+
+
+def report_changed_files(names: list[str]):
+    """Say that what was made of these files is compared with them before it is used."""
+    some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    print(
+        f"changed or copied since this preparation was started: {some} ({len(names):,} files); what was made of them "
+        "is kept where the text is still the same."
+    )
 
 
 def print_dry_run(args: PrepareArguments, spec: PrepareSpec, folder: Path, workers: int):

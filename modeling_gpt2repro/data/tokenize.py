@@ -21,6 +21,7 @@ class TokenizedPartition:
     ids: dict[str, np.ndarray]
     text_bytes: dict[str, int]  # per split, UTF-8 bytes of text
     skipped: dict[str, int] = field(default_factory=dict)  # how many documents were left out, by reason
+    source_sha256: str = ""  # of all that was read for it; the first releases did not keep it
 
 
 def is_validation(document_id: str, share: float) -> bool:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import prepare_data
-from modeling_gpt2repro.data.prepare import assemble, workspace
+from modeling_gpt2repro.data.prepare import assemble, local, workspace
 from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.sources.resolve import Source
@@ -161,7 +162,7 @@ def test_two_workers_end_when_their_parent_is_killed_and_one_process_resumes(
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
 
-def interrupt_before_the_shards(folder, arguments, monkeypatch):
+def interrupt_before_the_shards(folder, arguments, monkeypatch, partitions=5):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -170,7 +171,7 @@ def interrupt_before_the_shards(folder, arguments, monkeypatch):
         prepare(folder, arguments)
     assert end.value.code == 130
     monkeypatch.undo()
-    assert len(finished_partitions(folder)) == 5
+    assert len(finished_partitions(folder)) == partitions
 
 
 def record_tokenized_partitions(monkeypatch):
@@ -184,6 +185,134 @@ def record_tokenized_partitions(monkeypatch):
 
     monkeypatch.setattr(Source, "read", recorded)
     return started
+
+
+def write_groups(path, *groups):
+    """A parquet file with a row group of 20 texts for each number, which differ for different numbers."""
+    schema = pa.schema([("text", pa.string()), ("id", pa.string())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for number in groups:
+            texts = [f"The ship number {number} sails over the cold sea number {row}." for row in range(20)]
+            ids = [f"{number}-{row}" for row in range(20)]
+            writer.write_table(pa.table({"text": texts, "id": ids}, schema))
+
+
+@pytest.fixture
+def three_files(tmp_path, texts):
+    """Arguments for three parquet files of the row groups 0 1 2, 3 4 and 5, prepared up to the shards."""
+    (tmp_path / "in").mkdir()
+    for name, groups in (("a", (0, 1, 2)), ("b", (3, 4)), ("c", (5,))):
+        write_groups(tmp_path / f"in/{name}.parquet", *groups)
+    return ["--train_files", str(tmp_path / "in/*.parquet"), *texts[0][2:]]
+
+
+def tokenized_again(folder, arguments, monkeypatch):
+    """Resume, and return the numbers of the ships whose row groups were tokenized, in their order."""
+    again = []
+    tokenize = local.tokenize_documents
+
+    def recorded(documents, *more):
+        documents = list(documents)
+        again.append(int(documents[0].id.split("-")[0]))
+        return tokenize(documents, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "tokenize_documents", recorded)
+        prepare(folder, arguments)
+    return again
+
+
+def test_a_changed_file_loses_only_its_partitions_that_differ(tmp_path, three_files, monkeypatch, capsys):
+    out = tmp_path / "out"
+    interrupt_before_the_shards(out, three_files, monkeypatch, partitions=6)
+    # One more than before, so those of the other files move; the last was of the file before, at another place.
+    write_groups(tmp_path / "in/a.parquet", 0, 7, 8, 1)
+    write_groups(tmp_path / "in/c.parquet", 9)
+    interrupted = tmp_path / "interrupted"
+    shutil.copytree(out, interrupted)
+    assert tokenized_again(out, three_files, monkeypatch) == [7, 8, 1, 9]
+    assert (
+        "changed or copied since this preparation was started: a.parquet, c.parquet (2 files)"
+        in capsys.readouterr().out
+    )
+    prepare(tmp_path / "fresh", three_files)
+    assert contents(out) == contents(tmp_path / "fresh")
+
+    # Interrupted again, and changed again, to fewer; workers read their numbers from the spec.
+    interrupt_before_the_shards(interrupted, three_files, monkeypatch, partitions=7)
+    write_groups(tmp_path / "in/a.parquet", 7)
+    assert tokenized_again(interrupted, [*three_files, "--workers", "1"], monkeypatch) == [7]
+    prepare(tmp_path / "fewer", three_files)
+    assert contents(interrupted) == contents(tmp_path / "fewer")
+
+
+def test_a_file_replaced_by_one_of_the_same_size_and_time_is_noticed(tmp_path, three_files, monkeypatch):
+    file = tmp_path / "in/b.parquet"
+    write_groups(tmp_path / "other", 3, 6)
+    interrupt_before_the_shards(tmp_path / "out", three_files, monkeypatch, partitions=6)
+    stat = file.stat()
+    assert (tmp_path / "other").stat().st_size == stat.st_size
+    os.utime(tmp_path / "other", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.replace(tmp_path / "other", file)
+    assert file.stat().st_mtime_ns == stat.st_mtime_ns
+    assert tokenized_again(tmp_path / "out", three_files, monkeypatch) == [6]
+    prepare(tmp_path / "fresh", three_files)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_text_copied_to_another_folder_is_not_tokenized_again(tmp_path, three_files, monkeypatch, capsys):
+    interrupt_before_the_shards(tmp_path / "out", three_files, monkeypatch, partitions=6)
+    shutil.copytree(tmp_path / "in", tmp_path / "copy", copy_function=shutil.copy)  # with new times
+    shutil.rmtree(tmp_path / "in")
+    copied = ["--train_files", str(tmp_path / "copy/*.parquet"), *three_files[2:]]
+    verify = local.verify_partition
+
+    def interrupted(path, source, partition):
+        if "c.parquet" in partition.path:
+            raise KeyboardInterrupt
+        return verify(path, source, partition)
+
+    monkeypatch.setattr(local, "verify_partition", interrupted)
+    with pytest.raises(SystemExit):
+        prepare(tmp_path / "out", copied)
+    monkeypatch.undo()
+    assert (sorted(finished_partitions(tmp_path / "out")), capsys.readouterr().out[:4]) == ([0, 1, 2, 3, 4], "chan")
+    assert tokenized_again(tmp_path / "out", copied, monkeypatch) == []
+    prepare(tmp_path / "fresh", copied)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, three_files, capsys, monkeypatch):
+    tokenize = prepare_data.tokenize_locally
+
+    def tokenize_and_change(*args):
+        tokenize(*args)
+        write_groups(tmp_path / "in/b.parquet", 3, 6)
+
+    monkeypatch.setattr(prepare_data, "tokenize_locally", tokenize_and_change)
+    message = error_of(capsys, tmp_path / "out", three_files)
+    assert "b.parquet changed while it was read: run the same command again" in message
+    monkeypatch.undo()
+    assert tokenized_again(tmp_path / "out", three_files, monkeypatch) == [6]
+    prepare(tmp_path / "fresh", three_files)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_preparation_of_an_older_version_resumes(tmp_path, three_files, monkeypatch):
+    """Its plan.json has neither the status change time of a file nor the later fields of spec and partitions."""
+    interrupt_before_the_shards(tmp_path / "out", three_files, monkeypatch, partitions=6)
+    plan = json.loads((tmp_path / "out/plan.json").read_text())
+    old_keys = ("source", "units", "tokenizer", "end_of_text_id", "validation_share", "max_tokens", "shard_tokens")
+    plan = {key: plan[key] for key in (*old_keys, "layout", "files")}
+    plan["files"] = [state[:3] for state in plan["files"]]
+    plan["units"] = [
+        {key: unit[key] for key in ("path", "start", "stop", "text_column", "text_bytes")} for unit in plan["units"]
+    ]
+    (tmp_path / "out/plan.json").write_text(json.dumps(plan))
+    write_groups(tmp_path / "in/c.parquet", 9, 10)
+    assert tokenized_again(tmp_path / "out", three_files, monkeypatch) == [9, 10]
+    prepare(tmp_path / "fresh", three_files)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def wait_for(condition, seconds=60):
@@ -283,19 +412,14 @@ def test_other_options_are_refused_and_the_same_resume(tmp_path, texts, capsys, 
         (["--shard_tokens", "9e3"], "shard_tokens 8000 there, 9000 now"),
         (["--validation_share", "0.3"], "validation_share 0.2 there, 0.3 now"),
         (["--layout", "karpathy"], "layout plain there, karpathy now"),
-        (["--text_column", "id"], "other text"),
+        (["--text_column", "id"], "source {'text_column': 'text'} there, {'text_column': 'id'} now"),
     ):
         message = error_of(capsys, tmp_path / "out", arguments, *more)
         assert f"{tmp_path / 'out'} holds an unfinished preparation with other options (" in message
         assert part in message
-    file = Path(arguments[1])
-    stat = file.stat()
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
-    assert "text that changed" in error_of(capsys, tmp_path / "out", arguments)
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert contents(tmp_path / "out") == before
-    monkeypatch.chdir(file.parent)  # the folder of the text does not count
-    prepare(tmp_path / "out", ["--train_files", file.name, *arguments[2:]])
+    monkeypatch.chdir(Path(arguments[1]).parent)  # the folder of the text does not count
+    prepare(tmp_path / "out", ["--train_files", "texts.parquet", *arguments[2:]])
     assert contents(tmp_path / "out") == expected
 
 

@@ -30,7 +30,12 @@ def assemble(folder: Path, spec: PrepareSpec, on_progress: OnProgress = lambda d
     Raises:
         ValueError: If a partition is not finished, the text is unusable, or the disk is full.
     """
-    finished = finished_partitions(folder)
+    if changed := spec.with_present_files().changed_files(spec):
+        raise ValueError(
+            f"{', '.join(changed[:3])} changed while it was read: run the same command again, and only what differs is "
+            "tokenized again."
+        )
+    finished = finished_partitions(folder, spec.numbers)
     required = required_partitions(finished, len(spec.partitions), spec.max_tokens)
     if required is None:
         errors = read_errors(folder) or [f"see the logs in {folder / LOGS}."]
