@@ -30,6 +30,8 @@ from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
 from modeling_gpt2repro.data.prepare.workspace import LOGS, finish_job, is_prepared, start_job
 from modeling_gpt2repro.data.shards.dataset import MANIFEST, TokenDataset, open_shards
 from modeling_gpt2repro.data.shards.verify import verify_shards
+from modeling_gpt2repro.data.sources.documents import BadLines
+from modeling_gpt2repro.data.sources.hub_rows import is_hub_rows
 from modeling_gpt2repro.data.sources.resolve import Source, hub_source, local_source
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, save_tokenizer, train_tokenizer
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
@@ -84,11 +86,17 @@ def main(argv: list[str] | None = None):
 def open_source(args: PrepareArguments, previous_spec: PrepareSpec | None) -> Source:
     """Open the local files if given, else the Hub dataset; resuming, at the commit it was started with."""
     if args.train_files:
-        return local_source(args.train_files, args.text_column)
+        return local_source(args.train_files, args.text_column, args.skip_bad_lines)
     revision = args.dataset_revision
     if revision is None and previous_spec is not None and previous_spec.source.get("dataset") == args.dataset_name:
         revision = previous_spec.source["revision"]
-    return hub_source(args.dataset_name, args.dataset_config_name, args.dataset_split, revision, args.text_column)
+    source = hub_source(args.dataset_name, args.dataset_config_name, args.dataset_split, revision, args.text_column)
+    if args.skip_bad_lines and any(is_hub_rows(partition.path) for partition in source.partitions):
+        raise ValueError(
+            f"skip_bad_lines (True) is for .jsonl files on disk and for parquet, and {args.dataset_name} is neither: "
+            "download its files and give them as --train_files, or leave it out."
+        )
+    return source
 
 
 def open_tokenizer(
@@ -101,7 +109,8 @@ def open_tokenizer(
         tokenizer = load_tokenizer_folder(folder / "tokenizer")
         if len(tokenizer) == args.vocab_size:
             return tokenizer
-    texts = (document.text for partition in source.partitions for document in source.read(partition))
+    bad_lines = BadLines() if args.skip_bad_lines else None
+    texts = (d.text for partition in source.partitions for d in source.read(partition, bad_lines=bad_lines))
     return train_tokenizer(texts, args.vocab_size)
 
 
@@ -143,6 +152,9 @@ def report(shards: TokenDataset, seconds: float):
             f"{split:<10} {totals['tokens']:>16,} tokens {totals['documents']:>12,} documents "
             f"{len(totals['shards']):>5} shards"
         )
+    if bad_lines := shards.manifest.get("bad_lines"):
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in bad_lines["counts"].items())
+        print(f"bad lines  {sum(bad_lines['counts'].values()):,} left out ({reasons}); the first: {bad_lines['first']}")
     tokenizer = shards.manifest["tokenizer"]
     print(f"tokenizer  {tokenizer['name']}, {tokenizer['vocab_size']:,} ids, sha256 {tokenizer['sha256'][:12]}")
     print(

@@ -21,6 +21,8 @@ class TokenizedPartition:
     ids: dict[str, np.ndarray]
     text_bytes: dict[str, int]  # per split, UTF-8 bytes of text
     skipped: dict[str, int] = field(default_factory=dict)  # how many documents were left out, by reason
+    bad_lines: dict[str, int] = field(default_factory=dict)  # the same of bad lines
+    first_bad_line: list | None = None  # position and problem of the first of them, see `BadLine`
     source_sha256: str = ""  # of all that was read for it; the first releases did not keep it
 
 

@@ -10,7 +10,14 @@ import pytest
 
 from modeling_gpt2repro.data.prepare.local import prepare_shards
 from modeling_gpt2repro.data.sources import text as text_files
-from modeling_gpt2repro.data.sources.documents import Document, Partition, list_partitions, read_partition
+from modeling_gpt2repro.data.sources.documents import (
+    BadLineError,
+    BadLines,
+    Document,
+    Partition,
+    list_partitions,
+    read_partition,
+)
 from modeling_gpt2repro.data.sources.parquet import read_row_group
 from modeling_gpt2repro.data.sources.resolve import local_source
 from modeling_gpt2repro.data.sources.text import read_lines, read_pieces
@@ -164,10 +171,17 @@ BAD_FILES = {
     "latin.txt": (lambda path: path.write_bytes(b"caf\xe9"), r"is not UTF-8 \(byte 3 is 0xe9\): convert it\."),
     "marked.txt": (lambda path: path.write_bytes(b"\xef\xbb\xbf\xe9"), r"is not UTF-8 \(byte 3 is 0xe9\)"),
     "latin.jsonl": (lambda path: path.write_bytes(b'{"text": "a"}\n{"text": "\xe9"}'), r"is not UTF-8 \(byte 24 is"),
-    "bad.jsonl": (lambda path: path.write_text('{"text": "a"}\n{bad\n'), r"the line at byte 14 must be a JSON object"),
-    "list.jsonl": (lambda path: path.write_text('["text"]\n'), r"the line at byte 0 must be a JSON object"),
-    "field.jsonl": (lambda path: path.write_text('{"txt": "a"}\n'), r"byte 0 has no 'text' field; it has txt: name"),
-    "number.jsonl": (lambda path: path.write_text('{"text": 7}\n'), r"'text' in the line at byte 0 is not text\."),
+    "bad.jsonl": (lambda path: path.write_text('{"text": "a"}\n{bad\n'), r"line 2 \(byte 14\) must be a JSON object"),
+    "list.jsonl": (lambda path: path.write_text('["text"]\n'), r"line 1 \(byte 0\) must be a JSON object"),
+    "field.jsonl": (
+        lambda path: path.write_text('{"txt": "a"}\n'),
+        r"line 1 \(byte 0\) has no 'text' field; it has txt: name",
+    ),
+    "deep.jsonl": (
+        lambda path: path.write_text('{"text": "a"}\n\n{"id": ' + "[" * 10**5 + "]" * 10**5 + ', "text": "b"}\n'),
+        r"line 3 \(byte 15\) is nested too deeply\.",
+    ),
+    "number.jsonl": (lambda path: path.write_text('{"text": 7}\n'), r"line 1 \(byte 0\) has 'text' that is not text\."),
     "column.parquet": (
         lambda path: write_parquet(path, {"txt": ["a"], "id": ["b"]}),
         r"has no column 'text'; it has txt, id: name one by --text_column\.",
@@ -177,7 +191,7 @@ BAD_FILES = {
     "cut.parquet": (lambda path: path.write_bytes(b"PAR1 and no more"), r"is not a whole parquet file \("),
     "binary.parquet": (
         lambda path: write_parquet(path, {"text": pa.array([b"\xff\xe9"]).cast(pa.string(), safe=False)}),
-        r"binary\.parquet is not a whole parquet file \(",
+        r"row 0 of row group 0 \(both counted from 0\) has 'text' that is not UTF-8\.",
     ),
 }
 
@@ -191,11 +205,43 @@ def test_a_bad_file_is_one_sentence(tmp_path, name, one_sentence):
     assert name in one_sentence(error)
 
 
-def test_a_line_without_end_is_not_read_into_memory(tmp_path, one_sentence):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "a" * 100}])
-    with pytest.raises(ValueError, match=r"has a line of more than 100 bytes") as error:
-        list(read_lines(path, 0, os.path.getsize(path), max_line_bytes=100))
-    one_sentence(error)
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+def test_rows_of_parquet_that_are_not_utf8_are_left_out_alone(tmp_path, kind):
+    stored = [b"one", b"caf\xe9", None, b"two", b"three", b"four"]
+    if kind == "dictionary":
+        values = pa.array([b"one", b"caf\xe9", b"two", b"three", b"four"]).cast(pa.string(), safe=False)
+        texts = pa.DictionaryArray.from_arrays(pa.array([0, 1, None, 2, 3, 4], pa.int32()), values)
+    elif kind == "string_view":
+        texts = pa.array(stored).cast(pa.binary_view()).view(pa.string_view())
+    else:
+        texts = pa.array(stored).cast(getattr(pa, kind)(), safe=False)
+    ids = pa.array([b"a", b"b", b"c", b"d", b"\xff", None]).cast(pa.string(), safe=False)
+    path = write_parquet(tmp_path / "a.parquet", {"text": texts, "id": ids}, row_group_size=3)
+    bad_lines = BadLines()
+    read = [document for part in list_partitions([path]) for document in read_partition(part, bad_lines=bad_lines)]
+    assert read == [Document("a", "one"), Document("d", "two"), Document("a.parquet:1:2", "four")]
+    assert bad_lines.counts == {"not UTF-8": 2}
+    assert str(bad_lines.first) == f"{path}: row 1 of row group 0 (both counted from 0) has 'text' that is not UTF-8."
+    with pytest.raises(BadLineError, match=r"row 1 of row group 1 .* has 'id' that is not UTF-8\.$"):
+        list(read_partition(list_partitions([path])[1]))
+
+
+def test_a_first_line_that_is_bad_is_no_wrong_column_if_others_are_good(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "a"}\n{"text": "b"}\n')
+    assert len(list_partitions([str(path)], skip_bad_lines=True)) == 1
+    with pytest.raises(ValueError, match="has no 'column' field; it has body"):
+        list_partitions([str(path)], "column", skip_bad_lines=True)
+
+
+def test_a_line_that_is_too_long_is_passed_over_without_being_kept(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "a" * 1000}, {"text": "b"}])
+    size = os.path.getsize(path)
+    lines = [(0, b'{"text": "a"}\n'), (14, None), (14 + 1013, b'{"text": "b"}\n')]
+    assert list(read_lines(path, 0, size, max_line_bytes=100)) == lines
+    for cut in range(1, size):  # also inside the long line
+        parts = [*read_lines(path, 0, cut, max_line_bytes=100), *read_lines(path, cut, size, max_line_bytes=100)]
+        assert parts == lines
 
 
 def test_the_problems_of_all_files_are_reported_together(tmp_path):

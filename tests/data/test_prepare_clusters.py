@@ -136,7 +136,7 @@ def test_two_workers_on_ray_make_the_same_shards(tmp_path, arguments):
     done = run_script(["--output_dir", tmp_path / "bad", *files, *ray])
     assert done.returncode == 2
     assert "1 of 2 partitions are finished, which is not enough: bytes 16777216 to 20000012 of" in done.stderr
-    assert "'text' in the line at byte 20000000 is not text." in done.stderr
+    assert "line 1,000,001 (byte 20000000) has 'text' that is not text." in done.stderr
 
 
 def test_default_validation_share_of_a_hub_dataset_is_ten_million_tokens_if_there_are_enough(arguments):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ import prepare_data
 from modeling_gpt2repro.data.prepare import assemble, local, workspace
 from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
 from modeling_gpt2repro.data.shards.dataset import open_shards
+from modeling_gpt2repro.data.sources import resolve
 from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.storage import atomic
 
@@ -213,7 +215,7 @@ def tokenized_again(folder, arguments, monkeypatch):
 
     def recorded(documents, *more):
         documents = list(documents)
-        again.append(int(documents[0].id.split("-")[0]))
+        again.append(int(documents[0].id.split("-")[0]) if documents else None)
         return tokenize(documents, *more)
 
     with monkeypatch.context() as patch:
@@ -246,6 +248,52 @@ def test_a_changed_file_loses_only_its_partitions_that_differ(tmp_path, three_fi
     assert contents(interrupted) == contents(tmp_path / "fewer")
 
 
+def test_bad_lines_are_mended_or_skipped_and_what_is_finished_stays(tmp_path, texts, monkeypatch, capsys):
+    monkeypatch.setattr(resolve, "list_partitions", partial(resolve.list_partitions, partition_bytes=500))
+    good = [json.dumps({"id": f"{row}", "text": f"The cold sea number {row} goes on."}).encode() for row in range(60)]
+    bad = [b'{"id": "a"}', b'{"text": "\xe9"}', b"{", b'["text"]', b'{"text": 5}', b'{"text": ' + b"[" * 9000, b"7"]
+    file = tmp_path / "in.jsonl"
+    file.write_bytes(b"\n".join(good[:30] + bad[:1] + good[30:40] + bad[1:] + good[40:]))
+    arguments = ["--train_files", str(file), *texts[0][2:]]
+
+    message = error_of(capsys, tmp_path / "mended", arguments)
+    first = len(b"\n".join(good[:30])) + 1
+    place = f"line 31 (byte {first}) has no 'text' field; it has id: name one by --text_column."
+    assert f" of {file}: {place} Mend it and run the same command again, or skip all such lines by --skip" in message
+    finished = sorted(finished_partitions(tmp_path / "mended"))
+    assert finished == list(range(first // 500))
+    shutil.copytree(tmp_path / "mended", tmp_path / "skipped")
+
+    skip = [*arguments, "--skip_bad_lines"]
+    again = tokenized_again(tmp_path / "skipped", skip, monkeypatch)
+    assert len(again) == -(-file.stat().st_size // 500) - len(finished)
+    assert open_shards(tmp_path / "skipped").manifest["bad_lines"] == {
+        "counts": {"nested too deeply": 1, "no text": 2, "not UTF-8": 1, "not a JSON object": 3},
+        "first": f"in.jsonl: {place}",
+    }
+    line = "7 left out (1 nested too deeply, 2 no text, 1 not UTF-8, 3 not a JSON object); the first: in.jsonl: line 31"
+    assert line in capsys.readouterr().out
+    prepare(tmp_path / "fresh skipped", skip)
+    assert contents(tmp_path / "skipped") == contents(tmp_path / "fresh skipped")
+
+    file.write_bytes(b"\n".join(good))
+    again = tokenized_again(tmp_path / "mended", arguments, monkeypatch)
+    assert len(again) == -(-file.stat().st_size // 500) - len(finished)
+    prepare(tmp_path / "fresh", arguments)
+    assert contents(tmp_path / "mended") == contents(tmp_path / "fresh")
+    assert "bad_lines" not in open_shards(tmp_path / "fresh").manifest
+    for name in ("train_000000.npy", "validation_000000.npy"):
+        assert (tmp_path / "skipped" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+
+def test_what_was_made_without_bad_lines_is_not_used_where_they_are_not_skipped(tmp_path, texts, monkeypatch, capsys):
+    file = tmp_path / "in.jsonl"
+    file.write_bytes(b"".join(b'{"text": "The sea number %d."}\n' % row for row in range(99)) + b"{}\n")
+    arguments = ["--train_files", str(file), *texts[0][2:]]
+    interrupt_before_the_shards(tmp_path / "out", [*arguments, "--skip_bad_lines"], monkeypatch, partitions=1)
+    assert "skip_bad_lines True there, False now" in error_of(capsys, tmp_path / "out", arguments)
+
+
 def test_a_file_replaced_by_one_of_the_same_size_and_time_is_noticed(tmp_path, three_files, monkeypatch):
     file = tmp_path / "in/b.parquet"
     write_groups(tmp_path / "other", 3, 6)
@@ -267,10 +315,10 @@ def test_text_copied_to_another_folder_is_not_tokenized_again(tmp_path, three_fi
     copied = ["--train_files", str(tmp_path / "copy/*.parquet"), *three_files[2:]]
     verify = local.verify_partition
 
-    def interrupted(path, source, partition):
-        if "c.parquet" in partition.path:
+    def interrupted(path, documents):
+        if "c.parquet" in documents.partition.path:
             raise KeyboardInterrupt
-        return verify(path, source, partition)
+        return verify(path, documents)
 
     monkeypatch.setattr(local, "verify_partition", interrupted)
     with pytest.raises(SystemExit):
@@ -364,7 +412,9 @@ def test_an_error_in_one_worker_ends_the_others_at_once(tmp_path, texts):
     ) as process:
         message = process.stderr.read().splitlines()[-1]
     assert process.returncode == 2
-    assert f"bytes 16777216 to 33554432 of {tmp_path / 'a.jsonl'}: 'text' in the line at byte" in message
+    assert (
+        f"bytes 16777216 to 33554432 of {tmp_path / 'a.jsonl'}: line {2**24 // len(line) + 2:,} (byte 1677" in message
+    )
     assert len(finished_partitions(tmp_path / "out")) <= 1  # the other worker had three to tokenize
     if Path("/proc").is_dir():
         wait_for(lambda: not session_of(process.pid))

@@ -101,7 +101,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys, tokenizer_f
     write_jsonl(tmp_path / "late.jsonl", ["the sea"])
     with open(tmp_path / "late.jsonl", "a") as file:
         file.write('{"body": "the sea"}\n')
-    assert f"bytes 0 to 40 of {tmp_path / 'late.jsonl'}: the line at byte 20 has no 'text' field; it has body" in error(
+    assert f"bytes 0 to 40 of {tmp_path / 'late.jsonl'}: line 2 (byte 20) has no 'text' field; it has body" in error(
         "--train_files", tmp_path / "late.jsonl", *tiny
     )
     assert "a.csv is not of a kind that can be read" in error("--train_files", tmp_path / "a.csv", *tiny)

@@ -59,6 +59,11 @@ class PrepareArguments:
         default=None, help="Branch, tag or commit of the dataset. If not given, its main branch."
     )
     text_column: str = arg(default="text", help="Column or field that holds the text.")
+    skip_bad_lines: bool = arg(
+        default=False,
+        help="Leave out lines of .jsonl files that are not JSON, not UTF-8 or have no text, and rows of .parquet files "
+        "that are not UTF-8. They are counted in manifest.json. Else the first one ends the preparation.",
+    )
 
     tokenizer: str = arg(
         default="gpt2",
@@ -166,6 +171,7 @@ class PrepareArguments:
             "max_tokens": self.max_tokens,
             "shard_tokens": self.shard_tokens,
             "layout": self.layout,
+            "skip_bad_lines": self.skip_bad_lines,
         }
 
     def number_of_workers(self, spec: PrepareSpec) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from modeling_gpt2repro.data.shards.dataset import FORMAT, MANIFEST, SPLITS
 from modeling_gpt2repro.data.shards.writer import ShardWriter
+from modeling_gpt2repro.data.sources.documents import BadLine
 from modeling_gpt2repro.data.tokenize import TokenizedPartition
 from modeling_gpt2repro.storage.atomic import explain_disk_full, write_json
 
@@ -64,6 +65,8 @@ def write_shards(folder: Path, spec: PrepareSpec, tokenized: Iterable[TokenizedP
     validation = ShardWriter(folder, "validation", spec.shard_tokens, spec.end_of_text_id, layout=spec.layout)
     writers = {"train": train, "validation": validation}
     skipped = Counter()
+    bad_lines = Counter()
+    first_bad_line = None
     used = 0
     try:
         with explain_disk_full(folder):
@@ -71,13 +74,21 @@ def write_shards(folder: Path, spec: PrepareSpec, tokenized: Iterable[TokenizedP
                 for split, writer in writers.items():
                     writer.append(partition.ids[split], partition.text_bytes[split], partition=index)
                 skipped.update(partition.skipped)
+                bad_lines.update(partition.bad_lines)
+                if partition.first_bad_line and first_bad_line is None:
+                    first_bad_line = BadLine(spec.partitions[index], *partition.first_bad_line)
                 used = index + 1
                 on_progress(used, len(spec.partitions), train.tokens)
                 if train.is_full:
                     break
             check_splits(writers, spec.validation_share)
             splits = {split: writer.finish() for split, writer in writers.items()}
-            write_manifest(folder, spec, splits, used, skipped)
+            left_out = {"skipped": dict(sorted(skipped.items()))}
+            if first_bad_line:
+                name = os.path.basename(first_bad_line.partition.path)
+                first = f"{name}: {first_bad_line.place} {first_bad_line.problem}"
+                left_out["bad_lines"] = {"counts": dict(sorted(bad_lines.items())), "first": first}
+            write_manifest(folder, spec, splits, used, left_out)
     finally:
         for writer in writers.values():
             writer.abandon()
@@ -95,7 +106,7 @@ def check_splits(writers: dict[str, ShardWriter], validation_share: float):
             )
 
 
-def write_manifest(folder: Path, spec: PrepareSpec, splits: dict[str, dict], num_partitions: int, skipped: Counter):
+def write_manifest(folder: Path, spec: PrepareSpec, splits: dict[str, dict], num_partitions: int, left_out: dict):
     """Write manifest.json, last of all and atomically: a folder without one is not a prepared folder."""
     paths = [partition.path for partition in spec.partitions[:num_partitions]]
     files = []
@@ -110,7 +121,7 @@ def write_manifest(folder: Path, spec: PrepareSpec, splits: dict[str, dict], num
         "validation_share": spec.validation_share,
         "layout": spec.layout,
         "units": {"count": num_partitions, "files": files},
-        "skipped": dict(sorted(skipped.items())),
+        **left_out,
         "splits": {split: splits[split] for split in SPLITS},
     }
     write_json(folder / MANIFEST, manifest)

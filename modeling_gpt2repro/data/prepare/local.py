@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.shards.dataset import TokenDataset, open_shards
-from modeling_gpt2repro.data.sources.documents import Document, Partition
+from modeling_gpt2repro.data.sources.documents import BadLineError, BadLines, Document, Partition
 from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.data.tokenize import tokenize_documents
 from modeling_gpt2repro.data.tokenizer import load_tokenizer_folder, save_tokenizer, text_encoder
@@ -54,66 +56,76 @@ def tokenize_partitions(
     spec = read_spec(folder)
     source = Source(spec.partitions, spec.source)
     encode = text_encoder(load_tokenizer_folder(folder / "tokenizer"))
-    finished = finished_partitions(folder, spec.numbers)
+    numbers = spec.numbers
+    finished = finished_partitions(folder, numbers)
     unverified = unverified_partitions(folder)
     for index in range(rank, len(spec.partitions), world_size):
         if spec.max_tokens is not None:
-            finished = finished_partitions(folder, spec.numbers)  # the other workers' as well
+            finished = finished_partitions(folder, numbers)  # the other workers' as well
             if sum(tokens for other, (tokens, _) in finished.items() if other < index) >= spec.max_tokens:
                 return
         if index in finished:
             continue
         partition = spec.partitions[index]
-        number = spec.numbers[index]
+        number = numbers[index]
+        read = partial(HashedDocuments, source, partition, spec.skip_bad_lines)
         try:
-            if number in unverified and verify_partition(unverified[number][1], source, partition):
+            if number in unverified and verify_partition(unverified[number][1], read()):
                 continue
-            documents = HashedDocuments(source, partition)
+            documents = read()
             tokenized = tokenize_documents(documents, encode, spec.end_of_text_id, spec.validation_share)
         except (ValueError, OSError, HTTPError) as error:
             reason = " ".join(str(error).split()).removeprefix(f"{partition.path}: ")
             message = f"{partition.location}: {reason}"
+            if isinstance(error, BadLineError):
+                message += " Mend it and run the same command again, or skip all such lines by --skip_bad_lines."
             write_error(folder, number, message)
             raise ValueError(message) from error
-        tokenized.skipped = dict(documents.skipped)
-        tokenized.source_sha256 = documents.sha256
+        tokenized = replace(tokenized, **documents.describe())
         write_partition(folder, number, tokenized)
         on_tokenized(partition, len(tokenized.ids["train"]))
 
 
 class HashedDocuments:
-    """The documents of a partition; once they are read, the hash of all that decides its ids."""
+    """The documents of a partition; once they are read, what was left out, and the hash of all that decides the ids."""
 
-    def __init__(self, source: Source, partition: Partition):
+    def __init__(self, source: Source, partition: Partition, skip_bad_lines: bool):
         self.source = source
         self.partition = partition
-        self.skipped = Counter()  # documents that are left out, by reason
+        self.skip_bad_lines = skip_bad_lines
+        self._skipped = Counter()
+        self._bad_lines = BadLines()
         self._digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[Document]:
-        for document in self.source.read(self.partition, self.skipped):
+        bad_lines = self._bad_lines if self.skip_bad_lines else None
+        for document in self.source.read(self.partition, self._skipped, bad_lines):
             text = document.text.encode()
             self._digest.update(repr((document.id, document.continues, len(text))).encode())
             self._digest.update(text)
             yield document
 
-    @property
-    def sha256(self) -> str:
-        """The hash of what has been read, as hexadecimal digits."""
+    def describe(self) -> dict:
+        """What `TokenizedPartition` has beside the ids."""
+        first = self._bad_lines.first
+        left_out = {
+            "skipped": dict(sorted(self._skipped.items())),
+            "bad_lines": dict(sorted(self._bad_lines.counts.items())),
+            "first_bad_line": first and [first.position, first.problem],
+        }
         digest = self._digest.copy()
-        digest.update(repr(sorted(self.skipped.items())).encode())
-        return digest.hexdigest()
+        digest.update(repr(left_out).encode())
+        return {**left_out, "source_sha256": digest.hexdigest()}
 
 
-def verify_partition(path: Path, source: Source, partition: Partition) -> bool:
-    """Whether an unverified file is of the partition's present text, which makes it a finished one; else delete it.
+def verify_partition(path: Path, documents: HashedDocuments) -> bool:
+    """Whether an unverified file was made of these documents, which makes it a finished one; else delete it.
 
     Reading is some twenty times as fast as tokenizing.
     """
-    documents = HashedDocuments(source, partition)
     for _ in documents:
         pass
-    if read_partition_file(path).source_sha256 != documents.sha256:
+    if read_partition_file(path).source_sha256 != documents.describe()["source_sha256"]:
         path.unlink()
         return False
     mark_verified(path)

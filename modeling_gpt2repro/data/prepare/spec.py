@@ -38,6 +38,7 @@ class PrepareSpec:
     max_tokens: int | None = None
     shard_tokens: int = 100_000_000
     layout: str = "plain"
+    skip_bad_lines: bool = False
     # For each local file [name, bytes, modification time in ns, status change time in ns]. No program can set the last
     # one, so equal entries mean an equal file, without reading it. (The first releases wrote the first three only.)
     files: list[list] | None = None
@@ -55,9 +56,13 @@ class PrepareSpec:
         return list(range(len(self.partitions))) if self.cache_numbers is None else self.cache_numbers
 
     def differences(self, other: "PrepareSpec") -> list[str]:
-        """Names of the fields that differ, apart from the text itself: `resume_from` compares that."""
+        """Names of the fields that differ, apart from the text itself: `resume_from` compares that.
+
+        Bad lines may be skipped from now on, because what is finished has none.
+        """
         options = [field.name for field in fields(self) if field.name not in ("partitions", "files", "cache_numbers")]
-        return [name for name in options if getattr(self, name) != getattr(other, name)]
+        different = [name for name in options if getattr(self, name) != getattr(other, name)]
+        return [name for name in different if name != "skip_bad_lines" or other.skip_bad_lines]
 
     def changed_files(self, previous: "PrepareSpec") -> list[str]:
         """Names of the local files that were written to or copied since `previous`."""
@@ -116,7 +121,7 @@ class PrepareSpec:
 def make_prepare_spec(
     source: Source, tokenizer: PreTrainedTokenizerFast, tokenizer_name: str, validation_share: float, **options
 ) -> PrepareSpec:
-    """Build the spec of a source and a tokenizer; `options` are max_tokens, shard_tokens and layout."""
+    """Build the spec of a source and a tokenizer; `options` are those of its fields that have a default."""
     partitions = []
     files = {}
     for partition in source.partitions:

@@ -13,6 +13,8 @@ from modeling_gpt2repro.storage.hub_files import is_on_hub, open_hub_file, retry
 
 ROWS_PER_BATCH = 1_000  # held as Python strings at a time: a row group may be as large as the file
 
+NOT_UTF8 = object()
+
 
 def row_group_bytes(path: str, text_column: str) -> list[int]:
     """Uncompressed bytes of the text column in each row group: roughly the UTF-8 bytes of its text.
@@ -43,8 +45,10 @@ def row_group_bytes(path: str, text_column: str) -> list[int]:
 
 def read_row_group(
     path: str, row_group: int, text_column: str, rows_per_batch: int = ROWS_PER_BATCH
-) -> Iterator[tuple[object, str | None]]:
+) -> Iterator[tuple[object, object]]:
     """Yield (id, text) of each row; the id is None if the file has no column of this name.
+
+    NOT_UTF8 is in the place of a string that is not UTF-8.
 
     Raises:
         ValueError: If the file is damaged.
@@ -53,9 +57,26 @@ def read_row_group(
         has_ids = "id" in parquet.schema_arrow.names
         columns = [text_column, "id"] if has_ids else [text_column]
         for batch in parquet.iter_batches(rows_per_batch, row_groups=[row_group], columns=columns):
-            texts = batch.column(text_column).to_pylist()
-            ids = batch.column("id").to_pylist() if has_ids else [None] * len(texts)
+            texts = _to_pylist(batch.column(text_column))
+            ids = _to_pylist(batch.column("id")) if has_ids else [None] * len(texts)
             yield from zip(ids, texts, strict=True)
+
+
+def _to_pylist(column: pa.Array) -> list:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        column = column.cast(pa.binary_view() if column.type == pa.string_view() else pa.large_binary())
+        return [value if value is None else _decode(value) for value in column.to_pylist()]
+
+
+def _decode(value: bytes) -> object:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return NOT_UTF8
 
 
 def _metadata(path: str) -> pq.FileMetaData:

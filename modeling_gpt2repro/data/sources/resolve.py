@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFound
 
 from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
 
-from .documents import Document, Partition, list_partitions, read_partition
+from .documents import BadLines, Document, Partition, list_partitions, read_partition
 from .hub_rows import is_hub_rows, list_row_partitions, read_row_partition
 from .python_docs import python_prose_documents
 
@@ -30,13 +30,15 @@ class Source:
         """Bytes of the text, roughly; 0 where they are not known."""
         return sum(partition.text_bytes for partition in self.partitions)
 
-    def read(self, partition: Partition, skipped: Counter | None = None) -> Iterator[Document]:
-        """Yield the partition's documents, in their order; `skipped` counts those without text, by reason."""
+    def read(
+        self, partition: Partition, skipped: Counter | None = None, bad_lines: BadLines | None = None
+    ) -> Iterator[Document]:
+        """Yield the partition's documents, in their order; `skipped` and `bad_lines`: see `read_partition`."""
         if partition.path == PYTHON_PROSE:
             return iter(python_prose_documents())
         if is_hub_rows(partition.path):
             return read_row_partition(partition, skipped)
-        return read_partition(partition, skipped)
+        return read_partition(partition, skipped, bad_lines)
 
 
 def python_prose_source() -> Source:
@@ -44,7 +46,7 @@ def python_prose_source() -> Source:
     return Source([Partition(PYTHON_PROSE, 0, 1)], {"dataset": PYTHON_PROSE})
 
 
-def local_source(patterns: list[str], text_column: str = "text") -> Source:
+def local_source(patterns: list[str], text_column: str = "text", skip_bad_lines: bool = False) -> Source:
     """Files on disk (.txt, .jsonl, .parquet; patterns such as `*.parquet` are expanded, in sorted order).
 
     Raises:
@@ -54,7 +56,7 @@ def local_source(patterns: list[str], text_column: str = "text") -> Source:
     matches = [path for pattern in patterns for path in (sorted(glob(pattern, recursive=True)) or [pattern])]
     paths = list(dict.fromkeys(matches))  # two patterns may match the same file
     description = {"files": [os.path.basename(path) for path in paths], "text_column": text_column}
-    return Source(list_partitions(paths, text_column), description)
+    return Source(list_partitions(paths, text_column, skip_bad_lines=skip_bad_lines), description)
 
 
 def hub_source(

@@ -4,6 +4,7 @@ Ranges that follow each other give everything exactly once, wherever a file is c
 or a character. A line belongs to the range that its first byte is in, a piece of text to the one that it was cut in.
 """
 
+import codecs
 import re
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -20,21 +21,35 @@ LINE_END = re.compile(r"\S(?=[\t\v\f\r ]*\n)")
 WORD_END = re.compile(r"\S(?=[\t\n\v\f\r ])")
 
 
-def read_lines(path: str, start: int, stop: int, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[tuple[int, str]]:
+def read_lines(
+    path: str, start: int, stop: int, max_line_bytes: int = MAX_LINE_BYTES
+) -> Iterator[tuple[int, bytes | None]]:
     """Yield the lines that begin inside the range, each after the position of its first byte.
 
-    Raises:
-        ValueError: On bytes that are not UTF-8 or a line of more than `max_line_bytes`.
+    Of a line of `max_line_bytes` or more there is None. A byte order mark at the beginning of the file is left out.
     """
     with open(path, "rb") as file:
         position = start
         if position:
             # From one byte before, to see whether a line begins at `start`; the rest of one that does not is skipped.
             file.seek(position - 1)
-            position += len(_read_line(file, path, max_line_bytes)) - 1
-        while position < stop and (line := _read_line(file, path, max_line_bytes)):
-            yield position, _decode(line, path, position)
-            position += len(line)
+            position += _read_line(file, max_line_bytes)[1] - 1
+        while position < stop:
+            line, size = _read_line(file, max_line_bytes)
+            if not size:
+                break
+            yield position, line.removeprefix(codecs.BOM_UTF8) if line and not position else line
+            position += size
+
+
+def line_number(path: str, position: int) -> int:
+    """The number of the line, from 1 on, that the byte at `position` is in."""
+    number = 1
+    with open(path, "rb") as file:
+        while position and (data := file.read(min(position, 2**20))):
+            number += data.count(b"\n")
+            position -= len(data)
+    return number
 
 
 def read_pieces(path: str, start: int, stop: int) -> Iterator[str]:
@@ -57,11 +72,16 @@ def read_pieces(path: str, start: int, stop: int) -> Iterator[str]:
         begin = end
 
 
-def _read_line(file: BinaryIO, path: str, max_line_bytes: int) -> bytes:
+def _read_line(file: BinaryIO, max_line_bytes: int) -> tuple[bytes | None, int]:
+    """The next line, or None if it is too long to be kept, and its number of bytes."""
     line = file.readline(max_line_bytes)
-    if len(line) == max_line_bytes and not line.endswith(b"\n"):
-        raise ValueError(f"{path} has a line of more than {max_line_bytes} bytes: write one document a line.")
-    return line
+    if len(line) < max_line_bytes or line.endswith(b"\n"):
+        return line, len(line)
+    size = len(line)
+    while line and not line.endswith(b"\n"):
+        line = file.readline(max_line_bytes)
+        size += len(line)
+    return None, size
 
 
 def _next_cut(file: BinaryIO, position: int) -> int:
