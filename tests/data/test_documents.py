@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from modeling_gpt2repro.data.prepare.local import prepare_shards
+from modeling_gpt2repro.data.sources import documents
 from modeling_gpt2repro.data.sources import text as text_files
 from modeling_gpt2repro.data.sources.documents import (
     BadLineError,
@@ -18,7 +20,7 @@ from modeling_gpt2repro.data.sources.documents import (
     list_partitions,
     read_partition,
 )
-from modeling_gpt2repro.data.sources.parquet import read_row_group
+from modeling_gpt2repro.data.sources.parquet import read_rows, row_ranges
 from modeling_gpt2repro.data.sources.resolve import local_source
 from modeling_gpt2repro.data.sources.text import read_lines, read_pieces
 from modeling_gpt2repro.data.tokenizer import text_encoder, train_tokenizer
@@ -131,10 +133,39 @@ def test_parquet_is_read_by_row_group_with_its_ids_and_without_empty_rows(tmp_pa
     assert list(read_partition(partitions[2])) == [document for document in wanted if int(document.text[5:]) >= 20]
 
     for group in range(3):
-        assert list(read_row_group(path, group, "text", rows_per_batch=4)) == list(read_row_group(path, group, "text"))
+        assert list(read_rows(path, group, "text", rows_per_batch=4)) == list(read_rows(path, group, "text"))
 
     unnamed = write_parquet(tmp_path / "b.parquet", {"text": texts})
     assert [document.id for document in read_all([unnamed])][-1] == "b.parquet:2:4"
+
+
+@pytest.mark.parametrize("rows_per_batch", [1, 7, 1000])
+@pytest.mark.parametrize("range_bytes", [1, 400, 1500, 10**6])
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_a_large_row_group_is_cut_into_rows_without_a_change_of_documents(
+    tmp_path, monkeypatch, rows_per_batch, range_bytes, with_ids
+):
+    columns = {"text": [f"The sea, {i} of them." if i % 5 else "" for i in range(120)]}
+    if with_ids:
+        columns["id"] = [f"id {i}" for i in range(120)]
+    path = write_parquet(tmp_path / "a.parquet", columns, row_group_size=100)
+    whole = read_all([path])
+    assert [document.id for document in whole[-16:]] == (
+        [f"id {i}" for i in range(100, 120) if i % 5] if with_ids else [f"a.parquet:1:{i}" for i in range(20) if i % 5]
+    )
+    monkeypatch.setattr(documents, "row_ranges", partial(row_ranges, range_bytes=range_bytes))
+    monkeypatch.setattr(documents, "read_rows", partial(read_rows, rows_per_batch=rows_per_batch))
+    partitions = list_partitions([path])
+    size = pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size
+    first_group = [partition for partition in partitions if partition.start == 0]
+    assert len(first_group) == max(1, min(16, size // range_bytes))
+    assert len({partition.name for partition in partitions}) == len(partitions)
+    assert max(part.text_bytes for part in partitions) <= max(2 * range_bytes, size // 16)
+    assert read_all([path]) == whole
+    assert [document for part in partitions for document in read_partition(part)] == whole
+    if range_bytes == 400:
+        first, stop = partitions[0].stop_row, partitions[1].stop_row
+        assert partitions[1].location == f"rows {first} to {stop} of row group 0 of {path}"
 
 
 def test_a_file_that_changed_is_read_again(tmp_path):

@@ -1,7 +1,7 @@
 """Files of text, on disk or on the Hub, as partitions that are read independently of each other, and their documents.
 
-A partition is a row group of a .parquet file, or 16 MiB of a .txt or .jsonl file. It gives the same documents whenever
-and wherever it is read.
+A partition is a row group of a .parquet file (of a large one, some of its rows), or 16 MiB of a .txt or .jsonl file. It
+gives the same documents whenever and wherever it is read.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
 
-from .parquet import NOT_UTF8, read_row_group, row_group_bytes
+from .parquet import NOT_UTF8, read_rows, row_ranges
 from .text import line_number, read_lines, read_pieces
 
 PARTITION_BYTES = 16 * 2**20  # of a .txt or .jsonl file: some 4 M tokens
@@ -43,15 +43,21 @@ class Partition:
     stop: int  # one after the last
     text_column: str = "text"
     text_bytes: int = 0  # bytes of its text, roughly; 0 where they are not known
+    # Of a row group that is shared by several partitions: the first row, and one after the last; None for all of it.
+    first_row: int = 0
+    stop_row: int | None = None
 
     @property
     def name(self) -> str:
         """File name and start, the same on every machine."""
-        return f"{Path(self.path).name}:{self.start}"
+        rows = "" if self.stop_row is None else f":{self.first_row}"
+        return f"{Path(self.path).name}:{self.start}{rows}"
 
     @property
     def location(self) -> str:
         """Where it is, for messages."""
+        if self.stop_row is not None:
+            return f"rows {self.first_row} to {self.stop_row} of row group {self.start} of {self.path}"
         if self.stop == self.start + 1:
             return f"row group {self.start} of {self.path}"
         return f"bytes {self.start} to {self.stop} of {self.path}"
@@ -133,8 +139,10 @@ def _partitions_of(path: str, text_column: str, partition_bytes: int, skip_bad_l
         if Path(path).stat().st_size == 0:
             raise ValueError(f"{path} is empty.")
     if path.endswith(".parquet"):
-        sizes = row_group_bytes(path, text_column)
-        return [Partition(path, group, group + 1, text_column, size) for group, size in enumerate(sizes)]
+        return [
+            Partition(path, rows.row_group, rows.row_group + 1, text_column, rows.text_bytes, rows.first, rows.stop)
+            for rows in row_ranges(path, text_column)
+        ]
     size = Path(path).stat().st_size
     cuts = [*range(0, size, partition_bytes), size]
     partitions = [Partition(path, start, stop, text_column, stop - start) for start, stop in pairwise(cuts)]
@@ -182,12 +190,16 @@ def read_partition(
 
 
 def _read_parquet(partition: Partition) -> Iterator[Document | BadLine]:
-    for row, (name, text) in enumerate(read_row_group(partition.path, partition.start, partition.text_column)):
+    row_range = (partition.first_row, partition.stop_row)
+    rows = read_rows(partition.path, partition.start, partition.text_column, *row_range)
+    # A document is named by its place in the row group, so that it does not depend on the cuts.
+    row_group = f"{Path(partition.path).name}:{partition.start}"
+    for row, name, text in rows:
         if name is NOT_UTF8 or text is NOT_UTF8:
             problem = f"has {partition.text_column if text is NOT_UTF8 else 'id'!r} that is not UTF-8."
             yield BadLine(partition, row, problem, "not UTF-8")
         else:
-            yield Document(f"{partition.name}:{row}" if name is None else str(name), text or "")
+            yield Document(f"{row_group}:{row}" if name is None else str(name), text or "")
 
 
 def _read_json_lines(partition: Partition) -> Iterator[Document | BadLine]:
