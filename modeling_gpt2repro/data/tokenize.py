@@ -5,7 +5,7 @@ validation [].
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +34,47 @@ def is_validation(document_id: str, share: float) -> bool:
     """
     digest = hashlib.sha256(document_id.encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+class HoldOutCheck:
+    """Notices ids that cannot decide what is held out, such as those of a column with one value, before all is read.
+
+    It gives up on documents of which no id, or every id, falls to the validation split, once they are DOCUMENTS_PER_ID
+    times as many as their ids. Pieces of a book that share its id are not so many.
+    """
+
+    DOCUMENTS_PER_ID = 1_000
+
+    def __init__(self, share: float):
+        self.share = share
+        self.is_passed = not 0 < share < 1
+        self._ids = set()
+        self._splits = set()
+        self._documents = 0
+
+    def watch(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """Yield the documents, which may be of several calls.
+
+        Raises:
+            ValueError: If their ids are of no use.
+        """
+        for document in documents:
+            if not self.is_passed:
+                self._check(document.id)
+            yield document
+
+    def _check(self, document_id: str):
+        self._documents += 1
+        self._ids.add(document_id)
+        self._splits.add(is_validation(document_id, self.share))
+        self.is_passed = len(self._splits) > 1
+        if not self.is_passed and self._documents >= self.DOCUMENTS_PER_ID * len(self._ids):
+            ids = ", ".join(sorted(self._ids)[:3])
+            split = "validation" if self._splits == {True} else "training"
+            raise ValueError(
+                f"{self._documents:,} documents have only {len(self._ids)} different ids ({ids}), by which all of them "
+                f"fell to {split}: rename or remove 'id', and a document is named by its place instead."
+            )
 
 
 def tokenize_documents(

@@ -294,6 +294,20 @@ def test_what_was_made_without_bad_lines_is_not_used_where_they_are_not_skipped(
     assert "skip_bad_lines True there, False now" in error_of(capsys, tmp_path / "out", arguments)
 
 
+@pytest.mark.parametrize("values", [["web"], ["web", "book", "wiki"]])
+def test_ids_that_put_all_documents_in_one_split_are_noticed_early(tmp_path, texts, monkeypatch, capsys, values):
+    monkeypatch.setattr(resolve, "list_partitions", partial(resolve.list_partitions, partition_bytes=2000))
+    rows = [json.dumps({"id": values[row % len(values)], "text": "The sea."}) for row in range(20_000)]
+    (tmp_path / "in.jsonl").write_text("\n".join(rows))
+    arguments = ["--train_files", str(tmp_path / "in.jsonl"), *texts[0][2:4], "--workers", "1"]
+    message = error_of(capsys, tmp_path / "out", arguments)
+    count, ids = len(values), ", ".join(sorted(values))
+    assert f": {1000 * count:,} documents have only {count} different ids ({ids}), by which all of them fell" in message
+    assert "to training: rename or remove 'id'" in message
+    tokenized = len(finished_partitions(tmp_path / "out"))
+    assert 10 < tokenized < 0.2 * (tmp_path / "in.jsonl").stat().st_size / 2000
+
+
 def test_a_file_replaced_by_one_of_the_same_size_and_time_is_noticed(tmp_path, three_files, monkeypatch):
     file = tmp_path / "in/b.parquet"
     write_groups(tmp_path / "other", 3, 6)

@@ -101,8 +101,8 @@ def check_splits(writers: dict[str, ShardWriter], validation_share: float):
     for split, share in (("train", 1 - validation_share), ("validation", validation_share)):
         if share and not writers[split].tokens:
             raise UnusableText(
-                f"none of the text fell to the {split} split (validation_share {validation_share}): give more text, or "
-                "another --validation_share."
+                f"none of the text fell to the {split} split (validation_share {validation_share}): give more text, "
+                "documents with ids of their own, or another --validation_share."
             )
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from modeling_gpt2repro.data.shards.dataset import TokenDataset, open_shards
 from modeling_gpt2repro.data.sources.documents import BadLineError, BadLines, Document, Partition
 from modeling_gpt2repro.data.sources.resolve import Source
-from modeling_gpt2repro.data.tokenize import tokenize_documents
+from modeling_gpt2repro.data.tokenize import HoldOutCheck, tokenize_documents
 from modeling_gpt2repro.data.tokenizer import load_tokenizer_folder, save_tokenizer, text_encoder
 from modeling_gpt2repro.storage.atomic import explain_disk_full
 
@@ -59,6 +59,7 @@ def tokenize_partitions(
     numbers = spec.numbers
     finished = finished_partitions(folder, numbers)
     unverified = unverified_partitions(folder)
+    hold_out = HoldOutCheck(spec.validation_share)
     for index in range(rank, len(spec.partitions), world_size):
         if spec.max_tokens is not None:
             finished = finished_partitions(folder, numbers)  # the other workers' as well
@@ -73,7 +74,8 @@ def tokenize_partitions(
             if number in unverified and verify_partition(unverified[number][1], read()):
                 continue
             documents = read()
-            tokenized = tokenize_documents(documents, encode, spec.end_of_text_id, spec.validation_share)
+            watched = hold_out.watch(documents)
+            tokenized = tokenize_documents(watched, encode, spec.end_of_text_id, spec.validation_share)
         except (ValueError, OSError, HTTPError) as error:
             reason = " ".join(str(error).split()).removeprefix(f"{partition.path}: ")
             message = f"{partition.location}: {reason}"
