@@ -76,7 +76,7 @@ def test_product_code_patches_nothing():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_files_import_each_other_by_from_at_the_margin(name):
     text = (PACKAGE / name).read_text(encoding="utf-8")
-    allowed = {"difflib", "math", "torch", "transformers", "huggingface_hub"}
+    allowed = {"math", "torch", "transformers", "huggingface_hub"}
     for imported in imported_by(PACKAGE / name) - own(imported_by(PACKAGE / name)):
         assert imported.split(".")[0] in allowed, imported
     relative = re.findall(r"^.*from\s+\.\S*\s+import.*$", text, re.MULTILINE)

@@ -1,6 +1,8 @@
 """What the model computes, compared with stock GPT-2 and with the properties of a causal language model."""
 
+import json
 import math
+import re
 
 import pytest
 import torch
@@ -301,15 +303,33 @@ def test_invalid_config_is_rejected(fields, message):
         GPT2ReproConfig(**fields)
 
 
-def test_config_json_keeps_foreign_fields_and_rejects_misspelled_ones(tiny_config, tmp_path):
+def test_config_json_keeps_unknown_fields_with_a_warning(tiny_config, tmp_path, caplog):
     tiny_config.run_name = "mine"
-    tiny_config.pretraining_tp = 1
+    tiny_config.layer_norm_eps = 1e-3  # another model's name of layer_norm_epsilon
+    tiny_config.n_layers = 7
     tiny_config.save_pretrained(tmp_path)
-    assert GPT2ReproConfig.from_pretrained(tmp_path).run_name == "mine"
-    file = tmp_path / "config.json"
-    file.write_text(file.read_text().replace('"n_layer"', '"n_layers"'))
-    with pytest.raises(ValueError, match="n_layers: no such field"):
-        GPT2ReproConfig.from_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    for loaded in (
+        GPT2ReproConfig.from_pretrained(tmp_path),
+        GPT2ReproConfig.from_json_file(tmp_path / "config.json"),
+        GPT2ReproConfig.from_dict(fields),
+        transformers.AutoConfig.from_pretrained(tmp_path, n_positions=17),
+    ):
+        assert (loaded.run_name, loaded.layer_norm_eps, loaded.n_layers) == ("mine", 1e-3, 7)
+        assert (loaded.n_layer, loaded.layer_norm_epsilon) == (tiny_config.n_layer, tiny_config.layer_norm_epsilon)
+        loaded.save_pretrained(tmp_path / "again")
+        again = GPT2ReproConfig.from_pretrained(tmp_path / "again").to_dict()
+        assert again | {"_name_or_path": ""} == loaded.to_dict() | {"_name_or_path": ""}
+    assert loaded.n_positions == 17
+    warnings = [record.message for record in caplog.records if "layer_norm_eps" in record.message]
+    assert len(warnings) == 8
+    assert re.match("config.json has .*n_layers.*, kept but not used; GPT2ReproConfig uses .*n_layer, ", warnings[0])
+
+
+def test_misspelled_keyword_is_refused_when_a_model_is_loaded(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'n_layers'"):
+        GPT2ReproForCausalLM.from_pretrained(tmp_path, n_layers=3)
 
 
 def test_subclass_keeps_its_own_config(tmp_path):
