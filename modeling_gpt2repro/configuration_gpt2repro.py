@@ -1,5 +1,7 @@
 """Configuration of the GPT-2 reproduction: the shape of the network, under GPT-2's field names."""
 
+from typing import TYPE_CHECKING
+
 import transformers
 
 # Before the imports below, which older versions lack: a person who loads the model then reads what to install.
@@ -12,6 +14,12 @@ if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < (5
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import logging
+
+if TYPE_CHECKING:
+    # Never run, but read by transformers: a configuration file counts as the same code as another folder's only if the
+    # files that it imports are the same, too. Without this line, the second of two folders whose modeling files differ
+    # would run the first one's.
+    from .modeling_gpt2repro import GPT2ReproModel  # noqa: F401
 
 logger = logging.get_logger(__name__)
 # Keyword arguments that transformers itself passes to a config in addition to its fields.
