@@ -6,8 +6,9 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_gpt2repro.data.tokenizer import load_auto_tokenizer
 from modeling_gpt2repro.storage.retry import describe_error
 
 
@@ -19,14 +20,12 @@ def load_causal_lm(
     Raises:
         ValueError: If either cannot be loaded, weights are missing, or the tokenizer has more tokens than the model.
     """
-    # Passed even if False: with the default, None, a repository with its own code asks at the terminal and waits.
-    options = {"trust_remote_code": trust_remote_code}
     loading = "tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = load_auto_tokenizer(name, trust_remote_code=trust_remote_code)
         loading = "model"
         model, loading_info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), output_loading_info=True, **options
+            name, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, KeyError, TypeError) as error:
         if isinstance(error.__cause__, LocalEntryNotFoundError | RepositoryNotFoundError):

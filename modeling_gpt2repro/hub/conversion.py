@@ -16,16 +16,16 @@ from tempfile import TemporaryDirectory
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
 
 from modeling_gpt2repro.configuration_gpt2repro import GPT2ReproConfig
+from modeling_gpt2repro.data.tokenizer import load_auto_tokenizer
 from modeling_gpt2repro.modeling_gpt2repro import TRANSPOSED_IN_STOCK, GPT2ReproForCausalLM
 
 from .export import save_hub_folder
@@ -102,7 +102,7 @@ def convert_folder(source: str, target: Path, revision: str | None = None) -> Pr
     return converted
 
 
-def load_gpt2(source: str) -> tuple[GPT2ReproForCausalLM, PreTrainedTokenizerBase]:
+def load_gpt2(source: str) -> tuple[GPT2ReproForCausalLM, PreTrainedTokenizerFast]:
     """Load either kind of GPT-2 as our model, with its tokenizer; raises as `load_gpt2_or_hf`."""
     model, tokenizer = load_gpt2_or_hf(source)
     return from_hf_gpt2(model) if isinstance(model, GPT2LMHeadModel) else model, tokenizer
@@ -110,7 +110,7 @@ def load_gpt2(source: str) -> tuple[GPT2ReproForCausalLM, PreTrainedTokenizerBas
 
 def load_gpt2_or_hf(
     source: str, revision: str | None = None
-) -> tuple[GPT2LMHeadModel | GPT2ReproForCausalLM, PreTrainedTokenizerBase]:
+) -> tuple[GPT2LMHeadModel | GPT2ReproForCausalLM, PreTrainedTokenizerFast]:
     """Load either kind of GPT-2 from a folder or a Hub id, with its tokenizer.
 
     Raises:
@@ -118,7 +118,7 @@ def load_gpt2_or_hf(
             tensors (with their names), or has no tokenizer or one of another size.
     """
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if (Path(source) / "adapter_config.json").is_file():
             raise ValueError(f"{source} is an adapter: merge it into its base model and save that first.") from error
@@ -162,18 +162,21 @@ def load_strict(model_class: type[PreTrainedModel], source: str, revision: str |
     return model
 
 
-def load_matching_tokenizer(source: str, revision: str | None, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+def load_matching_tokenizer(source: str, revision: str | None, config: PreTrainedConfig) -> PreTrainedTokenizerFast:
     """Load the tokenizer saved with a model.
 
     Raises:
-        ValueError: If there is none, or its size differs from the model's vocabulary.
+        ValueError: If there is none, it is not a fast one, or its size differs from the model's vocabulary.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = load_auto_tokenizer(source, revision)
     except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
-            f"{source} has no tokenizer that can be loaded ({error}): save the model's tokenizer there."
+            f"{source} has no tokenizer that can be loaded ({reason}): save the model's tokenizer there."
         ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{source} has a slow tokenizer, {type(tokenizer).__name__}: save it as tokenizer.json there.")
     if len(tokenizer) != config.vocab_size:
         raise ValueError(
             f"{source} has a tokenizer of {len(tokenizer)} ids and a model of {config.vocab_size}: save the tokenizer "

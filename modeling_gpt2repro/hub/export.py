@@ -3,8 +3,9 @@
 import shutil
 from pathlib import Path
 
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from modeling_gpt2repro.data.tokenizer import save_tokenizer
 from modeling_gpt2repro.runs.folder import LOSS_PICTURE
 
 from .model_card import FROM_SCRATCH, model_card
@@ -12,7 +13,7 @@ from .model_card import FROM_SCRATCH, model_card
 
 def save_hub_folder(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     description: str = FROM_SCRATCH,
     run_folder: Path | None = None,
@@ -42,22 +43,7 @@ def save_hub_folder(
     model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):  # safetensors makes them readable by their owner only
         shutil.copymode(folder / "config.json", weights)
-    save_tokenizer(tokenizer, folder)
+    save_tokenizer(tokenizer, folder, max_length=model.config.n_positions)
     if run_folder and (run_folder / LOSS_PICTURE).is_file():
         shutil.copyfile(run_folder / LOSS_PICTURE, folder / LOSS_PICTURE)
     (folder / "README.md").write_text(model_card(model, description, run_folder), encoding="utf-8")
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path):
-    """Write a tokenizer.
-
-    Raises:
-        OSError: If it cannot be written: the Rust library raises a bare Exception then, such as
-            "No space left on device (os error 28)".
-    """
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:
-        if type(error) is Exception and "os error" in str(error):
-            raise OSError(str(error)) from error
-        raise

@@ -6,9 +6,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from modeling_gpt2repro import GPT2ReproForCausalLM
+from modeling_gpt2repro.evaluation.load_model import load_causal_lm
 from modeling_gpt2repro.hub.conversion import convert_config, copy_weights, from_hf_gpt2, load_gpt2, main, to_hf_gpt2
 
 
@@ -199,3 +202,22 @@ def test_weights_of_the_other_kind_in_a_folder_are_refused(stock_folder, tmp_pat
     assert "h.0.attn.c_attn.weight" in error_message(tmp_path / "ours", tmp_path / "back", capsys)
     with pytest.raises(ValueError, match="of another shape"):
         load_gpt2(str(tmp_path / "ours"))
+
+
+def test_the_tokenizer_keeps_the_ids_of_its_tokenizer_json_wherever_it_is_read(stock_folder, tmp_path):
+    """AutoTokenizer gives the class that is named here, GPT2Tokenizer, a pre-tokenizer of its own."""
+    expected = Tokenizer.from_file(str(stock_folder / "tokenizer.json"))
+    expected.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=True)])
+    expected.save(str(stock_folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
+    (stock_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    text = "the sea in 2023"
+    ids = expected.encode(text).ids
+    assert ids != AutoTokenizer.from_pretrained(stock_folder)(text).input_ids
+    main(["--from", str(stock_folder), "--to", str(tmp_path / "ours")])
+    main(["--from", str(tmp_path / "ours"), "--to", str(tmp_path / "back")])
+    for folder in (stock_folder, tmp_path / "ours", tmp_path / "back"):
+        assert load_causal_lm(str(folder))[1](text).input_ids == ids
+        assert load_gpt2(str(folder))[1](text).input_ids == ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours")(text).input_ids == ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "back")(text).input_ids == ids
