@@ -18,7 +18,8 @@ def load_causal_lm(
     """Load a model, from a folder or the Hub, in eval mode on its device, and its tokenizer.
 
     Raises:
-        ValueError: If either cannot be loaded, weights are missing, or the tokenizer has more tokens than the model.
+        ValueError: If either cannot be loaded, weights are missing or not tied as the config says, or the tokenizer has
+            more tokens than the model.
     """
     loading = "tokenizer"
     try:
@@ -42,6 +43,7 @@ def load_causal_lm(
             f"--model {name}: {len(missing)} of its weights are missing ({missing[0]}, ...) and would be random; "
             "give a complete checkpoint of a causal language model."
         )
+    check_tied_weights(model, f"--model {name}")
     vocab_size = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocab_size:
         raise ValueError(
@@ -49,6 +51,19 @@ def load_causal_lm(
             "tokenizer that it was trained with."
         )
     return model.to(device), tokenizer
+
+
+def check_tied_weights(model: PreTrainedModel, source: str):
+    """Raise ValueError, with the names, if tensors that the config says are one were loaded with different values.
+
+    A merged adapter leaves such folders. transformers 5 keeps both tensors, and 4 drops one, without an error.
+    """
+    for name, tied_to in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if model.get_parameter_or_buffer(name) is not model.get_parameter_or_buffer(tied_to):
+            raise ValueError(
+                f"{source}: {name} and {tied_to} differ, but its config says that they are one tensor "
+                f"(tie_word_embeddings): remove {name} from its weights to tie them again."
+            )
 
 
 def max_context(model: nn.Module) -> int | None:

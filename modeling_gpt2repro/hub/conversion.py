@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from modeling_gpt2repro.configuration_gpt2repro import GPT2ReproConfig
 from modeling_gpt2repro.data.tokenizer import load_auto_tokenizer
+from modeling_gpt2repro.evaluation.load_model import check_tied_weights
 from modeling_gpt2repro.modeling_gpt2repro import TRANSPOSED_IN_STOCK, GPT2ReproForCausalLM
 
 from .export import save_hub_folder
@@ -136,8 +137,8 @@ def load_strict(model_class: type[PreTrainedModel], source: str, revision: str |
     """Load a model whose file has exactly its tensors: `from_pretrained` would fill in missing ones with random values.
 
     Raises:
-        ValueError: With the names of the tensors that are missing, unknown, or of another shape; or if the file is
-            missing or damaged.
+        ValueError: With the names of the tensors that are missing, unknown, of another shape, or not tied as the
+            config says; or if the file is missing or damaged.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # transformers would print a table of what the ValueError says
@@ -159,6 +160,7 @@ def load_strict(model_class: type[PreTrainedModel], source: str, revision: str |
         raise ValueError(
             f"{source} does not hold the {model_class.__name__} that its config describes; {'; '.join(messages)}."
         )
+    check_tied_weights(model, source)
     return model
 
 

@@ -30,6 +30,7 @@ from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS, Example,
 from modeling_gpt2repro.evaluation.hellaswag.metrics import BASELINES
 from modeling_gpt2repro.evaluation.hellaswag.score import without_autocast
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask, prepare_hellaswag
+from modeling_gpt2repro.evaluation.load_model import check_tied_weights
 from modeling_gpt2repro.evaluation.validation import unigram_entropy
 from modeling_gpt2repro.evaluation.validation_text import bytes_per_token
 from modeling_gpt2repro.hub.background_upload import UploadQueue
@@ -86,7 +87,8 @@ def load_initial_weights(args: TrainArguments, accelerator: Accelerator) -> Init
     """Load the checkpoint to resume from, or else the model of `--init_from`, if there is either.
 
     Raises:
-        ValueError: If it is damaged, not a GPT-2, or of another shape than the arguments'.
+        ValueError: If it is damaged, not a GPT-2, untied although its config says tied, or of another shape than the
+            arguments'.
     """
     checkpoint = find_checkpoint(args, accelerator)
     model, tokenizer = None, None
@@ -96,6 +98,7 @@ def load_initial_weights(args: TrainArguments, accelerator: Accelerator) -> Init
     elif args.init_from:
         model, tokenizer = call_main_process_first(accelerator, lambda: load_gpt2(args.init_from))
     if model is not None:
+        check_tied_weights(model, str(checkpoint or args.init_from))
         check_shape(args, model, source=str(checkpoint or args.init_from))
         model = model.float()  # whatever it was saved in: bf16 has 8 bits, too few to add a small update to a weight
     return InitialWeights(checkpoint, model, tokenizer, description=base_model_sentence(args.init_from))

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
-from modeling_gpt2repro import GPT2ReproForCausalLM
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.evaluation.load_model import load_causal_lm
 from modeling_gpt2repro.hub.conversion import convert_config, copy_weights, from_hf_gpt2, load_gpt2, main, to_hf_gpt2
 
@@ -175,11 +175,26 @@ def test_sources_that_cannot_be_converted_are_refused_in_one_sentence(stock_fold
     assert "has weights that cannot be read" in error_message(stock_folder, tmp_path / "ours", capsys)
 
 
-def test_an_untied_output_head_is_refused(stock_folder, tmp_path, capsys):
-    weights = load_file(stock_folder / "model.safetensors")
-    weights["lm_head.weight"] = 2 * weights["transformer.wte.weight"]
-    save_file(weights, stock_folder / "model.safetensors", {"format": "pt"})
-    message = error_message(stock_folder, tmp_path / "ours", capsys)
+def test_an_untied_output_head_is_refused_wherever_it_is_loaded(stock_folder, tmp_path, capsys):
+    main(["--from", str(stock_folder), "--to", str(tmp_path / "ours")])
+    sentence = "lm_head.weight and transformer.wte.weight differ, but its config says that they are one tensor"
+    for folder in (stock_folder, tmp_path / "ours"):
+        weights = load_file(folder / "model.safetensors")
+        save_file(weights | {"lm_head.weight": weights["transformer.wte.weight"].clone()},
+                  folder / "model.safetensors", {"format": "pt"})  # fmt: skip
+        assert load_causal_lm(str(folder))  # twice the same values: tied
+        weights["lm_head.weight"] = 2 * weights["transformer.wte.weight"]
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        assert sentence in error_message(folder, tmp_path / "other", capsys)
+        with pytest.raises(ValueError, match=sentence):
+            load_causal_lm(str(folder))
+
+
+def test_a_head_that_the_config_says_is_untied_cannot_be_converted(stock_folder, tmp_path, capsys):
+    main(["--from", str(stock_folder), "--to", str(tmp_path / "ours")])
+    model = GPT2ReproForCausalLM(GPT2ReproConfig.from_pretrained(tmp_path / "ours", tie_word_embeddings=False))
+    model.save_pretrained(tmp_path / "ours")
+    message = error_message(tmp_path / "ours", tmp_path / "other", capsys)
     assert "this GPT-2 has an untied output head, our model a tied one" in message
 
 
