@@ -1,6 +1,7 @@
 """Load any causal language model by folder or Hub name, and check a command's --model, --device and --output."""
 
 import os
+from pathlib import Path
 
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gpt2repro.data.tokenizer import load_auto_tokenizer
+from modeling_gpt2repro.runs.folder import MODEL_FOLDER
 from modeling_gpt2repro.storage.retry import describe_error
 
 
@@ -92,13 +94,20 @@ def model_problem(name: str) -> str | None:
     """What is wrong with the name of a model, as far as can be seen without the network; None if nothing is."""
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
-            if os.path.isfile(os.path.join(name, "model", "config.json")):
-                return f"--model {name} is the folder of a run: give {os.path.join(name, 'model')}."
+            if problem := run_folder_problem(name):
+                return f"--model {problem}"
             return f"--model {name} has no config.json: give a folder that save_pretrained has written."
     elif os.path.exists(name):
         return f"--model {name} is a file: give the folder it is in."
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
         return f"--model {name}: there is no such folder, and a model on the Hub is named owner/name."
+
+
+def run_folder_problem(name: str) -> str | None:
+    """A sentence that names the model's folder, if `name` is the folder of a run; else None."""
+    for folder in (Path(name) / MODEL_FOLDER, *sorted(Path(name).glob("step-*"), reverse=True)):
+        if (folder / "config.json").is_file():
+            return f"{name} is the folder of a run: give {folder}."
 
 
 def output_problem(path: str) -> str | None:

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from modeling_gpt2repro.configuration_gpt2repro import GPT2ReproConfig
 from modeling_gpt2repro.data.tokenizer import load_auto_tokenizer
-from modeling_gpt2repro.evaluation.load_model import check_tied_weights
+from modeling_gpt2repro.evaluation.load_model import check_tied_weights, run_folder_problem
 from modeling_gpt2repro.modeling_gpt2repro import TRANSPOSED_IN_STOCK, GPT2ReproForCausalLM
 
 from .export import save_hub_folder
@@ -121,6 +121,8 @@ def load_gpt2_or_hf(
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if problem := run_folder_problem(source):
+            raise ValueError(problem) from error
         if (Path(source) / "adapter_config.json").is_file():
             raise ValueError(f"{source} is an adapter: merge it into its base model and save that first.") from error
         raise ValueError(f"{source} cannot be read as a model: {' '.join(str(error).split())}") from error
@@ -218,6 +220,7 @@ def from_hf_gpt2(hf_model: GPT2LMHeadModel) -> GPT2ReproForCausalLM:
 def to_hf_gpt2(model: GPT2ReproForCausalLM) -> GPT2LMHeadModel:
     """Convert our model to a GPT-2 of transformers, in the same dtype; in fp32 the logits are equal up to rounding."""
     fields = {name: getattr(model.config, name) for name in SHARED_FIELDS}
+    fields["n_ctx"] = model.config.n_positions  # its old name, which llama.cpp and mlx-lm still read
     hf_model = GPT2LMHeadModel(GPT2Config(**fields, **OUR_OPTIONS)).to(model.dtype)
     return copy_weights(model, hf_model)
 

@@ -10,6 +10,8 @@ from modeling_gpt2repro.runs.folder import LOSS_PICTURE
 
 from .model_card import FROM_SCRATCH, model_card
 
+PIPELINE_NEW_TOKENS = 256  # what transformers' text-generation pipeline asks for, unless the model's folder says less
+
 
 def save_hub_folder(
     model: PreTrainedModel,
@@ -25,7 +27,7 @@ def save_hub_folder(
         model: Ours, or a GPT-2 of transformers.
         description: First sentence of the card.
         run_folder: A run whose results and loss plot the card shows.
-        generation_config: The default is greedy decoding.
+        generation_config: The default is greedy decoding; a length is added where `set_length_in_short_context` says.
 
     Raises:
         ValueError: If the tokenizer's size differs from the model's vocabulary.
@@ -40,6 +42,7 @@ def save_hub_folder(
         eos_token_id=model.config.eos_token_id,
         pad_token_id=model.config.eos_token_id,
     )
+    set_length_in_short_context(model.generation_config, model.config.n_positions)
     model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):  # safetensors makes them readable by their owner only
         shutil.copymode(folder / "config.json", weights)
@@ -47,3 +50,14 @@ def save_hub_folder(
     if run_folder and (run_folder / LOSS_PICTURE).is_file():
         shutil.copyfile(run_folder / LOSS_PICTURE, folder / LOSS_PICTURE)
     (folder / "README.md").write_text(model_card(model, description, run_folder), encoding="utf-8")
+
+
+def set_length_in_short_context(generation_config: GenerationConfig, n_positions: int):
+    """Let a call without a length generate half a context, if the pipeline's default leaves the prompt less than that.
+
+    In longer contexts, such as GPT-2's, nothing is set: `max_new_tokens` from the folder outranks the `max_length` of a
+    call, and `max_length` from there warns whenever `max_new_tokens` is passed.
+    """
+    is_set = generation_config.max_new_tokens is not None or generation_config.max_length is not None
+    if not is_set and n_positions // 2 < PIPELINE_NEW_TOKENS:
+        generation_config.max_new_tokens = max(1, n_positions // 2)

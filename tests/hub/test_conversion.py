@@ -204,6 +204,19 @@ def test_an_adapter_is_refused(tmp_path, capsys):
     assert "is an adapter: merge it" in error_message(tmp_path / "adapter", tmp_path / "ours", capsys)
 
 
+def test_from_the_folder_of_a_run_its_model_is_named(stock_folder, tmp_path, capsys):
+    for name in ("step-000010", "step-000020", "model"):  # what a run leaves, in this order
+        shutil.copytree(stock_folder, tmp_path / "run" / name)
+        message = error_message(tmp_path / "run", tmp_path / "other", capsys)
+        assert message == f"{tmp_path / 'run'} is the folder of a run: give {tmp_path / 'run' / name}."
+
+
+def test_the_context_has_the_name_that_older_tools_read(stock_folder, tmp_path):
+    main(["--from", str(stock_folder), "--to", str(tmp_path / "ours")])
+    main(["--from", str(tmp_path / "ours"), "--to", str(tmp_path / "back")])
+    assert json.loads((tmp_path / "back/config.json").read_text())["n_ctx"] == 64
+
+
 def test_an_existing_folder_is_left_alone(stock_folder, capsys):
     with pytest.raises(SystemExit):
         main(["--from", str(stock_folder), "--to", str(stock_folder)])
