@@ -30,6 +30,7 @@ from modeling_gpt2repro.evaluation.load_model import check_tied_weights, run_fol
 from modeling_gpt2repro.modeling_gpt2repro import TRANSPOSED_IN_STOCK, GPT2ReproForCausalLM
 
 from .export import save_hub_folder
+from .model_card import derived_origin
 
 SHARED_FIELDS = (
     "vocab_size",
@@ -88,7 +89,7 @@ def convert_folder(source: str, target: Path, revision: str | None = None) -> Pr
         raise ValueError(f"{target} exists already: give another --to.")
     model, tokenizer = load_gpt2_or_hf(source, revision)
     converted = from_hf_gpt2(model) if isinstance(model, GPT2LMHeadModel) else to_hf_gpt2(model)
-    base_model = Path(source).name if Path(source).exists() else source
+    origin = derived_origin("Converted from", source, revision)
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target.parent) as temporary:  # renamed when complete, so `target` is never half written
         complete = Path(temporary) / "complete"
@@ -96,7 +97,7 @@ def convert_folder(source: str, target: Path, revision: str | None = None) -> Pr
             converted,
             tokenizer,
             complete,
-            description=f"Converted from {base_model}.",
+            origin=origin,
             generation_config=model.generation_config,
         )
         complete.rename(target)

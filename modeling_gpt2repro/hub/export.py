@@ -8,7 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from modeling_gpt2repro.data.tokenizer import save_tokenizer
 from modeling_gpt2repro.runs.folder import LOSS_PICTURE
 
-from .model_card import FROM_SCRATCH, model_card
+from .model_card import FROM_SCRATCH, Origin, model_card
 
 PIPELINE_NEW_TOKENS = 256  # what transformers' text-generation pipeline asks for, unless the model's folder says less
 
@@ -17,7 +17,7 @@ def save_hub_folder(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
-    description: str = FROM_SCRATCH,
+    origin: Origin = FROM_SCRATCH,
     run_folder: Path | None = None,
     generation_config: GenerationConfig | None = None,
 ):
@@ -25,7 +25,7 @@ def save_hub_folder(
 
     Args:
         model: Ours, or a GPT-2 of transformers.
-        description: First sentence of the card.
+        origin: What the card says of where the weights come from.
         run_folder: A run whose results and loss plot the card shows.
         generation_config: The default is greedy decoding; a length is added where `set_length_in_short_context` says.
 
@@ -49,7 +49,7 @@ def save_hub_folder(
     save_tokenizer(tokenizer, folder, max_length=model.config.n_positions)
     if run_folder and (run_folder / LOSS_PICTURE).is_file():
         shutil.copyfile(run_folder / LOSS_PICTURE, folder / LOSS_PICTURE)
-    (folder / "README.md").write_text(model_card(model, description, run_folder), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(model, origin, run_folder), encoding="utf-8")
 
 
 def set_length_in_short_context(generation_config: GenerationConfig, n_positions: int):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
@@ -66,6 +67,16 @@ def test_converting_there_and_back_gives_the_same_weights(stock_folder, tmp_path
     assert "auto_map" not in (tmp_path / "back" / "config.json").read_text()
     assert "trust_remote_code" not in (tmp_path / "back" / "README.md").read_text()
     assert "from scratch" not in (tmp_path / "ours" / "README.md").read_text()
+
+
+def test_the_card_of_a_twin_keeps_license_language_and_base_model(stock_folder, tmp_path):
+    metadata = {"license": "mit", "language": "en", "base_model": "openai-community/gpt2"}
+    (stock_folder / "README.md").write_text(f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n# A model\n")
+    main(["--from", str(stock_folder), "--to", str(tmp_path / "ours")])
+    main(["--from", str(tmp_path / "ours"), "--to", str(tmp_path / "back")])
+    for name in ("ours", "back"):
+        found = ModelCard.load(tmp_path / name / "README.md").data
+        assert {key: found[key] for key in metadata} == metadata
 
 
 def test_the_format_that_openai_published_is_read(stock_folder, tmp_path, random_ids):
