@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.tokenizer import save_tokenizer
 from modeling_gpt2repro.runs.folder import LOSS_PICTURE
@@ -42,7 +42,7 @@ def save_hub_folder(
         eos_token_id=model.config.eos_token_id,
         pad_token_id=model.config.eos_token_id,
     )
-    set_length_in_short_context(model.generation_config, model.config.n_positions)
+    set_length_in_short_context(model)
     model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):  # safetensors makes them readable by their owner only
         shutil.copymode(folder / "config.json", weights)
@@ -52,12 +52,16 @@ def save_hub_folder(
     (folder / "README.md").write_text(model_card(model, origin, run_folder), encoding="utf-8")
 
 
-def set_length_in_short_context(generation_config: GenerationConfig, n_positions: int):
+def set_length_in_short_context(model: PreTrainedModel):
     """Let a call without a length generate half a context, if the pipeline's default leaves the prompt less than that.
 
     In longer contexts, such as GPT-2's, nothing is set: `max_new_tokens` from the folder outranks the `max_length` of a
     call, and `max_length` from there warns whenever `max_new_tokens` is passed.
     """
-    is_set = generation_config.max_new_tokens is not None or generation_config.max_length is not None
-    if not is_set and n_positions // 2 < PIPELINE_NEW_TOKENS:
-        generation_config.max_new_tokens = max(1, n_positions // 2)
+    given = model.generation_config
+    half = max(1, model.config.n_positions // 2)
+    if given.max_new_tokens is None and given.max_length is None and half < PIPELINE_NEW_TOKENS:
+        given.max_new_tokens = half
+    if given.max_new_tokens and isinstance(model, GPT2LMHeadModel):
+        # Where the pipeline of transformers 4 looks, as in OpenAI's own config.
+        model.config.task_specific_params = {"text-generation": {"max_new_tokens": given.max_new_tokens}}
