@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None):
         state = TrainState()
         detector = OutlierDetector(accelerator.device, args.skip_outliers)
         stateful = {"progress": state, "data": data.batches, "guard": detector}
-        checkpointer = Checkpointer(args, accelerator, model, optimizer, data, stateful, description=start.description)
+        checkpointer = Checkpointer(args, accelerator, model, optimizer, data, stateful, origin=start.origin)
         if start.checkpoint is not None:
             checkpointer.restore(start.checkpoint)
         logger = setup.build_logger(args, accelerator, model, data, state)
