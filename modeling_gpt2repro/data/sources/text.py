@@ -229,7 +229,7 @@ def _next_cut(data: bytes, index: int) -> int:
     """The first index from this one on before which the text may be cut; the end, if it comes first."""
     stop = index + LOOK_AHEAD_BYTES
     found = WHITESPACE.search(data, index, stop) or CHARACTER.search(data, index, stop)
-    return found.start() if found else min(index, len(data))
+    return found.start() if found else min(stop, len(data))
 
 
 def _read_line(file: BinaryIO, path: str, max_line_bytes: int) -> bytes:
