@@ -5,15 +5,15 @@ strings in a .json, and one document of an object of columns.
 """
 
 import csv
-import io
 import json
+import os
 from collections.abc import Iterator
 
 import pyarrow as pa
 
 from .files import file_kind, open_bytes
 from .parquet import ROWS_PER_BATCH, check_text_column
-from .text import MAX_LINE_BYTES, replace_lone_surrogates
+from .text import MAX_LINE_BYTES, read_lines, replace_lone_surrogates
 
 Row = tuple[object, str | None]  # the id, None if there is none, and the text
 
@@ -26,26 +26,24 @@ def read_csv(path: str, text_column: str) -> Iterator[Row]:
     """
     csv.field_size_limit(MAX_LINE_BYTES)
     delimiter = "\t" if file_kind(path) == ".tsv" else ","
-    with open_bytes(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines:
-        rows = csv.reader(lines, delimiter=delimiter, strict=True)
-        try:
-            header = next(rows, [])
-            if text_column not in header:
-                raise ValueError(missing_column(path, text_column, header))
-            text = header.index(text_column)
-            name = header.index("id") if "id" in header else None
-            for row in rows:
-                if len(row) == len(header):
-                    yield (row[name] or None) if name is not None else None, row[text]
-                elif row:  # else it is a blank line
-                    raise ValueError(
-                        f"{path}: the row that ends in line {rows.line_num} has {len(row)} fields, and the first row "
-                        f"has {len(header)}."
-                    )
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 (after line {rows.line_num}): convert it.") from error
-        except csv.Error as error:
-            raise ValueError(f"{path}: line {rows.line_num} does not follow the rules of .csv ({error}).") from error
+    lines = (line for _, line in read_lines(path, 0, os.path.getsize(path)))
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        header = next(rows, [])
+        if text_column not in header:
+            raise ValueError(missing_column(path, text_column, header))
+        text = header.index(text_column)
+        name = header.index("id") if "id" in header else None
+        for row in rows:
+            if len(row) == len(header):
+                yield (row[name] or None) if name is not None else None, row[text]
+            elif row:  # else it is a blank line
+                raise ValueError(
+                    f"{path}: the row that ends in line {rows.line_num} has {len(row)} fields, and the first row has "
+                    f"{len(header)}."
+                )
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {rows.line_num} does not follow the rules of .csv ({error}).") from error
 
 
 def read_json(path: str, text_column: str) -> Iterator[Row]:
