@@ -10,6 +10,8 @@ from pathlib import Path
 from modeling_gpt2repro.data.shards.dataset import FORMAT, MANIFEST, SPLITS
 from modeling_gpt2repro.data.shards.writer import ShardWriter
 from modeling_gpt2repro.data.sources.documents import BadLine
+from modeling_gpt2repro.data.sources.files import shorten
+from modeling_gpt2repro.data.sources.text import LINE_ENDS
 from modeling_gpt2repro.data.tokenize import TokenizedPartition
 from modeling_gpt2repro.storage.atomic import explain_disk_full, write_json
 
@@ -33,7 +35,7 @@ def assemble(folder: Path, spec: PrepareSpec, on_progress: OnProgress = lambda d
     """
     if changed := spec.with_present_files().changed_files(spec):
         raise ValueError(
-            f"{', '.join(changed[:3])} changed while it was read: run the same command again, and only what differs is "
+            f"{shorten(changed)} changed while it was read: run the same command again, and only what differs is "
             "tokenized again."
         )
     finished = finished_partitions(folder, spec.numbers)
@@ -67,12 +69,15 @@ def write_shards(folder: Path, spec: PrepareSpec, tokenized: Iterable[TokenizedP
     skipped = Counter()
     bad_lines = Counter()
     first_bad_line = None
+    normalized = set()  # files in which line ends became \n
     used = 0
     try:
         with explain_disk_full(folder):
             for index, partition in enumerate(tokenized):
                 for split, writer in writers.items():
                     writer.append(partition.ids[split], partition.text_bytes[split], partition=index)
+                if partition.skipped.pop(LINE_ENDS, 0):
+                    normalized.add(spec.partitions[index].path)
                 skipped.update(partition.skipped)
                 bad_lines.update(partition.bad_lines)
                 if partition.first_bad_line and first_bad_line is None:
@@ -85,10 +90,10 @@ def write_shards(folder: Path, spec: PrepareSpec, tokenized: Iterable[TokenizedP
             splits = {split: writer.finish() for split, writer in writers.items()}
             left_out = {"skipped": dict(sorted(skipped.items()))}
             if first_bad_line:
-                name = os.path.basename(first_bad_line.partition.path)
-                first = f"{name}: {first_bad_line.place} {first_bad_line.problem}"
+                place = f"{first_bad_line.partition.file_name}: {first_bad_line.place}"
+                first = f"{place} {first_bad_line.problem}"
                 left_out["bad_lines"] = {"counts": dict(sorted(bad_lines.items())), "first": first}
-            write_manifest(folder, spec, splits, used, left_out)
+            write_manifest(folder, spec, splits, used, left_out, len(normalized))
     finally:
         for writer in writers.values():
             writer.abandon()
@@ -106,7 +111,14 @@ def check_splits(writers: dict[str, ShardWriter], validation_share: float):
             )
 
 
-def write_manifest(folder: Path, spec: PrepareSpec, splits: dict[str, dict], num_partitions: int, left_out: dict):
+def write_manifest(
+    folder: Path,
+    spec: PrepareSpec,
+    splits: dict[str, dict],
+    num_partitions: int,
+    left_out: dict,
+    num_normalized: int = 0,
+):
     """Write manifest.json, last of all and atomically: a folder without one is not a prepared folder."""
     paths = [partition.path for partition in spec.partitions[:num_partitions]]
     files = []
@@ -124,4 +136,6 @@ def write_manifest(folder: Path, spec: PrepareSpec, splits: dict[str, dict], num
         **left_out,
         "splits": {split: splits[split] for split in SPLITS},
     }
+    if num_normalized:
+        manifest["files_with_other_line_ends"] = num_normalized
     write_json(folder / MANIFEST, manifest)

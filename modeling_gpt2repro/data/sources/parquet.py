@@ -44,16 +44,7 @@ def row_ranges(path: str, text_column: str, range_bytes: int = RANGE_BYTES) -> l
     """
     metadata = _metadata(path)
     schema = metadata.schema.to_arrow_schema()
-    if text_column not in schema.names:
-        raise ValueError(
-            f"{path} has no column {text_column!r}; it has {', '.join(schema.names)}: name one by --text_column."
-        )
-    column_type = schema.field(text_column).type
-    value_type = column_type.value_type if pa.types.is_dictionary(column_type) else column_type
-    if value_type not in (pa.string(), pa.large_string(), pa.string_view()):
-        raise ValueError(
-            f"column {text_column!r} of {path} holds {column_type}, not text: name another by --text_column."
-        )
+    check_text_column(path, schema, text_column)
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     if not groups:
         return []
@@ -70,6 +61,20 @@ def row_ranges(path: str, text_column: str, range_bytes: int = RANGE_BYTES) -> l
             cuts = [group.num_rows * part // parts for part in range(parts + 1)]
             ranges += [RowRange(number, first, stop, size // parts) for first, stop in pairwise(cuts)]
     return ranges
+
+
+def check_text_column(path: str, schema: pa.Schema, text_column: str):
+    """Raise a ValueError unless a file of this schema has such a column, and of text."""
+    if text_column not in schema.names:
+        raise ValueError(
+            f"{path} has no column {text_column!r}; it has {', '.join(schema.names)}: name one by --text_column."
+        )
+    column_type = schema.field(text_column).type
+    value_type = column_type.value_type if pa.types.is_dictionary(column_type) else column_type
+    if value_type not in (pa.string(), pa.large_string(), pa.string_view()):
+        raise ValueError(
+            f"column {text_column!r} of {path} holds {column_type}, not text: name another by --text_column."
+        )
 
 
 def read_rows(
