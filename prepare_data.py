@@ -24,17 +24,16 @@ from transformers import PreTrainedTokenizerFast
 from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
 from modeling_gpt2repro.data.prepare.assemble import assemble
 from modeling_gpt2repro.data.prepare.cluster import slurm_scripts, submit_to_slurm, tokenize_on_ray
-from modeling_gpt2repro.data.prepare.local import tokenize_locally, watch_partitions
+from modeling_gpt2repro.data.prepare.local import tokenize_locally, train_tokenizer_on, watch_partitions
 from modeling_gpt2repro.data.prepare.spec import PrepareSpec, make_prepare_spec, read_spec
-from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
+from modeling_gpt2repro.data.prepare.token_cache import cached_partitions
 from modeling_gpt2repro.data.prepare.workspace import LOGS, finish_job, is_prepared, start_job
 from modeling_gpt2repro.data.shards.dataset import MANIFEST, TokenDataset, open_shards
 from modeling_gpt2repro.data.shards.verify import verify_shards
-from modeling_gpt2repro.data.sources.documents import BadLines
 from modeling_gpt2repro.data.sources.files import shorten
 from modeling_gpt2repro.data.sources.hub_rows import is_hub_rows
 from modeling_gpt2repro.data.sources.resolve import Source, hub_source, local_source
-from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, save_tokenizer, train_tokenizer
+from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, save_tokenizer
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
 from modeling_gpt2repro.runtime.progress import ProgressBar
 from modeling_gpt2repro.storage.atomic import explain_disk_full
@@ -108,13 +107,11 @@ def open_tokenizer(
     """Load the tokenizer that is named, or train one on the source; resuming, keep the one that was trained before."""
     if args.tokenizer != "train":
         return load_tokenizer(args.tokenizer)
-    if previous_spec is not None and previous_spec.tokenizer["name"] == "train" and finished_partitions(folder):
+    if previous_spec is not None and previous_spec.tokenizer["name"] == "train" and cached_partitions(folder):
         tokenizer = load_tokenizer_folder(folder / "tokenizer")
         if len(tokenizer) == args.vocab_size:
             return tokenizer
-    bad_lines = BadLines() if args.skip_bad_lines else None
-    texts = (d.text for partition in source.partitions for d in source.read(partition, bad_lines=bad_lines))
-    return train_tokenizer(texts, args.vocab_size)
+    return train_tokenizer_on(source, args.vocab_size, skip_bad_lines=args.skip_bad_lines)
 
 
 def report_changed_files(names: list[str]):

@@ -50,14 +50,17 @@ def test_local_text_becomes_shards_and_a_report(tmp_path, capsys, tiny_texts, mo
     shards = open_shards(out)
     assert len(shards.tokenizer) == 300
     assert shards.manifest["tokenizer"]["name"] == "train"
-    assert shards.manifest["source"] == {"files": ["a.txt", "b.jsonl"], "text_column": "text"}
+    assert shards.manifest["source"] == {"files": ["a.txt", "b.jsonl"], "text_column": "text", "line_ends": "LF"}
     assert shards.manifest["validation_share"] == 0.2
     totals = shards.manifest["splits"]
     text_bytes = len("\n".join(tiny_texts[:100]).encode()) + sum(len(text.encode()) for text in tiny_texts[100:])
     assert totals["train"]["text_bytes"] + totals["validation"]["text_bytes"] == text_bytes
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
     assert f"{totals['train']['tokens']:,} tokens" in printed
     assert f"train_accelerate.py --shards {out}" in printed
+    steps = ("reading text for a tokenizer", "training a tokenizer of 300 ids", "tokenizing", "writing shards")
+    begins = [progress.index(step) for step in steps]
+    assert begins == sorted(begins)
 
 
 def test_options_reach_the_shards(tmp_path, tokenizer_folder, tiny_texts):
@@ -91,7 +94,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys, tokenizer_f
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "blank.txt").write_text("\n\n")
     (tmp_path / "little.txt").write_text("the sea")
-    (tmp_path / "a.csv").write_text("a,b")
+    (tmp_path / "a.pdf").write_text("a,b")
     pq.write_table(pa.table({"words": ["a"]}), tmp_path / "a.parquet")
     tiny = ["--tokenizer", tokenizer_folder]
     assert "latin.txt is not UTF-8 (byte 3 is 0xe9)" in error("--train_files", tmp_path / "latin.txt", *tiny)
@@ -104,13 +107,26 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys, tokenizer_f
     assert f"bytes 0 to 40 of {tmp_path / 'late.jsonl'}: line 2 (byte 20) has no 'text' field; it has body" in error(
         "--train_files", tmp_path / "late.jsonl", *tiny
     )
-    assert "a.csv is not of a kind that can be read" in error("--train_files", tmp_path / "a.csv", *tiny)
+    assert "a.pdf is not of a kind that can be read" in error("--train_files", tmp_path / "a.pdf", *tiny)
     assert "none/*.txt for --train_files" in error("--train_files", tmp_path / "none" / "*.txt", *tiny)
     assert "quick (True) is for --verify only: add that" in error("--train_files", tmp_path / "little.txt", "--quick")
     assert "vocab_size (300) is for --tokenizer train only" in error("--vocab_size", 300)
     assert "ask for fewer ids" in error("--train_files", tmp_path / "little.txt", "--tokenizer", "train")
     assert "--tokenizer train works on --train_files only" in error("--tokenizer", "train")
     assert "nor a folder or Hub id" in error("--train_files", tmp_path / "little.txt", "--tokenizer", tmp_path)
+
+
+def test_a_bad_line_is_named_while_a_tokenizer_is_trained_too(tmp_path, capsys, tiny_texts):
+    write_jsonl(tmp_path / "a.jsonl", tiny_texts)
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write('{"text": 5}\n')
+    options = ["--train_files", tmp_path / "a.jsonl", "--tokenizer", "train", "--vocab_size", 300]
+    message = error_of(capsys, "--output_dir", tmp_path / "out", *options)
+    assert f"a.jsonl: line {len(tiny_texts) + 1} (byte " in message
+    assert "has 'text' that is not text. Mend it and run the same command again, or skip all such lines by" in message
+    options = [*options, "--skip_bad_lines", "--output_dir", tmp_path / "out", "--validation_share", 0.2]
+    prepare_data.main([str(word) for word in options])
+    assert open_shards(tmp_path / "out").manifest["bad_lines"]["counts"] == {"no text": 1}
 
 
 def test_a_finished_folder_is_left_alone(tmp_path, capsys, token_shards, tokenizer_folder):

@@ -22,7 +22,8 @@ from modeling_gpt2repro.data.shards.dataset import TokenDataset, open_shards
 from modeling_gpt2repro.data.sources.documents import BadLineError, BadLines, Document, Partition
 from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.data.tokenize import HoldOutCheck, tokenize_documents
-from modeling_gpt2repro.data.tokenizer import load_tokenizer_folder, save_tokenizer, text_encoder
+from modeling_gpt2repro.data.tokenizer import load_tokenizer_folder, save_tokenizer, text_encoder, train_tokenizer
+from modeling_gpt2repro.runtime.progress import TextBar
 from modeling_gpt2repro.storage.atomic import explain_disk_full
 
 from .assemble import OnProgress, assemble
@@ -38,6 +39,7 @@ from .token_cache import (
 from .workspace import finish_job, start_job
 
 POLL_SECONDS = 0.5
+BAD_LINE_ADVICE = "Mend it and run the same command again, or skip all such lines by --skip_bad_lines."
 
 
 def tokenize_partitions(
@@ -80,7 +82,7 @@ def tokenize_partitions(
             reason = " ".join(str(error).split()).removeprefix(f"{partition.path}: ")
             message = f"{partition.location}: {reason}"
             if isinstance(error, BadLineError):
-                message += " Mend it and run the same command again, or skip all such lines by --skip_bad_lines."
+                message += f" {BAD_LINE_ADVICE}"
             write_error(folder, number, message)
             raise ValueError(message) from error
         tokenized = replace(tokenized, **documents.describe())
@@ -195,6 +197,26 @@ def watch_partitions(folder: Path, spec: PrepareSpec, on_progress: OnProgress) -
     finally:
         is_over.set()
         thread.join()
+
+
+def train_tokenizer_on(
+    source: Source, vocab_size: int, max_length: int = 1024, skip_bad_lines: bool = False
+) -> PreTrainedTokenizerFast:
+    """`train_tokenizer` on all texts of a source, with a progress bar.
+
+    Raises:
+        ValueError: If a partition cannot be read, or see `train_tokenizer`.
+    """
+    bad_lines = BadLines() if skip_bad_lines else None
+    documents = (document for part in source.partitions for document in source.read(part, bad_lines=bad_lines))
+    with TextBar(source.text_bytes, "reading text for a tokenizer") as bar:
+        texts = bar.watch((document.text for document in documents), then=f"training a tokenizer of {vocab_size:,} ids")
+        try:
+            tokenizer = train_tokenizer(texts, vocab_size, max_length)
+        except BadLineError as error:
+            raise ValueError(f"{error} {BAD_LINE_ADVICE}") from error
+        bar.set_description(f"trained a tokenizer of {vocab_size:,} ids")
+    return tokenizer
 
 
 def prepare_shards(

@@ -60,6 +60,11 @@ def unverified_partitions(folder: Path) -> dict[int, tuple[int, Path]]:
     return _partition_files(folder, f".npz{UNVERIFIED_SUFFIX}")
 
 
+def cached_partitions(folder: Path) -> dict[int, tuple[int, Path]]:
+    """Both of them: what an unfinished preparation may go on with."""
+    return {**finished_partitions(folder), **unverified_partitions(folder)}
+
+
 def mark_unverified(folder: Path, numbers: Iterable[int]):
     """Have finished partitions compared with their text before they are used."""
     finished = finished_partitions(folder)
@@ -97,7 +102,7 @@ def read_errors(folder: Path) -> list[str]:
 
 def clear_unfinished_partitions(folder: Path, numbers: list[int]):
     """Delete temporary files of killed workers, recorded errors, and partitions with other numbers."""
-    cached = {**finished_partitions(folder), **unverified_partitions(folder)}
+    cached = cached_partitions(folder)
     for _, path in [cached[number] for number in cached.keys() - set(numbers)]:
         path.unlink()
     for path in (folder / CACHE_DIR).iterdir():

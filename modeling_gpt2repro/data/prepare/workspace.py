@@ -9,13 +9,7 @@ from modeling_gpt2repro.data.shards.nanogpt_format import SHARD_NAME
 from modeling_gpt2repro.storage.atomic import PARTIAL
 
 from .spec import PrepareSpec, read_spec, write_spec
-from .token_cache import (
-    CACHE_DIR,
-    clear_unfinished_partitions,
-    finished_partitions,
-    mark_unverified,
-    unverified_partitions,
-)
+from .token_cache import CACHE_DIR, cached_partitions, clear_unfinished_partitions, mark_unverified
 
 LOGS = "logs"
 OURS = (SPEC_FILE, CACHE_DIR, LOGS, "tokenizer", MANIFEST)
@@ -57,7 +51,7 @@ def start_job(folder: Path, spec: PrepareSpec, resume: bool = False) -> PrepareS
         ValueError: See `find_partial_output`; or if the preparation to be resumed has another spec.
     """
     leftovers = find_partial_output(folder)
-    if resume and (cached := {**finished_partitions(folder), **unverified_partitions(folder)}):
+    if resume and (cached := cached_partitions(folder)):
         previous_spec = read_spec(folder)
         if names := spec.differences(previous_spec):
             differences = ", ".join(_describe_difference(name, previous_spec, spec) for name in names)
