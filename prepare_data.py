@@ -95,7 +95,7 @@ def open_source(args: PrepareArguments, previous_spec: PrepareSpec | None) -> So
     source = hub_source(args.dataset_name, args.dataset_config_name, args.dataset_split, revision, args.text_column)
     if args.skip_bad_lines and any(is_hub_rows(partition.path) for partition in source.partitions):
         raise ValueError(
-            f"skip_bad_lines (True) is for .jsonl files on disk and for parquet, and {args.dataset_name} is neither: "
+            f"skip_bad_lines (True) is for files on disk and for parquet, and {args.dataset_name} is neither: "
             "download its files and give them as --train_files, or leave it out."
         )
     return source

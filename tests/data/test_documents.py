@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -254,6 +255,27 @@ def test_rows_of_parquet_that_are_not_utf8_are_left_out_alone(tmp_path, kind):
     assert str(bad_lines.first) == f"{path}: row 1 of row group 0 (both counted from 0) has 'text' that is not UTF-8."
     with pytest.raises(BadLineError, match=r"row 1 of row group 1 .* has 'id' that is not UTF-8\.$"):
         list(read_partition(list_partitions([path])[1]))
+
+
+@pytest.mark.parametrize("document_separator", [None, "blank_line", "file"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_lines_of_a_text_that_are_not_utf8_are_left_out_alone(tmp_path, document_separator, line_end):
+    lines = [f"{i}. The cold sea, café." for i in range(40)]
+    data = [line.encode("latin-1" if i in (7, 33) else "utf-8") for i, line in enumerate(lines)]
+    end = 2 * line_end.encode()
+    (tmp_path / "a.txt").write_bytes(end.join(data))
+    partitions = list_partitions([str(tmp_path / "a.txt")], document_separator=document_separator)
+    bad_lines = BadLines()
+    read = partial(read_partition, partitions[0], document_separator=document_separator)
+    text = "".join(document.text for document in read(bad_lines=bad_lines))
+    assert re.findall(r"\d+\..*?é\.", text) == [line for i, line in enumerate(lines) if i not in (7, 33)]
+    assert bad_lines.counts == {"not UTF-8": 2}
+    byte = len(end.join(data[:7])) + len(end) + lines[7].index("é")
+    sentence = f"{tmp_path / 'a.txt'}: line 15 (byte {byte}) is not UTF-8 (byte {byte} is 0xe9): convert it."
+    assert str(bad_lines.first) == sentence
+    with pytest.raises(BadLineError) as error:
+        list(read())
+    assert str(error.value) == sentence
 
 
 def test_a_first_line_that_is_bad_is_no_wrong_column_if_others_are_good(tmp_path):

@@ -97,7 +97,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys, tokenizer_f
     (tmp_path / "a.pdf").write_text("a,b")
     pq.write_table(pa.table({"words": ["a"]}), tmp_path / "a.parquet")
     tiny = ["--tokenizer", tokenizer_folder]
-    assert "latin.txt is not UTF-8 (byte 3 is 0xe9)" in error("--train_files", tmp_path / "latin.txt", *tiny)
+    assert "latin.txt: line 1 (byte 3) is not UTF-8 (byte 3 is 0xe9)" in error(
+        "--train_files", tmp_path / "latin.txt", *tiny
+    )
     assert "there is no text in the source" in error("--train_files", tmp_path / "blank.txt", *tiny)
     assert "none of the text fell to the validation" in error("--train_files", tmp_path / "little.txt", *tiny)
     assert "--text_column" in error("--train_files", tmp_path / "a.parquet", *tiny)

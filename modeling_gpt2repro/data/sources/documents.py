@@ -87,7 +87,7 @@ class BadLine:
     """A line or row that is no document."""
 
     partition: Partition
-    position: int  # its first byte in a .jsonl file, its number in the row group of a .parquet file
+    position: int  # its first byte (in text, its first bad one), or its number in the row group of a .parquet file
     problem: str  # what is wrong with this one: the end of a sentence
     reason: str = ""  # a few words that many bad lines have in common
 
@@ -235,14 +235,14 @@ def read_partition(
         bad_lines: Takes the bad lines. If not given, the first one raises.
 
     Raises:
-        BadLineError: On a line of .jsonl that is not a JSON object with text in the text column, or a row of .parquet
-            that is not UTF-8; the message has file and place.
-        ValueError: On other text that is not UTF-8, or a damaged file; the message has file and position.
+        BadLineError: On a line that is not UTF-8 or, in .jsonl, not a JSON object with text in the text column, or a
+            row of .parquet that is not UTF-8; the message has file and place.
+        ValueError: On a damaged file, or tables of other kinds that are not UTF-8; the message has the file.
         ConnectionError: If the Hub does not answer.
     """
     kind = file_kind(partition.path)
     if kind in TEXT_KINDS:
-        documents = _read_text(partition, document_separator, skipped)
+        documents = _read_text(partition, document_separator, skipped, bad_lines)
     elif is_on_hub(partition.path):
         # A read from the Hub is retried as a whole, so it must be complete before its first document is yielded.
         documents = retry_hub_read(lambda: list(_read_table(partition)))
@@ -307,8 +307,7 @@ def _json_document(line: bytes | None, partition: Partition, position: int) -> D
         name = row.get("id")
         name = name if name is None else str(name)
     except UnicodeDecodeError as error:
-        bad_byte = error.object[error.start]
-        return bad(f"is not UTF-8 (byte {position + error.start} is 0x{bad_byte:02x}): convert it.", "not UTF-8")
+        return bad(_not_utf8(position + error.start, error.object[error.start]), "not UTF-8")
     except RecursionError:
         return bad("is nested too deeply.", "nested too deeply")
     except KeyError:
@@ -322,14 +321,27 @@ def _json_document(line: bytes | None, partition: Partition, position: int) -> D
     return Document(f"{partition.file_name}:{position}" if name is None else name, text or "")
 
 
-def _read_text(partition: Partition, document_separator: str | None, counts: Counter | None) -> Iterator[Document]:
+def _read_text(
+    partition: Partition, document_separator: str | None, counts: Counter | None, bad_lines: BadLines | None
+) -> Iterator[Document]:
+    def on_bad_line(position: int, byte: int):
+        line = BadLine(partition, position, _not_utf8(position, byte), "not UTF-8")
+        if bad_lines is None:
+            raise BadLineError(str(line))
+        bad_lines.add(line)
+
     path, start, stop = partition.path, partition.start, partition.stop
     if document_separator in (None, WHOLE_FILE):
         is_whole = document_separator == WHOLE_FILE
-        for block, number, text in read_pieces(path, start, stop, counts):
+        for block, number, text in read_pieces(path, start, stop, counts, on_bad_line):
             # The pieces of a document that is held out as a whole have one id.
             name = partition.name if is_whole else f"{partition.file_name}:{block}:{number}"
             yield Document(name, text, continues=number > 0 or (is_whole and block > 0))
     else:
-        for position, text in read_documents(path, start, stop, compile_separator(document_separator), counts):
+        separator = compile_separator(document_separator)
+        for position, text in read_documents(path, start, stop, separator, counts, on_bad_line):
             yield Document(f"{partition.file_name}:{position}", text)
+
+
+def _not_utf8(position: int, byte: int) -> str:
+    return f"is not UTF-8 (byte {position} is 0x{byte:02x}): convert it."

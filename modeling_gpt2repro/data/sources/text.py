@@ -11,7 +11,7 @@ import codecs
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import BinaryIO
 
@@ -38,6 +38,7 @@ CHARACTER = re.compile(rb"(?<!\r)\n|[^\x80-\xbf\n]")
 # A line end of any kind, and never a half of \r\n.
 NEWLINE = rb"(?:\r\n|\r(?!\n)|(?<!\r)\n)"
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+OnBadLine = Callable[[int, int], None]  # called with the position and the value of the line's first bad byte
 BLANK_LINE = "blank_line"
 WHOLE_FILE = "file"
 
@@ -86,7 +87,12 @@ def line_number(path: str, position: int) -> int:
 
 
 def read_pieces(
-    path: str, start: int, stop: int, counts: Counter | None = None, block_bytes: int = BLOCK_BYTES
+    path: str,
+    start: int,
+    stop: int,
+    counts: Counter | None = None,
+    on_bad_line: OnBadLine | None = None,
+    block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[tuple[int, int, str]]:
     """Yield the text of the range in pieces, each after the start of its block and its number within the block.
 
@@ -94,12 +100,13 @@ def read_pieces(
 
     Args:
         counts: LINE_ENDS of it counts the blocks whose line ends were changed.
+        on_bad_line: Called for each line that is not UTF-8, which is then left out.
 
     Raises:
-        ValueError: On bytes that are not UTF-8.
+        ValueError: On bytes that are not UTF-8, without `on_bad_line`.
     """
     for block_start, position, data in _read_blocks(path, start, _end(path, stop), block_bytes):
-        text = _decode_text(data, path, position, counts)
+        text = _decode_text(data, path, position, counts, on_bad_line)
         begin = number = 0
         while begin < len(text):
             earliest = begin + PIECE_CHARACTERS
@@ -116,6 +123,7 @@ def read_documents(
     stop: int,
     separator: re.Pattern[bytes],
     counts: Counter | None = None,
+    on_bad_line: OnBadLine | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[tuple[int, str]]:
     """Yield the documents between separators, without whitespace at their ends, each after its position.
@@ -125,13 +133,14 @@ def read_documents(
         stop: Where the file ends or a separator begins.
         separator: See `compile_separator`.
         counts: LINE_ENDS of it counts the documents whose line ends were changed.
+        on_bad_line: See `read_pieces`.
 
     Raises:
-        ValueError: On bytes that are not UTF-8 or a document of more than MAX_LINE_BYTES.
+        ValueError: On bytes that are not UTF-8, without `on_bad_line`, or a document of more than MAX_LINE_BYTES.
     """
     for position, data in _split(path, start, _end(path, stop), separator, block_bytes):
         if data.strip(b"\r\n"):  # a line end between two separators, or after the last one, is no document
-            yield position, _decode_text(data, path, position, counts).strip(" \t\n")
+            yield position, _decode_text(data, path, position, counts, on_bad_line).strip(" \t\n")
 
 
 def compile_separator(document_separator: str) -> re.Pattern[bytes]:
@@ -276,13 +285,37 @@ def _end(path: str, stop: int) -> int:
     return sys.maxsize if is_compressed(path) else stop
 
 
-def _decode_text(data: bytes, path: str, position: int, counts: Counter | None) -> str:
+def _decode_text(data: bytes, path: str, position: int, counts: Counter | None, on_bad_line: OnBadLine | None) -> str:
+    if on_bad_line is not None:
+        data = _without_bad_lines(data, position, on_bad_line)
     text = _decode(data, path, position)
     if "\r" in text:
         text = normalize_line_ends(text)
         if counts is not None:
             counts[LINE_ENDS] += 1
     return text
+
+
+def _without_bad_lines(data: bytes, position: int, on_bad_line: OnBadLine) -> bytes:
+    if _is_utf8(data):
+        return data
+    good = []
+    for line in data.splitlines(keepends=True):
+        try:
+            line.decode()
+            good.append(line)
+        except UnicodeDecodeError as error:
+            on_bad_line(position + error.start, line[error.start])
+        position += len(line)
+    return b"".join(good)
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _decode(data: bytes, path: str, position: int) -> str:
