@@ -78,7 +78,7 @@ def train(args: TrainArguments, lock: FolderLock):
         uploads = errors.capture(setup.build_upload_queue, args, accelerator)
         start = errors.capture(setup.load_initial_weights, args, accelerator)  # checkpoint, --init_from, or nothing
         examples = errors.capture(setup.load_hellaswag_examples, args, accelerator)
-        data = errors.capture(setup.load_data, args, accelerator)  # shards, a mix of them, or a stream
+        data = errors.capture(setup.load_data, args, accelerator, start)  # shards, a mix of them, or a stream
         errors.raise_if_any()
 
         # At initialization every token is about equally likely, so the first loss must be near ln(vocabulary): 10.82.
@@ -112,7 +112,7 @@ def train(args: TrainArguments, lock: FolderLock):
         state = TrainState()
         detector = OutlierDetector(accelerator.device, args.skip_outliers)
         stateful = {"progress": state, "data": data.batches, "guard": detector}
-        checkpointer = Checkpointer(args, accelerator, model, optimizer, data, stateful, description=start.description)
+        checkpointer = Checkpointer(args, accelerator, model, optimizer, data, stateful, origin=start.origin)
         if start.checkpoint is not None:
             checkpointer.restore(start.checkpoint)
         logger = setup.build_logger(args, accelerator, model, data, state)
