@@ -60,7 +60,12 @@ def load_auto_tokenizer(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with only_errors():
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        file = cached_file(name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+        # None, too, without a network: AutoTokenizer has just found the file if there is one, so it would be cached.
+        missing_is_none = {
+            "_raise_exceptions_for_missing_entries": False,
+            "_raise_exceptions_for_connection_errors": False,
+        }
+        file = cached_file(name, "tokenizer.json", revision=revision, **missing_is_none)
         is_remote_code = type(tokenizer).__module__.startswith("transformers_modules")
         if file is None or is_remote_code or not isinstance(tokenizer, PreTrainedTokenizerFast):
             return tokenizer
