@@ -18,6 +18,7 @@ from modeling_gpt2repro.data.batches.build import (
     build_shuffled_data,
     build_streamed_data,
     load_python_prose,
+    saved_order,
 )
 from modeling_gpt2repro.data.batches.mixture import parse_mix
 from modeling_gpt2repro.data.batches.sequences import validation_batches
@@ -152,8 +153,18 @@ def check_model(
         raise ValueError(f"attn_implementation ({args.attn_implementation}) is not installed: {error}") from error
 
 
-def load_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
+def data_order(start: InitialWeights | None) -> str:
+    """The `BatchConfig.order` of the run: keyed, unless it resumes one that began in another."""
+    if start is None or start.checkpoint is None:
+        return BatchConfig.order
+    return saved_order(checkpoints.read_identity(start.checkpoint))
+
+
+def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeights | None) -> TrainingData:
     """Open prepared shards, a mix of several folders, the text that Python ships, or a Hub dataset to stream.
+
+    Args:
+        start: What the run starts from, if that could be opened: a checkpoint decides the order of the data.
 
     Raises:
         ValueError: If they cannot be read, or a prompt for samples does not fit into the context.
@@ -166,6 +177,7 @@ def load_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         document_mask=args.document_mask,
+        order=data_order(start),
     )
     if args.shards is not None:
         data = build_shuffled_data(open_shards(args.shards), config)
