@@ -25,6 +25,7 @@ from modeling_gpt2repro.data.tokenize import HoldOutCheck, tokenize_documents
 from modeling_gpt2repro.data.tokenizer import load_tokenizer_folder, save_tokenizer, text_encoder, train_tokenizer
 from modeling_gpt2repro.runtime.progress import TextBar
 from modeling_gpt2repro.storage.atomic import explain_disk_full
+from modeling_gpt2repro.storage.lock import FolderLock
 
 from .assemble import OnProgress, assemble
 from .spec import PrepareSpec, make_prepare_spec, read_spec
@@ -36,7 +37,7 @@ from .token_cache import (
     write_error,
     write_partition,
 )
-from .workspace import finish_job, start_job
+from .workspace import find_partial_output, finish_job, start_job
 
 POLL_SECONDS = 0.5
 BAD_LINE_ADVICE = "Mend it and run the same command again, or skip all such lines by --skip_bad_lines."
@@ -238,7 +239,9 @@ def prepare_shards(
     """
     folder = Path(output_dir)
     spec = make_prepare_spec(source, tokenizer, tokenizer_name, validation_share, **options)
-    with explain_disk_full(folder):
+    with explain_disk_full(folder), FolderLock(folder) as lock:
+        find_partial_output(folder)
+        lock.acquire()
         spec = start_job(folder, spec)
         save_tokenizer(tokenizer, folder / "tokenizer")
         tokenize_partitions(folder)

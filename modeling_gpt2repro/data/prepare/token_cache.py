@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from modeling_gpt2repro.data.tokenize import TokenizedPartition
-from modeling_gpt2repro.storage.atomic import PARTIAL, atomic_write, fsync_dir
+from modeling_gpt2repro.storage.atomic import atomic_write, fsync_dir, remove_abandoned
 
 CACHE_DIR = "units"  # the name on disk since the first release; it must stay, so that older preparations resume
 UNVERIFIED_SUFFIX = ".unverified"
@@ -105,9 +105,9 @@ def clear_unfinished_partitions(folder: Path, numbers: list[int]):
     cached = cached_partitions(folder)
     for _, path in [cached[number] for number in cached.keys() - set(numbers)]:
         path.unlink()
-    for path in (folder / CACHE_DIR).iterdir():
-        if PARTIAL.fullmatch(path.name) or path.name.endswith(ERROR_SUFFIX):
-            path.unlink(missing_ok=True)
+    remove_abandoned(folder / CACHE_DIR)
+    for path in (folder / CACHE_DIR).glob(f"*{ERROR_SUFFIX}"):
+        path.unlink(missing_ok=True)
 
 
 def required_partitions(
