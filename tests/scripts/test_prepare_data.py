@@ -50,7 +50,9 @@ def test_local_text_becomes_shards_and_a_report(tmp_path, capsys, tiny_texts, mo
     shards = open_shards(out)
     assert len(shards.tokenizer) == 300
     assert shards.manifest["tokenizer"]["name"] == "train"
-    assert shards.manifest["source"] == {"files": ["a.txt", "b.jsonl"], "text_column": "text"}
+    assert shards.manifest["source"] == {
+        "files": ["a.txt", "b.jsonl"], "text_column": "text", "line_ends": "LF"
+    }  # fmt: skip
     assert shards.manifest["validation_share"] == 0.2
     totals = shards.manifest["splits"]
     text_bytes = len("\n".join(tiny_texts[:100]).encode()) + sum(len(text.encode()) for text in tiny_texts[100:])
@@ -91,7 +93,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys, tokenizer_f
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "blank.txt").write_text("\n\n")
     (tmp_path / "little.txt").write_text("the sea")
-    (tmp_path / "a.csv").write_text("a,b")
+    (tmp_path / "a.pdf").write_text("a,b")
     pq.write_table(pa.table({"words": ["a"]}), tmp_path / "a.parquet")
     tiny = ["--tokenizer", tokenizer_folder]
     assert "latin.txt is not UTF-8 (byte 3 is 0xe9)" in error("--train_files", tmp_path / "latin.txt", *tiny)
@@ -104,7 +106,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys, tokenizer_f
     assert f"bytes 0 to 40 of {tmp_path / 'late.jsonl'}: the line at byte 20 has no 'text' field; it has body" in error(
         "--train_files", tmp_path / "late.jsonl", *tiny
     )
-    assert "a.csv is not of a kind that can be read" in error("--train_files", tmp_path / "a.csv", *tiny)
+    assert "a.pdf is not of a kind that can be read" in error("--train_files", tmp_path / "a.pdf", *tiny)
     assert "none/*.txt for --train_files" in error("--train_files", tmp_path / "none" / "*.txt", *tiny)
     assert "quick (True) is for --verify only: add that" in error("--train_files", tmp_path / "little.txt", "--quick")
     assert "vocab_size (300) is for --tokenizer train only" in error("--vocab_size", 300)
