@@ -1,7 +1,7 @@
 """Tokenize text into shards that training reads by memory map.
 
     python prepare_data.py --output_dir data/edu                                   # FineWeb-Edu, sample-10BT
-    python prepare_data.py --output_dir data/mine --train_files texts              # a folder, or files
+    python prepare_data.py --output_dir data/mine --train_files texts           # a folder, or files
     python prepare_data.py --output_dir data/toy --train_files a.txt --tokenizer train --vocab_size 4096
     python prepare_data.py --output_dir /shared/edu --executor slurm --slurm_partition cpu --workers 64 --dry_run
     python prepare_data.py --verify data/mine                                      # --quick: all but the hashes
@@ -130,7 +130,7 @@ def verify(folder: Path, quick: bool):
 def report(shards: TokenDataset, seconds: float):
     """Print the totals of each split, and the command that trains on them."""
     if num_files := shards.manifest.get("files_with_other_line_ends"):
-        print(f"line ends  of Windows or old Macs became \\n in {num_files:,} files")
+        print(f"line ends  \\r\\n and \\r became \\n in {num_files:,} of the files")
     for split, totals in shards.manifest["splits"].items():
         print(
             f"{split:<10} {totals['tokens']:>16,} tokens {totals['documents']:>12,} documents "

@@ -5,6 +5,7 @@ reading from the middle. It gives the same documents whenever and wherever it is
 """
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ class Partition:
     @property
     def file_name(self) -> str:
         """What tells the file from the others of its source, the same on every machine."""
-        return self.file or Path(self.path).name
+        return self.file or os.path.basename(self.path)
 
     @property
     def name(self) -> str:
