@@ -1,7 +1,7 @@
 """Tokenize text into shards that training reads by memory map.
 
     python prepare_data.py --output_dir data/edu                                   # FineWeb-Edu, sample-10BT
-    python prepare_data.py --output_dir data/mine --train_files texts           # a folder, or files
+    python prepare_data.py --output_dir data/mine --train_files texts              # a folder, or files
     python prepare_data.py --output_dir data/toy --train_files a.txt --tokenizer train --vocab_size 4096
     python prepare_data.py --output_dir /shared/edu --executor slurm --slurm_partition cpu --workers 64 --dry_run
     python prepare_data.py --verify data/mine                                      # --quick: all but the hashes
