@@ -151,7 +151,7 @@ def verify(folder: Path, quick: bool):
 def report(shards: TokenDataset, seconds: float):
     """Print the totals of each split, and the command that trains on them."""
     if num_files := shards.manifest.get("files_with_other_line_ends"):
-        print(f"line ends  of Windows or old Macs became \\n in {num_files:,} files")
+        print(f"line ends  \\r\\n and \\r became \\n in {num_files:,} of the files")
     for split, totals in shards.manifest["splits"].items():
         print(
             f"{split:<10} {totals['tokens']:>16,} tokens {totals['documents']:>12,} documents "

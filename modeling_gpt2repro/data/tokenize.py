@@ -81,19 +81,19 @@ def tokenize_documents(
     documents: Iterable[Document], encode: Callable[[str], np.ndarray], end_of_text_id: int, validation_share: float
 ) -> TokenizedPartition:
     """Encode documents, each after an end-of-text token; a piece that continues the one before has none."""
-    parts: dict[str, list[np.ndarray]] = {"train": [], "validation": []}
+    # Bytes that grow in place: a compressed file is one partition, and joining a list of arrays would hold it twice.
+    ids = {"train": bytearray(), "validation": bytearray()}
     text_bytes = {"train": 0, "validation": 0}
     # Before each document, not after it: the first token of a text is then predicted from end-of-text, which is also
     # the prompt of an unconditional sample. (The lecture's fineweb.py does the same.)
-    end_of_text = np.array([end_of_text_id], dtype=np.uint16)
+    end_of_text = np.array([end_of_text_id], dtype=np.uint16).tobytes()
     previous_split = None
     for document in documents:
         split = "validation" if is_validation(document.id, validation_share) else "train"
         # Pieces of one text may fall to different splits; then it is no continuation of what this split holds.
         if not (document.continues and split == previous_split):
-            parts[split].append(end_of_text)
-        parts[split].append(encode(document.text))
+            ids[split] += end_of_text
+        ids[split] += encode(document.text).tobytes()
         text_bytes[split] += len(document.text.encode())
         previous_split = split
-    ids = {split: np.concatenate(arrays) if arrays else np.empty(0, np.uint16) for split, arrays in parts.items()}
-    return TokenizedPartition(ids, text_bytes)
+    return TokenizedPartition({split: np.frombuffer(data, np.uint16) for split, data in ids.items()}, text_bytes)

@@ -5,6 +5,7 @@ file where there is no reading from the middle. It gives the same documents when
 """
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ class Partition:
     @property
     def file_name(self) -> str:
         """What tells the file from the others of its source, the same on every machine."""
-        return self.file or Path(self.path).name
+        return self.file or os.path.basename(self.path)
 
     @property
     def name(self) -> str:

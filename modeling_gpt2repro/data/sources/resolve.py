@@ -70,9 +70,9 @@ def local_source(
     num_texts = sum(kinds[kind] for kind in TEXT_KINDS)
     num_compressed = sum(map(is_compressed, names))
     counted = ", ".join(f"{number:,} {kind or 'without an ending'}" for kind, number in kinds.items())
-    remarks = [f"reading {len(names):,} files: {counted}", *not_read]
+    remarks = [f"reading files: {counted}", *not_read]
     if num_compressed:
-        remarks.append(f"compressed: {num_compressed:,} of the files, each read as a whole by one worker")
+        remarks.append(f"compressed, so that each is read as a whole by one worker: {num_compressed:,}")
     description = {"files": [name or os.path.basename(path) for path, name in names.items()]}
     description["text_column"] = text_column
     if num_texts:

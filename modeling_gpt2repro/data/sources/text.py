@@ -35,8 +35,8 @@ WORD_END = re.compile(r"\S(?=[\t\n\v\f\r ])")
 WHITESPACE = re.compile(rb"(?<!\r)\n|[\t\v\f\r ]")
 CHARACTER = re.compile(rb"(?<!\r)\n|[^\x80-\xbf\n]")
 
-# A line end of any kind, and never a half of \r\n.
-NEWLINE = rb"(?:\r\n|\r(?!\n)|(?<!\r)\n)"
+# A line end of any kind, and never a half of \r\n. (Alternatives that begin with a byte each are searched faster.)
+NEWLINE = rb"(?:\r\n|\r(?!\n)|\n(?<!\r\n))"
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 OnBadLine = Callable[[int, int], None]  # called with the position and the value of the line's first bad byte
 BLANK_LINE = "blank_line"
