@@ -35,7 +35,8 @@ class TrainArguments:
     logging_steps: int = arg(
         default=10,
         minimum=1,
-        help="Optimizer steps between two reads of the metrics. Every step is logged; a read waits for the device.",
+        help="Optimizer steps between two lines of the log; a terminal has a progress bar instead. For each line the "
+        "metrics are read, which waits for the device. metrics.jsonl has every step.",
     )
     report_to: str = arg(
         default="none",

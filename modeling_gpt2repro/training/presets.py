@@ -47,7 +47,7 @@ PRESETS: dict[str, dict] = {
         "learning_rate": 2e-3,  # the smaller the model, the larger the rate (GPT-3, table 2.1)
         "validation_share": 0.05,
         "eval_tokens": 65_536,
-        "logging_steps": 1,  # reading the metrics costs nothing on a CPU, which computes synchronously
+        "logging_steps": 100,
         "eval_steps": 200,
         "num_samples": 2,
         "save_steps": 1400,  # once in the middle
