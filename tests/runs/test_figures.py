@@ -71,11 +71,11 @@ def test_an_interrupted_run_reads_like_an_uninterrupted_one():
     after = [evaluation_record(2), training_record(3, loss=1.0)]
     lines = [json.dumps(record) for record in [*before, training_record(3), training_record(4), resumed, *after]]
     kept = [*before[:4], *after]  # a step is skipped before its checkpoint is saved, but evaluated afterwards
-    assert drop_undone_records([*lines, '{"step": 4, "lo']) == (kept, [2], {})
+    assert drop_undone_records([*lines, '{"step": 4, "lo']) == (kept, {2: {}})
     again = json.dumps({"step": 1, "event": "resume"})
-    assert drop_undone_records([*lines, again]) == (before[:2], [1], {})
+    assert drop_undone_records([*lines, again]) == (before[:2], {1: {}})
     nothing_to_resume = json.dumps({"step": 0, "event": "resume"})
-    assert drop_undone_records([nothing_to_resume]) == ([], [], {})
+    assert drop_undone_records([nothing_to_resume]) == ([], {0: {}})
 
 
 def test_skipped_steps_are_not_part_of_a_curve(tmp_path):
