@@ -54,7 +54,6 @@ def main(argv: list[str] | None = None):
     output_dir = Path(args.output_dir)
     with exit_on_input_error():
         accelerator = build_accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
             num_processes=args.num_processes,
             torch_compile=args.torch_compile,
             deterministic=args.deterministic,
@@ -72,6 +71,7 @@ def main(argv: list[str] | None = None):
         examples = errors.capture(setup.load_hellaswag_examples, args, accelerator)
         data = errors.capture(setup.load_data, args, accelerator)  # shards, a mix of them, or a stream
         errors.raise_if_any()
+        setup.set_lengths(args, accelerator, data.batches)  # --num_train_epochs, of the data at hand
 
         # At initialization every token is about equally likely, so the first loss must be near ln(vocabulary): 10.82.
         torch.manual_seed(args.seed)  # equal weights on every process

@@ -13,13 +13,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2repro.data.batches.build import (
+    TrainingBatches,
     TrainingData,
     build_mixed_data,
     build_shuffled_data,
     build_streamed_data,
     load_python_prose,
 )
-from modeling_gpt2repro.data.batches.mixture import parse_mix
+from modeling_gpt2repro.data.batches.mixture import MixedBatches, parse_mix
 from modeling_gpt2repro.data.batches.sequences import validation_batches
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig
 from modeling_gpt2repro.data.shards.dataset import open_shards
@@ -47,9 +48,14 @@ from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.state import TrainState
+from modeling_gpt2repro.training.validate import check_sizes
 
 from .checkpointing import unwrapped_model
-from .messages import start_message, too_many_skipped_message
+from .messages import (
+    start_message,
+    too_many_skipped_message,
+    warn_of_slow_cpu,
+)
 
 SHAPE = ("n_layer", "n_head", "n_embd")
 
@@ -86,7 +92,7 @@ def load_initial_weights(args: TrainArguments, accelerator: Accelerator) -> Init
     """Load the checkpoint to resume from, or else the model of `--init_from`, if there is either.
 
     Raises:
-        ValueError: If it is damaged, not a GPT-2, or of another shape than the arguments'.
+        ValueError: If it is damaged, not a GPT-2, or of another shape than the arguments' (see `take_shape`).
     """
     checkpoint = find_checkpoint(args, accelerator)
     model, tokenizer = None, None
@@ -96,7 +102,7 @@ def load_initial_weights(args: TrainArguments, accelerator: Accelerator) -> Init
     elif args.init_from:
         model, tokenizer = call_main_process_first(accelerator, lambda: load_gpt2(args.init_from))
     if model is not None:
-        check_shape(args, model, source=str(checkpoint or args.init_from))
+        take_shape(args, model, source=str(checkpoint or args.init_from))
         model = model.float()  # whatever it was saved in: bf16 has 8 bits, too few to add a small update to a weight
     return InitialWeights(checkpoint, model, tokenizer, description=base_model_sentence(args.init_from))
 
@@ -114,9 +120,16 @@ def find_checkpoint(args: TrainArguments, accelerator: Accelerator) -> Path | No
     return checkpoint
 
 
-def check_shape(args: TrainArguments, model: GPT2ReproForCausalLM, source: str):
-    """Raise ValueError unless the loaded model has the shape that the arguments ask for."""
+def take_shape(args: TrainArguments, model: GPT2ReproForCausalLM, source: str):
+    """Take the shape and context that were left open from the loaded model.
+
+    Raises:
+        ValueError: If what was given is not the model's.
+    """
     shape = {name: getattr(model.config, name) for name in SHAPE}
+    for name, size in {**shape, "block_size": model.config.n_positions}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, size)
     if any(getattr(args, name) != size for name, size in shape.items()):
         flags = " ".join(f"--{name} {size}" for name, size in shape.items())
         raise ValueError(f"{source} has another shape than was asked for: give {flags}.")
@@ -124,6 +137,7 @@ def check_shape(args: TrainArguments, model: GPT2ReproForCausalLM, source: str):
         raise ValueError(
             f"block_size ({args.block_size}) must be at most the {model.config.n_positions} positions of {source}."
         )
+    InputErrors(check_sizes(args)).raise_if_any()
 
 
 def check_model(
@@ -183,6 +197,33 @@ def load_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
         errors.capture(check_prompt, prompt, data.tokenizer, args.block_size)
     errors.raise_if_any()
     return data
+
+
+def set_lengths(args: TrainArguments, accelerator: Accelerator, batches: TrainingBatches):
+    """Derive from the size of the data what the arguments left open.
+
+    Raises:
+        ValueError: If the epochs are less than one step.
+    """
+    if args.train_tokens is None:
+        sequences = sum(size for _, size in folder_sizes(args, batches).values())
+        args.set_lengths(tokens_per_epoch=sequences * args.block_size)
+        warn_of_slow_cpu(args, accelerator)
+
+
+def folder_sizes(args: TrainArguments, batches: TrainingBatches) -> dict[str, tuple[float, int]]:
+    """Folder -> its share of the training, and its sequences; empty for a stream, whose size is not known."""
+    if isinstance(batches, MixedBatches):
+        sizes = map(len, batches.sources)
+        return {folder: (share, size) for (folder, share), size in zip(parse_mix(args.mix).items(), sizes, strict=True)}
+    size = batches.sequences_per_epoch
+    return {} if size is None else {args.shards or args.dataset_name: (1.0, size)}
+
+
+def epochs_of_run(args: TrainArguments, batches: TrainingBatches) -> dict[str, float]:
+    """Folder -> how often the whole run reads it; empty for a stream."""
+    sequences = args.total_steps * args.sequences_per_step
+    return {folder: share * sequences / size for folder, (share, size) in folder_sizes(args, batches).items()}
 
 
 def load_hellaswag_examples(args: TrainArguments, accelerator: Accelerator) -> list[Example]:
@@ -275,7 +316,8 @@ def log_run_summary(
                 write_baselines(Path(args.output_dir), baselines, BASELINES)
         module = unwrapped_model(accelerator, model)
         shape = data.batches.micro_batch_shape
-        logger.print(start_message(args, accelerator, module, data.summary, shape, baselines, step))
+        epochs = epochs_of_run(args, data.batches)
+        logger.print(start_message(args, accelerator, module, data.summary, shape, epochs, baselines, step))
 
 
 def validation_bytes_per_token(args: TrainArguments, data: TrainingData) -> float:

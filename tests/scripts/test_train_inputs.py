@@ -3,9 +3,20 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from toy_runs import CPU_FP32, RECIPE, as_flags, toy_flags, train_here
+from toy_runs import (
+    CPU_FP32,
+    RECIPE,
+    SCRIPT,
+    SEQUENCES_PER_STEP,
+    TOKENS_PER_STEP,
+    as_flags,
+    logged_values,
+    toy_flags,
+    train_here,
+)
 
 import train_accelerate
 
@@ -20,6 +31,22 @@ def test_a_resumed_run_reports_changed_arguments(finished, shards, tmp_path, cap
     changed = next(row["changed"] for row in events if row.get("event") == "resume")
     assert changed["learning_rate"] == [0.01, 0.005]
     assert changed["hellaswag"] == ["hellaswag.jsonl", "none"]  # its folder is left out: the file is published
+
+
+def test_a_model_is_fine_tuned_with_its_own_shape_and_with_values_for_it(finished, shards, warm_python, tmp_path):
+    given = {"init_from": finished[0] / "model", "shards": shards, "output_dir": tmp_path / "run", "num_samples": 0}
+    given |= {"hellaswag": "none", "tokens_per_step": TOKENS_PER_STEP, "n_layer": 2}
+    printed = warm_python.run(SCRIPT, *as_flags(given), **CPU_FP32).stdout
+    arguments = json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]
+    assert [arguments[name] for name in ("n_layer", "n_head", "n_embd", "block_size")] == [2, 2, 32, 32]
+    sequences = sum(len(np.load(path)) for path in shards.glob("train_*.npy")) // 32
+    assert (arguments["num_train_epochs"], arguments["train_tokens"]) == (3, 3 * sequences * 32)
+    steps = 3 * sequences // SEQUENCES_PER_STEP
+    rates = logged_values(tmp_path / "run", "learning_rate")
+    assert (len(rates), max(rates)) == (steps, 5e-5)
+    assert f"learning rate 5e-05 after {steps // 20} step" in printed
+    assert f"epochs       {steps * SEQUENCES_PER_STEP / sequences:.2f} of the training data\n" in printed
+    assert f"width 32, fine-tuned from {finished[0] / 'model'}\n" in printed
 
 
 def refused(capsys, output_dir, shards, **overrides) -> str:
