@@ -107,6 +107,10 @@ def main(argv: list[str] | None = None):
         checkpointer = Checkpointer(args, accelerator, model, optimizer, data, stateful, description=start.description)
         if start.checkpoint is not None:
             checkpointer.restore(start.checkpoint)
+        if checkpointer.is_exported() and not args.preflight:
+            exit_code = setup.leave_finished_run(args, accelerator, data, uploads, state)
+            del model, optimizer, checkpointer
+            return setup.shutdown(accelerator, exit_code)
         logger = setup.build_logger(args, accelerator, model, data, state)
 
     if args.preflight:

@@ -127,6 +127,14 @@ def table(lines: dict[str, str]) -> str:
     return "".join(f"{name:<12} {value}\n" for name, value in lines.items())
 
 
+def finished_message(args: TrainArguments, state: TrainState) -> str:
+    """Why a run that has all its steps is left as it is, and how to train longer."""
+    return (
+        f"{args.output_dir} is finished, and nothing is left to do: its model was trained for {state.step:,} steps; to "
+        f"train it longer, resume with more --train_tokens than {state.tokens}."
+    )
+
+
 def end_message(args: TrainArguments, state: TrainState, model_folder: Path) -> str:
     """What the run has produced, where it is, and how to generate text with it."""
     output_dir = Path(args.output_dir)

@@ -3,6 +3,7 @@
 import gc
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,13 +39,14 @@ from modeling_gpt2repro.hub.conversion import load_gpt2
 from modeling_gpt2repro.hub.model_card import base_model_sentence
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
 from modeling_gpt2repro.runs.config import diff_arguments, write_run_config
-from modeling_gpt2repro.runs.folder import BASELINES_FILE, DATA_FOLDER, METRICS_FILE, RUN_CONFIG_FILE
+from modeling_gpt2repro.runs.folder import BASELINES_FILE, DATA_FOLDER, METRICS_FILE, MODEL_FOLDER, RUN_CONFIG_FILE
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog
 from modeling_gpt2repro.runs.read import write_baselines
 from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.command_line import InputErrors
 from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record
+from modeling_gpt2repro.runtime.signals import StopSignal
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.state import TrainState
@@ -52,6 +54,7 @@ from modeling_gpt2repro.training.validate import check_sizes
 
 from .checkpointing import unwrapped_model
 from .messages import (
+    finished_message,
     start_message,
     too_many_skipped_message,
     warn_of_slow_cpu,
@@ -256,6 +259,16 @@ def prepare_hellaswag_task(
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
+
+
+def leave_finished_run(
+    args: TrainArguments, accelerator: Accelerator, data: TrainingData, uploads: UploadQueue, state: TrainState
+) -> int:
+    """Say that nothing is left to do, and push the model, in case that is still missing; returns the exit code."""
+    accelerator.print(finished_message(args, state))
+    with closing(data.batches), closing(uploads), StopSignal() as stop:
+        model_folder = Path(args.output_dir) / MODEL_FOLDER
+        return uploads.push_final(model_folder, accelerator.print, lambda: stop.signal_name is not None)
 
 
 def build_logger(

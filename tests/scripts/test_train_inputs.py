@@ -33,6 +33,38 @@ def test_a_resumed_run_reports_changed_arguments(finished, shards, tmp_path, cap
     assert changed["hellaswag"] == ["hellaswag.jsonl", "none"]  # its folder is left out: the file is published
 
 
+def contents(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_says_so_and_is_left_as_it_is(finished, shards, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    before = contents(run)
+    assert train_here(run, shards, resume_from_checkpoint="latest", learning_rate=0.005) == 0
+    assert capsys.readouterr().out == (
+        f"{run} is finished, and nothing is left to do: its model was trained for 30 steps; to train it longer, resume "
+        "with more --train_tokens than 7680.\n"
+    )
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("interrupted", ["before the model", "at an earlier end of the run"])
+def test_a_run_whose_export_was_interrupted_is_finished_with_the_values_it_had(finished, shards, tmp_path, interrupted):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    shutil.rmtree(run / "model")
+    if interrupted != "before the model":
+        assert train_here(tmp_path / "short", shards, train_tokens=20 * TOKENS_PER_STEP, num_samples=0) == 0
+        shutil.copytree(tmp_path / "short" / "model", run / "model")
+    assert train_here(run, shards, resume_from_checkpoint="latest", learning_rate=0.005) == 0
+    weights = (finished[0] / "model" / "model.safetensors").read_bytes()
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+    card = (run / "model" / "README.md").read_text()
+    assert "| learning rate | 0.01 after 1,280 tokens of warm-up" in card
+    assert "0.005" not in card
+
+
 def test_a_model_is_fine_tuned_with_its_own_shape_and_with_values_for_it(finished, shards, warm_python, tmp_path):
     given = {"init_from": finished[0] / "model", "shards": shards, "output_dir": tmp_path / "run", "num_samples": 0}
     given |= {"hellaswag": "none", "tokens_per_step": TOKENS_PER_STEP, "n_layer": 2}
