@@ -1,5 +1,6 @@
 """User-facing messages of a training run: at its start, at its end, and where it has to give up."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from modeling_gpt2repro.runtime.hardware import (
 )
 from modeling_gpt2repro.runtime.signals import StopSignal
 from modeling_gpt2repro.training.arguments import TrainArguments
+from modeling_gpt2repro.training.optimization import learning_rate_at
 from modeling_gpt2repro.training.state import TrainState
 
 GPT2_VOCABULARY = 50257
@@ -114,6 +116,38 @@ def repetition_warning(epochs: dict[str, float]) -> str:
         f"\nThe run reads {', and '.join(often)}. Up to {MAX_EPOCHS} times, text is worth nearly as much as new text "
         "(Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264); far beyond that, it is learnt by heart: give "
         f"--num_train_epochs {MAX_EPOCHS}, or more text.\n"
+    )
+
+
+def learning_rate_message(before: dict, now: dict, step: int) -> str | None:
+    """Where other arguments make the learning rate jump: from which value to which, and how to avoid it.
+
+    A cosine that ends later is higher everywhere, so a longer run does not continue at the rate at which it stopped.
+
+    Args:
+        before: Arguments of the run until `step`; {} for a new one.
+        now: Those from there on.
+    """
+    if not before or before["learning_rate"] != now["learning_rate"]:  # a rate that was given is meant
+        return None
+    old = scheduled_learning_rate(before, step)
+    new = scheduled_learning_rate(now, step)
+    if math.isclose(old, new, rel_tol=0.01):
+        return None
+    return (
+        f"The learning rate jumps after step {step:,} from {old:.2e} to {new:.2e} ({new / old:.2g} x), because its "
+        "schedule has changed: the loss may rise for a while. To continue at the old rate, give --learning_rate "
+        f"{now['learning_rate'] * old / new:.3g}."
+    )
+
+
+def scheduled_learning_rate(arguments: dict, step: int) -> float:
+    """The learning rate of the step after `step`, by the arguments in run.json."""
+    total_steps, warmup_steps = (
+        arguments[name] // arguments["tokens_per_step"] for name in ("train_tokens", "warmup_tokens")
+    )
+    return learning_rate_at(
+        step, total_steps, warmup_steps, arguments["learning_rate"], arguments["final_learning_rate_ratio"]
     )
 
 

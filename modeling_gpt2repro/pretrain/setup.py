@@ -42,7 +42,7 @@ from modeling_gpt2repro.runs.config import diff_arguments, write_run_config
 from modeling_gpt2repro.runs.folder import BASELINES_FILE, DATA_FOLDER, METRICS_FILE, MODEL_FOLDER, RUN_CONFIG_FILE
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog
-from modeling_gpt2repro.runs.read import write_baselines
+from modeling_gpt2repro.runs.read import read_arguments, write_baselines
 from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.command_line import InputErrors
 from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record
@@ -55,6 +55,7 @@ from modeling_gpt2repro.training.validate import check_sizes
 from .checkpointing import unwrapped_model
 from .messages import (
     finished_message,
+    learning_rate_message,
     start_message,
     too_many_skipped_message,
     warn_of_slow_cpu,
@@ -279,6 +280,8 @@ def build_logger(
     changed = diff_arguments(output_dir, asdict(args))
     for name, (then, now) in changed.items():
         accelerator.print(f"This run began with {name} {then} and continues with {now}.")
+    if message := learning_rate_message(read_arguments(output_dir), asdict(args), state.step):
+        accelerator.print(message)
     resumed_step = state.step if args.resume_from_checkpoint and not args.preflight else None
     log = MetricsLog(output_dir, resumed_step, enabled=accelerator.is_main_process, changed=changed)
     if args.report_to != "none" and not args.preflight:

@@ -1,6 +1,7 @@
 """Inputs that train_accelerate.py refuses, with which message, and what it then leaves untouched."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -63,6 +64,25 @@ def test_a_run_whose_export_was_interrupted_is_finished_with_the_values_it_had(f
     card = (run / "model" / "README.md").read_text()
     assert "| learning rate | 0.01 after 1,280 tokens of warm-up" in card
     assert "0.005" not in card
+
+
+def test_a_longer_run_says_how_far_the_learning_rate_jumps_and_how_to_avoid_it(finished, shards, tmp_path, capsys):
+    longer = {"resume_from_checkpoint": "latest", "train_tokens": 60 * TOKENS_PER_STEP, "num_samples": 0}
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.copytree(finished[0], tmp_path / "smooth")
+    assert train_here(tmp_path / "run", shards, **longer) == 0
+    # After 5 steps of warm-up, a cosine from 1e-2 to 1e-3: at its end, and after 25 of 55 steps.
+    now = 1e-3 + 9e-3 * (1 + math.cos(math.pi * 25 / 55)) / 2
+    expected = (
+        f"The learning rate jumps after step 30 from 1.00e-03 to {now:.2e} ({now / 1e-3:.2g} x), because its schedule "
+        f"has changed: the loss may rise for a while. To continue at the old rate, give --learning_rate "
+        f"{1e-2 * 1e-3 / now:.3g}.\n"
+    )
+    assert expected in capsys.readouterr().out
+    assert logged_values(tmp_path / "run", "learning_rate")[30] == pytest.approx(now)
+    assert train_here(tmp_path / "smooth", shards, **longer, learning_rate=f"{1e-2 * 1e-3 / now:.3g}") == 0
+    assert "jumps" not in capsys.readouterr().out
+    assert logged_values(tmp_path / "smooth", "learning_rate")[30] == pytest.approx(1e-3, rel=5e-3)
 
 
 def test_a_model_is_fine_tuned_with_its_own_shape_and_with_values_for_it(finished, shards, warm_python, tmp_path):
