@@ -42,11 +42,19 @@ class RunLogger:
     train_seconds: float = 0.0  # time spent in training steps, over all starts of the run
 
     def __post_init__(self):
-        # Some pseudo-terminals have no lines; tqdm shows nothing there.
-        has_terminal = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 1
+        # Some pseudo-terminals have no lines; tqdm shows nothing there. The bar goes to stderr: where stdout is a file
+        # or a pipe, as in `... | tee log`, lines and bar would not know of each other.
+        has_terminal = sys.stdout.isatty() and sys.stderr.isatty()
+        has_terminal = has_terminal and os.get_terminal_size(sys.stderr.fileno()).lines > 1
         self.shows_bar = has_terminal and self.accelerator.is_main_process
         self.bar = tqdm(
-            total=self.total_steps, initial=self.first_step, unit="step", disable=not self.shows_bar, dynamic_ncols=True
+            total=self.total_steps,
+            initial=self.first_step,
+            unit="step",
+            disable=not self.shows_bar,
+            dynamic_ncols=True,
+            delay=1e-9,  # not drawn before there is something to print above it
+            leave=False,  # the last lines of a run are its own
         )
         self._unread: list[tuple[int, StepMetrics, float, float]] = []
         self._clock = time.perf_counter()
