@@ -38,7 +38,12 @@ from modeling_gpt2repro.runs.folder import HELLASWAG_FILE, LOSS_PICTURE
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import StepMetrics
 from modeling_gpt2repro.runtime.accelerator import build_accelerator
-from modeling_gpt2repro.runtime.command_line import InputErrors, exit_on_input_error, parse_command_line
+from modeling_gpt2repro.runtime.command_line import (
+    InputErrors,
+    exit_on_input_error,
+    parse_command_line,
+    report_to_launcher,
+)
 from modeling_gpt2repro.runtime.fsdp import full_tensor
 from modeling_gpt2repro.runtime.signals import EXIT_CODE, StopSignal
 from modeling_gpt2repro.training.arguments import TrainArguments
@@ -157,6 +162,7 @@ def main(argv: list[str] | None = None):
         checkpointer.save(logger, uploads, final=True)
         if state.step < args.total_steps:
             logger.print(stopped_message(stop, state.step))
+            report_to_launcher(stopped_message(stop, state.step))
             accelerator.wait_for_everyone()  # a process that left now would have the launcher end the others
             exit_code = EXIT_CODE
         else:

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import json
 import operator
 import os
 import re
@@ -218,12 +219,23 @@ def exit_with_errors(messages: list[str]) -> NoReturn:
     if rank != "0":
         time.sleep(RANK_0_HEAD_START_SECONDS)
     script = os.path.basename(sys.argv[0]) + (f", process {rank}" if rank != "0" else "")
-    if len(messages) == 1:
-        print(f"{script}: {messages[0]}", file=sys.stderr)
-    else:
-        print(f"{script}: {len(messages)} problems; nothing was started:", file=sys.stderr)
-        print("\n".join(f"  - {message}" for message in messages), file=sys.stderr)
+    text = f"{script}: {messages[0]}"
+    if len(messages) > 1:
+        items = "".join(f"\n  - {message}" for message in messages)
+        text = f"{script}: {len(messages)} problems; nothing was started:{items}"
+    print(text, file=sys.stderr)
+    report_to_launcher(text)
     raise SystemExit(2)
+
+
+def report_to_launcher(message: str):
+    """Give the message to torchrun, or `accelerate launch` of several processes, which ends its own report with it.
+
+    Without this, the report's last line says how to enable tracebacks, and the message is out of sight above it.
+    """
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError), open(error_file, "w", encoding="utf-8") as file:
+            json.dump({"message": message, "timestamp": str(int(time.time()))}, file)
 
 
 class InputErrors:

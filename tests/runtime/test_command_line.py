@@ -2,9 +2,13 @@
 
 import dataclasses
 import math
+import os
 import re
+import subprocess
+import sys
 
 import pytest
+from warm_python import ROOT
 
 from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
 from modeling_gpt2repro.evaluation.hellaswag.arguments import EvalHellaSwagArguments
@@ -355,3 +359,19 @@ def test_errors_of_several_inputs_are_captured():
     assert len(str(error.value).splitlines()) == 3
     with pytest.raises(KeyError):  # a bug, not an input error
         errors.capture({}.__getitem__, "a")
+
+
+def test_the_launchers_report_of_a_failure_ends_with_the_message(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from modeling_gpt2repro.runtime.command_line import exit_with_errors\nexit_with_errors(['a is 1.', 'b is 2.'])"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GPT2REPRO_LAZY": "1"}
+    result = subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 1
+    message = "script.py: 2 problems; nothing was started:\n  - a is 1.\n  - b is 2.\n"
+    assert message in result.stderr[: result.stderr.index("Root Cause")]
+    last_lines = result.stderr[result.stderr.index("Root Cause") :]
+    assert "exitcode  : 2 " in last_lines
+    assert f"traceback : {message}==" in last_lines
