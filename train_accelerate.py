@@ -46,6 +46,7 @@ from modeling_gpt2repro.runtime.command_line import (
 )
 from modeling_gpt2repro.runtime.fsdp import full_tensor
 from modeling_gpt2repro.runtime.signals import EXIT_CODE, StopSignal
+from modeling_gpt2repro.storage.lock import FolderLock
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.optimization import build_optimizer, learning_rate_at, set_learning_rate
 from modeling_gpt2repro.training.outliers import OutlierDetector
@@ -56,6 +57,12 @@ from modeling_gpt2repro.training.state import TimedIterator, TrainState, is_due
 def main(argv: list[str] | None = None):
     """One training run, from the command line to a folder that generates text."""
     args = parse_command_line(TrainArguments, argv, PRESETS, __doc__)  # field default < preset < command line
+    with FolderLock(Path(args.output_dir)) as lock:  # held until the run ends: two in one folder would mix their files
+        train(args, lock)
+
+
+def train(args: TrainArguments, lock: FolderLock):
+    """Open everything, train, evaluate and save; `lock` is taken as soon as the processes can agree on it."""
     output_dir = Path(args.output_dir)
     with exit_on_input_error():
         accelerator = build_accelerator(
@@ -67,6 +74,7 @@ def main(argv: list[str] | None = None):
             output_dir=output_dir,
         )
         make_writable(output_dir)
+        setup.lock_output_dir(args, accelerator, lock)
         warn_of_slow_cpu(args, accelerator)
 
         # Open everything that the arguments name before the first step, and report all problems at once.
@@ -74,7 +82,7 @@ def main(argv: list[str] | None = None):
         uploads = errors.capture(setup.build_upload_queue, args, accelerator)
         start = errors.capture(setup.load_initial_weights, args, accelerator)  # checkpoint, --init_from, or nothing
         examples = errors.capture(setup.load_hellaswag_examples, args, accelerator)
-        data = errors.capture(setup.load_data, args, accelerator)  # shards, a mix of them, or a stream
+        data = errors.capture(setup.load_data, args, accelerator, start)  # shards, a mix of them, or a stream
         errors.raise_if_any()
         setup.set_lengths(args, accelerator, data.batches)  # --num_train_epochs, of the data at hand
 
@@ -109,7 +117,7 @@ def main(argv: list[str] | None = None):
         state = TrainState()
         detector = OutlierDetector(accelerator.device, args.skip_outliers)
         stateful = {"progress": state, "data": data.batches, "guard": detector}
-        checkpointer = Checkpointer(args, accelerator, model, optimizer, data, stateful, description=start.description)
+        checkpointer = Checkpointer(args, accelerator, model, optimizer, data, stateful, origin=start.origin)
         if start.checkpoint is not None:
             checkpointer.restore(start.checkpoint)
         if checkpointer.is_exported() and not args.preflight:
@@ -126,7 +134,7 @@ def main(argv: list[str] | None = None):
         del model, optimizer, checkpointer
         return setup.shutdown(accelerator, exit_code)
 
-    stop = StopSignal()
+    stop = StopSignal(on_stop=lock.announce_stop)
     with closing(data.batches), closing(logger), closing(uploads), stop, explain_oom(args):
         bytes_per_token = setup.validation_bytes_per_token(args, data)
         setup.log_run_summary(args, accelerator, model, data, state.step, logger)
