@@ -271,3 +271,9 @@ def test_a_training_whose_final_push_fails_shows_the_command_that_pushes_later(
     result = run_push(*command.replace("'", "").split()[2:3], "--hub_model_id", "user/unlucky")
     assert result.returncode == 0, result.stderr
     assert files_in(on_hub.root / "models/user/unlucky") == files_in(tmp_path / "unlucky" / "model")
+
+
+def test_resuming_a_finished_run_pushes_the_model_that_could_not_be_pushed(on_hub, finished, shards, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "later")
+    assert train_here(tmp_path / "later", shards, push_to_hub=True, resume_from_checkpoint="latest") == 0
+    assert files_in(on_hub.root / "models/user/later") == files_in(finished[0] / "model")
