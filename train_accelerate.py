@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None):
         uploads = errors.capture(setup.build_upload_queue, args, accelerator)
         start = errors.capture(setup.load_initial_weights, args, accelerator)  # checkpoint, --init_from, or nothing
         examples = errors.capture(setup.load_hellaswag_examples, args, accelerator)
-        data = errors.capture(setup.load_data, args, accelerator)  # shards, a mix of them, or a stream
+        data = errors.capture(setup.load_data, args, accelerator, start)  # shards, a mix of them, or a stream
         errors.raise_if_any()
 
         # At initialization every token is about equally likely, so the first loss must be near ln(vocabulary): 10.82.
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None):
         state = TrainState()
         detector = OutlierDetector(accelerator.device, args.skip_outliers)
         stateful = {"progress": state, "data": data.batches, "guard": detector}
-        checkpointer = Checkpointer(args, accelerator, model, optimizer, data, stateful, description=start.description)
+        checkpointer = Checkpointer(args, accelerator, model, optimizer, data, stateful, origin=start.origin)
         if start.checkpoint is not None:
             checkpointer.restore(start.checkpoint)
         logger = setup.build_logger(args, accelerator, model, data, state)

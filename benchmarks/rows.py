@@ -36,7 +36,7 @@ def main():
 
 
 def measure(shard: Path) -> dict[str, float]:
-    """Milliseconds to open with the first epoch's order, megabytes that this takes, and milliseconds a batch."""
+    """Milliseconds to open with the first step's order, megabytes that this takes, and milliseconds a batch."""
     config = BatchConfig(
         block_size=BLOCK_SIZE,
         sequences_per_step=MICRO_BATCHES_PER_STEP * MICRO_BATCH_SIZE,
@@ -49,7 +49,7 @@ def measure(shard: Path) -> dict[str, float]:
     started = time.perf_counter()
     sequences = TokenSequences([np.lib.format.open_memmap(shard, mode="r")], BLOCK_SIZE)
     batches = ShuffledBatches(sequences, config)
-    batches.sample_ids(step=0)  # draws the order of the first epoch
+    batches.sample_ids(step=0)  # computes the order of the first step
     open_seconds = time.perf_counter() - started
     open_bytes = process.memory_info().rss - memory_before
     batch_seconds = []

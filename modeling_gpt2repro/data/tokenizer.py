@@ -2,12 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file, logging
+
+from modeling_gpt2repro.storage.atomic import write_json
 
 from .gpt2_bpe import END_OF_TEXT, as_gpt2_tokenizer, gpt2_tokenizer, tiktoken_encoding
 
@@ -25,26 +29,75 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """
     if name == "gpt2":
         return gpt2_tokenizer()
-    from transformers import AutoTokenizer  # here, because it imports torch, which prepare_data.py does without
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    # In a folder of a model AutoTokenizer reads the model's configuration, too, and warns of types that it does not
-    # know, such as ours.
-    logging.set_verbosity_error()
     try:
-        # False, because by default it stops and asks the user whether to run the code of such a model.
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = load_auto_tokenizer(name)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"tokenizer {name!r} is neither 'gpt2' nor a folder or Hub id that loads ({' '.join(str(error).split())})."
         ) from error
-    finally:
-        logging.set_verbosity(verbosity)
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name!r} must be a fast tokenizer with an end-of-text (eos) token.")
     check_vocab_size(name, tokenizer)
     return tokenizer
+
+
+def load_auto_tokenizer(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or Hub id; where there is a tokenizer.json, with the ids that this file gives.
+
+    AutoTokenizer gives some classes (`GPT2Tokenizer`, for one) a pre-tokenizer of their own and drops the one in
+    tokenizer.json: if that splits digits, "2023" then becomes one token where every other reader of the file gets four.
+
+    Raises:
+        ValueError: If the settings beside tokenizer.json change its ids, or the tokenizer has code of its own and
+            `trust_remote_code` is False.
+        OSError, KeyError: From AutoTokenizer, if there is no tokenizer or a damaged one.
+    """
+    from transformers import AutoTokenizer  # here, because it imports torch, which prepare_data.py does without
+
+    # False and not the default, None, with which it stops and asks the user whether to run the code of such a model.
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with only_errors():
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        file = cached_file(name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+        is_remote_code = type(tokenizer).__module__.startswith("transformers_modules")
+        if file is None or is_remote_code or not isinstance(tokenizer, PreTrainedTokenizerFast):
+            return tokenizer
+        expected = Tokenizer.from_file(file)
+        if not gives_ids_of(expected, tokenizer):
+            # The class may know of special tokens that tokenizer_config.json does not name.
+            known = {
+                role: token
+                for role, token in tokenizer.special_tokens_map.items()
+                if expected.token_to_id(str(token)) is not None
+            }
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision, **known)
+        if not gives_ids_of(expected, tokenizer):
+            raise ValueError(
+                "its tokenizer_config.json changes the ids that its tokenizer.json gives: mend one of them"
+            )
+    return tokenizer
+
+
+def gives_ids_of(expected: Tokenizer, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a text, spelled special tokens apart, has the ids that `expected` gives."""
+    wanted, found = (json.loads(backend.to_str()) for backend in (expected, tokenizer.backend_tokenizer))
+    unchanged = all(wanted[part] == found[part] for part in ("normalizer", "pre_tokenizer", "model"))
+    added = [token for token in found["added_tokens"] if token not in wanted["added_tokens"]]
+    lost = [token for token in wanted["added_tokens"] if token not in found["added_tokens"]]
+    return unchanged and not lost and all(token["special"] for token in added)
+
+
+@contextmanager
+def only_errors() -> Iterator[None]:
+    """Silence warnings, such as AutoTokenizer's where the config beside the tokenizer is of a type unknown to it."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def check_vocab_size(name: str, tokenizer: PreTrainedTokenizerFast, limit: int = MAX_VOCAB_SIZE):
@@ -140,7 +193,40 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], np.ndarr
     return encode_with_tiktoken
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
-    """Save into `folder` and return the hash of what will be loaded from there."""
-    tokenizer.save_pretrained(folder)
-    return tokenizer_sha256(load_tokenizer_folder(folder))
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, max_length: int | None = None) -> str:
+    """Save into `folder` so that AutoTokenizer of transformers 4.57 and 5 reads the same ids; returns their hash.
+
+    Args:
+        max_length: Context of the model that it is for, in tokens; by default that of the tokenizer.
+
+    Raises:
+        ValueError: If what was saved gives other ids.
+        OSError: If it cannot be written: the Rust library raises a bare Exception then, such as
+            "No space left on device (os error 28)".
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is Exception and "os error" in str(error):
+            raise OSError(str(error)) from error
+        raise
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for local in ("is_local", "local_files_only"):  # of the machine that saves, not of the tokenizer
+        config.pop(local, None)
+    # transformers 4 does not know TokenizersBackend, the name of this class in 5, and 5 drops the pre-tokenizer of a
+    # GPT2Tokenizer. It takes additional_special_tokens for 4's extra_special_tokens, which is something else there.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if "extra_special_tokens" in config:
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    # Without these, transformers 4 adds token_type_ids, which GPT-2 embeds as tokens, and resets add_prefix_space.
+    config["model_input_names"] = list(tokenizer.model_input_names)
+    pre_tokenizer = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    config["add_prefix_space"] = pre_tokenizer.get("add_prefix_space", False)
+    if max_length is not None:
+        config["model_max_length"] = max_length
+    write_json(file, config)
+    saved = tokenizer_sha256(load_tokenizer_folder(folder))
+    if saved != tokenizer_sha256(tokenizer):
+        raise ValueError(f"the tokenizer gives other ids after saving it to {folder}: use another tokenizer.")
+    return saved

@@ -18,6 +18,7 @@ from modeling_gpt2repro.data.batches.build import (
     build_shuffled_data,
     build_streamed_data,
     load_python_prose,
+    saved_order,
 )
 from modeling_gpt2repro.data.batches.mixture import parse_mix
 from modeling_gpt2repro.data.batches.sequences import validation_batches
@@ -30,11 +31,12 @@ from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS, Example,
 from modeling_gpt2repro.evaluation.hellaswag.metrics import BASELINES
 from modeling_gpt2repro.evaluation.hellaswag.score import without_autocast
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask, prepare_hellaswag
+from modeling_gpt2repro.evaluation.load_model import check_tied_weights
 from modeling_gpt2repro.evaluation.validation import unigram_entropy
 from modeling_gpt2repro.evaluation.validation_text import bytes_per_token
 from modeling_gpt2repro.hub.background_upload import UploadQueue
 from modeling_gpt2repro.hub.conversion import load_gpt2
-from modeling_gpt2repro.hub.model_card import base_model_sentence
+from modeling_gpt2repro.hub.model_card import FROM_SCRATCH, Origin, derived_origin
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
 from modeling_gpt2repro.runs.config import diff_arguments, write_run_config
 from modeling_gpt2repro.runs.folder import BASELINES_FILE, DATA_FOLDER, METRICS_FILE, RUN_CONFIG_FILE
@@ -61,7 +63,7 @@ class InitialWeights:
     checkpoint: Path | None  # the folder to resume from; None for a new run
     model: GPT2ReproForCausalLM | None  # the weights of the checkpoint or of `--init_from`; None for fresh ones
     tokenizer: PreTrainedTokenizerBase | None  # that of `--init_from`
-    description: str  # first sentence of the model card
+    origin: Origin  # what the model card says of them
 
 
 def build_upload_queue(args: TrainArguments, accelerator: Accelerator) -> UploadQueue:
@@ -86,19 +88,22 @@ def load_initial_weights(args: TrainArguments, accelerator: Accelerator) -> Init
     """Load the checkpoint to resume from, or else the model of `--init_from`, if there is either.
 
     Raises:
-        ValueError: If it is damaged, not a GPT-2, or of another shape than the arguments'.
+        ValueError: If it is damaged, not a GPT-2, untied although its config says tied, or of another shape than the
+            arguments'.
     """
     checkpoint = find_checkpoint(args, accelerator)
-    model, tokenizer = None, None
+    model, tokenizer, origin = None, None, FROM_SCRATCH
     if checkpoint is not None:
         with checkpoints.raise_if_corrupt(checkpoint):
             model = GPT2ReproForCausalLM.from_pretrained(checkpoint)
     elif args.init_from:
         model, tokenizer = call_main_process_first(accelerator, lambda: load_gpt2(args.init_from))
+        origin = derived_origin("A GPT-2 fine-tuned from", args.init_from)
     if model is not None:
+        check_tied_weights(model, str(checkpoint or args.init_from))
         check_shape(args, model, source=str(checkpoint or args.init_from))
         model = model.float()  # whatever it was saved in: bf16 has 8 bits, too few to add a small update to a weight
-    return InitialWeights(checkpoint, model, tokenizer, description=base_model_sentence(args.init_from))
+    return InitialWeights(checkpoint, model, tokenizer, origin)
 
 
 def find_checkpoint(args: TrainArguments, accelerator: Accelerator) -> Path | None:
@@ -148,8 +153,18 @@ def check_model(
         raise ValueError(f"attn_implementation ({args.attn_implementation}) is not installed: {error}") from error
 
 
-def load_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
+def data_order(start: InitialWeights | None) -> str:
+    """The `BatchConfig.order` of the run: keyed, unless it resumes one that began in another."""
+    if start is None or start.checkpoint is None:
+        return BatchConfig.order
+    return saved_order(checkpoints.read_identity(start.checkpoint))
+
+
+def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeights | None) -> TrainingData:
     """Open prepared shards, a mix of several folders, the text that Python ships, or a Hub dataset to stream.
+
+    Args:
+        start: What the run starts from, if that could be opened: a checkpoint decides the order of the data.
 
     Raises:
         ValueError: If they cannot be read, or a prompt for samples does not fit into the context.
@@ -162,6 +177,7 @@ def load_data(args: TrainArguments, accelerator: Accelerator) -> TrainingData:
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         document_mask=args.document_mask,
+        order=data_order(start),
     )
     if args.shards is not None:
         data = build_shuffled_data(open_shards(args.shards), config)

@@ -191,6 +191,12 @@ def raise_if_corrupt(checkpoint: Path) -> Iterator[None]:
         ) from error
 
 
+def read_identity(checkpoint: Path) -> dict:
+    """The fingerprint of the data that the checkpoint was made with, see `read_state`."""
+    with raise_if_corrupt(checkpoint):
+        return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["identity"]
+
+
 def read_state(checkpoint: Path, data_fingerprint: dict) -> dict:
     """The checkpoint's state.json.
 

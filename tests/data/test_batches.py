@@ -3,8 +3,11 @@
 import json
 import re
 import threading
+import time
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,15 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from keyed_order import shuffled_epoch
 from patience import PATIENCE_SECONDS, wait_until
 
 from modeling_gpt2repro.data.batches.build import build_shuffled_data, build_streamed_data
 from modeling_gpt2repro.data.batches.sequences import TokenSequences, as_batch, first_tokens, validation_batches
-from modeling_gpt2repro.data.batches.shuffled import BatchConfig, ShuffledBatches
+from modeling_gpt2repro.data.batches.shuffled import BatchConfig, EpochShuffle, ShuffledBatches, keyed_permutation
 from modeling_gpt2repro.data.batches.streaming import StreamedBatches
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.sources import text as text_files
-from modeling_gpt2repro.data.sources.documents import list_partitions
+from modeling_gpt2repro.data.sources.documents import Partition, list_partitions
 from modeling_gpt2repro.data.sources.resolve import Source, local_source
 from modeling_gpt2repro.data.tokenizer import text_encoder, train_tokenizer
 
@@ -129,10 +133,94 @@ def test_a_step_reached_directly_is_the_one_reached_in_order():
 
 
 def test_the_order_of_a_seed_is_fixed_for_good():
-    # As it was first released: a run that is resumed on a newer version must see the same sequences.
-    batches = ShuffledBatches(made_sequences(), config())
-    assert batches.sample_ids(0) == [93, 61, 75, 9, 36, 39, 85, 55, 96, 31, 16, 2]
-    assert batches.shuffle.sequence_indices(batches.sample_indices(0)).tolist() == batches.sample_ids(0)
+    # As they were first released: a run that is resumed on a newer version must see the same sequences.
+    for order, first in (
+        ("argsort", [93, 61, 75, 9, 36, 39, 85, 55, 96, 31, 16, 2]),
+        ("keyed", [57, 66, 16, 32, 11, 37, 95, 19, 78, 22, 89, 49]),
+    ):
+        batches = ShuffledBatches(made_sequences(), replace(config(), order=order))
+        assert batches.sample_ids(0) == first
+        assert batches.shuffle.indices(batches.sample_indices(0)).tolist() == first
+    assert BatchConfig.order == "keyed"
+
+
+def test_the_order_is_that_of_a_table_rolled_by_hand():
+    for size in [*range(1, 40), 99, 100, 101, 257, 1000]:
+        assert keyed_permutation(np.arange(size), size, [size, 3]).tolist() == shuffled_epoch(size, [size, 3])
+    shuffle = ShuffledBatches(made_sequences(), config(seed=5)).shuffle
+    assert shuffle.indices(np.arange(300)).tolist() == [i for e in range(4) for i in shuffled_epoch(99, [5, e])][:300]
+
+
+def test_each_index_comes_once_for_every_size():
+    for size in [*range(1, 300), 10**6, 10**6 + 1, 999**2 + 999, 1_048_573]:
+        assert np.array_equal(np.sort(keyed_permutation(np.arange(size), size, [size])), np.arange(size)), size
+
+
+@pytest.mark.parametrize("size", [10**8 + 7, 2**40 - 1, 2**62])
+def test_of_a_large_epoch_any_part_is_taken_without_the_rest(size):
+    parts = [np.arange(100_000), np.arange(size // 2, size // 2 + 100_000), np.arange(size - 100_000, size)]
+    indices = keyed_permutation(np.concatenate(parts), size, [1, 0])
+    assert len(np.unique(indices)) == 300_000
+    assert 0 <= indices.min() < indices.max() < size
+    counts, _ = np.histogram(indices, bins=100, range=(0, size))
+    assert chi_square(counts) < CHI_SQUARE_LIMIT[99]
+    again = keyed_permutation(parts[1][:10], size, [1, 0])
+    assert np.array_equal(again, indices[100_000:100_010])
+
+
+def chi_square(counts: np.ndarray) -> float:
+    """Distance of the counts from equal ones, where by chance it is about their number."""
+    expected = np.mean(counts)
+    return float(np.sum((counts - expected) ** 2) / expected)
+
+
+# Degrees of freedom -> what chi-square exceeds once in a million times; the seeds are fixed, so this is no lottery.
+CHI_SQUARE_LIMIT = {23: 71.2, 81: 156.8, 99: 181.1}
+
+
+def test_all_orders_of_four_items_are_equally_likely():
+    orders = Counter(tuple(keyed_permutation(np.arange(4), 4, [seed, 0]).tolist()) for seed in range(4800))
+    assert len(orders) == 24
+    assert chi_square(np.array(list(orders.values()))) < CHI_SQUARE_LIMIT[23]
+
+
+@pytest.mark.parametrize("varied", ["seed", "epoch"])
+def test_an_item_is_equally_likely_everywhere(varied):
+    counts = np.zeros((10, 10))
+    for number in range(3000):
+        seed = [number, 0] if varied == "seed" else [0, number]
+        counts[np.arange(10), keyed_permutation(np.arange(10), 10, seed)] += 1
+    assert chi_square(counts) < CHI_SQUARE_LIMIT[81]  # rows and columns each add up to 3000, so 9 x 9 are free
+
+
+def test_neighbours_seeds_and_epochs_have_nothing_in_common():
+    size, seeds = 1000, 300
+    epochs = [[keyed_permutation(np.arange(size), size, [seed, epoch]) for epoch in (0, 1)] for seed in range(seeds)]
+    first = [epoch for epoch, _ in epochs]
+    # Each would happen once in an epoch by chance: 300 times, give or take five times the root of it.
+    by_chance = pytest.approx(seeds, abs=5 * seeds**0.5)
+    assert sum(np.count_nonzero(epoch == np.arange(size)) for epoch in first) == by_chance  # left where it was
+    assert sum(np.count_nonzero(np.diff(epoch) == 1) for epoch in first) == by_chance  # neighbours stay neighbours
+    assert sum(np.count_nonzero(np.diff(epoch) == 32) for epoch in first) == by_chance  # 32 columns
+    assert sum(np.count_nonzero(a == b) for a, b in epochs) == by_chance  # the next epoch
+    assert sum(np.count_nonzero(a == b) for a, b in pairwise(first)) == by_chance  # the next seed
+    correlations = [np.corrcoef(epoch, np.arange(size))[0, 1] for epoch in first]
+    assert abs(np.mean(correlations)) < 5 / (size * seeds) ** 0.5
+    assert np.std(correlations) == pytest.approx(size**-0.5, rel=0.25)
+
+
+def test_an_epoch_of_a_hundred_million_sequences_takes_no_memory():
+    shuffle = EpochShuffle(10**8, [1])
+    shuffle.indices(np.arange(512))
+    tracemalloc.start()
+    started = time.process_time()
+    for epoch in range(10):
+        shuffle.indices(np.arange(512) + epoch * 10**8)
+    seconds = (time.process_time() - started) / 10
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10**6
+    assert seconds < 0.1  # 0.3 ms; 20 s where an epoch is sorted
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -179,6 +267,22 @@ def test_the_fingerprint_depends_on_the_seed_and_not_on_the_processes(token_shar
 
 
 # Streaming
+
+
+@pytest.mark.parametrize("order", ["keyed", "argsort"])
+def test_keeping_track_of_a_million_partitions_takes_no_time(tiny_tokenizer, order):
+    source = Source([Partition("made.txt", n, n + 1) for n in range(200_000)], {})
+    batches = StreamedBatches(source, tiny_tokenizer, replace(config(), order=order))
+    batches._partition(0, 0)
+    started = time.process_time()
+    for turn in range(50):
+        batches._partition(3, turn)
+    assert (time.process_time() - started) / 50 < 0.005  # 0.2 ms, where it took 20 to sort them every time
+    positions = np.arange(len(batches.partitions))
+    names = {batches._partition(n % 64, n // 64)[0].name for n in positions[:2000].tolist()}
+    assert len(names) == 2000
+    batches.close()
+
 
 PARTITIONS, DOCUMENTS_PER_PARTITION = 17, 2
 

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from keyed_order import shuffled_epoch
 from patience import PATIENCE_SECONDS
 from torch import nn
 from toy_runs import (
@@ -29,6 +31,8 @@ from toy_runs import (
     train,
     train_here,
 )
+
+from modeling_gpt2repro.pretrain import setup
 
 
 def plain_start(shards: Path) -> tuple[nn.Module, np.ndarray, list[int]]:
@@ -47,10 +51,7 @@ def plain_start(shards: Path) -> tuple[nn.Module, np.ndarray, list[int]]:
 
     ids = np.concatenate([np.load(path) for path in sorted(shards.glob("train_*.npy"))]).astype(np.int64)
     sequences = np.stack([ids[i : i + 33] for i in range(0, len(ids) - 32, 32)])
-    order = []
-    for epoch in range(10):
-        draws = np.random.PCG64(np.random.SeedSequence([SHAPE["seed"], epoch])).random_raw(len(sequences))
-        order += np.argsort(draws, kind="stable").tolist()
+    order = [index for epoch in range(10) for index in shuffled_epoch(len(sequences), [SHAPE["seed"], epoch])]
     return model, sequences, order
 
 
@@ -133,6 +134,20 @@ def test_stop_and_resume_equal_never_stopped(finished, shards, tmp_path, capsys)
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == expected
 
 
+def test_a_run_that_began_in_the_order_of_older_versions_keeps_it(finished, shards, tmp_path):
+    short = {"hellaswag": "none", "eval_steps": 0, "num_samples": 0}
+    with patch.object(setup, "data_order", return_value="argsort"):
+        assert train_here(tmp_path / "run", shards, **short) == 0
+    never_stopped = logged_values(tmp_path / "run")
+    assert never_stopped != logged_values(finished[0])
+    for step in (10, 20, 30):  # as older versions wrote it
+        state = json.loads((tmp_path / f"run/step-{step:06}/training_state/state.json").read_text())
+        assert set(state["identity"]) == {"data", "block_size", "rows_per_step", "seed"}
+    shutil.rmtree(tmp_path / "run" / "step-000030")
+    assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest", **short) == 0
+    assert logged_values(tmp_path / "run") == never_stopped
+
+
 def test_with_the_document_mask_the_loss_is_that_of_each_document_alone(shards, tmp_path):
     one_step = {"train_tokens": TOKENS_PER_STEP, "warmup_tokens": 0, "eval_steps": 0, "num_samples": 0}
     assert train_here(tmp_path / "run", shards, document_mask=True, hellaswag="none", **one_step) == 0
@@ -158,11 +173,23 @@ def test_training_starts_from_the_weights_of_init_from(finished, shards, tmp_pat
         "learning_rate": 1e-4,
         "eval_steps": 0,
         "num_samples": 0,
+        "save_steps": 1,
+        "hellaswag": "none",
     }
-    assert train_here(tmp_path / "run", shards, init_from=tmp_path / "stock", hellaswag="none", **short) == 0
+    card = tmp_path / "stock" / "README.md"
+    card.write_text(card.read_text().replace("license: mit", "license: cc0-1.0\nbase_model: toy/base"))
+    assert train_here(tmp_path / "run", shards, init_from=tmp_path / "stock", **short) == 0
     last = logged_values(finished[0], "validation_loss")[-1]
     assert logged_values(tmp_path / "run", "validation_loss")[0] == pytest.approx(last, abs=1e-5)
-    assert "A GPT-2 fine-tuned from stock." in (tmp_path / "run" / "model" / "README.md").read_text()
+    shutil.rmtree(tmp_path / "stock")  # a resumed run knows from its checkpoint where the weights came from
+    for folder in ("step-000002", "model"):
+        card = (tmp_path / "run" / folder / "README.md").read_text()
+        assert "license: cc0-1.0\n" in card
+        assert "base_model: toy/base\n" in card
+        assert "A GPT-2 fine-tuned from stock." in card
+        shutil.rmtree(tmp_path / "run" / folder)
+    assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest", **short) == 0
+    assert (tmp_path / "run" / "model" / "README.md").read_text() == card
 
 
 def test_a_run_writes_the_files_and_numbers_that_it_prints(finished):

@@ -29,8 +29,8 @@ def impatient_calls(source: str) -> list[int]:
 
 def test_no_test_has_a_time_limit_of_its_own():
     files = [path for path in TESTS.rglob("*.py") if path.name != "patience.py"]
-    found = {f"{path.relative_to(TESTS)}:{line}" for path in files for line in impatient_calls(path.read_text("utf-8"))}
-    assert not found, "wait with PATIENCE_SECONDS or wait_until (tests/support/patience.py), measure time.process_time"
+    found = [f"{path.relative_to(TESTS)}:{line}" for path in files for line in impatient_calls(path.read_text("utf-8"))]
+    assert not found, f"{', '.join(found)}: wait by patience.py, with PATIENCE_SECONDS or wait_until, and measure none"
 
 
 def test_time_limits_pauses_and_clocks_are_found():

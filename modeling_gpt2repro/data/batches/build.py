@@ -123,7 +123,14 @@ def build_streamed_data(
 
 def order_fingerprint(config: BatchConfig) -> dict:
     """What decides which sequence comes when, whatever the processes and micro-batches; kept in checkpoints."""
-    return {"block_size": config.block_size, "rows_per_step": config.sequences_per_step, "seed": config.seed}
+    fingerprint = {"block_size": config.block_size, "rows_per_step": config.sequences_per_step, "seed": config.seed}
+    # Checkpoints did not name their order while there was one only, and a run of that order goes on as it began.
+    return fingerprint if config.order == "argsort" else {**fingerprint, "order": config.order}
+
+
+def saved_order(data_fingerprint: dict) -> str:
+    """The `BatchConfig.order` that a saved fingerprint asks for."""
+    return "keyed" if "order" in data_fingerprint else "argsort"
 
 
 def load_python_prose(folder: Path, vocab_size: int, block_size: int, validation_share: float) -> TokenDataset:

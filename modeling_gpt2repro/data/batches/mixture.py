@@ -20,7 +20,7 @@ from modeling_gpt2repro.data.shards.dataset import TokenDataset, open_shards
 from modeling_gpt2repro.runtime.command_line import InputErrors
 
 from .sequences import TokenSequences, first_tokens
-from .shuffled import BatchConfig, EpochShuffle, ShuffledBatches, seeded_permutation
+from .shuffled import SHUFFLES, BatchConfig, ShuffledBatches, seeded_permutation
 
 PERIOD = 1000  # shares are exact to a thousandth
 
@@ -69,7 +69,8 @@ class MixedBatches(ShuffledBatches):
         self.config = config
         self.end_of_text = end_of_text
         # The folder's number in the seed, or two folders of one size would be shuffled alike.
-        self.shuffles = [EpochShuffle(len(sequences), [config.seed, n]) for n, sequences in enumerate(sources)]
+        shuffle = SHUFFLES[config.order]
+        self.shuffles = [shuffle(len(sequences), [config.seed, n]) for n, sequences in enumerate(sources)]
         self.counts = sequences_per_period(shares)
         in_blocks = np.repeat(np.arange(len(sources)), self.counts)  # (PERIOD,): 0, 0, ..., 1, 1, ...
         self.pattern = in_blocks[seeded_permutation(PERIOD, [config.seed])]  # (PERIOD,) source of each sample
@@ -104,7 +105,7 @@ class MixedBatches(ShuffledBatches):
             of_source = sources == source
             # The sample index that it would have if its source were the only one.
             alone = periods[of_source] * self.counts[source] + self.index_in_source[within_period[of_source]]
-            indices[of_source] = shuffle.sequence_indices(alone)
+            indices[of_source] = shuffle.indices(alone)
         return sources, indices
 
 

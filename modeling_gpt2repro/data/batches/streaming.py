@@ -32,7 +32,7 @@ from modeling_gpt2repro.data.tokenize import tokenize_documents
 from modeling_gpt2repro.data.tokenizer import text_encoder
 
 from .sequences import TokenSequences, as_batch
-from .shuffled import BatchConfig, seeded_permutation, split_into_micro_batches
+from .shuffled import SHUFFLES, BatchConfig, seeded_permutation, split_into_micro_batches
 
 MAX_LOGICAL_SHARDS = 64  # most processes a stream is read by; each keeps up to two tokenized partitions in memory
 REMEMBERED_STEPS = 4096  # whose sequences can still be named: 50 MB where a process takes 512 of a step
@@ -80,6 +80,7 @@ class StreamedBatches:
                 f"{config.num_processes} processes cannot share the {self.num_logical_shards} logical shards of this "
                 f"stream: use at most {self.num_logical_shards}, or prepare the data and give --shards."
             )
+        self.shuffle = SHUFFLES[config.order](len(self.partitions), [config.seed])
         self.next_step = 0
         mine = range(config.process_index, self.num_logical_shards, config.num_processes)
         self.positions = {logical_shard: Position(0, 0) for logical_shard in mine}
@@ -206,9 +207,10 @@ class StreamedBatches:
 
     def _partition(self, logical_shard: int, turn: int) -> tuple[Partition, tuple[int, int, int]]:
         """The partition that the logical shard reads at this turn, and what seeds the order of its documents."""
-        epoch, within_epoch = divmod(turn * self.num_logical_shards + logical_shard, len(self.partitions))
-        order = seeded_permutation(len(self.partitions), [self.config.seed, epoch])
-        return self.partitions[int(order[within_epoch])], (self.config.seed, epoch, within_epoch)
+        position = turn * self.num_logical_shards + logical_shard
+        (index,) = self.shuffle.indices(np.array([position]))
+        epoch, within_epoch = divmod(position, len(self.partitions))
+        return self.partitions[int(index)], (self.config.seed, epoch, within_epoch)
 
     def _tokenize(self, partition: Partition, document_seed: tuple[int, ...] | None = None) -> np.ndarray:
         documents = list(self.source.read(partition))
