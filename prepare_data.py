@@ -35,6 +35,7 @@ from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_fol
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
 from modeling_gpt2repro.runtime.progress import ProgressBar
 from modeling_gpt2repro.storage.atomic import explain_disk_full
+from modeling_gpt2repro.storage.lock import FolderLock
 
 
 def main(argv: list[str] | None = None):
@@ -44,7 +45,9 @@ def main(argv: list[str] | None = None):
     started = time.perf_counter()
     folder = Path(args.output_dir).absolute()
     try:
-        with exit_on_input_error(), explain_disk_full(folder):
+        with exit_on_input_error(), explain_disk_full(folder), FolderLock(folder) as lock:
+            if not args.dry_run:
+                lock.acquire()  # of two preparations in one folder, each would delete what the other writes
             previous_spec = read_spec(folder)  # None unless this resumes an interrupted preparation
             source = open_source(args, previous_spec)
             for remark in source.remarks:
@@ -58,6 +61,7 @@ def main(argv: list[str] | None = None):
                 start_job(folder, spec, resume=True)
                 save_tokenizer(tokenizer, folder / "tokenizer")
                 if args.executor == "slurm":
+                    lock.release()  # its jobs read the folder, and the last one takes the lock
                     submit_to_slurm(folder, workers, args.slurm_partition, args.slurm_time, args.sbatch_options)
                     print(f"submitted; logs are in {folder / LOGS}, and {folder / MANIFEST} is written last.")
                     return

@@ -18,6 +18,7 @@ from .gpt2_bpe import END_OF_TEXT, as_gpt2_tokenizer, gpt2_tokenizer, tiktoken_e
 # `tokenizer_sha256` of GPT-2's vocabulary and merges, the same from tiktoken and from openai-community/gpt2.
 GPT2_SHA256 = "806c1981ba8dd4262ce8b78d4438dde0c11d8e1b8b968233ef44fb06a38b336a"
 MAX_VOCAB_SIZE = 2**16  # shards hold 16 bits an id
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError)  # from transformers, where a file is missing or damaged
 MIN_VOCAB_SIZE = 257  # a byte-level BPE begins with the 256 bytes; one more for end-of-text
 
 
@@ -31,7 +32,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         return gpt2_tokenizer()
     try:
         tokenizer = load_auto_tokenizer(name)
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise ValueError(
             f"tokenizer {name!r} is neither 'gpt2' nor a folder or Hub id that loads ({' '.join(str(error).split())})."
         ) from error
@@ -52,15 +53,20 @@ def load_auto_tokenizer(
     Raises:
         ValueError: If the settings beside tokenizer.json change its ids, or the tokenizer has code of its own and
             `trust_remote_code` is False.
-        OSError, KeyError: From AutoTokenizer, if there is no tokenizer or a damaged one.
+        LOADING_ERRORS: If there is no tokenizer, or a damaged one.
     """
     from transformers import AutoTokenizer  # here, because it imports torch, which prepare_data.py does without
 
     # False and not the default, None, with which it stops and asks the user whether to run the code of such a model.
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with only_errors():
+    with only_errors(), explain_rust_errors():
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        file = cached_file(name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+        # None, too, without a network: AutoTokenizer has just found the file if there is one, so it would be cached.
+        missing_is_none = {
+            "_raise_exceptions_for_missing_entries": False,
+            "_raise_exceptions_for_connection_errors": False,
+        }
+        file = cached_file(name, "tokenizer.json", revision=revision, **missing_is_none)
         is_remote_code = type(tokenizer).__module__.startswith("transformers_modules")
         if file is None or is_remote_code or not isinstance(tokenizer, PreTrainedTokenizerFast):
             return tokenizer
@@ -100,6 +106,19 @@ def only_errors() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
+@contextmanager
+def explain_rust_errors() -> Iterator[None]:
+    """OSError or ValueError for the bare Exception that `tokenizers` raises, such as "No space left on device (os error
+    28)", or where a tokenizer.json is damaged or newer than the library.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise (OSError if "os error" in str(error) else ValueError)(str(error)) from error
+
+
 def check_vocab_size(name: str, tokenizer: PreTrainedTokenizerFast, limit: int = MAX_VOCAB_SIZE):
     """Raise ValueError unless all ids are less than `limit`."""
     largest = max(tokenizer.get_vocab().values())
@@ -114,8 +133,9 @@ def load_tokenizer_folder(folder: Path) -> PreTrainedTokenizerFast:
         ValueError: If it is missing or damaged.
     """
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        with explain_rust_errors():
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except LOADING_ERRORS as error:
         raise ValueError(
             f"tokenizer {folder} does not load ({' '.join(str(error).split())}): prepare the data again."
         ) from error
@@ -201,15 +221,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, max_length:
 
     Raises:
         ValueError: If what was saved gives other ids.
-        OSError: If it cannot be written: the Rust library raises a bare Exception then, such as
-            "No space left on device (os error 28)".
+        OSError: If it cannot be written.
     """
-    try:
+    with explain_rust_errors():
         tokenizer.save_pretrained(folder)
-    except Exception as error:
-        if type(error) is Exception and "os error" in str(error):
-            raise OSError(str(error)) from error
-        raise
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     for local in ("is_local", "local_files_only"):  # of the machine that saves, not of the tokenizer

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from modeling_gpt2repro.configuration_gpt2repro import GPT2ReproConfig
-from modeling_gpt2repro.data.tokenizer import load_auto_tokenizer
+from modeling_gpt2repro.data.tokenizer import LOADING_ERRORS, load_auto_tokenizer
 from modeling_gpt2repro.evaluation.load_model import check_tied_weights, run_folder_problem
 from modeling_gpt2repro.modeling_gpt2repro import TRANSPOSED_IN_STOCK, GPT2ReproForCausalLM
 
@@ -175,7 +175,7 @@ def load_matching_tokenizer(source: str, revision: str | None, config: PreTraine
     """
     try:
         tokenizer = load_auto_tokenizer(source, revision)
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
             f"{source} has no tokenizer that can be loaded ({reason}): save the model's tokenizer there."

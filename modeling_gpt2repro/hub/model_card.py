@@ -57,7 +57,9 @@ def derived_origin(verb: str, source: str, revision: str | None = None) -> Origi
         ValueError: If the card there has metadata that cannot be read.
     """
     is_local = Path(source).exists()
-    card = cached_file(source, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
+    # Either there is no card, or it cannot be reached now: neither keeps weights that are here from being used.
+    missing_is_none = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    card = cached_file(source, "README.md", revision=revision, **missing_is_none)
     try:
         metadata = (metadata_load(card) if card else None) or {}
     except (ValueError, yaml.YAMLError) as error:

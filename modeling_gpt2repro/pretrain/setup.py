@@ -46,9 +46,11 @@ from modeling_gpt2repro.runs.read import write_baselines
 from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.command_line import InputErrors
 from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record
+from modeling_gpt2repro.storage.lock import FolderLock
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.state import TrainState
+from modeling_gpt2repro.training.validate import check_output_dir
 
 from .checkpointing import unwrapped_model
 from .messages import start_message, too_many_skipped_message
@@ -64,6 +66,23 @@ class InitialWeights:
     model: GPT2ReproForCausalLM | None  # the weights of the checkpoint or of `--init_from`; None for fresh ones
     tokenizer: PreTrainedTokenizerBase | None  # that of `--init_from`
     origin: Origin  # what the model card says of them
+
+
+def lock_output_dir(args: TrainArguments, accelerator: Accelerator, lock: FolderLock):
+    """Take the run's folder, on the main process, before anything is written or deleted in it.
+
+    Raises:
+        ValueError: On all processes, if another program uses it, or a run has begun there while this one waited.
+    """
+
+    def acquire():
+        lock.acquire()
+        InputErrors(check_output_dir(args)).raise_if_any()
+
+    try:
+        run_on_main_and_broadcast(accelerator, acquire)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def build_upload_queue(args: TrainArguments, accelerator: Accelerator) -> UploadQueue:

@@ -14,6 +14,7 @@ from modeling_gpt2repro.data.tokenizer import (
     GPT2_SHA256,
     check_vocab_size,
     load_tokenizer,
+    load_tokenizer_folder,
     save_tokenizer,
     text_encoder,
     tokenizer_sha256,
@@ -147,6 +148,20 @@ def test_settings_that_change_the_ids_of_tokenizer_json_are_refused(digits_folde
     folder = digits_folder("GPT2Tokenizer", added_tokens_decoder={"260": {**word, "single_word": False}})
     with pytest.raises(ValueError, match=r"its tokenizer_config\.json changes the ids that its tokenizer\.json gives"):
         load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "PreTrainedTokenizerFast"])
+def test_a_damaged_tokenizer_json_or_one_of_a_newer_library_is_refused(digits_folder, name, one_sentence):
+    folder = digits_folder(name)
+    whole = (folder / "tokenizer.json").read_text()
+    for damaged in (whole[:500], "{}", "[]", whole.replace('"Digits"', '"OfTheFuture"')):
+        (folder / "tokenizer.json").write_text(damaged)
+        with pytest.raises(ValueError, match="is neither 'gpt2' nor a folder or Hub id that loads") as error:
+            load_tokenizer(str(folder))
+        one_sentence(error)
+        with pytest.raises(ValueError, match=r"does not load .*: prepare the data again") as error:
+            load_tokenizer_folder(folder)
+        one_sentence(error)
 
 
 def test_a_folder_of_vocabulary_and_merges_gives_gpt2s_ids(tmp_path, tiny_tokenizer, tiny_texts):
