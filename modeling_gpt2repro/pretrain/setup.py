@@ -274,7 +274,7 @@ def load_hellaswag_examples(args: TrainArguments, accelerator: Accelerator) -> l
     try:
         examples = call_main_process_first(accelerator, lambda: load_hellaswag(args.hellaswag))
     except ConnectionError as error:
-        accelerator.print(f"HellaSwag is left out: {error}")
+        accelerator.print(f"HellaSwag is left out (--hellaswag {args.hellaswag}): {error}")
     # All processes score or none does: one that found nothing would keep the others waiting.
     total = accelerator.reduce(torch.tensor(len(examples), device=accelerator.device), reduction="sum")
     return examples if int(total) == len(examples) * accelerator.num_processes else []

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from patience import PATIENCE_SECONDS
 
 import prepare_data
 from modeling_gpt2repro.data.prepare import arguments as prepare_arguments
@@ -47,7 +48,9 @@ def arguments(tmp_path, tiny_texts, tiny_tokenizer):
 def run_script(arguments, **environment):
     command = [sys.executable, "prepare_data.py", *map(str, arguments)]
     environment = {**os.environ, **environment}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
 
 
 def test_dry_run_prints_the_scripts_for_slurm_and_writes_nothing(tmp_path, arguments, capsys):
