@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from .gpt2_bpe import END_OF_TEXT, as_gpt2_tokenizer, gpt2_tokenizer, tiktoken_e
 # `tokenizer_sha256` of GPT-2's vocabulary and merges, the same from tiktoken and from openai-community/gpt2.
 GPT2_SHA256 = "806c1981ba8dd4262ce8b78d4438dde0c11d8e1b8b968233ef44fb06a38b336a"
 MAX_VOCAB_SIZE = 2**16  # shards hold 16 bits an id
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # two names of one class, the second new in 5
 MIN_VOCAB_SIZE = 257  # a byte-level BPE begins with the 256 bytes; one more for end-of-text
 
 
@@ -25,7 +27,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """
     if name == "gpt2":
         return gpt2_tokenizer()
-    from transformers import AutoTokenizer  # here, because it imports torch, which prepare_data.py does without
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -34,7 +35,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     logging.set_verbosity_error()
     try:
         # False, because by default it stops and asks the user whether to run the code of such a model.
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = tokenizer_class(name).from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"tokenizer {name!r} is neither 'gpt2' nor a folder or Hub id that loads ({' '.join(str(error).split())})."
@@ -45,6 +46,22 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         raise ValueError(f"tokenizer {name!r} must be a fast tokenizer with an end-of-text (eos) token.")
     check_vocab_size(name, tokenizer)
     return tokenizer
+
+
+def tokenizer_class(name: str) -> type:
+    """What loads a tokenizer: AutoTokenizer, or PreTrainedTokenizerFast where a folder names it, with the same result.
+
+    It saves a preparation the import of torch, which AutoTokenizer takes for granted: 2 seconds in every process.
+    """
+    try:
+        config = json.loads((Path(name) / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if config["tokenizer_class"] in PLAIN_CLASSES and "auto_map" not in config:
+            return PreTrainedTokenizerFast
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # a Hub id, or a folder that AutoTokenizer has to make sense of
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def check_vocab_size(name: str, tokenizer: PreTrainedTokenizerFast, limit: int = MAX_VOCAB_SIZE):
@@ -112,22 +129,29 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], np.ndarray]:
+def text_encoder(tokenizer: PreTrainedTokenizerFast, sha256: str | None = None) -> Callable[[str], np.ndarray]:
     """Return the fastest function from text to ids, (n,) uint16, that gives exactly this tokenizer's ids.
 
     A literal "<|endoftext|>" in the text is encoded as the characters that it is made of, not as the token that marks
     documents: otherwise a web page about GPT-2 would end in the middle. GPT-2's own vocabulary is encoded by tiktoken,
     five times as fast on a core as `tokenizers`, which encodes all others.
+
+    Args:
+        sha256: Its `tokenizer_sha256`, if that is known.
     """
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.encode_special_tokens = True
-    backend.no_truncation()  # saved tokenizers may ask for either
-    backend.no_padding()
+
+    @cache
+    def backend() -> Tokenizer:
+        copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        copy.encode_special_tokens = True
+        copy.no_truncation()  # saved tokenizers may ask for either
+        copy.no_padding()
+        return copy
 
     def encode(text: str) -> np.ndarray:
-        return np.array(backend.encode(text, add_special_tokens=False).ids, dtype=np.uint16)
+        return np.array(backend().encode(text, add_special_tokens=False).ids, dtype=np.uint16)
 
-    if tokenizer_sha256(tokenizer) != GPT2_SHA256:
+    if (sha256 or tokenizer_sha256(tokenizer)) != GPT2_SHA256:
         return encode
     encoding = tiktoken_encoding(tokenizer)
 
@@ -140,7 +164,12 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], np.ndarr
     return encode_with_tiktoken
 
 
+def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path):
+    """Save into `folder`, without a look at what will be loaded from there."""
+    tokenizer.save_pretrained(folder)
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
     """Save into `folder` and return the hash of what will be loaded from there."""
-    tokenizer.save_pretrained(folder)
+    write_tokenizer(tokenizer, folder)
     return tokenizer_sha256(load_tokenizer_folder(folder))

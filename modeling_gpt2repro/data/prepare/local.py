@@ -19,7 +19,7 @@ from modeling_gpt2repro.data.shards.dataset import TokenDataset, open_shards
 from modeling_gpt2repro.data.sources.documents import Partition
 from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.data.tokenize import tokenize_documents
-from modeling_gpt2repro.data.tokenizer import load_tokenizer_folder, save_tokenizer, text_encoder
+from modeling_gpt2repro.data.tokenizer import load_tokenizer_folder, text_encoder, write_tokenizer
 from modeling_gpt2repro.storage.atomic import explain_disk_full
 
 from .assemble import OnProgress, assemble
@@ -45,7 +45,7 @@ def tokenize_partitions(
     """
     spec = read_spec(folder)
     source = Source(spec.partitions, spec.source)
-    encode = text_encoder(load_tokenizer_folder(folder / "tokenizer"))
+    encode = text_encoder(load_tokenizer_folder(folder / "tokenizer"), spec.tokenizer["sha256"])
     finished = finished_partitions(folder)
     for index in range(rank, len(spec.partitions), world_size):
         if spec.max_tokens is not None:
@@ -153,7 +153,7 @@ def prepare_shards(
     spec = make_prepare_spec(source, tokenizer, tokenizer_name, validation_share, **options)
     with explain_disk_full(folder):
         start_job(folder, spec)
-        save_tokenizer(tokenizer, folder / "tokenizer")
+        write_tokenizer(tokenizer, folder / "tokenizer")
         tokenize_partitions(folder)
         assemble(folder, spec)
         finish_job(folder)
