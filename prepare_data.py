@@ -1,7 +1,7 @@
 """Tokenize text into shards that training reads by memory map.
 
     python prepare_data.py --output_dir data/edu                                   # FineWeb-Edu, sample-10BT
-    python prepare_data.py --output_dir data/mine --train_files 'texts/*.txt'      # .txt, .jsonl, .parquet
+    python prepare_data.py --output_dir data/mine --train_files texts              # a folder, or files
     python prepare_data.py --output_dir data/toy --train_files a.txt --tokenizer train --vocab_size 4096
     python prepare_data.py --output_dir /shared/edu --executor slurm --slurm_partition cpu --workers 64 --dry_run
     python prepare_data.py --verify data/mine                                      # --quick: all but the hashes
@@ -34,6 +34,7 @@ from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_fol
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
 from modeling_gpt2repro.runtime.progress import ProgressBar
 from modeling_gpt2repro.storage.atomic import explain_disk_full
+from modeling_gpt2repro.storage.lock import FolderLock
 
 
 def main(argv: list[str] | None = None):
@@ -43,9 +44,13 @@ def main(argv: list[str] | None = None):
     started = time.perf_counter()
     folder = Path(args.output_dir).absolute()
     try:
-        with exit_on_input_error(), explain_disk_full(folder):
+        with exit_on_input_error(), explain_disk_full(folder), FolderLock(folder) as lock:
+            if not args.dry_run:
+                lock.acquire()  # of two preparations in one folder, each would delete what the other writes
             previous_spec = read_spec(folder)  # None unless this resumes an interrupted preparation
             source = open_source(args, previous_spec)
+            for remark in source.remarks:
+                print(remark, file=sys.stderr)
             tokenizer = open_tokenizer(args, source, previous_spec, folder)
             spec = make_prepare_spec(source, tokenizer, args.tokenizer, **args.plan_options(source))
             workers = args.number_of_workers(spec)
@@ -57,6 +62,7 @@ def main(argv: list[str] | None = None):
                 if args.executor == "slurm":
                     from modeling_gpt2repro.data.prepare.cluster import submit_to_slurm
 
+                    lock.release()  # its jobs read the folder, and the last one takes the lock
                     submit_to_slurm(folder, workers, args.slurm_partition, args.slurm_time, args.sbatch_options)
                     print(f"submitted; logs are in {folder / LOGS}, and {folder / MANIFEST} is written last.")
                     return
@@ -85,7 +91,7 @@ def main(argv: list[str] | None = None):
 def open_source(args: PrepareArguments, previous_spec: PrepareSpec | None) -> Source:
     """Open the local files if given, else the Hub dataset; resuming, at the commit it was started with."""
     if args.train_files:
-        return local_source(args.train_files, args.text_column)
+        return local_source(args.train_files, args.text_column, args.document_separator)
     revision = args.dataset_revision
     if revision is None and previous_spec is not None and previous_spec.source.get("dataset") == args.dataset_name:
         revision = previous_spec.source["revision"]
@@ -132,6 +138,8 @@ def verify(folder: Path, quick: bool):
 
 def report(shards: TokenDataset, seconds: float):
     """Print the totals of each split, and the command that trains on them."""
+    if num_files := shards.manifest.get("files_with_other_line_ends"):
+        print(f"line ends  of Windows or old Macs became \\n in {num_files:,} files")
     for split, totals in shards.manifest["splits"].items():
         print(
             f"{split:<10} {totals['tokens']:>16,} tokens {totals['documents']:>12,} documents "

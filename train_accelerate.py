@@ -41,6 +41,7 @@ from modeling_gpt2repro.runtime.accelerator import build_accelerator
 from modeling_gpt2repro.runtime.command_line import InputErrors, exit_on_input_error, parse_command_line
 from modeling_gpt2repro.runtime.fsdp import full_tensor
 from modeling_gpt2repro.runtime.signals import EXIT_CODE, StopSignal
+from modeling_gpt2repro.storage.lock import FolderLock
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.optimization import build_optimizer, learning_rate_at, set_learning_rate
 from modeling_gpt2repro.training.outliers import OutlierDetector
@@ -51,6 +52,12 @@ from modeling_gpt2repro.training.state import TimedIterator, TrainState, is_due
 def main(argv: list[str] | None = None):
     """One training run, from the command line to a folder that generates text."""
     args = parse_command_line(TrainArguments, argv, PRESETS, __doc__)  # field default < preset < command line
+    with FolderLock(Path(args.output_dir)) as lock:  # held until the run ends: two in one folder would mix their files
+        train(args, lock)
+
+
+def train(args: TrainArguments, lock: FolderLock):
+    """Open everything, train, evaluate and save; `lock` is taken as soon as the processes can agree on it."""
     output_dir = Path(args.output_dir)
     with exit_on_input_error():
         accelerator = build_accelerator(
@@ -63,6 +70,7 @@ def main(argv: list[str] | None = None):
             output_dir=output_dir,
         )
         make_writable(output_dir)
+        setup.lock_output_dir(args, accelerator, lock)
         warn_of_slow_cpu(args, accelerator)
 
         # Open everything that the arguments name before the first step, and report all problems at once.
@@ -104,7 +112,7 @@ def main(argv: list[str] | None = None):
         state = TrainState()
         detector = OutlierDetector(accelerator.device, args.skip_outliers)
         stateful = {"progress": state, "data": data.batches, "guard": detector}
-        checkpointer = Checkpointer(args, accelerator, model, optimizer, data, stateful, description=start.description)
+        checkpointer = Checkpointer(args, accelerator, model, optimizer, data, stateful, origin=start.origin)
         if start.checkpoint is not None:
             checkpointer.restore(start.checkpoint)
         logger = setup.build_logger(args, accelerator, model, data, state)
@@ -117,7 +125,7 @@ def main(argv: list[str] | None = None):
         del model, optimizer, checkpointer
         return setup.shutdown(accelerator, exit_code)
 
-    stop = StopSignal()
+    stop = StopSignal(on_stop=lock.announce_stop)
     with closing(data.batches), closing(logger), closing(uploads), stop, explain_oom(args):
         bytes_per_token = setup.validation_bytes_per_token(args, data)
         setup.log_run_summary(args, accelerator, model, data, state.step, logger)

@@ -1,6 +1,6 @@
 """Configuration of the GPT-2 reproduction: the shape of the network, under GPT-2's field names."""
 
-import difflib
+from typing import TYPE_CHECKING
 
 import transformers
 
@@ -14,6 +14,12 @@ if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < (5
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import logging
+
+if TYPE_CHECKING:
+    # Never run, but read by transformers: a configuration file counts as the same code as another folder's only if the
+    # files that it imports are the same, too. Without this line, the second of two folders whose modeling files differ
+    # would run the first one's.
+    from .modeling_gpt2repro import GPT2ReproModel  # noqa: F401
 
 logger = logging.get_logger(__name__)
 # Keyword arguments that transformers itself passes to a config in addition to its fields.
@@ -48,9 +54,8 @@ class GPT2ReproConfig(PreTrainedConfig):
         position_initializer_range: The same for the position embedding: 0.01 in GPT-2's code, 0.02 in build-nanogpt.
 
     Raises:
-        ValueError: If a field does not exist, or if config.json belongs to another kind of model. From a config.json,
-            where other libraries store fields of their own, only names that look like misspelled fields are rejected;
-            the rest is kept, with a warning.
+        ValueError: If a field does not exist, or if config.json belongs to another kind of model. Unknown fields of a
+            config.json, where other libraries store some of their own, are kept, with a warning.
         huggingface_hub.errors.StrictDataclassError: If a field has the wrong type or the shape is impossible, with the
             value and the limit.
     """
@@ -86,13 +91,12 @@ class GPT2ReproConfig(PreTrainedConfig):
                 "GPT-2 with python -m modeling_gpt2repro.hub.conversion --from NAME --to DIR."
             )
         from_file = kwargs.pop("_from_file", False)
-        unknown = [name for name in kwargs if name not in NOT_FIELDS | set(self.attribute_map) and name[0] != "_"]
-        fields = sorted(GPT2ReproConfig.__annotations__)
-        rejected = [name for name in unknown if not from_file or difflib.get_close_matches(name, fields, 1, 0.8)]
-        if rejected:
-            raise ValueError(f"{', '.join(rejected)}: no such field in GPT2ReproConfig; it has {', '.join(fields)}.")
+        unknown = [name for name in kwargs if name not in NOT_FIELDS | set(self.attribute_map) and name[:1] != "_"]
+        fields = ", ".join(sorted(GPT2ReproConfig.__annotations__))
+        if unknown and not from_file:
+            raise ValueError(f"{', '.join(unknown)}: no such field in GPT2ReproConfig; it has {fields}.")
         if unknown:
-            logger.warning(f"config.json has {', '.join(unknown)}, which GPT2ReproConfig does not use but keeps.")
+            logger.warning(f"config.json has {', '.join(unknown)}, kept but not used; GPT2ReproConfig uses {fields}.")
         if type(self) is GPT2ReproConfig:  # a subclass ships code of its own
             # All classes: transformers records only the one that is saved, and the others could not be loaded.
             kwargs["auto_map"] = dict(AUTO_MAP)
@@ -102,6 +106,11 @@ class GPT2ReproConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict, **kwargs):
         """Build from the contents of a config.json, whose unknown fields are kept; see the class for the exceptions."""
         return super().from_dict({**config_dict, "_from_file": True}, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: str):
+        """Build from a config.json, whose unknown fields are kept; see the class for the exceptions."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     def validate_architecture(self):
         """Check the shape; called by `@strict` after `__init__`, and by `save_pretrained`."""

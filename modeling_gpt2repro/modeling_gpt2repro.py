@@ -60,9 +60,8 @@ class GPT2ReproAttention(nn.Module):
         q, k, v = (x.view(B, T, -1, self.head_dim).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D) each
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)  # (B, H, S, D)
-        implementation = self.config._attn_implementation
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        attn_output, attn_weights = attention_interface(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attn_output, attn_weights = attention(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
         return self.c_proj(attn_output.reshape(B, T, C)), attn_weights  # (B, T, H, D) -> (B, T, C): heads side by side
 
 
@@ -150,11 +149,8 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """Load weights as `PreTrainedModel.from_pretrained` does, but never the transposed ones of stock GPT-2.
-
-        Raises:
-            ValueError: If `ignore_mismatched_sizes` would skip a block's matrix; the square ones would load transposed.
-        """
+        """Load weights as `PreTrainedModel.from_pretrained` does, but raise ValueError if `ignore_mismatched_sizes`
+        would skip a matrix of stock GPT-2, whose square ones would load transposed."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         transposed = sorted(str(key) for key, *_ in info["mismatched_keys"] if str(key).endswith(TRANSPOSED_IN_STOCK))
         if transposed:
@@ -245,7 +241,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds: See `GPT2ReproModel.forward`.
-            labels: (B, T), the input ids themselves: they are shifted here, so the last position predicts nothing.
+            labels: (B, T), the input ids themselves, shifted here. The last position and padding predict nothing.
             logits_to_keep: Compute logits for the last N positions only (0: all), or for those in a tensor: (N,) for
                 every sequence, (B, N) for each one, or a boolean mask (B, T), which gives logits (N, V).
             return_logits: False if only the loss is needed: accelerate would copy B T V unused numbers to fp32.
@@ -259,10 +255,11 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         outputs = self.transformer(**inputs, **context, **kwargs)
         logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
         loss = None
+        if shift_labels is None and labels is not None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]  # (B, T)
         if shift_labels is not None:
-            shift_labels = shift_labels.contiguous()  # the loss calls view, which fails on a slice of longer sequences
-        if labels is not None or shift_labels is not None:
-            # loss = -1/N sum_bt log softmax(logits[b, t])[labels[b, t + 1]] in fp32, over the N labels that are not
+            shift_labels = ignore_padding(shift_labels, attention_mask, outputs.last_hidden_state, logits_to_keep)
+            # loss = -1/N sum_bt log softmax(logits[b, t])[shift_labels[b, t]] in fp32, over the N labels that are not
             # -100. For gradient accumulation, `num_items_in_batch` replaces N. Expect ln V = 10.8 before training.
             loss = self.loss_function(
                 logits=logits, labels=labels, shift_labels=shift_labels, vocab_size=self.config.vocab_size, **kwargs
@@ -344,17 +341,20 @@ def select_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Ten
     return hidden_states[keep] if keep.dtype == torch.bool else torch.take_along_dim(hidden_states, keep[..., None], 1)
 
 
+def ignore_padding(labels: Tensor, attention_mask: Tensor | None, hidden_states: Tensor, logits_to_keep) -> Tensor:
+    """Set the labels of padding to -100, which no loss counts: on the left, it would have to guess the first token."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return labels.contiguous()  # the loss calls view, which fails on a slice of longer sequences
+    mask = attention_mask[:, -hidden_states.shape[1] :, None]  # (B, S) -> (B, T, 1), without the tokens in the cache
+    mask = select_positions(mask, logits_to_keep).squeeze(-1)  # (B, T), or as the logits
+    return labels.to(mask.device).masked_fill(mask == 0, -100).contiguous()
+
+
 # --- What the ecosystem needs -----------------------------------------------------------------------------------------
 TRANSPOSED_IN_STOCK = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (inputs, outputs) there, in `nn.Linear` not
 CONVERT = "convert a stock GPT-2 with python -m modeling_gpt2repro.hub.conversion --from NAME --to DIR."
-
-
-def register_for_label_smoothing():
-    """Trainer shifts the labels of the classes in this mapping only; any other would learn to copy its input."""
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(GPT2ReproConfig.model_type, "GPT2ReproForCausalLM")
-
-
-register_for_label_smoothing()
+# With label smoothing, Trainer shifts the labels of these classes only; any other would learn to copy its input.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(GPT2ReproConfig.model_type, "GPT2ReproForCausalLM")
 
 
 class GPT2ReproForSequenceClassification(layers.GenericForSequenceClassification, GPT2ReproPreTrainedModel):

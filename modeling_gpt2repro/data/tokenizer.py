@@ -2,13 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file, logging
+
+from modeling_gpt2repro.storage.atomic import write_json
 
 from .gpt2_bpe import END_OF_TEXT, as_gpt2_tokenizer, gpt2_tokenizer, tiktoken_encoding
 
@@ -16,6 +20,7 @@ from .gpt2_bpe import END_OF_TEXT, as_gpt2_tokenizer, gpt2_tokenizer, tiktoken_e
 GPT2_SHA256 = "806c1981ba8dd4262ce8b78d4438dde0c11d8e1b8b968233ef44fb06a38b336a"
 MAX_VOCAB_SIZE = 2**16  # shards hold 16 bits an id
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # two names of one class, the second new in 5
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError)  # from transformers, where a file is missing or damaged
 MIN_VOCAB_SIZE = 257  # a byte-level BPE begins with the 256 bytes; one more for end-of-text
 
 
@@ -27,25 +32,94 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """
     if name == "gpt2":
         return gpt2_tokenizer()
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    # In a folder of a model AutoTokenizer reads the model's configuration, too, and warns of types that it does not
-    # know, such as ours.
-    logging.set_verbosity_error()
     try:
-        # False, because by default it stops and asks the user whether to run the code of such a model.
-        tokenizer = tokenizer_class(name).from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = load_auto_tokenizer(name)
+    except LOADING_ERRORS as error:
         raise ValueError(
             f"tokenizer {name!r} is neither 'gpt2' nor a folder or Hub id that loads ({' '.join(str(error).split())})."
         ) from error
-    finally:
-        logging.set_verbosity(verbosity)
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name!r} must be a fast tokenizer with an end-of-text (eos) token.")
     check_vocab_size(name, tokenizer)
     return tokenizer
+
+
+def load_auto_tokenizer(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or Hub id; where there is a tokenizer.json, with the ids that this file gives.
+
+    AutoTokenizer gives some classes (`GPT2Tokenizer`, for one) a pre-tokenizer of their own and drops the one in
+    tokenizer.json: if that splits digits, "2023" then becomes one token where every other reader of the file gets four.
+
+    Raises:
+        ValueError: If the settings beside tokenizer.json change its ids, or the tokenizer has code of its own and
+            `trust_remote_code` is False.
+        LOADING_ERRORS: If there is no tokenizer, or a damaged one.
+    """
+    # False and not the default, None, with which it stops and asks the user whether to run the code of such a model.
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with only_errors(), explain_rust_errors():
+        tokenizer = tokenizer_class(name).from_pretrained(name, **options)
+        # None, too, without a network: AutoTokenizer has just found the file if there is one, so it would be cached.
+        missing_is_none = {
+            "_raise_exceptions_for_missing_entries": False,
+            "_raise_exceptions_for_connection_errors": False,
+        }
+        file = cached_file(name, "tokenizer.json", revision=revision, **missing_is_none)
+        is_remote_code = type(tokenizer).__module__.startswith("transformers_modules")
+        if file is None or is_remote_code or not isinstance(tokenizer, PreTrainedTokenizerFast):
+            return tokenizer
+        expected = Tokenizer.from_file(file)
+        if not gives_ids_of(expected, tokenizer):
+            # The class may know of special tokens that tokenizer_config.json does not name.
+            known = {
+                role: token
+                for role, token in tokenizer.special_tokens_map.items()
+                if expected.token_to_id(str(token)) is not None
+            }
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision, **known)
+        if not gives_ids_of(expected, tokenizer):
+            raise ValueError(
+                "its tokenizer_config.json changes the ids that its tokenizer.json gives: mend one of them"
+            )
+    return tokenizer
+
+
+def gives_ids_of(expected: Tokenizer, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a text, spelled special tokens apart, has the ids that `expected` gives."""
+    states = [backend.to_str() for backend in (expected, tokenizer.backend_tokenizer)]
+    if states[0] == states[1]:
+        return True
+    wanted, found = map(json.loads, states)
+    unchanged = all(wanted[part] == found[part] for part in ("normalizer", "pre_tokenizer", "model"))
+    added = [token for token in found["added_tokens"] if token not in wanted["added_tokens"]]
+    lost = [token for token in wanted["added_tokens"] if token not in found["added_tokens"]]
+    return unchanged and not lost and all(token["special"] for token in added)
+
+
+@contextmanager
+def only_errors() -> Iterator[None]:
+    """Silence warnings, such as AutoTokenizer's where the config beside the tokenizer is of a type unknown to it."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def explain_rust_errors() -> Iterator[None]:
+    """OSError or ValueError for the bare Exception that `tokenizers` raises, such as "No space left on device (os error
+    28)", or where a tokenizer.json is damaged or newer than the library.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise (OSError if "os error" in str(error) else ValueError)(str(error)) from error
 
 
 def tokenizer_class(name: str) -> type:
@@ -78,8 +152,9 @@ def load_tokenizer_folder(folder: Path) -> PreTrainedTokenizerFast:
         ValueError: If it is missing or damaged.
     """
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        with explain_rust_errors():
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except LOADING_ERRORS as error:
         raise ValueError(
             f"tokenizer {folder} does not load ({' '.join(str(error).split())}): prepare the data again."
         ) from error
@@ -164,12 +239,45 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast, sha256: str | None = None) 
     return encode_with_tiktoken
 
 
-def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path):
-    """Save into `folder`, without a look at what will be loaded from there."""
-    tokenizer.save_pretrained(folder)
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, max_length: int | None = None) -> str:
+    """Save into `folder` and load it again; returns the hash of its ids.
+
+    Raises:
+        ValueError: If what was saved gives other ids.
+        OSError: If it cannot be written.
+    """
+    write_tokenizer(tokenizer, folder, max_length)
+    loaded = load_tokenizer_folder(folder)
+    sha256 = tokenizer_sha256(loaded)
+    states = [(each.backend_tokenizer.to_str(), each.eos_token_id) for each in (loaded, tokenizer)]
+    if states[0] != states[1] and sha256 != tokenizer_sha256(tokenizer):  # most often equal, and a hash takes 0.3 s
+        raise ValueError(f"the tokenizer gives other ids after saving it to {folder}: use another tokenizer.")
+    return sha256
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
-    """Save into `folder` and return the hash of what will be loaded from there."""
-    write_tokenizer(tokenizer, folder)
-    return tokenizer_sha256(load_tokenizer_folder(folder))
+def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, max_length: int | None = None):
+    """Save into `folder` so that AutoTokenizer of transformers 4.57 and 5 reads the same ids, without a look at them.
+
+    Args:
+        max_length: Context of the model that it is for, in tokens; by default that of the tokenizer.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with explain_rust_errors():
+        tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for local in ("is_local", "local_files_only"):  # of the machine that saves, not of the tokenizer
+        config.pop(local, None)
+    # transformers 4 does not know TokenizersBackend, the name of this class in 5, and 5 drops the pre-tokenizer of a
+    # GPT2Tokenizer. It takes additional_special_tokens for 4's extra_special_tokens, which is something else there.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if "extra_special_tokens" in config:
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    # Without these, transformers 4 adds token_type_ids, which GPT-2 embeds as tokens, and resets add_prefix_space.
+    config["model_input_names"] = list(tokenizer.model_input_names)
+    config["add_prefix_space"] = getattr(tokenizer.backend_tokenizer.pre_tokenizer, "add_prefix_space", False)
+    if max_length is not None:
+        config["model_max_length"] = max_length
+    write_json(file, config)

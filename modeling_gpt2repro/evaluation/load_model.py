@@ -1,13 +1,16 @@
 """Load any causal language model by folder or Hub name, and check a command's --model, --device and --output."""
 
 import os
+from pathlib import Path
 
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_gpt2repro.data.tokenizer import load_auto_tokenizer
+from modeling_gpt2repro.runs.folder import MODEL_FOLDER
 from modeling_gpt2repro.storage.retry import describe_error
 
 
@@ -17,16 +20,15 @@ def load_causal_lm(
     """Load a model, from a folder or the Hub, in eval mode on its device, and its tokenizer.
 
     Raises:
-        ValueError: If either cannot be loaded, weights are missing, or the tokenizer has more tokens than the model.
+        ValueError: If either cannot be loaded, weights are missing or not tied as the config says, or the tokenizer has
+            more tokens than the model.
     """
-    # Passed even if False: with the default, None, a repository with its own code asks at the terminal and waits.
-    options = {"trust_remote_code": trust_remote_code}
     loading = "tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = load_auto_tokenizer(name, trust_remote_code=trust_remote_code)
         loading = "model"
         model, loading_info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), output_loading_info=True, **options
+            name, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, KeyError, TypeError) as error:
         if isinstance(error.__cause__, LocalEntryNotFoundError | RepositoryNotFoundError):
@@ -43,6 +45,7 @@ def load_causal_lm(
             f"--model {name}: {len(missing)} of its weights are missing ({missing[0]}, ...) and would be random; "
             "give a complete checkpoint of a causal language model."
         )
+    check_tied_weights(model, f"--model {name}")
     vocab_size = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocab_size:
         raise ValueError(
@@ -50,6 +53,19 @@ def load_causal_lm(
             "tokenizer that it was trained with."
         )
     return model.to(device), tokenizer
+
+
+def check_tied_weights(model: PreTrainedModel, source: str):
+    """Raise ValueError, with the names, if tensors that the config says are one were loaded with different values.
+
+    A merged adapter leaves such folders. transformers 5 keeps both tensors, and 4 drops one, without an error.
+    """
+    for name, tied_to in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if model.get_parameter_or_buffer(name) is not model.get_parameter_or_buffer(tied_to):
+            raise ValueError(
+                f"{source}: {name} and {tied_to} differ, but its config says that they are one tensor "
+                f"(tie_word_embeddings): remove {name} from its weights to tie them again."
+            )
 
 
 def max_context(model: nn.Module) -> int | None:
@@ -78,13 +94,20 @@ def model_problem(name: str) -> str | None:
     """What is wrong with the name of a model, as far as can be seen without the network; None if nothing is."""
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
-            if os.path.isfile(os.path.join(name, "model", "config.json")):
-                return f"--model {name} is the folder of a run: give {os.path.join(name, 'model')}."
+            if problem := run_folder_problem(name):
+                return f"--model {problem}"
             return f"--model {name} has no config.json: give a folder that save_pretrained has written."
     elif os.path.exists(name):
         return f"--model {name} is a file: give the folder it is in."
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
         return f"--model {name}: there is no such folder, and a model on the Hub is named owner/name."
+
+
+def run_folder_problem(name: str) -> str | None:
+    """A sentence that names the model's folder, if `name` is the folder of a run; else None."""
+    for folder in (Path(name) / MODEL_FOLDER, *sorted(Path(name).glob("step-*"), reverse=True)):
+        if (folder / "config.json").is_file():
+            return f"{name} is the folder of a run: give {folder}."
 
 
 def output_problem(path: str) -> str | None:

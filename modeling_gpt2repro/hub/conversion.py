@@ -16,19 +16,21 @@ from tempfile import TemporaryDirectory
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
 
 from modeling_gpt2repro.configuration_gpt2repro import GPT2ReproConfig
+from modeling_gpt2repro.data.tokenizer import LOADING_ERRORS, load_auto_tokenizer
+from modeling_gpt2repro.evaluation.load_model import check_tied_weights, run_folder_problem
 from modeling_gpt2repro.modeling_gpt2repro import TRANSPOSED_IN_STOCK, GPT2ReproForCausalLM
 
 from .export import save_hub_folder
+from .model_card import derived_origin
 
 SHARED_FIELDS = (
     "vocab_size",
@@ -87,7 +89,7 @@ def convert_folder(source: str, target: Path, revision: str | None = None) -> Pr
         raise ValueError(f"{target} exists already: give another --to.")
     model, tokenizer = load_gpt2_or_hf(source, revision)
     converted = from_hf_gpt2(model) if isinstance(model, GPT2LMHeadModel) else to_hf_gpt2(model)
-    base_model = Path(source).name if Path(source).exists() else source
+    origin = derived_origin("Converted from", source, revision)
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target.parent) as temporary:  # renamed when complete, so `target` is never half written
         complete = Path(temporary) / "complete"
@@ -95,14 +97,14 @@ def convert_folder(source: str, target: Path, revision: str | None = None) -> Pr
             converted,
             tokenizer,
             complete,
-            description=f"Converted from {base_model}.",
+            origin=origin,
             generation_config=model.generation_config,
         )
         complete.rename(target)
     return converted
 
 
-def load_gpt2(source: str) -> tuple[GPT2ReproForCausalLM, PreTrainedTokenizerBase]:
+def load_gpt2(source: str) -> tuple[GPT2ReproForCausalLM, PreTrainedTokenizerFast]:
     """Load either kind of GPT-2 as our model, with its tokenizer; raises as `load_gpt2_or_hf`."""
     model, tokenizer = load_gpt2_or_hf(source)
     return from_hf_gpt2(model) if isinstance(model, GPT2LMHeadModel) else model, tokenizer
@@ -110,7 +112,7 @@ def load_gpt2(source: str) -> tuple[GPT2ReproForCausalLM, PreTrainedTokenizerBas
 
 def load_gpt2_or_hf(
     source: str, revision: str | None = None
-) -> tuple[GPT2LMHeadModel | GPT2ReproForCausalLM, PreTrainedTokenizerBase]:
+) -> tuple[GPT2LMHeadModel | GPT2ReproForCausalLM, PreTrainedTokenizerFast]:
     """Load either kind of GPT-2 from a folder or a Hub id, with its tokenizer.
 
     Raises:
@@ -118,8 +120,10 @@ def load_gpt2_or_hf(
             tensors (with their names), or has no tokenizer or one of another size.
     """
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if problem := run_folder_problem(source):
+            raise ValueError(problem) from error
         if (Path(source) / "adapter_config.json").is_file():
             raise ValueError(f"{source} is an adapter: merge it into its base model and save that first.") from error
         raise ValueError(f"{source} cannot be read as a model: {' '.join(str(error).split())}") from error
@@ -136,8 +140,8 @@ def load_strict(model_class: type[PreTrainedModel], source: str, revision: str |
     """Load a model whose file has exactly its tensors: `from_pretrained` would fill in missing ones with random values.
 
     Raises:
-        ValueError: With the names of the tensors that are missing, unknown, or of another shape; or if the file is
-            missing or damaged.
+        ValueError: With the names of the tensors that are missing, unknown, of another shape, or not tied as the
+            config says; or if the file is missing or damaged.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # transformers would print a table of what the ValueError says
@@ -159,21 +163,25 @@ def load_strict(model_class: type[PreTrainedModel], source: str, revision: str |
         raise ValueError(
             f"{source} does not hold the {model_class.__name__} that its config describes; {'; '.join(messages)}."
         )
+    check_tied_weights(model, source)
     return model
 
 
-def load_matching_tokenizer(source: str, revision: str | None, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+def load_matching_tokenizer(source: str, revision: str | None, config: PreTrainedConfig) -> PreTrainedTokenizerFast:
     """Load the tokenizer saved with a model.
 
     Raises:
-        ValueError: If there is none, or its size differs from the model's vocabulary.
+        ValueError: If there is none, it is not a fast one, or its size differs from the model's vocabulary.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = load_auto_tokenizer(source, revision)
+    except LOADING_ERRORS as error:
+        reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
-            f"{source} has no tokenizer that can be loaded ({error}): save the model's tokenizer there."
+            f"{source} has no tokenizer that can be loaded ({reason}): save the model's tokenizer there."
         ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{source} has a slow tokenizer, {type(tokenizer).__name__}: save it as tokenizer.json there.")
     if len(tokenizer) != config.vocab_size:
         raise ValueError(
             f"{source} has a tokenizer of {len(tokenizer)} ids and a model of {config.vocab_size}: save the tokenizer "
@@ -213,6 +221,7 @@ def from_hf_gpt2(hf_model: GPT2LMHeadModel) -> GPT2ReproForCausalLM:
 def to_hf_gpt2(model: GPT2ReproForCausalLM) -> GPT2LMHeadModel:
     """Convert our model to a GPT-2 of transformers, in the same dtype; in fp32 the logits are equal up to rounding."""
     fields = {name: getattr(model.config, name) for name in SHARED_FIELDS}
+    fields["n_ctx"] = model.config.n_positions  # its old name, which llama.cpp and mlx-lm still read
     hf_model = GPT2LMHeadModel(GPT2Config(**fields, **OUR_OPTIONS)).to(model.dtype)
     return copy_weights(model, hf_model)
 

@@ -3,18 +3,21 @@
 import shutil
 from pathlib import Path
 
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
+from modeling_gpt2repro.data.tokenizer import save_tokenizer
 from modeling_gpt2repro.runs.folder import LOSS_PICTURE
 
-from .model_card import FROM_SCRATCH, model_card
+from .model_card import FROM_SCRATCH, Origin, model_card
+
+PIPELINE_NEW_TOKENS = 256  # what transformers' text-generation pipeline asks for, unless the model's folder says less
 
 
 def save_hub_folder(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     folder: Path,
-    description: str = FROM_SCRATCH,
+    origin: Origin = FROM_SCRATCH,
     run_folder: Path | None = None,
     generation_config: GenerationConfig | None = None,
 ):
@@ -22,9 +25,9 @@ def save_hub_folder(
 
     Args:
         model: Ours, or a GPT-2 of transformers.
-        description: First sentence of the card.
+        origin: What the card says of where the weights come from.
         run_folder: A run whose results and loss plot the card shows.
-        generation_config: The default is greedy decoding.
+        generation_config: The default is greedy decoding; a length is added where `set_length_in_short_context` says.
 
     Raises:
         ValueError: If the tokenizer's size differs from the model's vocabulary.
@@ -39,25 +42,26 @@ def save_hub_folder(
         eos_token_id=model.config.eos_token_id,
         pad_token_id=model.config.eos_token_id,
     )
+    set_length_in_short_context(model)
     model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):  # safetensors makes them readable by their owner only
         shutil.copymode(folder / "config.json", weights)
-    save_tokenizer(tokenizer, folder)
+    save_tokenizer(tokenizer, folder, max_length=model.config.n_positions)
     if run_folder and (run_folder / LOSS_PICTURE).is_file():
         shutil.copyfile(run_folder / LOSS_PICTURE, folder / LOSS_PICTURE)
-    (folder / "README.md").write_text(model_card(model, description, run_folder), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(model, origin, run_folder), encoding="utf-8")
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path):
-    """Write a tokenizer.
+def set_length_in_short_context(model: PreTrainedModel):
+    """Let a call without a length generate half a context, if the pipeline's default leaves the prompt less than that.
 
-    Raises:
-        OSError: If it cannot be written: the Rust library raises a bare Exception then, such as
-            "No space left on device (os error 28)".
+    In longer contexts, such as GPT-2's, nothing is set: `max_new_tokens` from the folder outranks the `max_length` of a
+    call, and `max_length` from there warns whenever `max_new_tokens` is passed.
     """
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:
-        if type(error) is Exception and "os error" in str(error):
-            raise OSError(str(error)) from error
-        raise
+    given = model.generation_config
+    half = max(1, model.config.n_positions // 2)
+    if given.max_new_tokens is None and given.max_length is None and half < PIPELINE_NEW_TOKENS:
+        given.max_new_tokens = half
+    if given.max_new_tokens and isinstance(model, GPT2LMHeadModel):
+        # Where the pipeline of transformers 4 looks, as in OpenAI's own config.
+        model.config.task_specific_params = {"text-generation": {"max_new_tokens": given.max_new_tokens}}

@@ -1,15 +1,19 @@
 """The model card: what the model is, how to use it, its results and how it was trained, read from the run's folder."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
+from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
 from modeling_gpt2repro.runs.folder import LOSS_PICTURE, METRICS_FILE
-from modeling_gpt2repro.runs.read import HELLASWAG_METRICS, Run, read_run
+from modeling_gpt2repro.runs.read import FINEWEB_EDU, HELLASWAG_METRICS, Run, read_run
 
-FROM_SCRATCH = "A GPT-2 trained from scratch."
+INHERITED = ("license", "license_name", "license_link", "language", "base_model")
 HELLASWAG_DATASET = "Rowan/hellaswag"
 TASK = {"task_type": "text-generation", "task_name": "Text Generation"}
 CARD = """---
@@ -31,18 +35,44 @@ print(generator("Hello, I'm a language model,", max_new_tokens=30)[0]["generated
 """
 
 
-def base_model_sentence(init_from: str | None) -> str:
-    """The first sentence of a card: "openai-community/gpt2" -> "A GPT-2 fine-tuned from openai-community/gpt2."
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from: the first sentence of their card, and what its metadata has from there."""
 
-    Of a folder only the name is given: the card is public, and paths of this machine are not.
+    sentence: str
+    metadata: dict = field(default_factory=dict)  # values of INHERITED
+
+
+FROM_SCRATCH = Origin("A GPT-2 trained from scratch.", {"license": "mit"})
+
+
+def derived_origin(verb: str, source: str, revision: str | None = None) -> Origin:
+    """The origin of weights made from those of a folder or Hub id, with license and language from the card there.
+
+    ("A GPT-2 fine-tuned from", "openai-community/gpt2") -> "A GPT-2 fine-tuned from openai-community/gpt2.", which is
+    also the `base_model`. Of a folder only the name is given: the card is public, and paths of this machine are not;
+    its `base_model` is what the folder's own card says, because the Hub accepts no other names there than its own.
+
+    Raises:
+        ValueError: If the card there has metadata that cannot be read.
     """
-    if not init_from:
-        return FROM_SCRATCH
-    name = Path(init_from).name if Path(init_from).exists() else init_from
-    return f"A GPT-2 fine-tuned from {name}."
+    is_local = Path(source).exists()
+    # Either there is no card, or it cannot be reached now: neither keeps weights that are here from being used.
+    missing_is_none = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    card = cached_file(source, "README.md", revision=revision, **missing_is_none)
+    try:
+        metadata = (metadata_load(card) if card else None) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{source}: the metadata of its README.md cannot be read ({' '.join(str(error).split())}): mend it."
+        ) from error
+    metadata = {name: metadata[name] for name in INHERITED if metadata.get(name)}
+    if not is_local:
+        metadata["base_model"] = source
+    return Origin(f"{verb} {Path(source).name if is_local else source}.", metadata)
 
 
-def model_card(model: PreTrainedModel, description: str = FROM_SCRATCH, run_folder: Path | None = None) -> str:
+def model_card(model: PreTrainedModel, origin: Origin = FROM_SCRATCH, run_folder: Path | None = None) -> str:
     """The text of README.md; without the folder of the run that trained the model, it has no results."""
     run = None
     if run_folder and (run_folder / METRICS_FILE).is_file():
@@ -51,9 +81,9 @@ def model_card(model: PreTrainedModel, description: str = FROM_SCRATCH, run_fold
     results = hub_results(run, evaluations[-1]) if evaluations else []
     dataset = run.dataset() if run else None
     metadata = ModelCardData(
+        **{"language": "en" if run and trained_on_english(run) else None, **origin.metadata},
         library_name="transformers",
         pipeline_tag="text-generation",
-        license="mit" if description == FROM_SCRATCH else None,  # other weights bring a license of their own
         tags=["gpt2", "gpt2repro"],
         datasets=[dataset] if dataset else None,
         model_name="gpt2repro" if results else None,
@@ -62,7 +92,7 @@ def model_card(model: PreTrainedModel, description: str = FROM_SCRATCH, run_fold
     text = CARD.format(
         metadata=metadata.to_yaml(),
         parameters=model.num_parameters(),
-        description=description,
+        description=origin.sentence,
         config=model.config,
         trust=", trust_remote_code=True" if isinstance(model, GPT2ReproForCausalLM) else "",
     )
@@ -114,7 +144,7 @@ def training_lines(run: Run) -> dict[str, str]:
     precision = "fp32" if hardware["precision"] == "no" else hardware["precision"]
     hours = sum(record.get("step_seconds", 0.0) for record in run.records) / 3600
     data = run.dataset() or "private"
-    if arguments["dataset_name"] == "python-prose" and not (arguments.get("shards") or arguments.get("mix")):
+    if trained_on_python_prose(run):
         data = "the English prose in Python's documentation"
     fingerprint = run.config["data"]["data"]
     if isinstance(fingerprint, str):  # of shards; a streamed dataset is described by a dict
@@ -167,3 +197,14 @@ def hub_results(run: Run, evaluation: dict) -> list[EvalResult]:
 def used_public_hellaswag(run: Run) -> bool:
     """Whether the run was scored on the examples that published numbers refer to, not on a file of its own."""
     return run.config.get("arguments", {}).get("hellaswag") in (HELLASWAG_DATASET, "official")
+
+
+def trained_on_english(run: Run) -> bool:
+    """Whether its text is known to be English; of most text nobody has said what it is."""
+    return run.dataset() == FINEWEB_EDU or trained_on_python_prose(run)
+
+
+def trained_on_python_prose(run: Run) -> bool:
+    """Whether it trained on the quickstart's text, which Python ships."""
+    arguments = run.config.get("arguments", {})
+    return arguments.get("dataset_name") == PYTHON_PROSE and not (arguments.get("shards") or arguments.get("mix"))

@@ -19,6 +19,7 @@ from huggingface_hub import HfApi, get_session, get_token
 from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import HTTPError
 
+from modeling_gpt2repro.storage.lock import LOCK_FILE
 from modeling_gpt2repro.storage.retry import describe_error, http_error, is_transient, retry
 
 EXIT_CODE_REFUSED = 2  # trying again is no use before somebody changes something
@@ -27,7 +28,8 @@ TRAINING_STATE = "training_state/*"
 # Deleted in the commit that pushes new weights, because an earlier model may have had another number of files. Precise
 # names: in the Hub's patterns * matches / as well, and subfolders may hold weights that people have added themselves.
 REPLACED = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", TRAINING_STATE]
-NEVER_PUSHED = [".git/*", ".cache/*"]  # downloading creates these; the client skips them anyway, the check below must
+# Downloading creates the folders; the client skips them anyway, but the check below must.
+NEVER_PUSHED = [".git/*", ".cache/*", LOCK_FILE]
 CHECK_BRANCH = "write-check"
 RESPONSE_TIMEOUT_SECONDS = 120.0  # without one, the client waits forever for a Hub that accepts but never answers
 DEFAULT_PATIENCE_SECONDS = 1800.0

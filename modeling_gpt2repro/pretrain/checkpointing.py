@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from modeling_gpt2repro.data.batches.build import TrainingData
 from modeling_gpt2repro.hub.background_upload import UploadQueue
 from modeling_gpt2repro.hub.export import save_hub_folder
+from modeling_gpt2repro.hub.model_card import FROM_SCRATCH, Origin
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
 from modeling_gpt2repro.runs.folder import METRICS_FILE, MODEL_FOLDER, checkpoint_name
 from modeling_gpt2repro.runs.logger import RunLogger
@@ -43,7 +44,7 @@ class Checkpointer:
     optimizer: Optimizer
     data: TrainingData
     stateful: dict[str, Stateful]  # name in state.json -> what has a state; `progress` is the run's TrainState
-    description: str  # first sentence of the model card; a resumed run keeps the one of its checkpoint
+    origin: Origin  # what the model card says of the first weights; a resumed run keeps that of its checkpoint
 
     def __post_init__(self):
         self.output_dir = Path(self.args.output_dir)
@@ -63,7 +64,8 @@ class Checkpointer:
             ValueError: If it is damaged, or was made with other data or in another order.
         """
         state = checkpoints.read_state(checkpoint, self.data.data_fingerprint)
-        self.description = state["origin"]
+        old_metadata = FROM_SCRATCH.metadata if state["origin"] == FROM_SCRATCH.sentence else {}
+        self.origin = Origin(state["origin"], state.get("card", old_metadata))
         for name, stateful in self.stateful.items():
             stateful.load_state_dict(state[name])
         with checkpoints.raise_if_corrupt(checkpoint):
@@ -118,16 +120,19 @@ class Checkpointer:
         return checkpoints.save_checkpoint(
             self.accelerator,
             folder,
-            lambda temporary: save_hub_folder(
-                module, self.data.tokenizer, temporary, self.description, self.output_dir
-            ),
+            lambda temporary: save_hub_folder(module, self.data.tokenizer, temporary, self.origin, self.output_dir),
             optimizer=optimizer_tensors(
                 unwrapped_model(self.accelerator, self.model),
                 self.optimizer,
                 keep=self.accelerator.is_main_process,
             ),
             random=random_tensors(self.accelerator),
-            state={**state, "origin": self.description, "identity": self.data.data_fingerprint},
+            state={
+                **state,
+                "origin": self.origin.sentence,
+                "card": self.origin.metadata,
+                "identity": self.data.data_fingerprint,
+            },
             policy=policy,
         )
 
@@ -142,7 +147,7 @@ class Checkpointer:
         module = self.model_to_save()
         if self.accelerator.is_main_process:
             try:
-                save_hub_folder(module, self.data.tokenizer, temporary, self.description, self.output_dir)
+                save_hub_folder(module, self.data.tokenizer, temporary, self.origin, self.output_dir)
                 shutil.copyfile(self.output_dir / METRICS_FILE, temporary / METRICS_FILE)  # the model card draws on it
                 replace_dir(temporary, folder)
             except (OSError, SafetensorError) as error:

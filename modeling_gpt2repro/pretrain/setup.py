@@ -31,11 +31,12 @@ from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS, Example,
 from modeling_gpt2repro.evaluation.hellaswag.metrics import BASELINES
 from modeling_gpt2repro.evaluation.hellaswag.score import without_autocast
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask, prepare_hellaswag
+from modeling_gpt2repro.evaluation.load_model import check_tied_weights
 from modeling_gpt2repro.evaluation.validation import unigram_entropy
 from modeling_gpt2repro.evaluation.validation_text import bytes_per_token
 from modeling_gpt2repro.hub.background_upload import UploadQueue
 from modeling_gpt2repro.hub.conversion import load_gpt2
-from modeling_gpt2repro.hub.model_card import base_model_sentence
+from modeling_gpt2repro.hub.model_card import FROM_SCRATCH, Origin, derived_origin
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
 from modeling_gpt2repro.runs.config import diff_arguments, write_run_config
 from modeling_gpt2repro.runs.folder import BASELINES_FILE, DATA_FOLDER, METRICS_FILE, RUN_CONFIG_FILE
@@ -45,9 +46,11 @@ from modeling_gpt2repro.runs.read import write_baselines
 from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.command_line import InputErrors
 from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record
+from modeling_gpt2repro.storage.lock import FolderLock
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.state import TrainState
+from modeling_gpt2repro.training.validate import check_output_dir
 
 from .checkpointing import unwrapped_model
 from .messages import start_message, too_many_skipped_message
@@ -62,7 +65,24 @@ class InitialWeights:
     checkpoint: Path | None  # the folder to resume from; None for a new run
     model: GPT2ReproForCausalLM | None  # the weights of the checkpoint or of `--init_from`; None for fresh ones
     tokenizer: PreTrainedTokenizerBase | None  # that of `--init_from`
-    description: str  # first sentence of the model card
+    origin: Origin  # what the model card says of them
+
+
+def lock_output_dir(args: TrainArguments, accelerator: Accelerator, lock: FolderLock):
+    """Take the run's folder, on the main process, before anything is written or deleted in it.
+
+    Raises:
+        ValueError: On all processes, if another program uses it, or a run has begun there while this one waited.
+    """
+
+    def acquire():
+        lock.acquire()
+        InputErrors(check_output_dir(args)).raise_if_any()
+
+    try:
+        run_on_main_and_broadcast(accelerator, acquire)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def build_upload_queue(args: TrainArguments, accelerator: Accelerator) -> UploadQueue:
@@ -87,19 +107,22 @@ def load_initial_weights(args: TrainArguments, accelerator: Accelerator) -> Init
     """Load the checkpoint to resume from, or else the model of `--init_from`, if there is either.
 
     Raises:
-        ValueError: If it is damaged, not a GPT-2, or of another shape than the arguments'.
+        ValueError: If it is damaged, not a GPT-2, untied although its config says tied, or of another shape than the
+            arguments'.
     """
     checkpoint = find_checkpoint(args, accelerator)
-    model, tokenizer = None, None
+    model, tokenizer, origin = None, None, FROM_SCRATCH
     if checkpoint is not None:
         with checkpoints.raise_if_corrupt(checkpoint):
             model = GPT2ReproForCausalLM.from_pretrained(checkpoint)
     elif args.init_from:
         model, tokenizer = call_main_process_first(accelerator, lambda: load_gpt2(args.init_from))
+        origin = derived_origin("A GPT-2 fine-tuned from", args.init_from)
     if model is not None:
+        check_tied_weights(model, str(checkpoint or args.init_from))
         check_shape(args, model, source=str(checkpoint or args.init_from))
         model = model.float()  # whatever it was saved in: bf16 has 8 bits, too few to add a small update to a weight
-    return InitialWeights(checkpoint, model, tokenizer, description=base_model_sentence(args.init_from))
+    return InitialWeights(checkpoint, model, tokenizer, origin)
 
 
 def find_checkpoint(args: TrainArguments, accelerator: Accelerator) -> Path | None:

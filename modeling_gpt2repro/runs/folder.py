@@ -1,4 +1,4 @@
-"""The names of all files in a run's folder."""
+"""The names of all files in a run's folder, but that of its lock (`LOCK_FILE` in storage/lock.py)."""
 
 from pathlib import Path
 

@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -31,7 +32,9 @@ class StopSignal:
         resume_command: The shell command that resumes the run.
     """
 
-    def __init__(self):
+    def __init__(self, on_stop: Callable[[], None] = lambda: None):
+        """`on_stop` is called as soon as this process knows that the run has to stop, maybe in a signal handler."""
+        self._on_stop = on_stop
         self.signal_name: str | None = None
         self.resume_command = resume_command()  # read now, while the launcher is alive
         self._received_at = 0.0
@@ -68,6 +71,8 @@ class StopSignal:
         if self._all_reduce is not None:
             self._all_reduce.wait()
             stop = bool(self._flag)
+        if stop:
+            self._on_stop()
         self._flag = torch.tensor(float(self.signal_name is not None or stop))
         self._all_reduce = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return stop
@@ -79,6 +84,7 @@ class StopSignal:
         if self.signal_name is None:
             self.signal_name = signal.Signals(number).name
             self._received_at = time.monotonic()
+            self._on_stop()
 
 
 def launcher_command() -> list[str] | None:

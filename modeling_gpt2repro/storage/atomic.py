@@ -8,14 +8,15 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
-# How the name of a temporary file ends. One that its writer left behind when it was killed may be deleted.
-PARTIAL = re.compile(r".+\.[0-9a-f]{8}\.partial")
+PARTIAL = re.compile(r".+\.[0-9a-f]{8}\.partial")  # the name of a temporary file
+ABANDONED_SECONDS = 600.0  # after which nobody is still writing to one
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -60,6 +61,19 @@ def abort(file: BinaryIO):
     with suppress(OSError):  # closing flushes what is buffered, and that does not fit either
         file.close()
     Path(file.name).unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path):
+    """Delete temporary files that killed programs left in `folder`: those that nobody has written to for ten minutes.
+
+    A younger one may be of a program that lives and needs no lock: a plot of the run, a worker on another machine.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        now = os.fstat(file.fileno()).st_mtime  # by the clock of the disk's server, as the other times are
+    for path in folder.glob("*.partial"):
+        with suppress(FileNotFoundError):  # it has just been renamed
+            if PARTIAL.fullmatch(path.name) and now - path.stat().st_mtime > ABANDONED_SECONDS:
+                path.unlink()
 
 
 def replace_dir(temporary: Path, folder: Path):

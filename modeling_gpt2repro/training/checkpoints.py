@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from modeling_gpt2repro.runs.folder import MODEL_FOLDER, step_of
-from modeling_gpt2repro.storage.atomic import PARTIAL, delete_dir, recover_interrupted_replace, replace_dir
+from modeling_gpt2repro.storage.atomic import delete_dir, recover_interrupted_replace, remove_abandoned, replace_dir
 from modeling_gpt2repro.storage.checksums import verify_checksums, write_checksums
 from modeling_gpt2repro.storage.retry import describe_error
 
@@ -158,13 +158,11 @@ def save_checkpoint(
 
 
 def remove_stale_files(output_dir: Path):
-    """Delete what a killed process left half-written."""
+    """Delete what a killed process left half-written. The caller must hold the folder's lock."""
     for pattern in STALE_FOLDERS:
         for path in output_dir.glob(pattern):
             shutil.rmtree(path)
-    for path in output_dir.glob("*.partial"):
-        if PARTIAL.fullmatch(path.name):
-            path.unlink()
+    remove_abandoned(output_dir)
 
 
 def join_states(states: list[dict]) -> dict:

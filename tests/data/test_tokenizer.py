@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.tokenizer import (
     GPT2_SHA256,
     check_vocab_size,
     load_tokenizer,
+    load_tokenizer_folder,
     save_tokenizer,
     text_encoder,
     tokenizer_class,
@@ -87,6 +88,120 @@ def test_a_trained_tokenizer_survives_the_disk_and_another_one_has_another_hash(
     assert loaded(tiny_texts[0])["input_ids"] == tiny_tokenizer(tiny_texts[0])["input_ids"]
     assert tokenizer_sha256(train_tokenizer(tiny_texts, 301)) != saved
     assert tokenizer_sha256(train_tokenizer(["other words entirely " * 20, *tiny_texts[:100]], 300)) != saved
+
+
+@pytest.fixture
+def digits_folder(tmp_path):
+    """make(class name, **settings) -> a folder whose tokenizer.json splits digits, which GPT2Tokenizer does not."""
+    backend = train_tokenizer(["2023,2023,2023"], 260).backend_tokenizer  # three merges, to "2023"
+    assert len(backend.encode("2023").ids) == 1
+    split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(split)
+
+    def make(tokenizer_class, **settings) -> Path:
+        folder = tmp_path / "digits"
+        folder.mkdir()
+        backend.save(str(folder / "tokenizer.json"))
+        settings = {"tokenizer_class": tokenizer_class, "eos_token": END, "model_max_length": 64, **settings}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        return folder
+
+    return make
+
+
+def ids_of_file(folder: Path, text: str) -> list[int]:
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("model_type", [None, "gpt2", "llama"])
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "GPT2TokenizerFast", "LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_the_ids_are_those_of_tokenizer_json_whatever_class_is_named_beside_it(
+    digits_folder, tmp_path, name, model_type
+):
+    folder = digits_folder(name, pad_token="[PAD]")
+    if model_type:
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    text = "the year 2023, 650841823 items"
+    expected = ids_of_file(folder, text)
+    assert len(ids_of_file(folder, "2023")) == 4
+    loaded = load_tokenizer(str(folder))
+    assert loaded(text)["input_ids"] == text_encoder(loaded)(text).tolist() == expected
+    assert (loaded.eos_token, loaded.pad_token) == (END, "[PAD]")
+
+    save_tokenizer(loaded, tmp_path / "saved")
+    for again in (load_tokenizer(str(tmp_path / "saved")), AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert again(text)["input_ids"] == expected
+        assert (again.eos_token, again.pad_token, len(again)) == (END, "[PAD]", len(loaded))
+
+
+def test_special_tokens_that_only_the_class_knows_are_kept(digits_folder):
+    """OpenAI's folder on the Hub has a tokenizer_config.json with a length and nothing else."""
+    folder = digits_folder("GPT2Tokenizer")
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    loaded = load_tokenizer(str(folder))
+    assert (loaded.eos_token, loaded.bos_token, len(loaded)) == (END, END, 260)
+    assert loaded("2023")["input_ids"] == ids_of_file(folder, "2023")
+
+
+def test_settings_that_change_the_ids_of_tokenizer_json_are_refused(digits_folder, one_sentence):
+    word = {"content": "year", "special": False, "lstrip": False, "rstrip": False, "normalized": True}
+    folder = digits_folder("GPT2Tokenizer", added_tokens_decoder={"260": {**word, "single_word": False}})
+    with pytest.raises(ValueError, match=r"its tokenizer_config\.json changes the ids that its tokenizer\.json gives"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "PreTrainedTokenizerFast"])
+def test_a_damaged_tokenizer_json_or_one_of_a_newer_library_is_refused(digits_folder, name, one_sentence):
+    folder = digits_folder(name)
+    whole = (folder / "tokenizer.json").read_text()
+    for damaged in (whole[:500], "{}", "[]", whole.replace('"Digits"', '"OfTheFuture"')):
+        (folder / "tokenizer.json").write_text(damaged)
+        with pytest.raises(ValueError, match="is neither 'gpt2' nor a folder or Hub id that loads") as error:
+            load_tokenizer(str(folder))
+        one_sentence(error)
+        with pytest.raises(ValueError, match=r"does not load .*: prepare the data again") as error:
+            load_tokenizer_folder(folder)
+        one_sentence(error)
+
+
+def test_a_folder_of_vocabulary_and_merges_gives_gpt2s_ids(tmp_path, tiny_tokenizer, tiny_texts):
+    tiny_tokenizer.backend_tokenizer.model.save(str(tmp_path))  # vocab.json and merges.txt
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded(tiny_texts[0])["input_ids"] == tiny_tokenizer(tiny_texts[0])["input_ids"]
+    assert loaded.eos_token == END
+
+
+def test_a_tokenizer_of_its_own_code_is_refused_without_a_question(digits_folder, capfd):
+    folder = digits_folder("StrangeTokenizer", auto_map={"AutoTokenizer": [None, "strange.StrangeTokenizer"]})
+    (folder / "strange.py").write_text("print('run')")
+    with pytest.raises(ValueError, match=r"is neither 'gpt2' nor a folder or Hub id that loads .*custom code"):
+        load_tokenizer(str(folder))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_tokenizer_on_the_hub_gives_the_ids_of_its_tokenizer_json(hub, digits_folder, warm_python):
+    folder = digits_folder("GPT2Tokenizer")
+    repository = hub.new_repository("models/toy/digits")
+    shutil.copytree(folder, repository, dirs_exist_ok=True)
+    program = folder / "program.py"
+    program.write_text(
+        "from modeling_gpt2repro.data.tokenizer import load_tokenizer\n"
+        "print(load_tokenizer('toy/digits')('the year 2023')['input_ids'])\n"
+    )
+    assert json.loads(warm_python.run(program).stdout) == ids_of_file(folder, "the year 2023")
+
+
+def test_what_is_saved_says_nothing_of_this_machine_and_names_no_class_of_transformers_5(tmp_path, digits_folder):
+    loaded = load_tokenizer(str(digits_folder("GPT2Tokenizer", additional_special_tokens=["<|user|>"])))
+    save_tokenizer(loaded, tmp_path / "saved", max_length=48)
+    settings = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())
+    assert not {"is_local", "local_files_only", "extra_special_tokens"} & settings.keys()
+    assert (settings["tokenizer_class"], settings["model_max_length"]) == ("PreTrainedTokenizerFast", 48)
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert (again.extra_special_tokens, again.model_max_length) == (["<|user|>"], 48)
 
 
 def test_code_in_the_folder_of_a_tokenizer_is_neither_run_nor_asked_about(tmp_path, tiny_tokenizer, capfd):

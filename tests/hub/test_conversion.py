@@ -5,10 +5,14 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
-from modeling_gpt2repro import GPT2ReproForCausalLM
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from modeling_gpt2repro.evaluation.load_model import load_causal_lm
 from modeling_gpt2repro.hub.conversion import convert_config, copy_weights, from_hf_gpt2, load_gpt2, main, to_hf_gpt2
 
 
@@ -63,6 +67,16 @@ def test_converting_there_and_back_gives_the_same_weights(stock_folder, tmp_path
     assert "auto_map" not in (tmp_path / "back" / "config.json").read_text()
     assert "trust_remote_code" not in (tmp_path / "back" / "README.md").read_text()
     assert "from scratch" not in (tmp_path / "ours" / "README.md").read_text()
+
+
+def test_the_card_of_a_twin_keeps_license_language_and_base_model(stock_folder, tmp_path):
+    metadata = {"license": "mit", "language": "en", "base_model": "openai-community/gpt2"}
+    (stock_folder / "README.md").write_text(f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n# A model\n")
+    main(["--from", str(stock_folder), "--to", str(tmp_path / "ours")])
+    main(["--from", str(tmp_path / "ours"), "--to", str(tmp_path / "back")])
+    for name in ("ours", "back"):
+        found = ModelCard.load(tmp_path / name / "README.md").data
+        assert {key: found[key] for key in metadata} == metadata
 
 
 def test_the_format_that_openai_published_is_read(stock_folder, tmp_path, random_ids):
@@ -172,11 +186,26 @@ def test_sources_that_cannot_be_converted_are_refused_in_one_sentence(stock_fold
     assert "has weights that cannot be read" in error_message(stock_folder, tmp_path / "ours", capsys)
 
 
-def test_an_untied_output_head_is_refused(stock_folder, tmp_path, capsys):
-    weights = load_file(stock_folder / "model.safetensors")
-    weights["lm_head.weight"] = 2 * weights["transformer.wte.weight"]
-    save_file(weights, stock_folder / "model.safetensors", {"format": "pt"})
-    message = error_message(stock_folder, tmp_path / "ours", capsys)
+def test_an_untied_output_head_is_refused_wherever_it_is_loaded(stock_folder, tmp_path, capsys):
+    main(["--from", str(stock_folder), "--to", str(tmp_path / "ours")])
+    sentence = "lm_head.weight and transformer.wte.weight differ, but its config says that they are one tensor"
+    for folder in (stock_folder, tmp_path / "ours"):
+        weights = load_file(folder / "model.safetensors")
+        save_file(weights | {"lm_head.weight": weights["transformer.wte.weight"].clone()},
+                  folder / "model.safetensors", {"format": "pt"})  # fmt: skip
+        assert load_causal_lm(str(folder))  # twice the same values: tied
+        weights["lm_head.weight"] = 2 * weights["transformer.wte.weight"]
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        assert sentence in error_message(folder, tmp_path / "other", capsys)
+        with pytest.raises(ValueError, match=sentence):
+            load_causal_lm(str(folder))
+
+
+def test_a_head_that_the_config_says_is_untied_cannot_be_converted(stock_folder, tmp_path, capsys):
+    main(["--from", str(stock_folder), "--to", str(tmp_path / "ours")])
+    model = GPT2ReproForCausalLM(GPT2ReproConfig.from_pretrained(tmp_path / "ours", tie_word_embeddings=False))
+    model.save_pretrained(tmp_path / "ours")
+    message = error_message(tmp_path / "ours", tmp_path / "other", capsys)
     assert "this GPT-2 has an untied output head, our model a tied one" in message
 
 
@@ -184,6 +213,19 @@ def test_an_adapter_is_refused(tmp_path, capsys):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     assert "is an adapter: merge it" in error_message(tmp_path / "adapter", tmp_path / "ours", capsys)
+
+
+def test_from_the_folder_of_a_run_its_model_is_named(stock_folder, tmp_path, capsys):
+    for name in ("step-000010", "step-000020", "model"):  # what a run leaves, in this order
+        shutil.copytree(stock_folder, tmp_path / "run" / name)
+        message = error_message(tmp_path / "run", tmp_path / "other", capsys)
+        assert message == f"{tmp_path / 'run'} is the folder of a run: give {tmp_path / 'run' / name}."
+
+
+def test_the_context_has_the_name_that_older_tools_read(stock_folder, tmp_path):
+    main(["--from", str(stock_folder), "--to", str(tmp_path / "ours")])
+    main(["--from", str(tmp_path / "ours"), "--to", str(tmp_path / "back")])
+    assert json.loads((tmp_path / "back/config.json").read_text())["n_ctx"] == 64
 
 
 def test_an_existing_folder_is_left_alone(stock_folder, capsys):
@@ -199,3 +241,22 @@ def test_weights_of_the_other_kind_in_a_folder_are_refused(stock_folder, tmp_pat
     assert "h.0.attn.c_attn.weight" in error_message(tmp_path / "ours", tmp_path / "back", capsys)
     with pytest.raises(ValueError, match="of another shape"):
         load_gpt2(str(tmp_path / "ours"))
+
+
+def test_the_tokenizer_keeps_the_ids_of_its_tokenizer_json_wherever_it_is_read(stock_folder, tmp_path):
+    """AutoTokenizer gives the class that is named here, GPT2Tokenizer, a pre-tokenizer of its own."""
+    expected = Tokenizer.from_file(str(stock_folder / "tokenizer.json"))
+    expected.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=True)])
+    expected.save(str(stock_folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
+    (stock_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    text = "the sea in 2023"
+    ids = expected.encode(text).ids
+    assert ids != AutoTokenizer.from_pretrained(stock_folder)(text).input_ids
+    main(["--from", str(stock_folder), "--to", str(tmp_path / "ours")])
+    main(["--from", str(tmp_path / "ours"), "--to", str(tmp_path / "back")])
+    for folder in (stock_folder, tmp_path / "ours", tmp_path / "back"):
+        assert load_causal_lm(str(folder))[1](text).input_ids == ids
+        assert load_gpt2(str(folder))[1](text).input_ids == ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours")(text).input_ids == ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "back")(text).input_ids == ids

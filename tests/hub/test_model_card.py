@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 from huggingface_hub import ModelCard
 
-from modeling_gpt2repro.hub.model_card import FROM_SCRATCH, base_model_sentence, model_card
+from modeling_gpt2repro.hub.model_card import FROM_SCRATCH, Origin, derived_origin, model_card
 from modeling_gpt2repro.training.arguments import TrainArguments
 
 
@@ -84,8 +84,10 @@ def test_results_on_private_data_are_not_in_the_metadata(run_folder, tiny_model)
 def test_a_card_without_a_run_or_before_its_first_evaluation(run_folder, tiny_model, stock):
     assert "## " not in model_card(tiny_model)
     assert "trust_remote_code" in model_card(tiny_model)
-    assert "trust_remote_code" not in model_card(stock, "Converted from a.")
-    assert ModelCard(model_card(stock, "Converted from a.")).data.license is None
+    converted = Origin("Converted from a.")
+    assert "trust_remote_code" not in model_card(stock, converted)
+    assert ModelCard(model_card(stock, converted)).data.license is None
+    assert ModelCard(model_card(stock, FROM_SCRATCH)).data.license == "mit"
     (run_folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 5, "loss": 2.0}\n')
     card = model_card(tiny_model, run_folder=run_folder)
     assert "## Results" not in card
@@ -129,7 +131,46 @@ def test_the_card_of_a_streamed_run_in_fp32_mentions_no_shards(run_folder, tiny_
     assert "| hardware | 8 x NVIDIA H100, fp32; 1.00 hours of training |\n" in card
 
 
-def test_the_first_sentence_says_where_the_weights_come_from(tmp_path):
-    assert base_model_sentence(None) == FROM_SCRATCH
-    assert base_model_sentence(str(tmp_path)) == f"A GPT-2 fine-tuned from {tmp_path.name}."
-    assert base_model_sentence("openai-community/gpt2") == "A GPT-2 fine-tuned from openai-community/gpt2."
+def test_the_first_sentence_and_the_metadata_say_where_the_weights_come_from(tmp_path, tiny_model):
+    (tmp_path / "base").mkdir()
+    verb = "A GPT-2 fine-tuned from"
+    assert derived_origin(verb, str(tmp_path / "base")) == Origin("A GPT-2 fine-tuned from base.", {})
+
+    card = "---\nlicense: cc-by-4.0\nlanguage: [de, en]\nbase_model: openai-community/gpt2\ntags: [a]\n---\n# Base\n"
+    (tmp_path / "base/README.md").write_text(card)
+    origin = derived_origin(verb, str(tmp_path / "base"))
+    data = ModelCard(model_card(tiny_model, origin)).data
+    assert (data.license, data.language, data.base_model) == ("cc-by-4.0", ["de", "en"], "openai-community/gpt2")
+    assert str(tmp_path) not in model_card(tiny_model, origin)
+
+    (tmp_path / "base/README.md").write_text("---\nlicense: [\n---\n")
+    with pytest.raises(ValueError, match=r"the metadata of its README\.md cannot be read"):
+        derived_origin(verb, str(tmp_path / "base"))
+
+
+def test_a_base_model_on_the_hub_is_named_with_the_license_of_its_card(hub, warm_python):
+    repository = hub.new_repository("models/toy/base")
+    (repository / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Base\n")
+    hub.new_repository("models/toy/bare")
+    program = (
+        "from modeling_gpt2repro.hub.model_card import derived_origin\n"
+        "for name in ('toy/base', 'toy/bare'): print(derived_origin('Converted from', name))"
+    )
+    assert warm_python.run("-c", program).stdout.splitlines() == [
+        str(Origin("Converted from toy/base.", {"license": "apache-2.0", "language": "en", "base_model": "toy/base"})),
+        str(Origin("Converted from toy/bare.", {"base_model": "toy/bare"})),
+    ]
+
+
+def test_the_language_is_named_where_the_text_is_known_to_be_english(run_folder, tiny_model):
+    def language(**arguments):
+        change_arguments(run_folder, **arguments)
+        return ModelCard(model_card(tiny_model, run_folder=run_folder)).data.language
+
+    assert language() == "en"  # FineWeb-Edu
+    assert language(dataset_name="python-prose") == "en"
+    assert language(shards=str(run_folder)) is None  # prepared from files
+    assert language(shards=None, dataset_name="somebody/text") is None
+    origin = Origin("A GPT-2 fine-tuned from a/b.", {"language": "de"})
+    assert ModelCard(model_card(tiny_model, origin, run_folder)).data.language == "de"
+    assert ModelCard(model_card(tiny_model)).data.language is None

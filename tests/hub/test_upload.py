@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from pushing import UNREACHABLE_HUB, files_in, run_push
 
 from modeling_gpt2repro.hub.upload import check_write_access, connect, explain_hub_error, main, push_folder
+from modeling_gpt2repro.storage.lock import FolderLock
 from modeling_gpt2repro.storage.retry import backoff_seconds, is_transient, retry
 
 
@@ -68,6 +69,15 @@ def test_a_check_finds_out_that_a_push_would_be_refused(on_hub, monkeypatch, env
     assert result.stderr.count("\n") == 1
     assert "hf_" not in result.stderr + result.stdout
     assert files_in(on_hub.root / "models/user/there") == {}
+
+
+def test_the_lock_of_a_folder_in_use_is_not_pushed(on_hub, folder):
+    pushed = files_in(folder)
+    with FolderLock(folder) as lock:
+        lock.acquire()
+        result = run_push(folder, "--hub_model_id", "user/in-use", "--with_training_state")
+    assert result.returncode == 0, result.stderr
+    assert files_in(on_hub.root / "models/user/in-use") == pushed
 
 
 def test_a_check_leaves_nothing_but_the_repository(on_hub):

@@ -1,6 +1,8 @@
 """What the model computes, compared with stock GPT-2 and with the properties of a causal language model."""
 
+import json
 import math
+import re
 
 import pytest
 import torch
@@ -169,6 +171,77 @@ def test_loss_ignores_minus_100_and_divides_by_num_items_in_batch(carried, rando
     torch.testing.assert_close(carried(ids, labels=labels, num_items_in_batch=100).loss, mean * 23 / 100)
 
 
+def pad(rows: list[torch.Tensor], side: str, value: int) -> torch.Tensor:
+    """Rows of different lengths as (B, 15), filled up on that side."""
+    out = torch.full((len(rows), 15), value)
+    for number, row in enumerate(rows):
+        out[number, slice(15 - len(row), 15) if side == "left" else slice(len(row))] = row
+    return out
+
+
+@pytest.mark.parametrize("label_of_padding", [-100, 5])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_predicts_nothing(carried, random_ids, side, label_of_padding):
+    rows = [random_ids(1, length)[0] for length in (4, 11, 7, 12)]
+    targets = [row.flip(0) for row in rows]
+    inputs = {"input_ids": pad(rows, side, 3), "attention_mask": pad([torch.ones_like(row) for row in rows], side, 0)}
+    by_row = [
+        torch.nn.functional.cross_entropy(carried(row[None]).logits[0, :-1], row[1:], reduction="sum") for row in rows
+    ]
+    # On the right, a label of the first padding is the target of the last token.
+    labels = pad(rows, side, label_of_padding if side == "left" else -100)
+    torch.testing.assert_close(carried(**inputs, labels=labels).loss, sum(by_row) / (34 - 4))
+    torch.testing.assert_close(carried(**inputs, labels=labels, num_items_in_batch=50).loss, sum(by_row) / 50)
+
+    shift_labels = pad(targets, side, label_of_padding)
+    mean = torch.nn.functional.cross_entropy(
+        torch.cat([carried(row[None]).logits[0] for row in rows]), torch.cat(targets)
+    )
+    torch.testing.assert_close(carried(**inputs, shift_labels=shift_labels).loss, mean)
+    for keep, kept in (
+        (torch.arange(15).flip(0), shift_labels.flip(1)),
+        (torch.arange(15).expand(4, -1), shift_labels),
+        (torch.ones(4, 15, dtype=torch.bool), shift_labels.flatten()),
+    ):
+        torch.testing.assert_close(carried(**inputs, shift_labels=kept, logits_to_keep=keep).loss, mean)
+    kept = carried(**inputs, shift_labels=shift_labels[:, 6:], logits_to_keep=9, num_items_in_batch=1).loss
+    logits = carried(**inputs).logits[:, 6:][inputs["attention_mask"][:, 6:] == 1]
+    counted = shift_labels[:, 6:][inputs["attention_mask"][:, 6:] == 1]
+    torch.testing.assert_close(kept, torch.nn.functional.cross_entropy(logits, counted, reduction="sum"))
+
+
+def test_padding_predicts_nothing_in_one_compiled_graph(carried, random_ids):
+    rows = [random_ids(1, length)[0] for length in (4, 12)]
+    mask = pad([torch.ones_like(row) for row in rows], "left", 0)
+    compiled = torch.compile(carried, backend="eager", fullgraph=True)
+    loss = compiled(pad(rows, "left", 3), attention_mask=mask, labels=pad(rows, "left", -100), use_cache=False).loss
+    by_row = [
+        torch.nn.functional.cross_entropy(carried(row[None]).logits[0, :-1], row[1:], reduction="sum") for row in rows
+    ]
+    torch.testing.assert_close(loss, sum(by_row) / (16 - 2))
+
+
+def test_labels_of_padding_are_left_out_behind_a_cache(carried, random_ids):
+    ids = random_ids(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, :8] = 0
+    past = carried(ids[:, :6], attention_mask=mask[:, :6], use_cache=True).past_key_values
+    loss = carried(ids[:, 6:], attention_mask=mask, past_key_values=past, shift_labels=ids[:, 6:].flip(1)).loss
+    whole = torch.nn.functional.cross_entropy(
+        torch.cat([carried(ids[:1]).logits[0, 6:], carried(ids[1:, 8:]).logits[0]]),
+        torch.cat([ids[0, 6:].flip(0), ids[1, 6:].flip(0)[2:]]),
+    )
+    torch.testing.assert_close(loss, whole, atol=1e-5, rtol=0)
+
+
+def test_mask_without_padding_changes_no_bit_of_the_loss(carried, random_ids):
+    ids = random_ids(2, 20)
+    carried.set_attn_implementation("eager")  # sdpa itself computes otherwise where it is given a mask
+    for labels in ({"labels": ids}, {"shift_labels": ids}):
+        whole = carried(ids, attention_mask=torch.ones_like(ids), **labels)
+        assert torch.equal(whole.loss, carried(ids, **labels).loss)
+
+
 def test_omitting_the_logits_keeps_the_loss(carried, random_ids):
     ids = random_ids(2, 20)
     output = carried(ids, shift_labels=ids, return_logits=False)
@@ -301,15 +374,33 @@ def test_invalid_config_is_rejected(fields, message):
         GPT2ReproConfig(**fields)
 
 
-def test_config_json_keeps_foreign_fields_and_rejects_misspelled_ones(tiny_config, tmp_path):
+def test_config_json_keeps_unknown_fields_with_a_warning(tiny_config, tmp_path, caplog):
     tiny_config.run_name = "mine"
-    tiny_config.pretraining_tp = 1
+    tiny_config.layer_norm_eps = 1e-3  # another model's name of layer_norm_epsilon
+    tiny_config.n_layers = 7
     tiny_config.save_pretrained(tmp_path)
-    assert GPT2ReproConfig.from_pretrained(tmp_path).run_name == "mine"
-    file = tmp_path / "config.json"
-    file.write_text(file.read_text().replace('"n_layer"', '"n_layers"'))
-    with pytest.raises(ValueError, match="n_layers: no such field"):
-        GPT2ReproConfig.from_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    for loaded in (
+        GPT2ReproConfig.from_pretrained(tmp_path),
+        GPT2ReproConfig.from_json_file(tmp_path / "config.json"),
+        GPT2ReproConfig.from_dict(fields),
+        transformers.AutoConfig.from_pretrained(tmp_path, n_positions=17),
+    ):
+        assert (loaded.run_name, loaded.layer_norm_eps, loaded.n_layers) == ("mine", 1e-3, 7)
+        assert (loaded.n_layer, loaded.layer_norm_epsilon) == (tiny_config.n_layer, tiny_config.layer_norm_epsilon)
+        loaded.save_pretrained(tmp_path / "again")
+        again = GPT2ReproConfig.from_pretrained(tmp_path / "again").to_dict()
+        assert again | {"_name_or_path": ""} == loaded.to_dict() | {"_name_or_path": ""}
+    assert loaded.n_positions == 17
+    warnings = [record.message for record in caplog.records if "layer_norm_eps" in record.message]
+    assert len(warnings) == 8
+    assert re.match("config.json has .*n_layers.*, kept but not used; GPT2ReproConfig uses .*n_layer, ", warnings[0])
+
+
+def test_misspelled_keyword_is_refused_when_a_model_is_loaded(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'n_layers'"):
+        GPT2ReproForCausalLM.from_pretrained(tmp_path, n_layers=3)
 
 
 def test_subclass_keeps_its_own_config(tmp_path):

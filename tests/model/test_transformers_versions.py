@@ -4,12 +4,11 @@ import inspect
 import os
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
 import torch
+from environments import new_environment
 
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -41,11 +40,7 @@ torch.save(found, out + "/found.pt")
 
 def run_with_version(version: str, folder: Path, tmp_path: Path) -> subprocess.CompletedProcess:
     """Run PROGRAM in a new virtual environment with that version of transformers and this environment's torch."""
-    python = tmp_path / "venv" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-    venv.create(tmp_path / "venv", with_pip=True)
-    subprocess.run([python, "-m", "pip", "install", "-q", f"transformers=={version}"], check=True, capture_output=True)
-    library = sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")})
-    (Path(library) / "torch_from_here.pth").write_text(sysconfig.get_path("purelib"))  # searched after its own packages
+    python = new_environment(tmp_path / "venv", f"transformers=={version}")
     return subprocess.run(
         [python, "-I", "-c", PROGRAM, str(folder), str(tmp_path), version],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},

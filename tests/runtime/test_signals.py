@@ -28,3 +28,26 @@ def test_the_resume_command_is_the_command_of_the_run(monkeypatch):
         sys, "orig_argv", ["python", "a/t.py", "--resume_from_checkpoint", "step-000005", "--seed", "1"]
     )
     assert resume_command() == "python a/t.py --seed 1 --resume_from_checkpoint latest"
+
+
+SIGNAL_TO_RANK_1 = """
+import os, signal
+import torch.distributed as dist
+from modeling_gpt2repro.runtime.signals import StopSignal
+
+dist.init_process_group("gloo")
+calls = []
+with StopSignal(on_stop=lambda: calls.append(1)) as stop:
+    assert not stop.should_stop() and not calls
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert calls  # at once
+    while not stop.should_stop():
+        pass
+    assert calls
+dist.destroy_process_group()
+"""
+
+
+def test_every_process_announces_the_stop_as_soon_as_it_knows(warm_python):
+    warm_python.run_together(2, "-c", SIGNAL_TO_RANK_1)

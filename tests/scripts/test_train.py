@@ -172,11 +172,23 @@ def test_training_starts_from_the_weights_of_init_from(finished, shards, tmp_pat
         "learning_rate": 1e-4,
         "eval_steps": 0,
         "num_samples": 0,
+        "save_steps": 1,
+        "hellaswag": "none",
     }
-    assert train_here(tmp_path / "run", shards, init_from=tmp_path / "stock", hellaswag="none", **short) == 0
+    card = tmp_path / "stock" / "README.md"
+    card.write_text(card.read_text().replace("license: mit", "license: cc0-1.0\nbase_model: toy/base"))
+    assert train_here(tmp_path / "run", shards, init_from=tmp_path / "stock", **short) == 0
     last = logged_values(finished[0], "validation_loss")[-1]
     assert logged_values(tmp_path / "run", "validation_loss")[0] == pytest.approx(last, abs=1e-5)
-    assert "A GPT-2 fine-tuned from stock." in (tmp_path / "run" / "model" / "README.md").read_text()
+    shutil.rmtree(tmp_path / "stock")  # a resumed run knows from its checkpoint where the weights came from
+    for folder in ("step-000002", "model"):
+        card = (tmp_path / "run" / folder / "README.md").read_text()
+        assert "license: cc0-1.0\n" in card
+        assert "base_model: toy/base\n" in card
+        assert "A GPT-2 fine-tuned from stock." in card
+        shutil.rmtree(tmp_path / "run" / folder)
+    assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest", **short) == 0
+    assert (tmp_path / "run" / "model" / "README.md").read_text() == card
 
 
 def test_a_run_writes_the_files_and_numbers_that_it_prints(finished):

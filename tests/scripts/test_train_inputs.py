@@ -5,9 +5,12 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from toy_runs import CPU_FP32, RECIPE, as_flags, toy_flags, train_here
 
 import train_accelerate
+from modeling_gpt2repro.storage.checksums import write_checksums
+from modeling_gpt2repro.training.checkpoints import CHECKSUMS_FILE
 
 
 def test_a_resumed_run_reports_changed_arguments(finished, shards, tmp_path, capsys):
@@ -69,6 +72,27 @@ def test_weights_that_do_not_fit_are_refused(finished, shards, tiny_tokenizer, t
     assert "has another tokenizer than the data: prepare the data with --tokenizer" in printed
     (tmp_path / "other" / "model.safetensors").write_bytes(b"no weights")
     assert "weights that cannot be read" in refused(capsys, tmp_path / "4", shards, init_from=tmp_path / "other")
+
+
+def untie(folder):
+    """Give the output head values of its own, as a merged adapter does; the config still says that it is tied."""
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = 1.5 * weights["transformer.wte.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_untied_weights_whose_config_says_tied_are_refused(finished, shards, tmp_path, capsys):
+    sentence = "lm_head.weight and transformer.wte.weight differ, but its config says that they are one tensor"
+    shutil.copytree(finished[0] / "model", tmp_path / "model")
+    untie(tmp_path / "model")
+    assert sentence in refused(capsys, tmp_path / "1", shards, init_from=tmp_path / "model")
+
+    shutil.copytree(finished[0], tmp_path / "run")  # of a version that did not refuse such weights
+    checkpoint = tmp_path / "run" / "step-000030"
+    untie(checkpoint)
+    (checkpoint / CHECKSUMS_FILE).unlink()
+    write_checksums(checkpoint, CHECKSUMS_FILE)
+    assert sentence in refused(capsys, tmp_path / "run", shards, resume_from_checkpoint="latest")
 
 
 def test_two_processes_exit_together_on_missing_weights(shards, warm_python, tmp_path):

@@ -9,7 +9,7 @@ from toy_runs import train_here
 
 import prepare_data
 from modeling_gpt2repro.data.shards.dataset import open_shards
-from modeling_gpt2repro.storage.atomic import atomic_write
+from modeling_gpt2repro.storage.atomic import atomic_write, remove_abandoned
 
 
 @pytest.fixture
@@ -53,3 +53,14 @@ def test_a_file_stays_as_it_was_when_writing_the_next_one_fails(tmp_path):
         fail_half_way()
     assert path.read_bytes() == b"first"
     assert os.listdir(path.parent) == ["file"]
+
+
+def test_only_temporary_files_that_nobody_writes_to_any_more_are_removed(tmp_path):
+    names = ["run.json.0a1b2c3d.partial", "loss.png.0a1b2c3d.partial", "film.partial"]
+    for name in names:
+        (tmp_path / name).touch()
+    an_hour_ago = os.stat(tmp_path / names[0]).st_mtime - 3600
+    for name in ("run.json.0a1b2c3d.partial", "film.partial"):  # the second is not ours
+        os.utime(tmp_path / name, (an_hour_ago, an_hour_ago))
+    remove_abandoned(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])

@@ -11,6 +11,8 @@ import runpy
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,6 +43,18 @@ class WarmPython:
     def run(self, *words, cwd: Path = ROOT, check: bool = True, **more: str) -> subprocess.CompletedProcess:
         """One process; `more` is added to its environment. `check`: its exit code must be 0."""
         return self.run_together(1, *words, cwd=cwd, check=check, **more)[0]
+
+    @contextmanager
+    def start(self, *words, cwd: Path = ROOT, **more: str) -> Iterator[tuple[multiprocessing.Process, Path]]:
+        """One process that runs beside the block, and the file with its stderr; killed at the end."""
+        with TemporaryDirectory() as folder:
+            with patch.dict(os.environ, self.environment, clear=True):
+                process = _start(list(map(str, words)), str(cwd), more, str(Path(folder, "0")))
+            try:
+                yield process, Path(folder, "0.err")
+            finally:
+                process.kill()
+                process.join()
 
     def run_together(
         self, processes: int, *words, cwd: Path = ROOT, check: bool = True, timeout: float = 120, **more: str

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from modeling_gpt2repro.hub.export import save_tokenizer
+from modeling_gpt2repro.data.tokenizer import save_tokenizer
 from modeling_gpt2repro.runs.folder import checkpoint_name
 from modeling_gpt2repro.storage import atomic
 from modeling_gpt2repro.training import checkpoints

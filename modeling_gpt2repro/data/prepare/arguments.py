@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from modeling_gpt2repro.data.shards.nanogpt_format import LAYOUTS
+from modeling_gpt2repro.data.sources.files import raise_problems
 from modeling_gpt2repro.data.sources.resolve import Source
+from modeling_gpt2repro.data.sources.text import WHOLE_FILE, compile_separator
 from modeling_gpt2repro.runtime.command_line import InputErrors, arg, check_limits
 
 from .spec import PrepareSpec, default_validation_share
@@ -45,8 +47,9 @@ class PrepareArguments:
 
     train_files: list[str] | None = arg(
         default=None,
-        help="Local .txt, .jsonl or .parquet files; patterns such as 'texts/*.txt' are expanded. If not given, "
-        "--dataset_name is read.",
+        help="Local files or folders; patterns such as 'texts/*.txt' are expanded. Read are .txt, .md, files without "
+        "an ending, .jsonl, .json, .csv and .tsv, all of them also as .gz or .zst, and .parquet and .arrow. If not "
+        "given, --dataset_name is read.",
         group="text (--train_files or --dataset_name)",
     )
     dataset_name: str = arg(default="HuggingFaceFW/fineweb-edu", help="Dataset on the Hub.")
@@ -59,6 +62,13 @@ class PrepareArguments:
         default=None, help="Branch, tag or commit of the dataset. If not given, its main branch."
     )
     text_column: str = arg(default="text", help="Column or field that holds the text.")
+
+    document_separator: str | None = arg(
+        default=None,
+        help=r"What separates the documents of text files (.txt, .md, no ending): blank_line, file (one file is one "
+        r"document), or a text such as '<|endoftext|>' or '\n---\n'. If not given, a file is one document, and pieces "
+        r"of some 2,000 characters of it are held out.",
+    )
 
     tokenizer: str = arg(
         default="gpt2",
@@ -124,6 +134,9 @@ class PrepareArguments:
         if self.dataset_config_name is None and self.dataset_name == "HuggingFaceFW/fineweb-edu":
             self.dataset_config_name = "sample-10BT"
         errors = InputErrors([*check_limits(self), *self._check_text(), *self._check_unused(), *self._check_cluster()])
+        errors.capture(self._check_files)
+        if self.document_separator not in (None, WHOLE_FILE):
+            errors.capture(compile_separator, self.document_separator)
         if self.verify is None:
             errors.capture(find_partial_output, Path(self.output_dir))
         errors.raise_if_any()
@@ -131,13 +144,20 @@ class PrepareArguments:
     def _check_text(self) -> Iterator[str]:
         if self.tokenizer == "train" and not self.train_files:
             yield "--tokenizer train works on --train_files only, because it reads all of the text twice: give files."
-        for pattern in self.train_files or []:
-            if not any(map(os.path.isfile, [pattern, *glob(pattern, recursive=True)])):
-                yield f"there is no file {pattern} for --train_files."
+
+    def _check_files(self):
+        raise_problems(
+            [
+                f"there is no file {pattern} for --train_files."
+                for pattern in self.train_files or []
+                if not any(map(os.path.exists, [pattern, *glob(pattern, recursive=True)]))
+            ]
+        )
 
     def _check_unused(self) -> Iterator[str]:
         for name, other, is_used in (
             ("quick", "--verify", self.verify is not None),
+            ("document_separator", "--train_files", bool(self.train_files)),
             ("vocab_size", "--tokenizer train", self.tokenizer == "train"),
             ("slurm_partition", "--executor slurm", self.executor == "slurm"),
             ("slurm_time", "--executor slurm", self.executor == "slurm"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from modeling_gpt2repro.data.shards.dataset import FORMAT, MANIFEST, SPLITS
 from modeling_gpt2repro.data.shards.writer import ShardWriter
+from modeling_gpt2repro.data.sources.text import LINE_ENDS
 from modeling_gpt2repro.data.tokenize import TokenizedPartition
 from modeling_gpt2repro.storage.atomic import explain_disk_full, write_json
 
@@ -59,12 +60,15 @@ def write_shards(folder: Path, spec: PrepareSpec, tokenized: Iterable[TokenizedP
     validation = ShardWriter(folder, "validation", spec.shard_tokens, spec.end_of_text_id, layout=spec.layout)
     writers = {"train": train, "validation": validation}
     skipped = Counter()
+    normalized = set()  # files in which line ends became \n
     used = 0
     try:
         with explain_disk_full(folder):
             for index, partition in enumerate(tokenized):
                 for split, writer in writers.items():
                     writer.append(partition.ids[split], partition.text_bytes[split], partition=index)
+                if partition.skipped.pop(LINE_ENDS, 0):
+                    normalized.add(spec.partitions[index].path)
                 skipped.update(partition.skipped)
                 used = index + 1
                 on_progress(used, len(spec.partitions), train.tokens)
@@ -72,7 +76,7 @@ def write_shards(folder: Path, spec: PrepareSpec, tokenized: Iterable[TokenizedP
                     break
             check_splits(writers, spec.validation_share)
             splits = {split: writer.finish() for split, writer in writers.items()}
-            write_manifest(folder, spec, splits, used, skipped)
+            write_manifest(folder, spec, splits, used, skipped, len(normalized))
     finally:
         for writer in writers.values():
             writer.abandon()
@@ -90,7 +94,14 @@ def check_splits(writers: dict[str, ShardWriter], validation_share: float):
             )
 
 
-def write_manifest(folder: Path, spec: PrepareSpec, splits: dict[str, dict], num_partitions: int, skipped: Counter):
+def write_manifest(
+    folder: Path,
+    spec: PrepareSpec,
+    splits: dict[str, dict],
+    num_partitions: int,
+    skipped: Counter,
+    num_normalized: int = 0,
+):
     """Write manifest.json, last of all and atomically: a folder without one is not a prepared folder."""
     paths = [partition.path for partition in spec.partitions[:num_partitions]]
     files = []
@@ -108,4 +119,6 @@ def write_manifest(folder: Path, spec: PrepareSpec, splits: dict[str, dict], num
         "skipped": dict(sorted(skipped.items())),
         "splits": {split: splits[split] for split in SPLITS},
     }
+    if num_normalized:
+        manifest["files_with_other_line_ends"] = num_normalized
     write_json(folder / MANIFEST, manifest)

@@ -14,6 +14,7 @@ from datatrove.utils.logging import logger
 
 from modeling_gpt2repro.data.shards.dataset import MANIFEST
 from modeling_gpt2repro.data.sources.documents import Partition
+from modeling_gpt2repro.storage.lock import FolderLock
 
 from .assemble import assemble
 from .local import tokenize_partitions
@@ -42,9 +43,11 @@ class TokenizePartitions(PipelineStep):
 def assemble_and_finish(data: None, rank: int, world_size: int, folder: str):
     """`assemble` as a step of datatrove, for a job of its own after all of the others."""
     path = Path(folder)
-    if not (path / MANIFEST).exists():  # else this job was interrupted after it had written it
-        assemble(path, read_spec(path))
-    finish_job(path, keep_logs=True)
+    with FolderLock(path) as lock:
+        lock.acquire()
+        if not (path / MANIFEST).exists():  # else this job was interrupted after it had written it
+            assemble(path, read_spec(path))
+        finish_job(path, keep_logs=True)
 
 
 def tokenize_on_ray(folder: Path, workers: int):

@@ -21,11 +21,12 @@ from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.data.tokenize import tokenize_documents
 from modeling_gpt2repro.data.tokenizer import load_tokenizer_folder, text_encoder, write_tokenizer
 from modeling_gpt2repro.storage.atomic import explain_disk_full
+from modeling_gpt2repro.storage.lock import FolderLock
 
 from .assemble import OnProgress, assemble
 from .spec import PrepareSpec, make_prepare_spec, read_spec
 from .token_cache import finished_partitions, write_error, write_partition
-from .workspace import finish_job, start_job
+from .workspace import find_partial_output, finish_job, start_job
 
 POLL_SECONDS = 0.5
 
@@ -151,7 +152,9 @@ def prepare_shards(
     """
     folder = Path(output_dir)
     spec = make_prepare_spec(source, tokenizer, tokenizer_name, validation_share, **options)
-    with explain_disk_full(folder):
+    with explain_disk_full(folder), FolderLock(folder) as lock:
+        find_partial_output(folder)
+        lock.acquire()
         start_job(folder, spec)
         write_tokenizer(tokenizer, folder / "tokenizer")
         tokenize_partitions(folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from modeling_gpt2repro.data.tokenize import TokenizedPartition
-from modeling_gpt2repro.storage.atomic import PARTIAL, atomic_write
+from modeling_gpt2repro.storage.atomic import atomic_write, remove_abandoned
 
 CACHE_DIR = "units"  # the name on disk since the first release; it must stay, so that older preparations resume
 ERROR_SUFFIX = ".problem"
@@ -66,9 +66,9 @@ def read_errors(folder: Path) -> list[str]:
 
 def clear_unfinished_partitions(folder: Path):
     """Delete temporary files of killed workers, and recorded errors."""
-    for path in (folder / CACHE_DIR).iterdir():
-        if PARTIAL.fullmatch(path.name) or path.name.endswith(ERROR_SUFFIX):
-            path.unlink(missing_ok=True)
+    remove_abandoned(folder / CACHE_DIR)
+    for path in (folder / CACHE_DIR).glob(f"*{ERROR_SUFFIX}"):
+        path.unlink(missing_ok=True)
 
 
 def required_partitions(

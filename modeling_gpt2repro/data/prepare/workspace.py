@@ -7,12 +7,13 @@ from pathlib import Path
 from modeling_gpt2repro.data.shards.dataset import MANIFEST, SPEC_FILE
 from modeling_gpt2repro.data.shards.nanogpt_format import SHARD_NAME
 from modeling_gpt2repro.storage.atomic import PARTIAL
+from modeling_gpt2repro.storage.lock import LOCK_FILE
 
 from .spec import PrepareSpec, read_spec, write_spec
 from .token_cache import CACHE_DIR, clear_unfinished_partitions, finished_partitions
 
 LOGS = "logs"
-OURS = (SPEC_FILE, CACHE_DIR, LOGS, "tokenizer", MANIFEST)
+OURS = (SPEC_FILE, CACHE_DIR, LOGS, "tokenizer", MANIFEST)  # beside the shards and LOCK_FILE
 ALREADY_PREPARED = "{} holds prepared shards already: use them, or give another --output_dir."
 
 
@@ -27,10 +28,11 @@ def find_partial_output(folder: Path) -> list[Path]:
         raise ValueError(f"{nearest} is a file: give a folder as --output_dir.")
     if not os.access(nearest, os.W_OK):
         raise ValueError(f"{nearest} cannot be written to: give another --output_dir.")
-    is_unfinished = (folder / SPEC_FILE).exists()
-    if (folder / MANIFEST).exists() and not is_unfinished:
+    # Listed once, so that one that is just starting or finishing is not seen half one way and half the other.
+    content = sorted(path for path in folder.iterdir() if path.name != LOCK_FILE) if folder.exists() else []
+    is_unfinished = folder / SPEC_FILE in content
+    if folder / MANIFEST in content and not is_unfinished:
         raise ValueError(ALREADY_PREPARED.format(folder))
-    content = sorted(folder.iterdir()) if folder.exists() else []
     ours = [path for path in content if _is_partial(path) or (is_unfinished and _is_ours(path))]
     foreign = [path.name for path in content if path not in ours]
     if foreign:
@@ -76,7 +78,8 @@ def is_prepared(folder: Path, spec: PrepareSpec) -> bool:
     """
     if not (folder / MANIFEST).exists():
         return False
-    if spec.differences(read_spec(folder)):
+    previous_spec = read_spec(folder)  # None if another program has finished it meanwhile
+    if previous_spec is None or spec.differences(previous_spec):
         raise ValueError(ALREADY_PREPARED.format(folder))
     return True
 

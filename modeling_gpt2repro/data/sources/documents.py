@@ -1,10 +1,11 @@
 """Files of text, on disk or on the Hub, as partitions that are read independently of each other, and their documents.
 
-A partition is a row group of a .parquet file, or 16 MiB of a .txt or .jsonl file. It gives the same documents whenever
-and wherever it is read.
+A partition is a row group of a .parquet file, 16 MiB of text or of a .jsonl file, or a whole file where there is no
+reading from the middle. It gives the same documents whenever and wherever it is read.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +15,22 @@ from pathlib import Path
 
 from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
 
+from .files import TABLE_KINDS, TEXT_KINDS, file_kind, is_compressed, raise_problems, shorten
 from .parquet import read_row_group, row_group_bytes
-from .text import read_lines, read_pieces
+from .tables import is_json_lines, read_arrow, read_csv, read_json
+from .text import (
+    BLOCK_BYTES,
+    WHOLE_FILE,
+    compile_separator,
+    find_document_cut,
+    has_separator,
+    read_documents,
+    read_lines,
+    read_pieces,
+    replace_lone_surrogates,
+)
 
-PARTITION_BYTES = 16 * 2**20  # of a .txt or .jsonl file: some 4 M tokens
-FILE_KINDS = (".txt", ".jsonl", ".parquet")
+COMPRESSION_RATIO = 3  # English text by gzip or zstd, roughly
 LISTING_THREADS = 4  # the footers of parquet files on the Hub are waited for, not computed
 
 
@@ -38,15 +50,21 @@ class Partition:
     """What one worker reads at a time; the fields are keys of plan.json."""
 
     path: str  # a file on disk, or an `hf://` address
-    start: int  # the first byte of a .txt or .jsonl file, the row group of a .parquet file
+    start: int  # the first byte, or the row group of a .parquet file
     stop: int  # one after the last
     text_column: str = "text"
     text_bytes: int = 0  # bytes of its text, roughly; 0 where they are not known
+    file: str = ""  # what ids call the file; empty where that is its name
+
+    @property
+    def file_name(self) -> str:
+        """What tells the file from the others of its source, the same on every machine."""
+        return self.file or Path(self.path).name
 
     @property
     def name(self) -> str:
         """File name and start, the same on every machine."""
-        return f"{Path(self.path).name}:{self.start}"
+        return f"{self.file_name}:{self.start}"
 
     @property
     def location(self) -> str:
@@ -57,68 +75,130 @@ class Partition:
 
 
 def list_partitions(
-    paths: list[str], text_column: str = "text", partition_bytes: int = PARTITION_BYTES
+    paths: list[str],
+    text_column: str = "text",
+    partition_bytes: int = BLOCK_BYTES,
+    document_separator: str | None = None,
 ) -> list[Partition]:
     """Cut files (local paths or `hf://` addresses of parquet files) into partitions, in their order.
 
     Raises:
-        ValueError: With every problem, one a line: a file that is missing, of an unknown kind, empty, or without the
-            text column (of a .jsonl file, in its first line).
+        ValueError: With every problem, one a line, or in one sentence if they are many: a file that is missing, of an
+            unknown kind, empty, or without the text column (of a .jsonl file, in its first line); a document separator
+            that occurs in no file.
     """
 
     def partitions_or_problem(path: str) -> list[Partition] | str:
         try:
-            return _partitions_of(path, text_column, partition_bytes)
+            return _partitions_of(path, text_column, partition_bytes, document_separator)
         except ValueError as error:
             return str(error)
 
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
         results = list(pool.map(partitions_or_problem, paths))
-    problems = [result for result in results if isinstance(result, str)]
-    if problems:
-        raise ValueError("\n".join(problems))
+    raise_problems([result for result in results if isinstance(result, str)])
+    if document_separator is not None:
+        _check_separator(paths, document_separator)
     return [partition for partitions in results for partition in partitions]
 
 
-def _partitions_of(path: str, text_column: str, partition_bytes: int) -> list[Partition]:
-    if Path(path).suffix not in FILE_KINDS:
-        raise ValueError(f"{path} is not of a kind that can be read: {', '.join(FILE_KINDS)}.")
+def _partitions_of(
+    path: str, text_column: str, partition_bytes: int, document_separator: str | None
+) -> list[Partition]:
+    file_kind(path)  # raises if it is unknown
     if not is_on_hub(path):
         if not Path(path).is_file():
             raise ValueError(f"there is no file {path}.")
         if Path(path).stat().st_size == 0:
             raise ValueError(f"{path} is empty.")
-    if path.endswith(".parquet"):
+    kind = _content_kind(path, text_column)
+    if kind == ".parquet":
         sizes = row_group_bytes(path, text_column)
         return [Partition(path, group, group + 1, text_column, size) for group, size in enumerate(sizes)]
     size = Path(path).stat().st_size
-    cuts = [*range(0, size, partition_bytes), size]
-    partitions = [Partition(path, start, stop, text_column, stop - start) for start, stop in pairwise(cuts)]
-    if path.endswith(".jsonl"):
-        next(_read_json_lines(partitions[0]), None)  # raises on a missing text column now, not after hours of work
-    return partitions
+    whole = Partition(path, 0, size, text_column, size * (COMPRESSION_RATIO if is_compressed(path) else 1))
+    if kind not in TEXT_KINDS:
+        next(_read_table(whole), None)  # raises on a missing text column now, not after hours of work
+    if is_compressed(path) or kind in TABLE_KINDS or (kind in TEXT_KINDS and document_separator == WHOLE_FILE):
+        return [whole]
+    cuts = list(range(0, size, partition_bytes))
+    if kind in TEXT_KINDS and document_separator is not None:
+        cuts = _document_cuts(path, size, partition_bytes, compile_separator(document_separator))
+    return [Partition(path, start, stop, text_column, stop - start) for start, stop in pairwise([*cuts, size])]
 
 
-def read_partition(partition: Partition, skipped: Counter | None = None) -> Iterator[Document]:
+def _document_cuts(path: str, size: int, partition_bytes: int, separator: re.Pattern[bytes]) -> list[int]:
+    """Where partitions begin that no document lies in two of."""
+    cuts = [0]
+    while cuts[-1] + partition_bytes < size:
+        cut = find_document_cut(path, cuts[-1] + partition_bytes, separator)
+        if cut is None:
+            break
+        cuts.append(cut)
+    return cuts
+
+
+def _check_separator(paths: list[str], document_separator: str):
+    """Raise a ValueError if the separator would not separate anything."""
+    texts = [path for path in paths if file_kind(path) in TEXT_KINDS]
+    if not texts:
+        raise ValueError(f"document_separator ({document_separator}) is for text files only: leave it out.")
+    if document_separator == WHOLE_FILE:
+        return
+    separator = compile_separator(document_separator)
+    if not any(has_separator(path, separator) for path in texts):
+        raise ValueError(
+            f"document_separator ({document_separator}) is nowhere in {shorten(texts)} (the first "
+            f"{BLOCK_BYTES // 2**20} MiB of each): give one that is, or {WHOLE_FILE} for one document a file."
+        )
+
+
+def _content_kind(path: str, text_column: str) -> str:
+    """`file_kind`, but .jsonl for the many .json files that have an object a line."""
+    kind = file_kind(path)
+    return ".jsonl" if kind == ".json" and is_json_lines(path, text_column) else kind
+
+
+def read_partition(
+    partition: Partition, skipped: Counter | None = None, document_separator: str | None = None
+) -> Iterator[Document]:
     """Yield the partition's documents, without those that hold nothing but whitespace.
 
     Args:
-        skipped: Counts the documents that are left out, by reason.
+        skipped: Counts the documents that are left out, by reason; also, as LINE_ENDS, texts whose line ends changed.
+        document_separator: What separates the documents of a text file: see `compile_separator`, or WHOLE_FILE for one
+            document a file. None: the partition is one document, in pieces that may be held out for validation.
 
     Raises:
         ValueError: On text that is not UTF-8, a line that is not a JSON object with the text column, or a damaged
-            parquet file; the message has file and position.
+            file; the message has file and position.
         ConnectionError: If the Hub does not answer.
     """
-    readers = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".txt": _read_text}
-    read = readers[Path(partition.path).suffix]
-    # A read from the Hub is retried as a whole, so it must be complete before its first document is yielded.
-    documents = retry_hub_read(lambda: list(read(partition))) if is_on_hub(partition.path) else read(partition)
+    kind = file_kind(partition.path)
+    if kind in TEXT_KINDS:
+        documents = _read_text(partition, document_separator, skipped)
+    elif is_on_hub(partition.path):
+        # A read from the Hub is retried as a whole, so it must be complete before its first document is yielded.
+        documents = retry_hub_read(lambda: list(_read_table(partition)))
+    else:
+        documents = _read_table(partition)
     for document in documents:
         if document.continues or (document.text and not document.text.isspace()):
             yield document
         elif skipped is not None:
             skipped["whitespace" if document.text else "empty"] += 1
+
+
+def _read_table(partition: Partition) -> Iterator[Document]:
+    kind = _content_kind(partition.path, partition.text_column)
+    if kind == ".parquet":
+        yield from _read_parquet(partition)
+    elif kind == ".jsonl":
+        yield from _read_json_lines(partition)
+    else:
+        read = {".json": read_json, ".csv": read_csv, ".tsv": read_csv, ".arrow": read_arrow}[kind]
+        for row, (name, text) in enumerate(read(partition.path, partition.text_column)):
+            yield Document(f"{partition.file_name}:{row}" if name is None else str(name), text or "")
 
 
 def _read_parquet(partition: Partition) -> Iterator[Document]:
@@ -147,12 +227,18 @@ def _json_document(line: str, partition: Partition, position: int) -> Document:
     if not isinstance(text, str | None):
         raise ValueError(f"{partition.path}: {partition.text_column!r} in the line at byte {position} is not text.")
     if text and "\\u" in line:
-        # JSON can spell half of a surrogate pair, which UTF-8 cannot encode: U+FFFD replaces it.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return Document(f"{Path(partition.path).name}:{position}" if name is None else str(name), text or "")
+        text = replace_lone_surrogates(text)
+    return Document(f"{partition.file_name}:{position}" if name is None else str(name), text or "")
 
 
-def _read_text(partition: Partition) -> Iterator[Document]:
-    """The partition is one document in pieces."""
-    for number, text in enumerate(read_pieces(partition.path, partition.start, partition.stop)):
-        yield Document(f"{partition.name}:{number}", text, continues=number > 0)
+def _read_text(partition: Partition, document_separator: str | None, counts: Counter | None) -> Iterator[Document]:
+    path, start, stop = partition.path, partition.start, partition.stop
+    if document_separator in (None, WHOLE_FILE):
+        is_whole = document_separator == WHOLE_FILE
+        for block, number, text in read_pieces(path, start, stop, counts):
+            # The pieces of a document that is held out as a whole have one id.
+            name = partition.name if is_whole else f"{partition.file_name}:{block}:{number}"
+            yield Document(name, text, continues=number > 0 or (is_whole and block > 0))
+    else:
+        for position, text in read_documents(path, start, stop, compile_separator(document_separator), counts):
+            yield Document(f"{partition.file_name}:{position}", text)

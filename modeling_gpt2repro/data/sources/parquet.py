@@ -22,6 +22,18 @@ def row_group_bytes(path: str, text_column: str) -> list[int]:
     """
     metadata = _metadata(path)
     schema = metadata.schema.to_arrow_schema()
+    check_text_column(path, schema, text_column)
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    if not groups:
+        return []
+    # A nested column is stored as several, so an index in the schema is not one in the row group.
+    stored = [groups[0].column(index).path_in_schema for index in range(groups[0].num_columns)]
+    text_index = stored.index(text_column)
+    return [group.column(text_index).total_uncompressed_size for group in groups]
+
+
+def check_text_column(path: str, schema: pa.Schema, text_column: str):
+    """Raise a ValueError unless a file of this schema has such a column, and of text."""
     if text_column not in schema.names:
         raise ValueError(
             f"{path} has no column {text_column!r}; it has {', '.join(schema.names)}: name one by --text_column."
@@ -32,13 +44,6 @@ def row_group_bytes(path: str, text_column: str) -> list[int]:
         raise ValueError(
             f"column {text_column!r} of {path} holds {column_type}, not text: name another by --text_column."
         )
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    if not groups:
-        return []
-    # A nested column is stored as several, so an index in the schema is not one in the row group.
-    stored = [groups[0].column(index).path_in_schema for index in range(groups[0].num_columns)]
-    text_index = stored.index(text_column)
-    return [group.column(text_index).total_uncompressed_size for group in groups]
 
 
 def read_row_group(

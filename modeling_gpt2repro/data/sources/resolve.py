@@ -4,7 +4,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from glob import glob
 
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -12,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFound
 from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
 
 from .documents import Document, Partition, list_partitions, read_partition
+from .files import TEXT_KINDS, file_kind, find_files, is_compressed
 from .hub_rows import is_hub_rows, list_row_partitions, read_row_partition
 from .python_docs import python_prose_documents
 
@@ -24,6 +24,7 @@ class Source:
 
     partitions: list[Partition]
     description: dict  # of JSON's types; goes into the manifest of prepared shards and into run.json
+    remarks: tuple[str, ...] = ()  # sentences on what is read, and how
 
     @property
     def text_bytes(self) -> int:
@@ -36,7 +37,7 @@ class Source:
             return iter(python_prose_documents())
         if is_hub_rows(partition.path):
             return read_row_partition(partition, skipped)
-        return read_partition(partition, skipped)
+        return read_partition(partition, skipped, self.description.get("document_separator"))
 
 
 def python_prose_source() -> Source:
@@ -44,17 +45,34 @@ def python_prose_source() -> Source:
     return Source([Partition(PYTHON_PROSE, 0, 1)], {"dataset": PYTHON_PROSE})
 
 
-def local_source(patterns: list[str], text_column: str = "text") -> Source:
-    """Files on disk (.txt, .jsonl, .parquet; patterns such as `*.parquet` are expanded, in sorted order).
+def local_source(patterns: list[str], text_column: str = "text", document_separator: str | None = None) -> Source:
+    """Files on disk: see `find_files` and FILE_KINDS.
+
+    Args:
+        document_separator: Separates the documents of text files, see `read_partition`.
 
     Raises:
-        ValueError: With every problem, one a line.
+        ValueError: With every problem, one a line, or in one sentence if they are many.
     """
-    # A pattern without a match is kept as a path, so that it is reported as a missing file.
-    matches = [path for pattern in patterns for path in (sorted(glob(pattern, recursive=True)) or [pattern])]
-    paths = list(dict.fromkeys(matches))  # two patterns may match the same file
-    description = {"files": [os.path.basename(path) for path in paths], "text_column": text_column}
-    return Source(list_partitions(paths, text_column), description)
+    names, not_read = find_files(patterns)
+    partitions = list_partitions(list(names), text_column, document_separator=document_separator)
+    kinds = Counter(file_kind(path) for path in names)
+    num_texts = sum(kinds[kind] for kind in TEXT_KINDS)
+    num_compressed = sum(map(is_compressed, names))
+    counted = ", ".join(f"{number:,} {kind or 'without an ending'}" for kind, number in kinds.items())
+    remarks = [f"reading {len(names):,} files: {counted}", *not_read]
+    if num_compressed:
+        remarks.append(f"compressed: {num_compressed:,} of the files, each read as a whole by one worker")
+    description = {"files": [name or os.path.basename(path) for path, name in names.items()]}
+    description["text_column"] = text_column
+    if num_texts:
+        description["line_ends"] = "LF"  # it decides the ids: older versions left CRLF as it is
+    if document_separator is not None:
+        description["document_separator"] = document_separator
+    elif num_texts:
+        remarks.append("each text file is one document, in pieces that are held out or not; see --document_separator")
+    partitions = [replace(partition, file=names[partition.path]) for partition in partitions]
+    return Source(partitions, description, tuple(remarks))
 
 
 def hub_source(

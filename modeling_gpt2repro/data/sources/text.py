@@ -1,23 +1,44 @@
-"""Text files on disk: the lines, or the pieces of text, that belong to a range of bytes.
+"""Text files: the lines, pieces or documents that belong to a range of bytes.
 
 Ranges that follow each other give everything exactly once, wherever a file is cut: also in the middle of a line, a word
 or a character. A line belongs to the range that its first byte is in, a piece of text to the one that it was cut in.
+Of a compressed file there is only one range, the whole.
+
+Line ends of Windows, \\r\\n, and of old Macs, \\r, become \\n, as in Python's text mode; positions are the file's own.
 """
 
 import re
+import sys
+from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from typing import BinaryIO
 
+from .files import is_compressed, open_bytes
+
+BLOCK_BYTES = 16 * 2**20  # read at a time: some 4 M tokens
+LOOK_AHEAD_BYTES = 2**16  # in which a place to cut a block is looked for
 # A text is given in pieces of at least so many characters, so that some of them can be held out for validation.
 PIECE_CHARACTERS = 2_000
-# Longer lines are not read into memory: such a file is hardly one of lines.
+# Longer lines and documents are not read into memory: such a file is hardly one of lines, or of documents.
 MAX_LINE_BYTES = 256 * 2**20
+LINE_ENDS = "line_ends"  # counts the blocks or documents whose line ends became \n
 
 # Where a text may be cut: before whitespace that follows something else, preferably at the end of a line. GPT-2's words
 # never continue across such a cut (`GPT2_PATTERN` in gpt2_bpe.py), so the ids of the pieces are those of the whole.
 # Only ASCII whitespace is listed: Python's \s has characters that GPT-2's has not.
 LINE_END = re.compile(r"\S(?=[\t\v\f\r ]*\n)")
 WORD_END = re.compile(r"\S(?=[\t\n\v\f\r ])")
+# The same in bytes, never within \r\n; and, where there is no whitespace, before any byte that begins a character: 0x80
+# to 0xbf continue one in UTF-8.
+WHITESPACE = re.compile(rb"(?<!\r)\n|[\t\v\f\r ]")
+CHARACTER = re.compile(rb"(?<!\r)\n|[^\x80-\xbf\n]")
+
+# A line end of any kind, and never a half of \r\n.
+NEWLINE = rb"(?:\r\n|\r(?!\n)|(?<!\r)\n)"
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+BLANK_LINE = "blank_line"
+WHOLE_FILE = "file"
 
 
 def read_lines(path: str, start: int, stop: int, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[tuple[int, str]]:
@@ -26,35 +47,189 @@ def read_lines(path: str, start: int, stop: int, max_line_bytes: int = MAX_LINE_
     Raises:
         ValueError: On bytes that are not UTF-8 or a line of more than `max_line_bytes`.
     """
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         position = start
         if position:
             # From one byte before, to see whether a line begins at `start`; the rest of one that does not is skipped.
             file.seek(position - 1)
             position += len(_read_line(file, path, max_line_bytes)) - 1
-        while position < stop and (line := _read_line(file, path, max_line_bytes)):
+        while position < _end(path, stop) and (line := _read_line(file, path, max_line_bytes)):
             yield position, _decode(line, path, position)
             position += len(line)
 
 
-def read_pieces(path: str, start: int, stop: int) -> Iterator[str]:
-    """Yield the text of the range in pieces, its ends moved on to where the text may be cut.
+def read_pieces(
+    path: str, start: int, stop: int, counts: Counter | None = None, block_bytes: int = BLOCK_BYTES
+) -> Iterator[tuple[int, int, str]]:
+    """Yield the text of the range in pieces, each after the start of its block and its number within the block.
+
+    A block is `block_bytes` of the range, its ends moved on to where the text may be cut.
+
+    Args:
+        counts: LINE_ENDS of it counts the blocks whose line ends were changed.
 
     Raises:
         ValueError: On bytes that are not UTF-8.
     """
-    with open(path, "rb") as file:
-        start = _next_cut(file, start)
-        stop = _next_cut(file, stop)
-        file.seek(start)
-        text = _decode(file.read(stop - start), path, start)
-    begin = 0
-    while begin < len(text):
-        earliest = begin + PIECE_CHARACTERS
-        cut = LINE_END.search(text, earliest, earliest + PIECE_CHARACTERS) or WORD_END.search(text, earliest)
-        end = cut.end() if cut else len(text)
-        yield text[begin:end]
-        begin = end
+    for block_start, position, data in _read_blocks(path, start, _end(path, stop), block_bytes):
+        text = _decode_text(data, path, position, counts)
+        begin = number = 0
+        while begin < len(text):
+            earliest = begin + PIECE_CHARACTERS
+            cut = LINE_END.search(text, earliest, earliest + PIECE_CHARACTERS) or WORD_END.search(text, earliest)
+            end = cut.end() if cut else len(text)
+            yield block_start, number, text[begin:end]
+            begin = end
+            number += 1
+
+
+def read_documents(
+    path: str,
+    start: int,
+    stop: int,
+    separator: re.Pattern[bytes],
+    counts: Counter | None = None,
+    block_bytes: int = BLOCK_BYTES,
+) -> Iterator[tuple[int, str]]:
+    """Yield the documents between separators, without whitespace at their ends, each after its position.
+
+    Args:
+        start: Where the file or a separator begins.
+        stop: Where the file ends or a separator begins.
+        separator: See `compile_separator`.
+        counts: LINE_ENDS of it counts the documents whose line ends were changed.
+
+    Raises:
+        ValueError: On bytes that are not UTF-8 or a document of more than MAX_LINE_BYTES.
+    """
+    for position, data in _split(path, start, _end(path, stop), separator, block_bytes):
+        if data.strip(b"\r\n"):  # a line end between two separators, or after the last one, is no document
+            yield position, _decode_text(data, path, position, counts).strip(" \t\n")
+
+
+def compile_separator(document_separator: str) -> re.Pattern[bytes]:
+    r"""The pattern of what separates documents: BLANK_LINE or a string, in which \n, \r, \t and \\ may be written.
+
+    Separators that touch or overlap are one: with "\n\n", any number of line ends from two on. So what separates two
+    documents does not depend on where one begins to look.
+
+    Raises:
+        ValueError: If the string is empty or has another escape.
+    """
+    if document_separator == BLANK_LINE:
+        return re.compile(NEWLINE + rb"(?:[ \t]*" + NEWLINE + rb")+")
+    if not re.fullmatch(r"(?:[^\\]|\\[nrt\\])+", document_separator, re.DOTALL):
+        raise ValueError(
+            f"document_separator ({document_separator}) must be {BLANK_LINE}, {WHOLE_FILE} or the text between two "
+            r"documents, with \n for a line end, \t for a tab and \\ for a backslash."
+        )
+    text = re.sub(r"\\(.)", lambda match: ESCAPES[match[1]], document_separator)
+    text = normalize_line_ends(text)
+    # What follows where one separator ends and another one has begun within it, or begins at its end.
+    rests = [text[-shift:] for shift in range(1, len(text) + 1) if text.startswith(text[shift:])]
+    return re.compile(_pattern(text) + b"(?:" + b"|".join(map(_pattern, rests)) + b")*")
+
+
+def find_document_cut(path: str, position: int, separator: re.Pattern[bytes]) -> int | None:
+    """Where the second separator from `position` on begins; the first one may have begun before.
+
+    None if there are not two. Of a file that is not compressed.
+
+    Raises:
+        ValueError: If there are not two in MAX_LINE_BYTES.
+    """
+    with open_bytes(path) as file:
+        file.seek(position - 1)
+        data = file.read(1)  # the \n of an \r\n is no line end of its own
+        while block := file.read(max(LOOK_AHEAD_BYTES, len(data))):
+            data += block
+            starts = [match.start() for match in islice(separator.finditer(data, 1), 2)]
+            if len(starts) == 2:
+                return position - 1 + starts[1]
+            _check_document_size(data, path, position)
+    return None
+
+
+def has_separator(path: str, separator: re.Pattern[bytes]) -> bool:
+    """Whether there is one in the first block of the file."""
+    with open_bytes(path) as file:
+        return separator.search(file.read(BLOCK_BYTES)) is not None
+
+
+def normalize_line_ends(text: str) -> str:
+    r"""\r\n and \r -> \n."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def replace_lone_surrogates(text: str) -> str:
+    r"""JSON can spell half of a surrogate pair, \ud83d, which UTF-8 cannot encode: U+FFFD replaces it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _split(
+    path: str, start: int, stop: int, separator: re.Pattern[bytes], block_bytes: int
+) -> Iterator[tuple[int, bytes]]:
+    with open_bytes(path) as file:
+        if start:
+            file.seek(start)
+        position = start  # of the first byte of `data`
+        data = b""
+        is_last = False
+        while not is_last:
+            block = file.read(min(block_bytes, stop - position - len(data)))
+            is_last = not block
+            data += block
+            begin = last = 0
+            for match in separator.finditer(data):
+                if match.start() > begin:
+                    yield position + begin, data[begin : match.start()]
+                begin, last = match.span()[::-1]
+            if is_last and begin < len(data):
+                yield position + begin, data[begin:]
+            # The last separator is kept, because it may continue in the next block.
+            data = data[last:]
+            position += last
+            _check_document_size(data, path, position)
+
+
+def _pattern(text: str) -> bytes:
+    return b"".join(NEWLINE if character == "\n" else re.escape(character.encode()) for character in text)
+
+
+def _check_document_size(data: bytes, path: str, position: int):
+    if len(data) > MAX_LINE_BYTES:
+        raise ValueError(
+            f"{path} has a document of more than {MAX_LINE_BYTES} bytes, from byte {position} on: give a "
+            "--document_separator that occurs in it."
+        )
+
+
+def _read_blocks(path: str, start: int, stop: int, block_bytes: int) -> Iterator[tuple[int, int, bytes]]:
+    """Yield the blocks of a range: nominal start, position of the first byte, bytes."""
+    with open_bytes(path) as file:
+        position = max(0, start - 1)  # of the first byte of `data`: the one before the block, see WHITESPACE
+        if position:
+            file.seek(position)
+        data = b""
+        while True:
+            end = min(start + block_bytes, stop)
+            data += file.read(end + LOOK_AHEAD_BYTES - position - len(data))
+            begin = _next_cut(data, start - position) if start else 0
+            cut = _next_cut(data, end - position)
+            if begin < cut:
+                yield start, position + begin, data[begin:cut]
+            if end == stop or end - position >= len(data):
+                return
+            data = data[end - 1 - position :]
+            position = end - 1
+            start = end
+
+
+def _next_cut(data: bytes, index: int) -> int:
+    """The first index from this one on before which the text may be cut; the end, if it comes first."""
+    stop = index + LOOK_AHEAD_BYTES
+    found = WHITESPACE.search(data, index, stop) or CHARACTER.search(data, index, stop)
+    return found.start() if found else min(stop, len(data))
 
 
 def _read_line(file: BinaryIO, path: str, max_line_bytes: int) -> bytes:
@@ -64,13 +239,18 @@ def _read_line(file: BinaryIO, path: str, max_line_bytes: int) -> bytes:
     return line
 
 
-def _next_cut(file: BinaryIO, position: int) -> int:
-    """The first byte at or after `position` before which the text may be cut."""
-    file.seek(position)
-    ahead = file.read(2**16) if position else b""
-    # Without whitespace for so long, before any byte that begins a character: 0x80 to 0xbf continue one in UTF-8.
-    found = re.search(rb"[\t\n\v\f\r ]", ahead) or re.search(rb"[^\x80-\xbf]", ahead)
-    return position + (found.start() if found else 0)
+def _end(path: str, stop: int) -> int:
+    """`stop`, or no end, where positions are those of what is decompressed."""
+    return sys.maxsize if is_compressed(path) else stop
+
+
+def _decode_text(data: bytes, path: str, position: int, counts: Counter | None) -> str:
+    text = _decode(data, path, position)
+    if "\r" in text:
+        text = normalize_line_ends(text)
+        if counts is not None:
+            counts[LINE_ENDS] += 1
+    return text
 
 
 def _decode(data: bytes, path: str, position: int) -> str:

@@ -1,0 +1,126 @@
+"""Tables that are read as a whole: .json (a list of objects, or an object of columns), .csv, .tsv and .arrow.
+
+By the libraries that change no text: `datasets` takes the words NA and null in a .csv for missing text, makes dates of
+strings in a .json, and one document of an object of columns.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+
+import pyarrow as pa
+
+from .files import file_kind, open_bytes
+from .parquet import ROWS_PER_BATCH, check_text_column
+from .text import MAX_LINE_BYTES, read_lines, replace_lone_surrogates
+
+Row = tuple[object, str | None]  # the id, None if there is none, and the text
+
+
+def read_csv(path: str, text_column: str) -> Iterator[Row]:
+    """Yield the rows of a .csv or .tsv file, as they are read.
+
+    Raises:
+        ValueError: If it has no such column, is not UTF-8, or a row has another number of fields than the header.
+    """
+    csv.field_size_limit(MAX_LINE_BYTES)
+    delimiter = "\t" if file_kind(path) == ".tsv" else ","
+    lines = (line for _, line in read_lines(path, 0, os.path.getsize(path)))
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        header = next(rows, [])
+        if text_column not in header:
+            raise ValueError(missing_column(path, text_column, header))
+        text = header.index(text_column)
+        name = header.index("id") if "id" in header else None
+        for row in rows:
+            if len(row) == len(header):
+                yield (row[name] or None) if name is not None else None, row[text]
+            elif row:  # else it is a blank line
+                raise ValueError(
+                    f"{path}: the row that ends in line {rows.line_num} has {len(row)} fields, and the first row has "
+                    f"{len(header)}."
+                )
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {rows.line_num} does not follow the rules of .csv ({error}).") from error
+
+
+def read_json(path: str, text_column: str) -> Iterator[Row]:
+    """Yield the rows of a list of objects, or of an object of columns; the file is read into memory.
+
+    Raises:
+        ValueError: If it is neither, or has no such column of text.
+    """
+    with open_bytes(path) as file:
+        data = file.read()
+    try:
+        table = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}).") from error
+    rows = _rows_of_columns(path, table, text_column) if isinstance(table, dict) else table
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} must hold a list of JSON objects, an object of columns, or an object a line.")
+    for number, row in enumerate(rows):
+        if text_column not in row:
+            raise ValueError(missing_column(f"row {number} of {path}", text_column, row))
+        text = row[text_column]
+        if not isinstance(text, str | None):
+            raise ValueError(f"{text_column!r} in row {number} of {path} is not text.")
+        yield row.get("id"), replace_lone_surrogates(text) if text else text
+
+
+def is_json_lines(path: str, text_column: str) -> bool:
+    """Whether the first line of a .json file is an object that is a document, as in .jsonl."""
+    with open_bytes(path) as file:
+        line = next((line for line in iter(lambda: file.readline(MAX_LINE_BYTES), b"") if line.strip()), b"")
+    if not line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):
+        return False
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return not isinstance(row.get(text_column), list | dict)
+
+
+def read_arrow(path: str, text_column: str) -> Iterator[Row]:
+    """Yield the rows of a file in Arrow's stream format, as `datasets` writes it, or in its file format.
+
+    Raises:
+        ValueError: If it is damaged, or has no such column of text.
+    """
+    try:
+        with pa.memory_map(path) as file:
+            try:
+                reader = pa.ipc.open_stream(file)
+                batches = iter(reader)
+            except pa.ArrowInvalid:
+                reader = pa.ipc.open_file(file)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            check_text_column(path, reader.schema, text_column)
+            for batch in batches:
+                batch.validate(full=True)  # a damaged one could crash Python
+                for start in range(0, len(batch), ROWS_PER_BATCH):
+                    part = batch.slice(start, ROWS_PER_BATCH)
+                    texts = part.column(text_column).to_pylist()
+                    ids = part.column("id").to_pylist() if "id" in part.schema.names else [None] * len(texts)
+                    yield from zip(ids, texts, strict=True)
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} is not a whole arrow file ({' '.join(str(error).split())}).") from error
+
+
+def missing_column(where: str, text_column: str, columns: list[str] | dict) -> str:
+    """The sentence on it."""
+    return f"{where} has no column {text_column!r}; it has {', '.join(columns) or 'none'}: name one by --text_column."
+
+
+def _rows_of_columns(path: str, table: dict, text_column: str) -> list[dict]:
+    """{"text": ["a", "b"]}, or pandas's {"text": {"0": "a", "1": "b"}} -> [{"text": "a"}, {"text": "b"}]."""
+    columns = {}
+    for name in {text_column, "id"} & table.keys():
+        columns[name] = list(table[name].values()) if isinstance(table[name], dict) else table[name]
+    if text_column not in columns:
+        raise ValueError(missing_column(path, text_column, table))
+    if not all(isinstance(column, list) and len(column) == len(columns[text_column]) for column in columns.values()):
+        raise ValueError(f"{path}: the columns {', '.join(columns)} must be lists of one length.")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -1,0 +1,329 @@
+"""One writer for a folder: who is refused, who waits, who takes over; with locks, and with the heartbeat alone."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from modeling_gpt2repro.storage import lock
+from modeling_gpt2repro.storage.lock import LOCK_FILE, FolderLock
+
+ROOT = Path(__file__).parents[2]
+
+# Holds the lock until its standard input ends; a line of input is run as Python.
+HOLDER = """
+import errno, fcntl, os, signal, socket, subprocess, sys, time
+from pathlib import Path
+from modeling_gpt2repro.storage import lock
+lock.BEAT_SECONDS = 0.05
+{before}
+with lock.FolderLock(Path(sys.argv[1])) as held:
+    held.acquire()
+    print("held", flush=True)
+    for line in sys.stdin:
+        exec(line)
+        print("done", flush=True)
+"""
+NO_LOCKS = """
+def refuse(file, mode):
+    raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = refuse
+"""
+ANOTHER_MACHINE = """
+socket.gethostname = lambda: "node7"
+lock.machine_id = lambda: "another"
+"""
+RECORD = {"host": "node7", "pid": 71, "since": "2025-09-30 12:00:00+02:00", "machine": "another", "id": "71"}
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="holders are told by signals")
+
+
+@pytest.fixture(autouse=True)
+def short_times(monkeypatch):
+    monkeypatch.setattr(lock, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "RUNNING_PATIENCE_SECONDS", 0.6)
+
+
+@contextmanager
+def holder(folder: Path, before: str = ""):
+    """A process that holds the lock of `folder`."""
+    command = [sys.executable, "-c", HOLDER.replace("{before}", before), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GPT2REPRO_LAZY": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+        try:
+            assert process.stdout.readline() == "held\n", process.stderr.read()
+            yield process
+        finally:
+            process.kill()
+
+
+def run_in(process, line: str):
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "done\n", process.stderr.read()
+
+
+def refused(folder: Path, patience_seconds: float = 30) -> str:
+    """The message to a second program."""
+    with FolderLock(folder, patience_seconds) as second, pytest.raises(ValueError, match="in use") as error:
+        second.acquire()
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def acquired(folder: Path, patience_seconds: float = 30):
+    """Take the lock, see that the record is this program's, and release it."""
+    with FolderLock(folder, patience_seconds) as held:
+        held.acquire()
+        assert json.loads((folder / LOCK_FILE).read_text())["pid"] == os.getpid()
+    assert list(folder.iterdir()) == []
+
+
+def wait_for(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / LOCK_FILE).read_text())
+
+
+def without_locks(monkeypatch):
+    def refuse(file, mode):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+
+
+def test_a_second_program_is_told_who_holds_the_folder(tmp_path, capsys):
+    before = datetime.now().astimezone() - timedelta(seconds=1)
+    with holder(tmp_path) as first:
+        message = refused(tmp_path)
+        who = f"{tmp_path} is in use by process {first.pid} on host {socket.gethostname()} since "
+        since, _, advice = message.removeprefix(who).partition(": ")
+        assert before <= datetime.fromisoformat(since) <= datetime.now().astimezone()
+        assert advice == "stop that first, or give another --output_dir."
+        waiting = capsys.readouterr().err
+        assert waiting == f"{who}{since}, which runs, unless it stops now: waiting up to 1 s.\n"
+        first.stdin.close()
+        assert first.wait() == 0
+    acquired(tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_killed_holder_frees_the_folder_at_once(tmp_path, capsys):
+    with holder(tmp_path) as first:
+        first.kill()
+        first.wait()
+        assert record_of(tmp_path)["pid"] == first.pid
+        acquired(tmp_path, patience_seconds=0)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("how", ["fork", "multiprocessing", "subprocess"])
+def test_children_of_a_killed_holder_do_not_keep_the_folder(tmp_path, how):
+    start = {
+        "fork": "child = os.fork() or time.sleep(60)",
+        "multiprocessing": "import multiprocessing; p = multiprocessing.get_context('fork').Process("
+        "target=time.sleep, args=(60,)); p.start(); child = p.pid",
+        "subprocess": "child = subprocess.Popen(['sleep', '60'], close_fds=False).pid",
+    }[how]
+    (tmp_path / "child").touch()
+    folder = tmp_path / "folder"
+    with holder(folder) as first:
+        run_in(first, f"{start}; Path({str(tmp_path / 'child')!r}).write_text(str(child))")
+        child = int((tmp_path / "child").read_text())
+        try:
+            refused(folder)  # the child's end of the lock is closed, the holder's is not
+            first.kill()
+            os.kill(child, 0)  # alive
+            acquired(folder)
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_holder_that_is_stopping_is_waited_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lock, "RUNNING_PATIENCE_SECONDS", 0.0)
+    with holder(tmp_path) as first:
+        run_in(first, "held.announce_stop()")
+        wait_for(lambda: record_of(tmp_path)["stopping"])
+        run_in(first, "import threading; threading.Timer(1.0, lambda: (held.release(), os._exit(0))).start()")
+        started = time.monotonic()
+        acquired(tmp_path)
+        assert time.monotonic() - started > 0.5
+    assert "which is stopping: waiting up to 30 s." in capsys.readouterr().err
+
+
+def test_a_holder_that_does_not_stop_is_waited_for_no_longer_than_the_patience(tmp_path):
+    with holder(tmp_path) as first:
+        run_in(first, "held.announce_stop()")
+        wait_for(lambda: record_of(tmp_path)["stopping"])
+        started = time.monotonic()
+        assert f"in use by process {first.pid} on" in refused(tmp_path, patience_seconds=1.5)
+        assert 1.5 < time.monotonic() - started < 30
+
+
+def test_a_stop_announced_while_another_waits_makes_it_wait_longer(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lock, "RUNNING_PATIENCE_SECONDS", 20.0)
+    with holder(tmp_path) as first:
+        run_in(first, "import threading; threading.Timer(0.5, held.announce_stop).start()")
+        run_in(first, "threading.Timer(1.0, lambda: (held.release(), os._exit(0))).start()")
+        acquired(tmp_path)
+    states = [line.partition(", which ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert states == ["runs, unless it stops now: waiting up to 20 s.", "is stopping: waiting up to 30 s."]
+
+
+def test_without_locks_a_beating_holder_on_another_machine_is_refused(tmp_path, monkeypatch, capsys):
+    without_locks(monkeypatch)
+    with holder(tmp_path, before=NO_LOCKS + ANOTHER_MACHINE) as first:
+        assert f"process {first.pid} on host node7 since" in refused(tmp_path)
+        first.stdin.close()
+        assert "has no file locks" in first.stderr.read()
+        assert first.wait() == 0
+    acquired(tmp_path)
+    assert f"the disk of {tmp_path} has no file locks" in capsys.readouterr().err
+
+
+def test_a_lock_that_only_one_machine_sees_does_not_let_a_second_one_in(tmp_path):
+    """On Lustre with localflock, or NFS with local_lock: the system grants what another machine has."""
+    with holder(tmp_path, before=NO_LOCKS.replace("raise", "return") + ANOTHER_MACHINE):
+        assert "on host node7 since" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("with_locks", [True, False])
+def test_a_silent_holder_on_another_machine_is_dead_after_a_while(tmp_path, monkeypatch, capsys, with_locks):
+    if not with_locks:
+        without_locks(monkeypatch)
+    monkeypatch.setattr(lock, "DEAD_SECONDS", 1.0)
+    (tmp_path / LOCK_FILE).write_text(json.dumps(RECORD))
+    started = time.monotonic()
+    acquired(tmp_path)
+    assert time.monotonic() - started >= 1.0
+    waiting = "process 71 on host node7 since 2025-09-30 12:00:00+02:00, which may be dead: waiting up to 30 s."
+    assert waiting in capsys.readouterr().err
+
+
+def test_a_silent_holder_that_the_system_says_is_there_is_not_dead(tmp_path, monkeypatch):
+    """A machine that died, whose lock the NFS server keeps for a while; or one that is cut off."""
+    monkeypatch.setattr(lock, "DEAD_SECONDS", 0.1)
+    with holder(tmp_path, before=ANOTHER_MACHINE) as first:
+        os.kill(first.pid, signal.SIGSTOP)
+        assert f"or delete {tmp_path / LOCK_FILE} if it is dead" in refused(tmp_path, patience_seconds=1)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"host": "no', b"[]", b"\0" * 512])
+def test_a_record_that_a_crash_cut_off_holds_nothing(tmp_path, content):
+    (tmp_path / LOCK_FILE).write_bytes(content)
+    acquired(tmp_path, patience_seconds=0)
+
+
+def test_a_holder_that_was_taken_for_dead_ends_when_it_wakes(tmp_path, monkeypatch):
+    without_locks(monkeypatch)
+    monkeypatch.setattr(lock, "DEAD_SECONDS", 0.5)
+    with holder(tmp_path, before=NO_LOCKS + ANOTHER_MACHINE) as first:
+        os.kill(first.pid, signal.SIGSTOP)
+        with FolderLock(tmp_path, patience_seconds=30) as second:
+            second.acquire()
+            os.kill(first.pid, signal.SIGCONT)
+            assert first.wait(timeout=60) == 1
+            assert f"{tmp_path} was taken over by process {os.getpid()} on host" in first.stderr.read()
+            assert record_of(tmp_path)["pid"] == os.getpid()
+
+
+def test_a_lock_file_that_somebody_deletes_comes_back(tmp_path):
+    with holder(tmp_path) as first:
+        (tmp_path / LOCK_FILE).unlink()
+        wait_for((tmp_path / LOCK_FILE).exists)
+        wait_for(lambda: (tmp_path / LOCK_FILE).read_bytes())
+        assert f"process {first.pid} on" in refused(tmp_path)
+        first.kill()
+        first.wait()
+        acquired(tmp_path, patience_seconds=0)
+
+
+def test_a_disk_that_is_away_for_a_moment_costs_nothing(tmp_path):
+    with holder(tmp_path / "folder") as first:
+        (tmp_path / "folder").rename(tmp_path / "away")
+        time.sleep(0.3)  # some beats
+        (tmp_path / "away").rename(tmp_path / "folder")
+        beat = record_of(tmp_path / "folder")["beat"]
+        wait_for(lambda: record_of(tmp_path / "folder")["beat"] > beat)
+        first.stdin.close()
+        assert first.stderr.read() == ""
+        assert first.wait() == 0
+
+
+def test_a_full_disk_costs_the_record_but_not_the_lock_or_the_program(tmp_path):
+    full = "import resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    full += "resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))"
+    with holder(tmp_path, before=full) as first:
+        assert (tmp_path / LOCK_FILE).read_bytes() == b""
+        assert "is in use by another program: stop that first" in refused(tmp_path)
+        time.sleep(0.3)  # some beats
+        run_in(first, "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))")
+        wait_for(lambda: (tmp_path / LOCK_FILE).read_bytes())
+        first.stdin.close()
+        assert first.stderr.read() == ""
+        assert first.wait() == 0
+
+
+def test_a_disk_that_takes_no_lock_file_does_not_stop_a_program(tmp_path, monkeypatch, capsys):
+    def read_only(path):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(lock, "open_in_place", read_only)
+    with FolderLock(tmp_path) as held:
+        held.acquire()
+    assert capsys.readouterr().err == (
+        f"{tmp_path / LOCK_FILE} cannot be written (Read-only file system): nothing keeps a second program out.\n"
+    )
+    (tmp_path / LOCK_FILE).touch()  # another user's
+    with pytest.raises(ValueError, match="delete that file if there is none, or give another --output_dir"):
+        FolderLock(tmp_path).acquire()
+
+
+def test_a_folder_made_for_the_lock_goes_with_it_unless_something_is_in_it(tmp_path):
+    for name in ("empty", "used"):
+        with FolderLock(tmp_path / name) as held:
+            held.acquire()
+            if name == "used":
+                (tmp_path / name / "file").touch()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["used", "used/file"]
+
+
+TAKE_TURNS = """
+import os, sys
+from pathlib import Path
+from modeling_gpt2repro.storage import lock
+lock.POLL_SECONDS, lock.BEAT_SECONDS = 0.0005, 0.001
+folder = Path(sys.argv[1])
+for _ in range(150):
+    with lock.FolderLock(folder) as held:
+        held.acquire()
+        os.close(os.open(folder / "inside", os.O_CREAT | os.O_EXCL))  # fails if the other one is inside
+        os.unlink(folder / "inside")
+"""
+
+
+def test_two_programs_that_take_turns_are_never_inside_together(tmp_path):
+    """Each deletes the lock file at its end, while the other may have opened it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GPT2REPRO_LAZY": "1"}
+    command = [sys.executable, "-c", TAKE_TURNS, str(tmp_path)]
+    both = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert list(tmp_path.iterdir()) == []
