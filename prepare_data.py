@@ -23,7 +23,6 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
 from modeling_gpt2repro.data.prepare.assemble import assemble
-from modeling_gpt2repro.data.prepare.cluster import slurm_scripts, submit_to_slurm, tokenize_on_ray
 from modeling_gpt2repro.data.prepare.local import tokenize_locally, train_tokenizer_on, watch_partitions
 from modeling_gpt2repro.data.prepare.spec import PrepareSpec, make_prepare_spec, read_spec
 from modeling_gpt2repro.data.prepare.token_cache import cached_partitions
@@ -33,7 +32,7 @@ from modeling_gpt2repro.data.shards.verify import verify_shards
 from modeling_gpt2repro.data.sources.files import shorten
 from modeling_gpt2repro.data.sources.hub_rows import is_hub_rows
 from modeling_gpt2repro.data.sources.resolve import Source, hub_source, local_source
-from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, save_tokenizer
+from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, write_tokenizer
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
 from modeling_gpt2repro.runtime.progress import ProgressBar
 from modeling_gpt2repro.storage.atomic import explain_disk_full
@@ -63,8 +62,10 @@ def main(argv: list[str] | None = None):
                 spec = start_job(folder, spec, resume=True)
                 if previous_spec is not None and (changed := spec.changed_files(previous_spec)):
                     report_changed_files(changed)
-                save_tokenizer(tokenizer, folder / "tokenizer")
+                write_tokenizer(tokenizer, folder / "tokenizer")
                 if args.executor == "slurm":
+                    from modeling_gpt2repro.data.prepare.cluster import submit_to_slurm
+
                     lock.release()  # its jobs read the folder, and the last one takes the lock
                     submit_to_slurm(folder, workers, args.slurm_partition, args.slurm_time, args.sbatch_options)
                     print(f"submitted; logs are in {folder / LOGS}, and {folder / MANIFEST} is written last.")
@@ -73,7 +74,9 @@ def main(argv: list[str] | None = None):
                 # Workers tokenize the partitions of the source (parquet row groups, or 16 MiB of a text file) into a
                 # file each. End-of-text precedes every document: it tells the model that what came before is over. The
                 # hash of a document's id decides whether it is held out for validation, so any worker decides alike.
-                tokenize = tokenize_on_ray if args.executor == "ray" else tokenize_locally
+                tokenize = tokenize_locally
+                if args.executor == "ray":
+                    from modeling_gpt2repro.data.prepare.cluster import tokenize_on_ray as tokenize
                 with ProgressBar(spec.max_tokens, "tokenizing") as bar, watch_partitions(folder, spec, bar.show):
                     tokenize(folder, workers)
 
@@ -133,6 +136,8 @@ def print_dry_run(args: PrepareArguments, spec: PrepareSpec, folder: Path, worke
         f"{spec.validation_share:.4%} of the documents for validation, by {workers} workers ({args.executor})"
     )
     if args.executor == "slurm":
+        from modeling_gpt2repro.data.prepare.cluster import slurm_scripts
+
         for script in slurm_scripts(folder, workers, args.slurm_partition, args.slurm_time, args.sbatch_options):
             print(f"\n{script}")
         print("\n# and for each of them datatrove submits a job of one CPU that merges its statistics")

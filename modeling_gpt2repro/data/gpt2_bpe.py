@@ -2,10 +2,11 @@
 
 tiktoken stores a token as its bytes and a rank: the lower, the earlier it is merged; the rank is also the id.
 `tokenizers` stores it as a string that spells each byte as a printable character, a space as "Ġ", and it needs the
-merges as pairs, in order. tiktoken does not store the pairs, but they follow from the ranks, see `_last_merge`.
+merges as pairs, in order. Both follow from OpenAI's file of merges, which tiktoken downloads and keeps.
 """
 
 import tiktoken
+from tiktoken.load import read_file_cached
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import ByteLevel as ByteLevelProcessor
 from transformers import PreTrainedTokenizerFast
@@ -16,29 +17,28 @@ END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
+# One of the two files that `tiktoken.get_encoding("gpt2")` reads, kept under the same name; and its SHA-256.
+GPT2_MERGES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+GPT2_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+
+
 def gpt2_tokenizer() -> PreTrainedTokenizerFast:
-    """GPT-2's tokenizer, built from the files that tiktoken has or downloads.
+    """GPT-2's tokenizer, built from the merges that tiktoken has or downloads.
 
     Raises:
         ValueError: If it cannot download them.
     """
     try:
-        encoding = tiktoken.get_encoding("gpt2")
+        lines = read_file_cached(GPT2_MERGES, GPT2_MERGES_SHA256).decode("utf-8").splitlines()
     except OSError as error:
         raise ValueError(
             f"tiktoken could not download GPT-2's vocabulary ({type(error).__name__}; is there a network?): give "
             "--tokenizer a folder that holds it, or put tiktoken's files in TIKTOKEN_CACHE_DIR."
         ) from error
-    ranks = encoding._mergeable_ranks
-    character_of = {byte: character for character, byte in _byte_of_character().items()}
-
-    def spelled(token: bytes) -> str:
-        return "".join(character_of[byte] for byte in token)
-
-    vocabulary = {spelled(token): rank for token, rank in ranks.items()}
-    merged = [token for token in sorted(ranks, key=ranks.get) if len(token) > 1]  # in the order of merging
-    merges = [tuple(map(spelled, _last_merge(ranks, token))) for token in merged]
-    bpe = Tokenizer(models.BPE({**vocabulary, END_OF_TEXT: encoding.eot_token}, merges))
+    merges = [tuple(line.split()) for line in lines[1:]]  # the first line is a version
+    # Ids count the 256 bytes, then a token for each merge, then end-of-text: 50,257.
+    tokens = [*_byte_of_character(), *map("".join, merges), END_OF_TEXT]
+    bpe = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
     bpe.add_special_tokens([END_OF_TEXT])
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return as_gpt2_tokenizer(bpe, max_length=1024)
@@ -60,9 +60,9 @@ def as_gpt2_tokenizer(bpe: Tokenizer, max_length: int) -> PreTrainedTokenizerFas
 
 def tiktoken_encoding(tokenizer: PreTrainedTokenizerFast) -> tiktoken.Encoding:
     """A tiktoken encoding that gives the same ids; for tokenizers with GPT-2's vocabulary and merges only."""
-    byte_of = _byte_of_character()
+    byte_of = str.maketrans(_byte_of_character())
     ranks = {
-        bytes(byte_of[character] for character in token): rank
+        token.translate(byte_of).encode("latin-1"): rank  # the bytes of the characters U+0000 to U+00FF
         for token, rank in tokenizer.get_vocab().items()
         if rank != tokenizer.eos_token_id
     }
@@ -78,16 +78,3 @@ def _byte_of_character() -> dict[str, int]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-def _last_merge(ranks: dict[bytes, int], token: bytes) -> tuple[bytes, bytes]:
-    """The two parts that `token` is merged from: where BPE gets to with only the merges that come before it.
-
-    Example: b"the" -> (b"t", b"he"), because b"he" has a lower rank than b"th".
-    """
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        rank, i = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))
-        assert rank < ranks[token], "every GPT-2 token is a merge of two that have lower ranks"
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from .gpt2_bpe import END_OF_TEXT, as_gpt2_tokenizer, gpt2_tokenizer, tiktoken_e
 # `tokenizer_sha256` of GPT-2's vocabulary and merges, the same from tiktoken and from openai-community/gpt2.
 GPT2_SHA256 = "806c1981ba8dd4262ce8b78d4438dde0c11d8e1b8b968233ef44fb06a38b336a"
 MAX_VOCAB_SIZE = 2**16  # shards hold 16 bits an id
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # two names of one class, the second new in 5
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError)  # from transformers, where a file is missing or damaged
 MIN_VOCAB_SIZE = 257  # a byte-level BPE begins with the 256 bytes; one more for end-of-text
 
@@ -55,12 +57,10 @@ def load_auto_tokenizer(
             `trust_remote_code` is False.
         LOADING_ERRORS: If there is no tokenizer, or a damaged one.
     """
-    from transformers import AutoTokenizer  # here, because it imports torch, which prepare_data.py does without
-
     # False and not the default, None, with which it stops and asks the user whether to run the code of such a model.
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with only_errors(), explain_rust_errors():
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = tokenizer_class(name).from_pretrained(name, **options)
         # None, too, without a network: AutoTokenizer has just found the file if there is one, so it would be cached.
         missing_is_none = {
             "_raise_exceptions_for_missing_entries": False,
@@ -88,7 +88,10 @@ def load_auto_tokenizer(
 
 def gives_ids_of(expected: Tokenizer, tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether a text, spelled special tokens apart, has the ids that `expected` gives."""
-    wanted, found = (json.loads(backend.to_str()) for backend in (expected, tokenizer.backend_tokenizer))
+    states = [backend.to_str() for backend in (expected, tokenizer.backend_tokenizer)]
+    if states[0] == states[1]:
+        return True
+    wanted, found = map(json.loads, states)
     unchanged = all(wanted[part] == found[part] for part in ("normalizer", "pre_tokenizer", "model"))
     added = [token for token in found["added_tokens"] if token not in wanted["added_tokens"]]
     lost = [token for token in wanted["added_tokens"] if token not in found["added_tokens"]]
@@ -117,6 +120,22 @@ def explain_rust_errors() -> Iterator[None]:
         if type(error) is not Exception:
             raise
         raise (OSError if "os error" in str(error) else ValueError)(str(error)) from error
+
+
+def tokenizer_class(name: str) -> type:
+    """What loads a tokenizer: AutoTokenizer, or PreTrainedTokenizerFast where a folder names it, with the same result.
+
+    It saves a preparation the import of torch, which AutoTokenizer takes for granted: 2 seconds in every process.
+    """
+    try:
+        config = json.loads((Path(name) / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if config["tokenizer_class"] in PLAIN_CLASSES and "auto_map" not in config:
+            return PreTrainedTokenizerFast
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # a Hub id, or a folder that AutoTokenizer has to make sense of
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def check_vocab_size(name: str, tokenizer: PreTrainedTokenizerFast, limit: int = MAX_VOCAB_SIZE):
@@ -185,22 +204,29 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], np.ndarray]:
+def text_encoder(tokenizer: PreTrainedTokenizerFast, sha256: str | None = None) -> Callable[[str], np.ndarray]:
     """Return the fastest function from text to ids, (n,) uint16, that gives exactly this tokenizer's ids.
 
     A literal "<|endoftext|>" in the text is encoded as the characters that it is made of, not as the token that marks
     documents: otherwise a web page about GPT-2 would end in the middle. GPT-2's own vocabulary is encoded by tiktoken,
     five times as fast on a core as `tokenizers`, which encodes all others.
+
+    Args:
+        sha256: Its `tokenizer_sha256`, if that is known.
     """
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.encode_special_tokens = True
-    backend.no_truncation()  # saved tokenizers may ask for either
-    backend.no_padding()
+
+    @cache
+    def backend() -> Tokenizer:
+        copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        copy.encode_special_tokens = True
+        copy.no_truncation()  # saved tokenizers may ask for either
+        copy.no_padding()
+        return copy
 
     def encode(text: str) -> np.ndarray:
-        return np.array(backend.encode(text, add_special_tokens=False).ids, dtype=np.uint16)
+        return np.array(backend().encode(text, add_special_tokens=False).ids, dtype=np.uint16)
 
-    if tokenizer_sha256(tokenizer) != GPT2_SHA256:
+    if (sha256 or tokenizer_sha256(tokenizer)) != GPT2_SHA256:
         return encode
     encoding = tiktoken_encoding(tokenizer)
 
@@ -214,13 +240,28 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], np.ndarr
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, max_length: int | None = None) -> str:
-    """Save into `folder` so that AutoTokenizer of transformers 4.57 and 5 reads the same ids; returns their hash.
+    """Save into `folder` and load it again; returns the hash of its ids.
+
+    Raises:
+        ValueError: If what was saved gives other ids.
+        OSError: If it cannot be written.
+    """
+    write_tokenizer(tokenizer, folder, max_length)
+    loaded = load_tokenizer_folder(folder)
+    sha256 = tokenizer_sha256(loaded)
+    states = [(each.backend_tokenizer.to_str(), each.eos_token_id) for each in (loaded, tokenizer)]
+    if states[0] != states[1] and sha256 != tokenizer_sha256(tokenizer):  # most often equal, and a hash takes 0.3 s
+        raise ValueError(f"the tokenizer gives other ids after saving it to {folder}: use another tokenizer.")
+    return sha256
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, max_length: int | None = None):
+    """Save into `folder` so that AutoTokenizer of transformers 4.57 and 5 reads the same ids, without a look at them.
 
     Args:
         max_length: Context of the model that it is for, in tokens; by default that of the tokenizer.
 
     Raises:
-        ValueError: If what was saved gives other ids.
         OSError: If it cannot be written.
     """
     with explain_rust_errors():
@@ -236,12 +277,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, max_length:
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     # Without these, transformers 4 adds token_type_ids, which GPT-2 embeds as tokens, and resets add_prefix_space.
     config["model_input_names"] = list(tokenizer.model_input_names)
-    pre_tokenizer = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
-    config["add_prefix_space"] = pre_tokenizer.get("add_prefix_space", False)
+    config["add_prefix_space"] = getattr(tokenizer.backend_tokenizer.pre_tokenizer, "add_prefix_space", False)
     if max_length is not None:
         config["model_max_length"] = max_length
     write_json(file, config)
-    saved = tokenizer_sha256(load_tokenizer_folder(folder))
-    if saved != tokenizer_sha256(tokenizer):
-        raise ValueError(f"the tokenizer gives other ids after saving it to {folder}: use another tokenizer.")
-    return saved

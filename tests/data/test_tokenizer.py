@@ -17,6 +17,7 @@ from modeling_gpt2repro.data.tokenizer import (
     load_tokenizer_folder,
     save_tokenizer,
     text_encoder,
+    tokenizer_class,
     tokenizer_sha256,
     train_tokenizer,
 )
@@ -209,6 +210,34 @@ def test_code_in_the_folder_of_a_tokenizer_is_neither_run_nor_asked_about(tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(strange))
     assert tokenizer_sha256(load_tokenizer(str(tmp_path))) == tokenizer_sha256(tiny_tokenizer)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("class_name", ["PreTrainedTokenizerFast", "TokenizersBackend"])
+def test_a_folder_that_names_its_class_loads_without_autotokenizer_to_the_same(tmp_path, tiny_tokenizer, class_name):
+    tiny_tokenizer.save_pretrained(tmp_path / "named")
+    settings = tmp_path / "named/tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "tokenizer_class": class_name}))
+    assert tokenizer_class(str(tmp_path / "named")) is PreTrainedTokenizerFast
+    load_tokenizer(str(tmp_path / "named")).save_pretrained(tmp_path / "direct")
+    AutoTokenizer.from_pretrained(tmp_path / "named").save_pretrained(tmp_path / "auto")
+    files = [path.name for path in (tmp_path / "auto").iterdir()]
+    assert set(files) == {path.name for path in (tmp_path / "direct").iterdir()}
+    for name in files:
+        assert json.loads((tmp_path / "direct" / name).read_text()) == json.loads(
+            (tmp_path / "auto" / name).read_text()
+        )
+
+
+@pytest.mark.parametrize(
+    "changes", [{"tokenizer_class": "GPT2Tokenizer"}, {"tokenizer_class": None}, {"auto_map": {"AutoTokenizer": "x.X"}}]
+)
+def test_any_other_folder_is_left_to_autotokenizer(tmp_path, tiny_tokenizer, changes):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | changes))
+    assert tokenizer_class(str(tmp_path)) is tokenizer_class("openai-community/gpt2") is AutoTokenizer
+    settings.write_text("[]")
+    assert tokenizer_class(str(tmp_path)) is AutoTokenizer
 
 
 def test_unusable_tokenizers_are_refused(tmp_path, tiny_tokenizer, tiny_texts, one_sentence):

@@ -1,6 +1,8 @@
 """Steps that do not divide evenly over processes and micro-batches: the same sequences, each counted once."""
 
 import json
+from collections import Counter
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -35,6 +37,19 @@ def streamed(tiny_tokenizer):
     """A stream of 8 logical shards whose partitions hold 1 to 9 sequences of text."""
     source = MadeUp([Partition("made", number, number + 1) for number in range(24)], {"dataset": "made"})
     return lambda order: StreamedBatches(source, tiny_tokenizer, order, max_logical_shards=8)
+
+
+class Uneven(Source):
+    """Each partition is one document of so many bytes as it says."""
+
+    def read(self, partition, skipped=None):
+        text = "the sea was cold " * (partition.text_bytes // 17 + 1)
+        return [Document(partition.name, text[: partition.text_bytes])]
+
+
+def uneven(tokenizer, sizes: list[int], order: BatchConfig) -> StreamedBatches:
+    partitions = [Partition("made", number, number + 1, text_bytes=size) for number, size in enumerate(sizes)]
+    return StreamedBatches(Uneven(partitions, {}), tokenizer, order, validation_share=0.001)
 
 
 class MadeUp(Source):
@@ -126,3 +141,53 @@ def test_padding_has_no_targets_and_leaves_the_loss_alone(tiny_model):
     assert torch.equal(padded["input_ids"][:2], plain["input_ids"])
     losses = [tiny_model(**batch, num_items_in_batch=2 * T).loss.item() for batch in (plain, padded)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_no_partition_is_repeated_over_and_over_before_the_largest_has_been_read(tiny_tokenizer):
+    """One of 120 partitions holds 40 % of the text: by the time that one of 64 logical shards had read it, the others
+    had been read 37 times."""
+    sizes = [250] * 60 + [20_000] + [250] * 60
+    batches = uneven(tiny_tokenizer, sizes, config(8, 8))
+    assert len(batches.partitions) == len(sizes) - 1  # and not the largest is held out
+    assert batches.num_logical_shards == 4
+    lengths = {partition.name: len(batches._tokenize(partition)) for partition in batches.partitions}
+    taken = Counter()
+    for step in range(10_000):
+        list(batches.micro_batches(step))
+        taken.update(name for name, _ in batches.sample_ids(step))
+        if any(name == "made:60" and token > lengths[name] - 2 * T for name, token in batches.sample_ids(step)):
+            break
+    read = {name: count * T / lengths[name] for name, count in taken.items()}
+    assert max(read.values()) < 5
+    assert len(read) > 100
+    batches.close()
+
+
+def test_a_stream_says_why_it_has_few_logical_shards(tiny_tokenizer, one_sentence):
+    sizes = [250] * 60 + [20_000] + [250] * 60
+    with pytest.raises(
+        ValueError,
+        match=r"^8 processes cannot share the 4 logical shards of this stream, whose largest partition holds 40\.2% "
+        r"of its text: use at most 4, or prepare the data and give --shards\.$",
+    ) as error:
+        uneven(tiny_tokenizer, sizes, config(8, 1, 0, 8))
+    one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "logical_shards"),
+    [
+        ([100] * 65, 64),
+        ([100] * 129, 64),
+        ([60, 90, 100, 110, 120, 90, 70, 80, 95], 8),
+        ([0] * 65, 64),
+        ([0, 9] * 40, 64),
+    ],
+)
+def test_partitions_of_about_one_size_or_of_unknown_ones_have_as_many_as_before(tiny_tokenizer, sizes, logical_shards):
+    assert uneven(tiny_tokenizer, sizes, config(64, 1)).num_logical_shards == logical_shards
+
+
+def test_a_stream_in_the_order_of_older_versions_keeps_its_logical_shards(tiny_tokenizer):
+    sizes = [250] * 60 + [20_000] + [250] * 60
+    assert uneven(tiny_tokenizer, sizes, replace(config(8, 8), order="argsort")).num_logical_shards == 64

@@ -1,6 +1,7 @@
 """prepare_data.py on local files, in this process, and on the loopback Hub, in a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,54 @@ def test_local_text_becomes_shards_and_a_report(tmp_path, capsys, tiny_texts, mo
     steps = ("reading text for a tokenizer", "training a tokenizer of 300 ids", "tokenizing", "writing shards")
     begins = [progress.index(step) for step in steps]
     assert begins == sorted(begins)
+
+
+STARTED = """
+import json, sys
+from collections import Counter
+import prepare_data
+from modeling_gpt2repro.data import tokenizer
+from modeling_gpt2repro.data.sources.resolve import Source
+from transformers import PreTrainedTokenizerFast
+
+by_transformers = {"torch"} & set(sys.modules)  # older versions import it with their tokenizers
+counts = Counter()
+
+def count(owner, name):
+    function = getattr(owner, name)
+    def counting(*args, **options):
+        counts[name] += 1
+        return function(*args, **options)
+    setattr(owner, name, counting)
+
+def stop(*args):
+    heavy = {"torch", "datasets", "datatrove", "pandas", "modeling_gpt2repro.modeling_gpt2repro"}
+    print(json.dumps([sorted(heavy & set(sys.modules) - by_transformers), counts]))
+    raise KeyboardInterrupt
+
+count(tokenizer, "tokenizer_sha256")
+count(PreTrainedTokenizerFast, "__init__")
+Source.read = stop
+prepare_data.main(sys.argv[1:])
+"""
+
+
+def test_a_worker_starts_without_torch_and_with_few_tokenizers(tmp_path, tokenizer_folder):
+    (tmp_path / "a.txt").write_text("the sea")
+    command = ["--output_dir", tmp_path / "out", "--train_files", tmp_path / "a.txt", "--tokenizer", tokenizer_folder]
+    result = subprocess.run(
+        [sys.executable, "-c", STARTED, *map(str, command)],
+        cwd=REPOSITORY,
+        env={**os.environ, "GPT2REPRO_LAZY": "1"},  # as the script sets it
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 130, result.stderr
+    imported, counts = json.loads(result.stdout)
+    assert imported == []
+    # Built from the named folder, from what is saved (to see that it gives the same ids), and in the worker.
+    assert counts == {"__init__": 3, "tokenizer_sha256": 1}
 
 
 def test_options_reach_the_shards(tmp_path, tokenizer_folder, tiny_texts):

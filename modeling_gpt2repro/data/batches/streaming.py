@@ -73,12 +73,20 @@ class StreamedBatches:
         self.encode = text_encoder(tokenizer)
         self.end_of_text = tokenizer.eos_token_id
         self.partitions, self.validation_partitions = hold_out_partitions(source, validation_share)
-        # The largest power of two that every epoch has a partition for, so that 2, 4, 8, ... processes share evenly.
-        self.num_logical_shards = 1 << (min(max_logical_shards, len(self.partitions)).bit_length() - 1)
+        largest = largest_share(self.partitions)
+        most = min(max_logical_shards, len(self.partitions))
+        # Each logical shard is one L-th of what is read. If a partition is more of the text than that, the others come
+        # again and again before it has been read once: up to 42 times for 40 % of the text and L = 64, but 4 times
+        # where it is at most twice an L-th. Runs in the order of older versions keep their L.
+        if config.order == "keyed":
+            most = min(most, int(2 / largest))
+        # The largest power of two, so that 2, 4, 8, ... processes share evenly.
+        self.num_logical_shards = 1 << (most.bit_length() - 1)
         if self.num_logical_shards < config.num_processes:
             raise ValueError(
                 f"{config.num_processes} processes cannot share the {self.num_logical_shards} logical shards of this "
-                f"stream: use at most {self.num_logical_shards}, or prepare the data and give --shards."
+                f"stream, whose largest partition holds {largest:.1%} of its text: use at most "
+                f"{self.num_logical_shards}, or prepare the data and give --shards."
             )
         self.shuffle = SHUFFLES[config.order](len(self.partitions), [config.seed])
         self.next_step = 0
@@ -219,6 +227,12 @@ class StreamedBatches:
         if document_seed and not any(document.continues for document in documents):
             documents = [documents[index] for index in seeded_permutation(len(documents), document_seed)]
         return tokenize_documents(documents, self.encode, self.end_of_text, validation_share=0.0).ids["train"]
+
+
+def largest_share(partitions: list[Partition]) -> float:
+    """How much of the text the largest partition holds; where sizes are not known, as if all were of one size."""
+    sizes = [partition.text_bytes for partition in partitions]
+    return max(sizes) / sum(sizes) if all(sizes) else 1 / len(sizes)
 
 
 def hold_out_partitions(source: Source, validation_share: float) -> tuple[list[Partition], list[Partition]]:

@@ -22,7 +22,7 @@ from modeling_gpt2repro.data.shards.dataset import TokenDataset, open_shards
 from modeling_gpt2repro.data.sources.documents import BadLineError, BadLines, Document, Partition
 from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.data.tokenize import HoldOutCheck, tokenize_documents
-from modeling_gpt2repro.data.tokenizer import load_tokenizer_folder, save_tokenizer, text_encoder, train_tokenizer
+from modeling_gpt2repro.data.tokenizer import load_tokenizer_folder, text_encoder, train_tokenizer, write_tokenizer
 from modeling_gpt2repro.runtime.progress import TextBar
 from modeling_gpt2repro.storage.atomic import explain_disk_full
 from modeling_gpt2repro.storage.lock import FolderLock
@@ -58,7 +58,7 @@ def tokenize_partitions(
     """
     spec = read_spec(folder)
     source = Source(spec.partitions, spec.source)
-    encode = text_encoder(load_tokenizer_folder(folder / "tokenizer"))
+    encode = text_encoder(load_tokenizer_folder(folder / "tokenizer"), spec.tokenizer["sha256"])
     numbers = spec.numbers
     finished = finished_partitions(folder, numbers)
     unverified = unverified_partitions(folder)
@@ -243,7 +243,7 @@ def prepare_shards(
         find_partial_output(folder)
         lock.acquire()
         spec = start_job(folder, spec)
-        save_tokenizer(tokenizer, folder / "tokenizer")
+        write_tokenizer(tokenizer, folder / "tokenizer")
         tokenize_partitions(folder)
         assemble(folder, spec)
         finish_job(folder)
