@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from patience import PATIENCE_SECONDS
 from warm_python import ROOT
 
 from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
@@ -368,7 +369,7 @@ def test_the_launchers_report_of_a_failure_ends_with_the_message(tmp_path):
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", str(script)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GPT2REPRO_LAZY": "1"}
-    result = subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert result.returncode == 1
     message = "script.py: 2 problems; nothing was started:\n  - a is 1.\n  - b is 2.\n"
     assert message in result.stderr[: result.stderr.index("Root Cause")]

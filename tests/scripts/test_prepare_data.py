@@ -103,7 +103,7 @@ def test_a_worker_starts_without_torch_and_with_few_tokenizers(tmp_path, tokeniz
         env={**os.environ, "GPT2REPRO_LAZY": "1"},  # as the script sets it
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
     )
     assert result.returncode == 130, result.stderr
     imported, counts = json.loads(result.stdout)
