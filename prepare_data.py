@@ -23,14 +23,16 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
 from modeling_gpt2repro.data.prepare.assemble import assemble
-from modeling_gpt2repro.data.prepare.local import tokenize_locally, watch_partitions
+from modeling_gpt2repro.data.prepare.local import tokenize_locally, train_tokenizer_on, watch_partitions
 from modeling_gpt2repro.data.prepare.spec import PrepareSpec, make_prepare_spec, read_spec
-from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
+from modeling_gpt2repro.data.prepare.token_cache import cached_partitions
 from modeling_gpt2repro.data.prepare.workspace import LOGS, finish_job, is_prepared, start_job
 from modeling_gpt2repro.data.shards.dataset import MANIFEST, TokenDataset, open_shards
 from modeling_gpt2repro.data.shards.verify import verify_shards
+from modeling_gpt2repro.data.sources.files import shorten
+from modeling_gpt2repro.data.sources.hub_rows import is_hub_rows
 from modeling_gpt2repro.data.sources.resolve import Source, hub_source, local_source
-from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, train_tokenizer, write_tokenizer
+from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, write_tokenizer
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
 from modeling_gpt2repro.runtime.progress import ProgressBar
 from modeling_gpt2repro.storage.atomic import explain_disk_full
@@ -57,7 +59,9 @@ def main(argv: list[str] | None = None):
             if args.dry_run:
                 return print_dry_run(args, spec, folder, workers)
             if not is_prepared(folder, spec):
-                start_job(folder, spec, resume=True)
+                spec = start_job(folder, spec, resume=True)
+                if previous_spec is not None and (changed := spec.changed_files(previous_spec)):
+                    report_changed_files(changed)
                 write_tokenizer(tokenizer, folder / "tokenizer")
                 if args.executor == "slurm":
                     from modeling_gpt2repro.data.prepare.cluster import submit_to_slurm
@@ -91,11 +95,17 @@ def main(argv: list[str] | None = None):
 def open_source(args: PrepareArguments, previous_spec: PrepareSpec | None) -> Source:
     """Open the local files if given, else the Hub dataset; resuming, at the commit it was started with."""
     if args.train_files:
-        return local_source(args.train_files, args.text_column, args.document_separator)
+        return local_source(args.train_files, args.text_column, args.document_separator, args.skip_bad_lines)
     revision = args.dataset_revision
     if revision is None and previous_spec is not None and previous_spec.source.get("dataset") == args.dataset_name:
         revision = previous_spec.source["revision"]
-    return hub_source(args.dataset_name, args.dataset_config_name, args.dataset_split, revision, args.text_column)
+    source = hub_source(args.dataset_name, args.dataset_config_name, args.dataset_split, revision, args.text_column)
+    if args.skip_bad_lines and any(is_hub_rows(partition.path) for partition in source.partitions):
+        raise ValueError(
+            f"skip_bad_lines (True) is for files on disk and for parquet, and {args.dataset_name} is neither: "
+            "download its files and give them as --train_files, or leave it out."
+        )
+    return source
 
 
 def open_tokenizer(
@@ -104,12 +114,19 @@ def open_tokenizer(
     """Load the tokenizer that is named, or train one on the source; resuming, keep the one that was trained before."""
     if args.tokenizer != "train":
         return load_tokenizer(args.tokenizer)
-    if previous_spec is not None and previous_spec.tokenizer["name"] == "train" and finished_partitions(folder):
+    if previous_spec is not None and previous_spec.tokenizer["name"] == "train" and cached_partitions(folder):
         tokenizer = load_tokenizer_folder(folder / "tokenizer")
         if len(tokenizer) == args.vocab_size:
             return tokenizer
-    texts = (document.text for partition in source.partitions for document in source.read(partition))
-    return train_tokenizer(texts, args.vocab_size)
+    return train_tokenizer_on(source, args.vocab_size, skip_bad_lines=args.skip_bad_lines)
+
+
+def report_changed_files(names: list[str]):
+    """Say that what was made of these files is compared with them before it is used."""
+    print(
+        f"changed or copied since this preparation was started: {shorten(names)}; what was made of them is kept where "
+        "the text is still the same."
+    )
 
 
 def print_dry_run(args: PrepareArguments, spec: PrepareSpec, folder: Path, workers: int):
@@ -139,12 +156,15 @@ def verify(folder: Path, quick: bool):
 def report(shards: TokenDataset, seconds: float):
     """Print the totals of each split, and the command that trains on them."""
     if num_files := shards.manifest.get("files_with_other_line_ends"):
-        print(f"line ends  of Windows or old Macs became \\n in {num_files:,} files")
+        print(f"line ends  \\r\\n and \\r became \\n in {num_files:,} of the files")
     for split, totals in shards.manifest["splits"].items():
         print(
             f"{split:<10} {totals['tokens']:>16,} tokens {totals['documents']:>12,} documents "
             f"{len(totals['shards']):>5} shards"
         )
+    if bad_lines := shards.manifest.get("bad_lines"):
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in bad_lines["counts"].items())
+        print(f"bad lines  {sum(bad_lines['counts'].values()):,} left out ({reasons}); the first: {bad_lines['first']}")
     tokenizer = shards.manifest["tokenizer"]
     print(f"tokenizer  {tokenizer['name']}, {tokenizer['vocab_size']:,} ids, sha256 {tokenizer['sha256'][:12]}")
     print(

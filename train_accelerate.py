@@ -38,7 +38,12 @@ from modeling_gpt2repro.runs.folder import HELLASWAG_FILE, LOSS_PICTURE
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import StepMetrics
 from modeling_gpt2repro.runtime.accelerator import build_accelerator
-from modeling_gpt2repro.runtime.command_line import InputErrors, exit_on_input_error, parse_command_line
+from modeling_gpt2repro.runtime.command_line import (
+    InputErrors,
+    exit_on_input_error,
+    parse_command_line,
+    report_to_launcher,
+)
 from modeling_gpt2repro.runtime.fsdp import full_tensor
 from modeling_gpt2repro.runtime.signals import EXIT_CODE, StopSignal
 from modeling_gpt2repro.storage.lock import FolderLock
@@ -61,7 +66,6 @@ def train(args: TrainArguments, lock: FolderLock):
     output_dir = Path(args.output_dir)
     with exit_on_input_error():
         accelerator = build_accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
             num_processes=args.num_processes,
             torch_compile=args.torch_compile,
             deterministic=args.deterministic,
@@ -80,6 +84,7 @@ def train(args: TrainArguments, lock: FolderLock):
         examples = errors.capture(setup.load_hellaswag_examples, args, accelerator)
         data = errors.capture(setup.load_data, args, accelerator, start)  # shards, a mix of them, or a stream
         errors.raise_if_any()
+        setup.set_lengths(args, accelerator, data.batches)  # --num_train_epochs, of the data at hand
 
         # At initialization every token is about equally likely, so the first loss must be near ln(vocabulary): 10.82.
         torch.manual_seed(args.seed)  # equal weights on every process
@@ -115,6 +120,10 @@ def train(args: TrainArguments, lock: FolderLock):
         checkpointer = Checkpointer(args, accelerator, model, optimizer, data, stateful, origin=start.origin)
         if start.checkpoint is not None:
             checkpointer.restore(start.checkpoint)
+        if checkpointer.is_exported() and not args.preflight:
+            exit_code = setup.leave_finished_run(args, accelerator, data, uploads, state)
+            del model, optimizer, checkpointer
+            return setup.shutdown(accelerator, exit_code)
         logger = setup.build_logger(args, accelerator, model, data, state)
 
     if args.preflight:
@@ -161,6 +170,7 @@ def train(args: TrainArguments, lock: FolderLock):
         checkpointer.save(logger, uploads, final=True)
         if state.step < args.total_steps:
             logger.print(stopped_message(stop, state.step))
+            report_to_launcher(stopped_message(stop, state.step))
             accelerator.wait_for_everyone()  # a process that left now would have the launcher end the others
             exit_code = EXIT_CODE
         else:

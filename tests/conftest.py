@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from patience import PATIENCE_SECONDS
 from warm_python import ROOT, WarmPython
 
 # The clients read these when they are imported. No test needs the network; one about offline mode sets them itself.
@@ -73,6 +74,8 @@ class LoopbackHub:
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_XET": "1",  # the server does not speak Xet
+            "HF_HUB_DOWNLOAD_TIMEOUT": str(PATIENCE_SECONDS),  # else 10, and this Hub is one busy process
+            "HF_HUB_ETAG_TIMEOUT": str(PATIENCE_SECONDS),
             "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # else datasets asks S3, up to 3 seconds where there is no network
         }
 

@@ -5,7 +5,7 @@ validation [].
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +21,9 @@ class TokenizedPartition:
     ids: dict[str, np.ndarray]
     text_bytes: dict[str, int]  # per split, UTF-8 bytes of text
     skipped: dict[str, int] = field(default_factory=dict)  # how many documents were left out, by reason
+    bad_lines: dict[str, int] = field(default_factory=dict)  # the same of bad lines
+    first_bad_line: list | None = None  # position and problem of the first of them, see `BadLine`
+    source_sha256: str = ""  # of all that was read for it; the first releases did not keep it
 
 
 def is_validation(document_id: str, share: float) -> bool:
@@ -33,23 +36,64 @@ def is_validation(document_id: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
+class HoldOutCheck:
+    """Notices ids that cannot decide what is held out, such as those of a column with one value, before all is read.
+
+    It gives up on documents of which no id, or every id, falls to the validation split, once they are DOCUMENTS_PER_ID
+    times as many as their ids. Pieces of a book that share its id are not so many.
+    """
+
+    DOCUMENTS_PER_ID = 1_000
+
+    def __init__(self, share: float):
+        self.share = share
+        self.is_passed = not 0 < share < 1
+        self._ids = set()
+        self._splits = set()
+        self._documents = 0
+
+    def watch(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """Yield the documents, which may be of several calls.
+
+        Raises:
+            ValueError: If their ids are of no use.
+        """
+        for document in documents:
+            if not self.is_passed:
+                self._check(document.id)
+            yield document
+
+    def _check(self, document_id: str):
+        self._documents += 1
+        self._ids.add(document_id)
+        self._splits.add(is_validation(document_id, self.share))
+        self.is_passed = len(self._splits) > 1
+        if not self.is_passed and self._documents >= self.DOCUMENTS_PER_ID * len(self._ids):
+            ids = ", ".join(sorted(self._ids)[:3])
+            split = "validation" if self._splits == {True} else "training"
+            raise ValueError(
+                f"{self._documents:,} documents have only {len(self._ids)} different ids ({ids}), by which all of them "
+                f"fell to {split}: rename or remove 'id', and a document is named by its place instead."
+            )
+
+
 def tokenize_documents(
     documents: Iterable[Document], encode: Callable[[str], np.ndarray], end_of_text_id: int, validation_share: float
 ) -> TokenizedPartition:
     """Encode documents, each after an end-of-text token; a piece that continues the one before has none."""
-    parts: dict[str, list[np.ndarray]] = {"train": [], "validation": []}
+    # Bytes that grow in place: a compressed file is one partition, and joining a list of arrays would hold it twice.
+    ids = {"train": bytearray(), "validation": bytearray()}
     text_bytes = {"train": 0, "validation": 0}
     # Before each document, not after it: the first token of a text is then predicted from end-of-text, which is also
     # the prompt of an unconditional sample. (The lecture's fineweb.py does the same.)
-    end_of_text = np.array([end_of_text_id], dtype=np.uint16)
+    end_of_text = np.array([end_of_text_id], dtype=np.uint16).tobytes()
     previous_split = None
     for document in documents:
         split = "validation" if is_validation(document.id, validation_share) else "train"
         # Pieces of one text may fall to different splits; then it is no continuation of what this split holds.
         if not (document.continues and split == previous_split):
-            parts[split].append(end_of_text)
-        parts[split].append(encode(document.text))
+            ids[split] += end_of_text
+        ids[split] += encode(document.text).tobytes()
         text_bytes[split] += len(document.text.encode())
         previous_split = split
-    ids = {split: np.concatenate(arrays) if arrays else np.empty(0, np.uint16) for split, arrays in parts.items()}
-    return TokenizedPartition(ids, text_bytes)
+    return TokenizedPartition({split: np.frombuffer(data, np.uint16) for split, data in ids.items()}, text_bytes)

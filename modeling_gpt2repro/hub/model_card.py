@@ -1,6 +1,7 @@
 """The model card: what the model is, how to use it, its results and how it was trained, read from the run's folder."""
 
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import yaml
@@ -151,15 +152,37 @@ def training_lines(run: Run) -> dict[str, str]:
         data += f", shards with fingerprint {fingerprint[:12]}"
     return {
         "data": data,
+        **stretched_lines(run),
+        "seed": str(arguments["seed"]),
+        "hardware": f"{hardware['processes']} x {hardware['device']}, {precision}; {hours:.2f} hours of training",
+        "software": ", ".join(f"{name} {version}" for name, version in run.config["versions"].items()),
+        "code": f"gpt2repro, commit {run.config['commit'] or 'unknown'}",
+    }
+
+
+def stretched_lines(run: Run) -> dict[str, str]:
+    """Name -> value of what may change when a run resumes; the values of each stretch, where they differ."""
+    lines = optimization_lines(run.config["arguments"])
+    for name in lines:
+        values = []
+        for value, group in groupby(run.stretches, key=lambda stretch: optimization_lines(stretch[2])[name]):
+            same = list(group)
+            values.append((f"steps {same[0][0]:,} to {same[-1][1]:,}: ", value))
+        if len(values) == 1:
+            lines[name] = values[0][1]
+        elif values:
+            lines[name] = "; ".join(steps + value for steps, value in values)
+    return lines
+
+
+def optimization_lines(arguments: dict) -> dict[str, str]:
+    """Name -> value of the training's length, learning rate and optimizer."""
+    return {
         "tokens": f"{arguments['train_tokens']:,}, {arguments['tokens_per_step']:,} per step",
         "learning rate": f"{arguments['learning_rate']:g} after {arguments['warmup_tokens']:,} tokens of warm-up, then "
         f"cosine to {arguments['final_learning_rate_ratio']:.0%} of it",
         "optimizer": f"AdamW, betas {arguments['adam_beta1']:g} and {arguments['adam_beta2']:g}, weight decay "
         f"{arguments['weight_decay']:g}, gradient norm at most {arguments['max_grad_norm']:g}",
-        "seed": str(arguments["seed"]),
-        "hardware": f"{hardware['processes']} x {hardware['device']}, {precision}; {hours:.2f} hours of training",
-        "software": ", ".join(f"{name} {version}" for name, version in run.config["versions"].items()),
-        "code": f"gpt2repro, commit {run.config['commit'] or 'unknown'}",
     }
 
 

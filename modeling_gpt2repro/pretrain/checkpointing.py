@@ -20,6 +20,8 @@ from modeling_gpt2repro.hub.model_card import FROM_SCRATCH, Origin
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
 from modeling_gpt2repro.runs.folder import METRICS_FILE, MODEL_FOLDER, checkpoint_name
 from modeling_gpt2repro.runs.logger import RunLogger
+from modeling_gpt2repro.runs.read import read_metrics
+from modeling_gpt2repro.runtime.collectives import run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.fsdp import is_sharded, load_full_state_dict
 from modeling_gpt2repro.storage.atomic import replace_dir
 from modeling_gpt2repro.training import checkpoints
@@ -135,6 +137,16 @@ class Checkpointer:
             },
             policy=policy,
         )
+
+    def is_exported(self) -> bool:
+        """Whether the run has all its steps and its final model is of the last one. All processes must call this."""
+
+        def is_of_this_step() -> bool:
+            records = read_metrics(self.output_dir / MODEL_FOLDER)  # which `export` writes, after the last evaluation
+            return any(record["step"] == self.state.step and "validation_loss" in record for record in records)
+
+        is_done = self.state.step >= self.args.total_steps
+        return is_done and run_on_main_and_broadcast(self.accelerator, is_of_this_step)
 
     def export(self) -> Path:
         """Write the final model: a Hub folder without the training state, with the run's numbers.

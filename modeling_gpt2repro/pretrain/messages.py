@@ -1,5 +1,6 @@
 """User-facing messages of a training run: at its start, at its end, and where it has to give up."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +19,20 @@ from modeling_gpt2repro.runtime.hardware import (
 )
 from modeling_gpt2repro.runtime.signals import StopSignal
 from modeling_gpt2repro.training.arguments import TrainArguments
+from modeling_gpt2repro.training.optimization import learning_rate_at
 from modeling_gpt2repro.training.state import TrainState
 
 GPT2_VOCABULARY = 50257
+MAX_EPOCHS = 4  # "up to 4 epochs of repeated data yield negligible changes to loss" (Muennighoff et al. 2023, abstract)
 SLOW_SECONDS = 3600
 
 
 def warn_of_slow_cpu(args: TrainArguments, accelerator: Accelerator):
-    """Say what a large run would take on a CPU, before anything is read or downloaded."""
-    if accelerator.device.type != "cpu":
+    """Say what a large run would take on a CPU, where possible before anything is read or downloaded.
+
+    With `--init_from` or `--num_train_epochs`, model or data have to be opened first.
+    """
+    if accelerator.device.type != "cpu" or args.n_layer is None or args.train_tokens is None:
         return
     vocab_size = args.tokenizer_vocab_size if args.dataset_name == "python-prose" else GPT2_VOCABULARY
     parameters = args.n_layer * 12 * args.n_embd**2 + vocab_size * args.n_embd  # without biases
@@ -35,7 +41,7 @@ def warn_of_slow_cpu(args: TrainArguments, accelerator: Accelerator):
     seconds = estimate_cpu_seconds(flops, dtype)
     if seconds > SLOW_SECONDS:
         advice = "--preset quickstart trains a small GPT-2 in minutes; for this one use a GPU."
-        if args.preset == "quickstart":
+        if args.preset in ("quickstart", "own-text"):
             advice = "Fewer --train_tokens take less time."
         accelerator.print(f"On this CPU that takes at least {readable_duration(seconds)}. {advice}\n")
 
@@ -46,10 +52,16 @@ def start_message(
     model: PreTrainedModel,
     data_summary: str,
     micro_batch_shape: tuple[int, int],
+    epochs: dict[str, float],
     baselines: dict[str, float],
     step: int,
 ) -> str:
-    """What will happen, from `step` on, and the baselines in nats per token that the losses compare with."""
+    """What will happen, from `step` on.
+
+    Args:
+        epochs: Folder -> how often the run reads it; empty if that is not known.
+        baselines: What the losses compare with, in nats per token.
+    """
     config = model.config
     num_processes = accelerator.num_processes
     count, size = micro_batch_shape
@@ -69,10 +81,13 @@ def start_message(
         "device": f"{num_processes} x {device_name(accelerator.device)}",
         "precision": f"{precision}, attention: {config._attn_implementation}, compile: {compiler}",
         "model": f"{model.num_parameters():,} parameters: {config.n_layer} layers, {config.n_head} heads, "
-        f"width {config.n_embd}",
+        f"width {config.n_embd}" + (f", fine-tuned from {args.init_from}" if args.init_from else ""),
         "data": data_summary,
         "tokenizer": f"{config.vocab_size:,} ids",
         "training": f"{args.total_steps:,} steps of {args.tokens_per_step:,} tokens: {batch}",
+        "epochs": epochs_line(epochs),
+        "schedule": f"learning rate {args.learning_rate:g} after {counted(args.warmup_steps, 'step')} of warm-up, then "
+        f"a cosine to {args.learning_rate * args.final_learning_rate_ratio:g}",
         "baselines": "; ".join(f"{name} {loss:.2f}" for name, loss in baselines.items()) + " (nats per token)",
         "writing to": args.output_dir + (f", resuming from step {step}" if step else ""),
     }
@@ -82,7 +97,58 @@ def start_message(
             f"\nThe warm-up ({args.warmup_tokens:,} tokens) is as long as the training: shorten --warmup_tokens, "
             "or the learning rate never reaches its peak.\n"
         )
-    return text
+    return text + repetition_warning(epochs)
+
+
+def epochs_line(epochs: dict[str, float]) -> str:
+    """{'data/mine': 4.16} -> '4.16 of the training data'; of a mix, each folder's."""
+    if len(epochs) == 1:
+        return f"{next(iter(epochs.values())):,.2f} of the training data"
+    return ", ".join(f"{count:,.2f} of {folder}" for folder, count in epochs.items()) or "unknown: streamed"
+
+
+def repetition_warning(epochs: dict[str, float]) -> str:
+    """What the run reads so often that little more is learnt from it; nothing for some four times."""
+    often = [f"{folder} {count:,.1f} times" for folder, count in epochs.items() if round(count) > MAX_EPOCHS]
+    if not often:
+        return ""
+    return (
+        f"\nThe run reads {', and '.join(often)}. Up to {MAX_EPOCHS} times, text is worth nearly as much as new text "
+        "(Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264); far beyond that, it is learnt by heart: give "
+        f"--num_train_epochs {MAX_EPOCHS}, or more text.\n"
+    )
+
+
+def learning_rate_message(before: dict, now: dict, step: int) -> str | None:
+    """Where other arguments make the learning rate jump: from which value to which, and how to avoid it.
+
+    A cosine that ends later is higher everywhere, so a longer run does not continue at the rate at which it stopped.
+
+    Args:
+        before: Arguments of the run until `step`; {} for a new one.
+        now: Those from there on.
+    """
+    if not before or before["learning_rate"] != now["learning_rate"]:  # a rate that was given is meant
+        return None
+    old = scheduled_learning_rate(before, step)
+    new = scheduled_learning_rate(now, step)
+    if math.isclose(old, new, rel_tol=0.01):
+        return None
+    return (
+        f"The learning rate jumps after step {step:,} from {old:.2e} to {new:.2e} ({new / old:.2g} x), because its "
+        "schedule has changed: the loss may rise for a while. To continue at the old rate, give --learning_rate "
+        f"{now['learning_rate'] * old / new:.3g}."
+    )
+
+
+def scheduled_learning_rate(arguments: dict, step: int) -> float:
+    """The learning rate of the step after `step`, by the arguments in run.json."""
+    total_steps, warmup_steps = (
+        arguments[name] // arguments["tokens_per_step"] for name in ("train_tokens", "warmup_tokens")
+    )
+    return learning_rate_at(
+        step, total_steps, warmup_steps, arguments["learning_rate"], arguments["final_learning_rate_ratio"]
+    )
 
 
 def counted(number: int, singular: str, plural: str | None = None) -> str:
@@ -93,6 +159,14 @@ def counted(number: int, singular: str, plural: str | None = None) -> str:
 def table(lines: dict[str, str]) -> str:
     """Names and values in two columns."""
     return "".join(f"{name:<12} {value}\n" for name, value in lines.items())
+
+
+def finished_message(args: TrainArguments, state: TrainState) -> str:
+    """Why a run that has all its steps is left as it is, and how to train longer."""
+    return (
+        f"{args.output_dir} is finished, and nothing is left to do: its model was trained for {state.step:,} steps; to "
+        f"train it longer, resume with more --train_tokens than {state.tokens}."
+    )
 
 
 def end_message(args: TrainArguments, state: TrainState, model_folder: Path) -> str:

@@ -115,9 +115,7 @@ def preflight(
         step_not_deterministic=nondeterministic_median,
     )
     shutil.rmtree(folder, ignore_errors=True)
-    sequences_per_epoch = data.batches.sequences_per_epoch  # None for a stream or a mix
-    epochs = sequences_per_epoch and args.total_steps * args.sequences_per_step / sequences_per_epoch
-    report, problems = preflight_report(args, measured, logger.flops_per_token, logger.peak_flops, epochs)
+    report, problems = preflight_report(args, measured, logger.flops_per_token, logger.peak_flops)
     if save_problem:
         problems.append(cannot_save_message(args, save_problem))
     if any(skipped):
@@ -191,7 +189,7 @@ def disk_bytes(args: TrainArguments, checkpoint_bytes: int) -> int:
 
 
 def preflight_report(
-    args: TrainArguments, measured: StepTimings, flops_per_token: int, peak_flops: float | None, epochs: float | None
+    args: TrainArguments, measured: StepTimings, flops_per_token: int, peak_flops: float | None
 ) -> tuple[str, list[str]]:
     """The table for a person, and what stands in the way of the run, a sentence each."""
     parts = whole_run_seconds(args, measured)
@@ -211,7 +209,6 @@ def preflight_report(
         "evaluation": f"{readable_duration(measured.evaluation)} each",
         "a checkpoint": f"{readable_bytes(measured.checkpoint_bytes)} in {measured.save:.1f} s",
         "disk": f"{readable_bytes(needed)} at most, {readable_bytes(free)} free",
-        "epochs": "unknown: streamed" if epochs is None else f"{epochs:.2f} of the training data",
         "whole run": f"{readable_duration(total_seconds)}: "
         + ", ".join(f"{name} {readable_duration(seconds)}" for name, seconds in parts.items()),
     }

@@ -3,6 +3,7 @@
 import gc
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2repro.data.batches.build import (
+    TrainingBatches,
     TrainingData,
     build_mixed_data,
     build_shuffled_data,
@@ -20,7 +22,7 @@ from modeling_gpt2repro.data.batches.build import (
     load_python_prose,
     saved_order,
 )
-from modeling_gpt2repro.data.batches.mixture import parse_mix
+from modeling_gpt2repro.data.batches.mixture import MixedBatches, parse_mix
 from modeling_gpt2repro.data.batches.sequences import validation_batches
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig
 from modeling_gpt2repro.data.shards.dataset import open_shards
@@ -39,21 +41,28 @@ from modeling_gpt2repro.hub.conversion import load_gpt2
 from modeling_gpt2repro.hub.model_card import FROM_SCRATCH, Origin, derived_origin
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
 from modeling_gpt2repro.runs.config import diff_arguments, write_run_config
-from modeling_gpt2repro.runs.folder import BASELINES_FILE, DATA_FOLDER, METRICS_FILE, RUN_CONFIG_FILE
+from modeling_gpt2repro.runs.folder import BASELINES_FILE, DATA_FOLDER, METRICS_FILE, MODEL_FOLDER, RUN_CONFIG_FILE
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog
-from modeling_gpt2repro.runs.read import write_baselines
+from modeling_gpt2repro.runs.read import read_arguments, write_baselines
 from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.command_line import InputErrors
 from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record
+from modeling_gpt2repro.runtime.signals import StopSignal
 from modeling_gpt2repro.storage.lock import FolderLock
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.state import TrainState
-from modeling_gpt2repro.training.validate import check_output_dir
+from modeling_gpt2repro.training.validate import check_output_dir, check_sizes
 
 from .checkpointing import unwrapped_model
-from .messages import start_message, too_many_skipped_message
+from .messages import (
+    finished_message,
+    learning_rate_message,
+    start_message,
+    too_many_skipped_message,
+    warn_of_slow_cpu,
+)
 
 SHAPE = ("n_layer", "n_head", "n_embd")
 
@@ -108,7 +117,7 @@ def load_initial_weights(args: TrainArguments, accelerator: Accelerator) -> Init
 
     Raises:
         ValueError: If it is damaged, not a GPT-2, untied although its config says tied, or of another shape than the
-            arguments'.
+            arguments' (see `take_shape`).
     """
     checkpoint = find_checkpoint(args, accelerator)
     model, tokenizer, origin = None, None, FROM_SCRATCH
@@ -120,7 +129,7 @@ def load_initial_weights(args: TrainArguments, accelerator: Accelerator) -> Init
         origin = derived_origin("A GPT-2 fine-tuned from", args.init_from)
     if model is not None:
         check_tied_weights(model, str(checkpoint or args.init_from))
-        check_shape(args, model, source=str(checkpoint or args.init_from))
+        take_shape(args, model, source=str(checkpoint or args.init_from))
         model = model.float()  # whatever it was saved in: bf16 has 8 bits, too few to add a small update to a weight
     return InitialWeights(checkpoint, model, tokenizer, origin)
 
@@ -138,9 +147,16 @@ def find_checkpoint(args: TrainArguments, accelerator: Accelerator) -> Path | No
     return checkpoint
 
 
-def check_shape(args: TrainArguments, model: GPT2ReproForCausalLM, source: str):
-    """Raise ValueError unless the loaded model has the shape that the arguments ask for."""
+def take_shape(args: TrainArguments, model: GPT2ReproForCausalLM, source: str):
+    """Take the shape and context that were left open from the loaded model.
+
+    Raises:
+        ValueError: If what was given is not the model's.
+    """
     shape = {name: getattr(model.config, name) for name in SHAPE}
+    for name, size in {**shape, "block_size": model.config.n_positions}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, size)
     if any(getattr(args, name) != size for name, size in shape.items()):
         flags = " ".join(f"--{name} {size}" for name, size in shape.items())
         raise ValueError(f"{source} has another shape than was asked for: give {flags}.")
@@ -148,6 +164,7 @@ def check_shape(args: TrainArguments, model: GPT2ReproForCausalLM, source: str):
         raise ValueError(
             f"block_size ({args.block_size}) must be at most the {model.config.n_positions} positions of {source}."
         )
+    InputErrors(check_sizes(args)).raise_if_any()
 
 
 def check_model(
@@ -179,7 +196,7 @@ def data_order(start: InitialWeights | None) -> str:
     return saved_order(checkpoints.read_identity(start.checkpoint))
 
 
-def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeights | None) -> TrainingData:
+def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeights | None) -> TrainingData | None:
     """Open prepared shards, a mix of several folders, the text that Python ships, or a Hub dataset to stream.
 
     Args:
@@ -188,6 +205,8 @@ def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeig
     Raises:
         ValueError: If they cannot be read, or a prompt for samples does not fit into the context.
     """
+    if args.block_size is None:  # it is that of a model that could not be opened, which is reported
+        return None
     config = BatchConfig(
         block_size=args.block_size,
         sequences_per_step=args.sequences_per_step,
@@ -220,6 +239,33 @@ def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeig
     return data
 
 
+def set_lengths(args: TrainArguments, accelerator: Accelerator, batches: TrainingBatches):
+    """Derive from the size of the data what the arguments left open.
+
+    Raises:
+        ValueError: If the epochs are less than one step.
+    """
+    if args.train_tokens is None:
+        sequences = sum(size for _, size in folder_sizes(args, batches).values())
+        args.set_lengths(tokens_per_epoch=sequences * args.block_size)
+        warn_of_slow_cpu(args, accelerator)
+
+
+def folder_sizes(args: TrainArguments, batches: TrainingBatches) -> dict[str, tuple[float, int]]:
+    """Folder -> its share of the training, and its sequences; empty for a stream, whose size is not known."""
+    if isinstance(batches, MixedBatches):
+        sizes = map(len, batches.sources)
+        return {folder: (share, size) for (folder, share), size in zip(parse_mix(args.mix).items(), sizes, strict=True)}
+    size = batches.sequences_per_epoch
+    return {} if size is None else {args.shards or args.dataset_name: (1.0, size)}
+
+
+def epochs_of_run(args: TrainArguments, batches: TrainingBatches) -> dict[str, float]:
+    """Folder -> how often the whole run reads it; empty for a stream."""
+    sequences = args.total_steps * args.sequences_per_step
+    return {folder: share * sequences / size for folder, (share, size) in folder_sizes(args, batches).items()}
+
+
 def load_hellaswag_examples(args: TrainArguments, accelerator: Accelerator) -> list[Example]:
     """Load HellaSwag's validation examples; empty if switched off or, with a message, if it cannot be reached."""
     if args.hellaswag == "none":
@@ -228,7 +274,7 @@ def load_hellaswag_examples(args: TrainArguments, accelerator: Accelerator) -> l
     try:
         examples = call_main_process_first(accelerator, lambda: load_hellaswag(args.hellaswag))
     except ConnectionError as error:
-        accelerator.print(f"HellaSwag is left out: {error}")
+        accelerator.print(f"HellaSwag is left out (--hellaswag {args.hellaswag}): {error}")
     # All processes score or none does: one that found nothing would keep the others waiting.
     total = accelerator.reduce(torch.tensor(len(examples), device=accelerator.device), reduction="sum")
     return examples if int(total) == len(examples) * accelerator.num_processes else []
@@ -252,6 +298,16 @@ def prepare_hellaswag_task(
         )
 
 
+def leave_finished_run(
+    args: TrainArguments, accelerator: Accelerator, data: TrainingData, uploads: UploadQueue, state: TrainState
+) -> int:
+    """Say that nothing is left to do, and push the model, in case that is still missing; returns the exit code."""
+    accelerator.print(finished_message(args, state))
+    with closing(data.batches), closing(uploads), StopSignal() as stop:
+        model_folder = Path(args.output_dir) / MODEL_FOLDER
+        return uploads.push_final(model_folder, accelerator.print, lambda: stop.signal_name is not None)
+
+
 def build_logger(
     args: TrainArguments, accelerator: Accelerator, model: nn.Module, data: TrainingData, state: TrainState
 ) -> RunLogger:
@@ -260,6 +316,8 @@ def build_logger(
     changed = diff_arguments(output_dir, asdict(args))
     for name, (then, now) in changed.items():
         accelerator.print(f"This run began with {name} {then} and continues with {now}.")
+    if message := learning_rate_message(read_arguments(output_dir), asdict(args), state.step):
+        accelerator.print(message)
     resumed_step = state.step if args.resume_from_checkpoint and not args.preflight else None
     log = MetricsLog(output_dir, resumed_step, enabled=accelerator.is_main_process, changed=changed)
     if args.report_to != "none" and not args.preflight:
@@ -310,7 +368,8 @@ def log_run_summary(
                 write_baselines(Path(args.output_dir), baselines, BASELINES)
         module = unwrapped_model(accelerator, model)
         shape = data.batches.micro_batch_shape
-        logger.print(start_message(args, accelerator, module, data.summary, shape, baselines, step))
+        epochs = epochs_of_run(args, data.batches)
+        logger.print(start_message(args, accelerator, module, data.summary, shape, epochs, baselines, step))
 
 
 def validation_bytes_per_token(args: TrainArguments, data: TrainingData) -> float:

@@ -21,8 +21,6 @@ from modeling_gpt2repro.runtime.hardware import peak_memory_gb, readable_duratio
 from .folder import SAMPLES_FILE
 from .metrics import MetricsLog, StepMetrics
 
-# Without a terminal (a log file, Slurm) there is at most one line in this time, so that fast steps do not fill a disk.
-LINE_SECONDS = 10.0
 SMOOTHING = 0.02  # weight of a step in the running mean of step times: the last 50 or so count
 
 
@@ -35,7 +33,7 @@ class RunLogger:
     _: KW_ONLY
     total_steps: int  # for the bar and the time left
     tokens_per_step: int
-    logging_steps: int  # steps between reads of the metrics
+    logging_steps: int  # steps between reads of the metrics, each of which gives a line where there is no bar
     first_step: int = 0  # where the bar begins; 0 for a new run
     # Called with the number of each step whose update turns out to have been skipped, on all processes.
     on_skipped: Callable[[int], None] = lambda step: None
@@ -44,15 +42,22 @@ class RunLogger:
     train_seconds: float = 0.0  # time spent in training steps, over all starts of the run
 
     def __post_init__(self):
-        # Some pseudo-terminals have no lines; tqdm shows nothing there.
-        has_terminal = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 1
+        # Some pseudo-terminals have no lines; tqdm shows nothing there. The bar goes to stderr: where stdout is a file
+        # or a pipe, as in `... | tee log`, lines and bar would not know of each other.
+        has_terminal = sys.stdout.isatty() and sys.stderr.isatty()
+        has_terminal = has_terminal and os.get_terminal_size(sys.stderr.fileno()).lines > 1
         self.shows_bar = has_terminal and self.accelerator.is_main_process
         self.bar = tqdm(
-            total=self.total_steps, initial=self.first_step, unit="step", disable=not self.shows_bar, dynamic_ncols=True
+            total=self.total_steps,
+            initial=self.first_step,
+            unit="step",
+            disable=not self.shows_bar,
+            dynamic_ncols=True,
+            delay=1e-9,  # not drawn before there is something to print above it
+            leave=False,  # the last lines of a run are its own
         )
         self._unread: list[tuple[int, StepMetrics, float, float]] = []
         self._clock = time.perf_counter()
-        self._last_line_at = 0.0
         self._mean_step_seconds: float | None = None  # without the first steps, which compile and warm up
         self._is_warm = False
         if hasattr(sys.stdout, "reconfigure"):  # samples contain halves of characters, which not every encoding has
@@ -66,7 +71,7 @@ class RunLogger:
                 sys.stdout.flush()
 
     def log_step(self, step: int, metrics: StepMetrics, learning_rate: float, data_seconds: float):
-        """Note an optimizer step; every `logging_steps`, read and log all that were noted.
+        """Note an optimizer step; after the first, the last and every `logging_steps`, read and log all noted ones.
 
         Args:
             step: Its number, from 1.
@@ -74,7 +79,7 @@ class RunLogger:
         """
         self._unread.append((step, metrics, learning_rate, data_seconds))
         self.bar.update()
-        if step % self.logging_steps == 0 or step == self.total_steps:
+        if self._has_line(step):
             self.flush()
 
     def flush(self):
@@ -166,14 +171,15 @@ class RunLogger:
             speed["mfu"] = speed["tokens_per_second"] * self.flops_per_token / self.peak_flops
         return speed
 
+    def _has_line(self, step: int) -> bool:
+        return step % self.logging_steps == 0 or step in (self.first_step + 1, self.total_steps)
+
     def _show_step(self, step: int, values: list[float], learning_rate: float, speed: dict[str, float]):
         loss, grad_norm, _ = values
         pace = f"{speed['tokens_per_second']:,.0f} tokens/s" + (f", MFU {speed['mfu']:.0%}" if "mfu" in speed else "")
         self.bar.set_postfix_str(f"loss {loss:.3f}, {pace}", refresh=False)
-        is_due = time.monotonic() - self._last_line_at > LINE_SECONDS or step == self.total_steps
-        if self.shows_bar or not is_due:
+        if self.shows_bar or not self._has_line(step):
             return
-        self._last_line_at = time.monotonic()
         left = "starting"
         if self._mean_step_seconds is not None:
             left = f"{readable_duration(self._mean_step_seconds * (self.total_steps - step))} left"

@@ -11,6 +11,8 @@ from matplotlib import patheffects, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.path import Path as CurvePath
+from matplotlib.text import Annotation
 from matplotlib.ticker import EngFormatter
 
 from modeling_gpt2repro.storage.atomic import atomic_write
@@ -42,7 +44,9 @@ STEP_PANELS = {  # metric of each training step -> title
 }
 MAX_POINTS = 1000  # a panel is about as many pixels wide
 MAX_MARKERS = 25
-LABEL_HEIGHT = 0.08  # of a panel's height
+LABEL_PLACES = [  # x as a share of the panel's width, the side of the label that is there, whether over its line
+    (x, side, above) for above in (True, False) for x, side in ((0.99, "right"), (0.01, "left"), (0.5, "center"))
+]
 Panel = Callable[[Axes, Sequence[Run]], None]
 
 
@@ -70,8 +74,8 @@ def plot_panels(runs: Sequence[Run], panels: Sequence[Panel], columns: int, size
         figure = Figure(size, layout="constrained")
         mosaic = figure.subplot_mosaic(np.reshape(cells, (-1, columns)).tolist())
         for index, panel in enumerate(panels):
-            panel(mosaic[index], runs)
             mosaic[index].set_xlim(-0.01 * last_token, 1.01 * last_token)
+            panel(mosaic[index], runs)
             mosaic[index].xaxis.set_major_formatter(TokenFormatter(sep=" "))
             if index >= len(panels) - columns:
                 mosaic[index].set_xlabel("training tokens")
@@ -99,6 +103,7 @@ def loss_panel(axes: Axes, runs: Sequence[Run]):
     """Training loss (every step faint, the running mean strong) and validation loss, with their baselines."""
     axes.set_title("Loss, nats per token")
     shown = []
+    first_losses = []
     baselines = {}
     foot = axes.get_xaxis_transform()  # x in tokens, y as a share of the panel's height
     for index, run in enumerate(runs):
@@ -109,13 +114,14 @@ def loss_panel(axes: Axes, runs: Sequence[Run]):
             axes.plot(tokens, np.full(len(tokens), 0.03), marker, color=style["color"], markersize=6, transform=foot)
         tokens, losses = run.series("validation_loss")
         shown.append(losses)
+        first_losses += [*shown[-2][:1], *losses[:1]]
         if len(runs) > 1:  # points in the run's color
             _plot_points(axes, tokens, losses, color=style["color"], linestyle="", markersize=4)
         elif len(losses):
             _plot_points(axes, tokens, losses, color=VALIDATION_COLOR, linewidth=1.2, markersize=4)
             last = (tokens[-1], losses[-1])
             axes.annotate(f"{losses[-1]:.3f}", last, **_label("right" if tokens[-1] else "left", VALIDATION_COLOR))
-    _limit_and_draw_baselines(axes, shown, baselines, below=1.0, above=0.1, rising=False)
+    _limit_and_draw_baselines(axes, shown, baselines, below=1.0, above=0.1, included=first_losses)
 
 
 def hellaswag_panel(axes: Axes, runs: Sequence[Run], protocol: str):
@@ -133,7 +139,7 @@ def hellaswag_panel(axes: Axes, runs: Sequence[Run], protocol: str):
         if len(low) == len(high) == len(tokens):  # records of early versions have no interval
             axes.fill_between(tokens, low, high, color=line_style(index)["color"], alpha=0.12, linewidth=0)
         shown += [accuracies, low, high]
-    _limit_and_draw_baselines(axes, shown, baselines, below=0.02, above=0.06, rising=True)
+    _limit_and_draw_baselines(axes, shown, baselines, below=0.02, above=0.06)
 
 
 def step_panel(axes: Axes, runs: Sequence[Run], name: str):
@@ -210,15 +216,20 @@ def downsample(x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS) -> tu
 
 
 def axis_limits(
-    values: np.ndarray, baselines: Sequence[float] = (), below: float = 0.0, above: float = 0.0
+    values: np.ndarray,
+    baselines: Sequence[float] = (),
+    below: float = 0.0,
+    above: float = 0.0,
+    included: Sequence[float] = (),
 ) -> tuple[float, float]:
-    """Limits of an axis that shows the values (n,) but the highest 2 %, which are the steep start of a loss curve.
+    """Limits of an axis that shows the values (n,) but the highest 2 %, which may be spikes.
 
     Args:
         baselines: Included if they lie at most `below` or `above` that range.
+        included: Values that are shown in any case, such as the first of a curve.
     """
     low = float(values.min())
-    high = float(np.percentile(values, 98, method="higher"))
+    high = max(float(np.percentile(values, 98, method="higher")), *included, -math.inf)
     near = [baseline for baseline in baselines if low - below <= baseline <= high + above]
     low = min([low, *near])
     high = max([high, *near])
@@ -240,30 +251,47 @@ def _plot_points(axes: Axes, tokens: np.ndarray, values: np.ndarray, **style):
 
 
 def _limit_and_draw_baselines(
-    axes: Axes, shown: Sequence[np.ndarray], baselines: Mapping[str, float], below: float, above: float, rising: bool
+    axes: Axes,
+    shown: Sequence[np.ndarray],
+    baselines: Mapping[str, float],
+    below: float,
+    above: float,
+    included: Sequence[float] = (),
 ):
-    """Set the y limits and draw dashed baselines, labelled where the curve is not.
-
-    A curve that rises leaves the upper left and the lower right of a panel free, one that falls the others.
-    """
+    """Set the y limits and draw dashed baselines, each with a label where the curves and the other labels are not."""
     if not any(map(len, shown)):
         return
-    low, high = axis_limits(np.concatenate(shown), list(baselines.values()), below, above)
+    low, high = axis_limits(np.concatenate(shown), list(baselines.values()), below, above, included)
     axes.set_ylim(low, high)
-    previous = -math.inf
-    side = "left"
-    for label, value in sorted(baselines.items(), key=lambda item: item[1]):
-        if not low < value < high:
-            continue
-        upper = value > (low + high) / 2
-        free_side = "left" if upper == rising else "right"
-        crowded = value - previous < LABEL_HEIGHT * (high - low)
-        side = {"left": "right", "right": "left"}[side] if crowded else free_side
-        previous = value
-        axes.axhline(value, color=GREY, linestyle=(0, (4, 3)), linewidth=0.8, zorder=1)
-        at = (0.01 if side == "left" else 0.99, value)
-        label_style = _label(side, GREY, above=upper)
-        axes.annotate(f"{label}: {value:.4g}", at, xycoords=("axes fraction", "data"), **label_style)
+    curves = [line.get_transform().transform_path(line.get_path()) for line in axes.lines if len(line.get_xdata())]
+    for name, value in sorted(baselines.items(), key=lambda item: item[1]):
+        if low < value < high:
+            axes.axhline(value, color=GREY, linestyle=(0, (4, 3)), linewidth=0.8, zorder=1)
+            _label_baseline(axes, f"{name.split(',')[0]}: {value:.4g}", value, curves)
+
+
+def _label_baseline(axes: Axes, text: str, value: float, curves: Sequence[CurvePath]):
+    """Label the baseline at the place where the text lies on no other label and on the fewest curves, in pixels.
+
+    The figure has not been laid out yet; that makes panels larger, but not the text.
+    """
+    others = [label.get_window_extent() for label in axes.texts]
+
+    def badness(label: Annotation) -> tuple[int, int]:
+        box = label.get_window_extent()
+        is_outside = not all(axes.bbox.contains(*corner) for corner in (box.min, box.max))
+        return box.count_overlaps(others) + is_outside, sum(
+            curve.intersects_bbox(box, filled=False) for curve in curves
+        )
+
+    labels = [
+        axes.annotate(text, (x, value), xycoords=("axes fraction", "data"), **_label(side, GREY, above))
+        for x, side, above in LABEL_PLACES
+    ]
+    best = min(labels, key=badness)
+    for label in labels:
+        if label is not best:
+            label.remove()
 
 
 def _label(side: str, color: str, above: bool = True) -> dict:

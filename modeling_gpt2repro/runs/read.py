@@ -28,6 +28,8 @@ class Run:
     records: list[dict]  # lines of metrics.jsonl, without those that were undone by resuming from an earlier checkpoint
     resumed_steps: list[int]  # the steps at which training was resumed
     config: dict  # run.json, with the arguments of the last resume; empty if the file is missing
+    # First and last step, and the arguments of each stretch between two resumes; empty if run.json is missing.
+    stretches: list[tuple[int, int, dict]] = field(default_factory=list)
     # Label -> nats per token, such as the loss of a uniform guess.
     loss_baselines: dict[str, float] = field(default_factory=dict)
     # Protocol -> model -> published acc_norm.
@@ -94,11 +96,23 @@ def read_run(folder: Path) -> Run:
     if not (folder / METRICS_FILE).is_file():
         raise ValueError(f"{folder} is not a run: it has no {METRICS_FILE}; give the --output_dir of a training.")
     lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    records, resumed_steps, changed = drop_undone_records(lines)
+    records, resumes = drop_undone_records(lines)
     config = _read_json(folder / RUN_CONFIG_FILE)
+    stretches = []
     if config:
-        config["arguments"] |= {name: now for name, (_, now) in changed.items()}
-    return Run(folder, records, resumed_steps, config, **read_baselines(folder))
+        steps = [0, *resumes, max([record["step"] for record in records], default=0)]
+        began_with = config["arguments"]
+        for first, last, changed in zip(steps, steps[1:], [{}, *resumes.values()], strict=False):
+            config["arguments"] = began_with | {name: now for name, (_, now) in changed.items()}
+            if last > first:
+                stretches.append((first + 1, last, config["arguments"]))
+    resumed_steps = [step for step in resumes if step > 0]
+    return Run(folder, records, resumed_steps, config, stretches, **read_baselines(folder))
+
+
+def read_arguments(folder: Path) -> dict:
+    """The arguments with which a run was started or last resumed; {} if there is no run in the folder."""
+    return read_run(folder).config.get("arguments", {}) if (folder / METRICS_FILE).is_file() else {}
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -106,19 +120,18 @@ def read_metrics(folder: Path) -> list[dict]:
     return read_run(folder).records if (folder / METRICS_FILE).is_file() else []
 
 
-def drop_undone_records(lines: Iterable[str]) -> tuple[list[dict], list[int], dict[str, list]]:
+def drop_undone_records(lines: Iterable[str]) -> tuple[list[dict], dict[int, dict[str, list]]]:
     """Parse metrics.jsonl and drop what was undone by resuming from an earlier step.
 
     Steps 1 2 3 4, resume at 2, steps 3 4 5 -> steps 1 2 3 4 5, where 3 and 4 are those of the second attempt.
     A line that a crash cut off is dropped, too.
 
     Returns:
-        The records, the steps at which the run was resumed, and the arguments that differ from run.json:
+        The records, and for each step at which the run was resumed the arguments that differ from run.json:
         name -> [then, now].
     """
     records: list[dict] = []
-    resumed_steps: list[int] = []
-    changed: dict[str, list] = {}
+    resumes: dict[int, dict[str, list]] = {}
     for line in lines:
         try:
             record = json.loads(line)
@@ -131,11 +144,9 @@ def drop_undone_records(lines: Iterable[str]) -> tuple[list[dict], list[int], di
         # A checkpoint is saved before the evaluation of the same step: the resumed run repeats that evaluation, but
         # neither the training step itself nor its events.
         records = [r for r in records if r["step"] < step or (r["step"] == step and ("loss" in r or "event" in r))]
-        resumed_steps = [earlier for earlier in resumed_steps if earlier < step]
-        if step > 0:
-            resumed_steps.append(step)
-        changed = record.get("changed", {})  # complete: relative to run.json, not to the last resume
-    return records, resumed_steps, changed
+        resumes = {earlier: changed for earlier, changed in resumes.items() if earlier < step}
+        resumes[step] = record.get("changed", {})  # complete: relative to run.json, not to the last resume
+    return records, resumes
 
 
 def write_baselines(

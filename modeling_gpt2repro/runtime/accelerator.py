@@ -25,7 +25,6 @@ MAX_SAVE_TIME = timedelta(hours=1)  # 1558M: 19 GB are written, hashed and flush
 
 def build_accelerator(
     *,
-    gradient_accumulation_steps: int,
     num_processes: int,
     torch_compile: bool | None = None,
     deterministic: bool | None = None,
@@ -38,7 +37,6 @@ def build_accelerator(
     Takes fp32 on a CPU that would only emulate bf16.
 
     Args:
-        gradient_accumulation_steps: Micro-batches of an optimizer step on each process.
         num_processes: Processes that the launcher says there are.
         torch_compile: Whether to compile; None: on CUDA, if Triton is installed.
         deterministic: Whether equal runs give equal bits; None: on the CPU.
@@ -67,9 +65,8 @@ def build_accelerator(
     bf16_is_emulated = on_cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and cpu_lacks_bf16()
     accelerator = Accelerator(
         mixed_precision="no" if bf16_is_emulated else None,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=gradient_accumulation_steps, sync_with_dataloader=False
-        ),
+        # How many micro-batches a step has, the data decide.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         dynamo_backend="inductor" if compiled else None,
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # saves a copy of the gradients

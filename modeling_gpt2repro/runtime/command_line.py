@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import json
 import operator
 import os
 import re
@@ -171,11 +172,12 @@ def parse_command_line(
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     description: str | None = None,
 ) -> Arguments:
-    """Build the arguments of a script: field default < preset < command line.
+    """Build the arguments of a script: field default < preset < defaults with a flag < command line.
 
     Args:
         arguments_class: A dataclass whose `__post_init__` raises a ValueError with one error per line. Its class
-            attribute `flag_hints`, where it has one, maps likely wrong flags to what to use instead.
+            attribute `flag_hints`, where it has one, maps likely wrong flags to what to use instead, and its
+            `defaults_with` maps a flag to the defaults that others have where it is given.
         presets: Name -> overrides of defaults, chosen by the field `preset`.
 
     Raises:
@@ -188,13 +190,20 @@ def parse_command_line(
         preset_parser.add_argument("--preset", nargs="?", default=parser.get_default("preset"))
         preset = preset_parser.parse_known_args(argv)[0].preset
         parser.set_defaults(**presets.get(preset, {}))  # an unknown preset is reported with the other errors
-    namespace, unknown = parser.parse_known_args(argv)
+    not_given = object()  # in place of defaults, to see which flags the command line has
+    names = [field.name for field in dataclasses.fields(arguments_class)]
+    namespace, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(names, not_given)))
+    given = {name: value for name, value in vars(namespace).items() if value is not not_given}
+    values = {name: parser.get_default(name) for name in names}
+    for flag, defaults in getattr(arguments_class, "defaults_with", {}).items():
+        values |= defaults if flag in given else {}
+    values |= given
     errors = InputErrors(parser.errors)
     unknown_flags = [word for word in unknown if re.match(r"-+[a-zA-Z]", word)]  # -1 is the value of one
     errors.messages += [parser.unknown_flag_message(word) for word in unknown_flags]
     if unknown and not unknown_flags:
         errors.messages.append(f"{' '.join(unknown)!r} belongs to no flag: put the flag before it.")
-    arguments = errors.capture(arguments_class, **vars(namespace))
+    arguments = errors.capture(arguments_class, **values)
     if errors.messages:
         exit_with_errors(errors.messages)
     return arguments
@@ -210,12 +219,23 @@ def exit_with_errors(messages: list[str]) -> NoReturn:
     if rank != "0":
         time.sleep(RANK_0_HEAD_START_SECONDS)
     script = os.path.basename(sys.argv[0]) + (f", process {rank}" if rank != "0" else "")
-    if len(messages) == 1:
-        print(f"{script}: {messages[0]}", file=sys.stderr)
-    else:
-        print(f"{script}: {len(messages)} problems; nothing was started:", file=sys.stderr)
-        print("\n".join(f"  - {message}" for message in messages), file=sys.stderr)
+    text = f"{script}: {messages[0]}"
+    if len(messages) > 1:
+        items = "".join(f"\n  - {message}" for message in messages)
+        text = f"{script}: {len(messages)} problems; nothing was started:{items}"
+    print(text, file=sys.stderr)
+    report_to_launcher(text)
     raise SystemExit(2)
+
+
+def report_to_launcher(message: str):
+    """Give the message to torchrun, or `accelerate launch` of several processes, which ends its own report with it.
+
+    Without this, the report's last line says how to enable tracebacks, and the message is out of sight above it.
+    """
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError), open(error_file, "w", encoding="utf-8") as file:
+            json.dump({"message": message, "timestamp": str(int(time.time()))}, file)
 
 
 class InputErrors:

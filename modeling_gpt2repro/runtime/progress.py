@@ -1,6 +1,7 @@
-"""A progress bar of tokens."""
+"""Progress bars: of tokens, and of text."""
 
 import sys
+from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
@@ -24,3 +25,19 @@ class ProgressBar(tqdm):
             self.total = tokens * total_partitions // max(1, partitions)
         self.set_postfix_str(f"{partitions:,} of {total_partitions:,} partitions", refresh=False)
         self.update(tokens - self.n)
+
+
+class TextBar(tqdm):
+    """Bytes of text that were read, of about `total_bytes`; 0 if that is not known."""
+
+    def __init__(self, total_bytes: int, description: str):
+        options = {"unit": "B", "unit_scale": True, "dynamic_ncols": True, "file": sys.stderr}
+        super().__init__(total=total_bytes or None, desc=description, **options)
+
+    def watch(self, texts: Iterable[str], then: str) -> Iterator[str]:
+        """Yield the texts and count them; after the last one, show what is done `then`."""
+        for text in texts:
+            yield text
+            self.update(len(text.encode("utf-8", "replace")))
+        self.total = self.n  # the total was an estimate
+        self.set_description(then)

@@ -12,8 +12,13 @@ from typing import ClassVar
 from modeling_gpt2repro.runtime.command_line import InputErrors, arg
 
 from .flag_hints import FLAG_HINTS
-from .presets import PRESETS
-from .validate import HUB_STRATEGIES, validate_args
+from .presets import FINE_TUNING, PRESETS
+from .validate import HUB_STRATEGIES, check_sizes, validate_args
+
+# Of a run whose length follows from its data: a warm-up between the 4 % of the full run and the 6 % of the quickstart,
+# and a curve of ten points.
+WARMUP_SHARE = 0.05
+EVALUATIONS = 10
 
 
 @dataclass
@@ -21,6 +26,13 @@ class TrainArguments:
     """Defaults are GPT-2 124M on 10 B tokens of FineWeb-Edu, as in the lecture."""
 
     flag_hints: ClassVar[Mapping[tuple[str, ...], str]] = FLAG_HINTS
+    # Flag -> the defaults that others have where it is given; they win over a preset. None: derived once data or model
+    # are open.
+    defaults_with: ClassVar[Mapping[str, Mapping[str, float | None]]] = {
+        "init_from": FINE_TUNING,
+        "num_train_epochs": {"train_tokens": None, "warmup_tokens": None},
+        "train_tokens": {"num_train_epochs": None},
+    }
 
     preset: str = arg(
         default="gpt2-124m",
@@ -35,7 +47,8 @@ class TrainArguments:
     logging_steps: int = arg(
         default=10,
         minimum=1,
-        help="Optimizer steps between two reads of the metrics. Every step is logged; a read waits for the device.",
+        help="Optimizer steps between two lines of the log; a terminal has a progress bar instead. For each line the "
+        "metrics are read, which waits for the device. metrics.jsonl has every step.",
     )
     report_to: str = arg(
         default="none",
@@ -52,14 +65,16 @@ class TrainArguments:
         "printed.",
     )
 
-    n_layer: int = arg(default=12, minimum=1, help="Number of transformer blocks.", group="model")
-    n_head: int = arg(default=12, minimum=1, help="Attention heads per block. Must divide n_embd.")
-    n_embd: int = arg(default=768, minimum=1, help="Width of the embeddings and of every block.")
-    block_size: int = arg(default=1024, minimum=1, help="Context length in tokens.")
+    n_layer: int | None = arg(default=12, minimum=1, help="Number of transformer blocks.", group="model")
+    n_head: int | None = arg(default=12, minimum=1, help="Attention heads per block. Must divide n_embd.")
+    n_embd: int | None = arg(default=768, minimum=1, help="Width of the embeddings and of every block.")
+    block_size: int | None = arg(default=1024, minimum=1, help="Context length in tokens.")
     init_from: str | None = arg(
         default=None,
-        help="Model whose weights to start from: a folder or a Hub id, of this project or of transformers' GPT-2. If "
-        "not given, weights are random.",
+        help="Model to fine-tune: a folder or a Hub id, of this project or of transformers' GPT-2. Shape and context "
+        "are taken from it, and other defaults hold: 3 epochs, 8,192 tokens_per_step, learning rate 5e-5, a warm-up "
+        "over a twentieth of the training, an evaluation each tenth and a checkpoint each half of it. If not given, "
+        "weights are random.",
     )
     attn_implementation: str = arg(
         default="sdpa", help="Attention implementation: 'eager', 'sdpa', 'flash_attention_2', ..."
@@ -107,11 +122,17 @@ class TrainArguments:
         help="Fraction of the dataset held out for validation. Shards have a validation split of their own.",
     )
 
-    train_tokens: int = arg(
+    train_tokens: int | None = arg(
         default=10_000_000_000,
         minimum=1,
         help="Tokens to train on. May be written as 10e9.",
         group="optimization (lengths in tokens; steps = tokens / tokens_per_step)",
+    )
+    num_train_epochs: float | None = arg(
+        default=None,
+        above=0,
+        help="Passes over prepared training data, in place of --train_tokens. One pass over a mix is as many tokens as "
+        "all its folders hold. If not given, --train_tokens counts.",
     )
     tokens_per_step: int = arg(
         default=2**19,
@@ -120,8 +141,11 @@ class TrainArguments:
         "Micro-batches are accumulated until a step has them.",
     )
     learning_rate: float = arg(default=6e-4, above=0, help="Peak learning rate, reached after warm-up.")
-    warmup_tokens: int = arg(
-        default=375_000_000, minimum=0, help="Tokens of linear warm-up. The default is GPT-3's (appendix B)."
+    warmup_tokens: int | None = arg(
+        default=375_000_000,
+        minimum=0,
+        help="Tokens of linear warm-up. The default is GPT-3's (appendix B); with --num_train_epochs it is a twentieth "
+        "of the training.",
     )
     final_learning_rate_ratio: float = arg(
         default=0.1,
@@ -143,10 +167,11 @@ class TrainArguments:
     )
     max_skipped: int = arg(default=10, minimum=1, help="Stop the run after this many skipped steps in a row.")
 
-    eval_steps: int = arg(
+    eval_steps: int | None = arg(
         default=250,
         minimum=0,
-        help="Optimizer steps between evaluations; 0: only at the start and at the end.",
+        help="Optimizer steps between evaluations; 0: only at the start and at the end. With --init_from or the preset "
+        "own-text, a tenth of the run.",
         group="evaluation",
     )
     eval_tokens: int = arg(
@@ -171,7 +196,12 @@ class TrainArguments:
         "folder, or owner/name@revision on the Hub. If not given, the run starts at step 0.",
         group="checkpoints",
     )
-    save_steps: int = arg(default=1000, minimum=0, help="Optimizer steps between checkpoints; 0: only at the end.")
+    save_steps: int | None = arg(
+        default=1000,
+        minimum=0,
+        help="Optimizer steps between checkpoints; 0: only at the end. With --init_from or the preset own-text, half "
+        "of the run.",
+    )
     save_total_limit: int | None = arg(
         default=3, minimum=0, help="Number of checkpoints to keep, the newest ones; 0: all."
     )
@@ -225,6 +255,27 @@ class TrainArguments:
         if self.dataset_config_name is None and self.dataset_name == "HuggingFaceFW/fineweb-edu":
             self.dataset_config_name = "sample-10BT"
         InputErrors(validate_args(self)).raise_if_any()
+        if self.train_tokens is not None:
+            self.set_lengths()
+
+    def set_lengths(self, tokens_per_epoch: int | None = None):
+        """Derive what is still open: the tokens of `num_train_epochs`, warm-up, steps between evaluations and saves.
+
+        Args:
+            tokens_per_epoch: Training tokens of the data; needed where `train_tokens` is None.
+
+        Raises:
+            ValueError: If the epochs are less than one step.
+        """
+        if self.train_tokens is None:
+            self.train_tokens = int(self.num_train_epochs * tokens_per_epoch)
+            InputErrors(check_sizes(self)).raise_if_any()
+        if self.warmup_tokens is None:
+            self.warmup_tokens = int(WARMUP_SHARE * self.train_tokens)
+        if self.eval_steps is None:
+            self.eval_steps = -(-self.total_steps // EVALUATIONS)  # rounded up
+        if self.save_steps is None:
+            self.save_steps = -(-self.total_steps // 2)
 
     @property
     def total_steps(self) -> int:
@@ -250,8 +301,3 @@ class TrainArguments:
     def num_processes(self) -> int:
         """Number of processes that the launcher started; 1 without a launcher."""
         return int(os.environ.get("WORLD_SIZE", "1"))
-
-    @property
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches per optimizer step on each process, rounded up; streamed data may take more."""
-        return -(-self.sequences_per_step // (self.per_device_train_batch_size * self.num_processes))

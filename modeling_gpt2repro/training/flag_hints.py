@@ -4,9 +4,7 @@ AT_LAUNCH = "chosen at launch: accelerate launch {} train_accelerate.py ..."
 
 FLAG_HINTS: dict[tuple[str, ...], str] = {
     # Length and batch, which are given in tokens here.
-    ("epochs", "num_epochs", "num_train_epochs"): (
-        "give the length in tokens with --train_tokens; one epoch is as many as the data has, see its manifest.json."
-    ),
+    ("epochs", "num_epochs"): "use --num_train_epochs for prepared data, or --train_tokens for a length in tokens.",
     ("max_steps", "max_iters", "num_steps", "num_iterations", "lr_decay_iters"): (
         "give the length in tokens with --train_tokens, which is steps * tokens_per_step."
     ),

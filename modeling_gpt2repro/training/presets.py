@@ -47,10 +47,46 @@ PRESETS: dict[str, dict] = {
         "learning_rate": 2e-3,  # the smaller the model, the larger the rate (GPT-3, table 2.1)
         "validation_share": 0.05,
         "eval_tokens": 65_536,
-        "logging_steps": 1,  # reading the metrics costs nothing on a CPU, which computes synchronously
+        "logging_steps": 100,
         "eval_steps": 200,
         "num_samples": 2,
         "save_steps": 1400,  # once in the middle
         "torch_compile": False,  # on a GPU neither: the run is too short
     },
+    # A few megabytes of text, prepared with a tokenizer of its own: --shards FOLDER. Minutes on a laptop or one GPU.
+    "own-text": {
+        "output_dir": "runs/own-text",
+        "hellaswag": "none",  # a model of this size is at chance
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 256,
+        "block_size": 256,
+        "train_tokens": None,
+        "num_train_epochs": 4.0,  # worth nearly as much as new text (Muennighoff et al. 2023, arXiv:2305.16264)
+        "tokens_per_step": 2048,  # 8 sequences: 366,000 tokens, read four times, are 715 steps
+        "warmup_tokens": None,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "eval_tokens": 65_536,
+        "eval_steps": None,
+        "num_samples": 2,
+        "save_steps": None,
+        "torch_compile": False,  # a run of minutes does not earn the compilation back
+    },
+}
+
+# Defaults with --init_from. Epochs, rate and 8 sequences a step are those of transformers' `TrainingArguments` (5.23),
+# with which its examples fine-tune GPT-2.
+FINE_TUNING: dict[str, float | None] = {
+    "n_layer": None,  # these four are the model's
+    "n_head": None,
+    "n_embd": None,
+    "block_size": None,
+    "train_tokens": None,
+    "num_train_epochs": 3.0,
+    "tokens_per_step": 8192,  # 8 sequences of GPT-2's 1,024 tokens
+    "learning_rate": 5e-5,
+    "warmup_tokens": None,
+    "eval_steps": None,
+    "save_steps": None,
 }

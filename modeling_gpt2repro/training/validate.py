@@ -39,21 +39,23 @@ def validate_args(args: "TrainArguments") -> Iterator[str]:
 
 def check_sizes(args: "TrainArguments") -> Iterator[str]:
     """Sizes of which one must be a multiple of another, or no smaller."""
-    if args.n_head > 0 and args.n_embd % args.n_head:
+    if args.n_head and args.n_embd and args.n_embd % args.n_head:
         yield f"n_embd ({args.n_embd}) must be a multiple of n_head ({args.n_head})."
-    if min(args.block_size, args.tokens_per_step) > 0:
-        if args.tokens_per_step % args.block_size:
-            nearest = max(1, round(args.tokens_per_step / args.block_size)) * args.block_size
-            yield (
-                f"tokens_per_step ({args.tokens_per_step}) must be a multiple of block_size ({args.block_size}): "
-                f"try {nearest}."
-            )
-        if 0 < args.train_tokens < args.tokens_per_step:
-            yield f"train_tokens ({args.train_tokens}) must be at least one step ({args.tokens_per_step})."
+    if args.block_size is not None and args.block_size > 0 and args.tokens_per_step % args.block_size:
+        nearest = max(1, round(args.tokens_per_step / args.block_size)) * args.block_size
+        yield (
+            f"tokens_per_step ({args.tokens_per_step}) must be a multiple of block_size ({args.block_size}): "
+            f"try {nearest}."
+        )
+    if args.train_tokens is not None and 0 < args.train_tokens < args.tokens_per_step:
+        yield (
+            f"train_tokens ({args.train_tokens}) must be at least one step: give more, or fewer --tokens_per_step than "
+            f"{args.tokens_per_step}."
+        )
 
 
 def check_data(args: "TrainArguments") -> Iterator[str]:
-    """Data that do not exist, or that are given twice."""
+    """Data that do not exist, that are given twice, or that have no epochs."""
     if args.shards is not None and not Path(args.shards).is_dir():
         yield f"there is no folder {args.shards}: prepare it with prepare_data.py --output_dir {args.shards}."
     if args.mix is not None and args.shards is not None:
@@ -65,6 +67,16 @@ def check_data(args: "TrainArguments") -> Iterator[str]:
             "official, or none."
         )
     prepared = args.shards is not None or args.mix is not None
+    if args.num_train_epochs is not None and args.train_tokens is not None:
+        yield (
+            f"num_train_epochs ({args.num_train_epochs:g}) and train_tokens ({args.train_tokens}) exclude each other: "
+            "give one."
+        )
+    if args.num_train_epochs is not None and not prepared and args.dataset_name != "python-prose":
+        yield (
+            f"num_train_epochs ({args.num_train_epochs:g}) needs data of a known size, which a stream is not: prepare "
+            "them with prepare_data.py and give --shards, or give --train_tokens."
+        )
     if args.tokenizer is not None and (prepared or args.dataset_name == "python-prose"):
         yield f"tokenizer ({args.tokenizer}) must be left out: shards and python-prose have their own."
 

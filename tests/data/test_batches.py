@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 import time
 import tracemalloc
 from collections import Counter
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from keyed_order import shuffled_epoch
+from patience import PATIENCE_SECONDS, wait_until
 
 from modeling_gpt2repro.data.batches.build import build_shuffled_data, build_streamed_data
 from modeling_gpt2repro.data.batches.sequences import TokenSequences, as_batch, first_tokens, validation_batches
@@ -25,7 +27,6 @@ from modeling_gpt2repro.data.sources import text as text_files
 from modeling_gpt2repro.data.sources.documents import Partition, list_partitions
 from modeling_gpt2repro.data.sources.resolve import Source, local_source
 from modeling_gpt2repro.data.tokenizer import text_encoder, train_tokenizer
-from modeling_gpt2repro.training.state import TimedIterator
 
 END = "<|endoftext|>"
 
@@ -390,17 +391,23 @@ def test_a_process_reads_only_the_partitions_of_its_own_logical_shards(streamed)
 
 
 def test_a_step_does_not_wait_for_partitions_that_are_read_ahead(streamed):
-    batches = streamed(sequences_per_step=4, micro_batch_size=4)  # a partition lasts two steps
-    watch_reading(batches, lambda partition: time.sleep(0.2))
-    waited = []
-    for step in range(8):
-        micro_batches = TimedIterator(batches.micro_batches(step))
-        list(micro_batches)
-        waited.append(micro_batches.seconds)
-        time.sleep(0.2)  # the step itself
+    batches = streamed(sequences_per_step=4, micro_batch_size=4)  # the second step takes a last token from the next
+    begun = []
+    may_be_read = threading.Event()
+    first = {batches._partition(logical_shard, turn=0)[0] for logical_shard in range(4)}
+
+    def before_reading(partition):
+        begun.append(partition)
+        assert partition in first or may_be_read.wait(PATIENCE_SECONDS)
+
+    watch_reading(batches, before_reading)
+    step_sequences(batches, 0)  # while nothing but its own partitions can be read
+    wait_until(lambda: len(begun) == 4 + 4)  # those of the next step are asked for already
+    may_be_read.set()
+    for step in (1, 2):
+        step_sequences(batches, step)
+    wait_until(lambda: len(begun) == 4 + 4 + 4)  # none is read twice
     batches.close()
-    assert waited[0] > 0.2
-    assert sum(waited[1:]) < 0.4  # of seven steps that would wait 0.6 seconds at the least
 
 
 def test_a_stream_can_be_set_back(streamed):

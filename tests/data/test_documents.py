@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,9 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from modeling_gpt2repro.data.prepare.local import prepare_shards
+from modeling_gpt2repro.data.sources import documents
 from modeling_gpt2repro.data.sources import text as text_files
-from modeling_gpt2repro.data.sources.documents import Document, Partition, list_partitions, read_partition
-from modeling_gpt2repro.data.sources.parquet import read_row_group
+from modeling_gpt2repro.data.sources.documents import (
+    BadLineError,
+    BadLines,
+    Document,
+    Partition,
+    list_partitions,
+    read_partition,
+)
+from modeling_gpt2repro.data.sources.parquet import read_rows, row_ranges
 from modeling_gpt2repro.data.sources.resolve import local_source
 from modeling_gpt2repro.data.sources.text import read_lines, read_pieces
 from modeling_gpt2repro.data.tokenizer import text_encoder, train_tokenizer
@@ -123,10 +133,39 @@ def test_parquet_is_read_by_row_group_with_its_ids_and_without_empty_rows(tmp_pa
     assert list(read_partition(partitions[2])) == [document for document in wanted if int(document.text[5:]) >= 20]
 
     for group in range(3):
-        assert list(read_row_group(path, group, "text", rows_per_batch=4)) == list(read_row_group(path, group, "text"))
+        assert list(read_rows(path, group, "text", rows_per_batch=4)) == list(read_rows(path, group, "text"))
 
     unnamed = write_parquet(tmp_path / "b.parquet", {"text": texts})
     assert [document.id for document in read_all([unnamed])][-1] == "b.parquet:2:4"
+
+
+@pytest.mark.parametrize("rows_per_batch", [1, 7, 1000])
+@pytest.mark.parametrize("range_bytes", [1, 400, 1500, 10**6])
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_a_large_row_group_is_cut_into_rows_without_a_change_of_documents(
+    tmp_path, monkeypatch, rows_per_batch, range_bytes, with_ids
+):
+    columns = {"text": [f"The sea, {i} of them." if i % 5 else "" for i in range(120)]}
+    if with_ids:
+        columns["id"] = [f"id {i}" for i in range(120)]
+    path = write_parquet(tmp_path / "a.parquet", columns, row_group_size=100)
+    whole = read_all([path])
+    assert [document.id for document in whole[-16:]] == (
+        [f"id {i}" for i in range(100, 120) if i % 5] if with_ids else [f"a.parquet:1:{i}" for i in range(20) if i % 5]
+    )
+    monkeypatch.setattr(documents, "row_ranges", partial(row_ranges, range_bytes=range_bytes))
+    monkeypatch.setattr(documents, "read_rows", partial(read_rows, rows_per_batch=rows_per_batch))
+    partitions = list_partitions([path])
+    size = pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size
+    first_group = [partition for partition in partitions if partition.start == 0]
+    assert len(first_group) == max(1, min(16, size // range_bytes))
+    assert len({partition.name for partition in partitions}) == len(partitions)
+    assert max(part.text_bytes for part in partitions) <= max(2 * range_bytes, size // 16)
+    assert read_all([path]) == whole
+    assert [document for part in partitions for document in read_partition(part)] == whole
+    if range_bytes == 400:
+        first, stop = partitions[0].stop_row, partitions[1].stop_row
+        assert partitions[1].location == f"rows {first} to {stop} of row group 0 of {path}"
 
 
 def test_a_file_that_changed_is_read_again(tmp_path):
@@ -163,10 +202,17 @@ BAD_FILES = {
     "latin.txt": (lambda path: path.write_bytes(b"caf\xe9"), r"is not UTF-8 \(byte 3 is 0xe9\): convert it\."),
     "marked.txt": (lambda path: path.write_bytes(b"\xef\xbb\xbf\xe9"), r"is not UTF-8 \(byte 3 is 0xe9\)"),
     "latin.jsonl": (lambda path: path.write_bytes(b'{"text": "a"}\n{"text": "\xe9"}'), r"is not UTF-8 \(byte 24 is"),
-    "bad.jsonl": (lambda path: path.write_text('{"text": "a"}\n{bad\n'), r"the line at byte 14 must be a JSON object"),
-    "list.jsonl": (lambda path: path.write_text('["text"]\n'), r"the line at byte 0 must be a JSON object"),
-    "field.jsonl": (lambda path: path.write_text('{"txt": "a"}\n'), r"byte 0 has no 'text' field; it has txt: name"),
-    "number.jsonl": (lambda path: path.write_text('{"text": 7}\n'), r"'text' in the line at byte 0 is not text\."),
+    "bad.jsonl": (lambda path: path.write_text('{"text": "a"}\n{bad\n'), r"line 2 \(byte 14\) must be a JSON object"),
+    "list.jsonl": (lambda path: path.write_text('["text"]\n'), r"line 1 \(byte 0\) must be a JSON object"),
+    "field.jsonl": (
+        lambda path: path.write_text('{"txt": "a"}\n'),
+        r"line 1 \(byte 0\) has no 'text' field; it has txt: name",
+    ),
+    "deep.jsonl": (
+        lambda path: path.write_text('{"text": "a"}\n\n{"id": ' + "[" * 10**5 + "]" * 10**5 + ', "text": "b"}\n'),
+        r"line 3 \(byte 15\) is nested too deeply\.",
+    ),
+    "number.jsonl": (lambda path: path.write_text('{"text": 7}\n'), r"line 1 \(byte 0\) has 'text' that is not text\."),
     "column.parquet": (
         lambda path: write_parquet(path, {"txt": ["a"], "id": ["b"]}),
         r"has no column 'text'; it has txt, id: name one by --text_column\.",
@@ -176,7 +222,7 @@ BAD_FILES = {
     "cut.parquet": (lambda path: path.write_bytes(b"PAR1 and no more"), r"is not a whole parquet file \("),
     "binary.parquet": (
         lambda path: write_parquet(path, {"text": pa.array([b"\xff\xe9"]).cast(pa.string(), safe=False)}),
-        r"binary\.parquet is not a whole parquet file \(",
+        r"row 0 of row group 0 \(both counted from 0\) has 'text' that is not UTF-8\.",
     ),
 }
 
@@ -190,11 +236,64 @@ def test_a_bad_file_is_one_sentence(tmp_path, name, one_sentence):
     assert name in one_sentence(error)
 
 
-def test_a_line_without_end_is_not_read_into_memory(tmp_path, one_sentence):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "a" * 100}])
-    with pytest.raises(ValueError, match=r"has a line of more than 100 bytes") as error:
-        list(read_lines(path, 0, os.path.getsize(path), max_line_bytes=100))
-    one_sentence(error)
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+def test_rows_of_parquet_that_are_not_utf8_are_left_out_alone(tmp_path, kind):
+    stored = [b"one", b"caf\xe9", None, b"two", b"three", b"four"]
+    if kind == "dictionary":
+        values = pa.array([b"one", b"caf\xe9", b"two", b"three", b"four"]).cast(pa.string(), safe=False)
+        texts = pa.DictionaryArray.from_arrays(pa.array([0, 1, None, 2, 3, 4], pa.int32()), values)
+    elif kind == "string_view":
+        texts = pa.array(stored).cast(pa.binary_view()).view(pa.string_view())
+    else:
+        texts = pa.array(stored).cast(getattr(pa, kind)(), safe=False)
+    ids = pa.array([b"a", b"b", b"c", b"d", b"\xff", None]).cast(pa.string(), safe=False)
+    path = write_parquet(tmp_path / "a.parquet", {"text": texts, "id": ids}, row_group_size=3)
+    bad_lines = BadLines()
+    read = [document for part in list_partitions([path]) for document in read_partition(part, bad_lines=bad_lines)]
+    assert read == [Document("a", "one"), Document("d", "two"), Document("a.parquet:1:2", "four")]
+    assert bad_lines.counts == {"not UTF-8": 2}
+    assert str(bad_lines.first) == f"{path}: row 1 of row group 0 (both counted from 0) has 'text' that is not UTF-8."
+    with pytest.raises(BadLineError, match=r"row 1 of row group 1 .* has 'id' that is not UTF-8\.$"):
+        list(read_partition(list_partitions([path])[1]))
+
+
+@pytest.mark.parametrize("document_separator", [None, "blank_line", "file"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_lines_of_a_text_that_are_not_utf8_are_left_out_alone(tmp_path, document_separator, line_end):
+    lines = [f"{i}. The cold sea, café." for i in range(40)]
+    data = [line.encode("latin-1" if i in (7, 33) else "utf-8") for i, line in enumerate(lines)]
+    end = 2 * line_end.encode()
+    (tmp_path / "a.txt").write_bytes(end.join(data))
+    partitions = list_partitions([str(tmp_path / "a.txt")], document_separator=document_separator)
+    bad_lines = BadLines()
+    read = partial(read_partition, partitions[0], document_separator=document_separator)
+    text = "".join(document.text for document in read(bad_lines=bad_lines))
+    assert re.findall(r"\d+\..*?é\.", text) == [line for i, line in enumerate(lines) if i not in (7, 33)]
+    assert bad_lines.counts == {"not UTF-8": 2}
+    byte = len(end.join(data[:7])) + len(end) + lines[7].index("é")
+    sentence = f"{tmp_path / 'a.txt'}: line 15 (byte {byte}) is not UTF-8 (byte {byte} is 0xe9): convert it."
+    assert str(bad_lines.first) == sentence
+    with pytest.raises(BadLineError) as error:
+        list(read())
+    assert str(error.value) == sentence
+
+
+def test_a_first_line_that_is_bad_is_no_wrong_column_if_others_are_good(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "a"}\n{"text": "b"}\n')
+    assert len(list_partitions([str(path)], skip_bad_lines=True)) == 1
+    with pytest.raises(ValueError, match="has no 'column' field; it has body"):
+        list_partitions([str(path)], "column", skip_bad_lines=True)
+
+
+def test_a_line_that_is_too_long_is_passed_over_without_being_kept(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "a" * 1000}, {"text": "b"}])
+    size = os.path.getsize(path)
+    lines = [(0, b'{"text": "a"}\n'), (14, None), (14 + 1013, b'{"text": "b"}\n')]
+    assert list(read_lines(path, 0, size, max_line_bytes=100)) == lines
+    for cut in range(1, size):  # also inside the long line
+        parts = [*read_lines(path, 0, cut, max_line_bytes=100), *read_lines(path, cut, size, max_line_bytes=100)]
+        assert parts == lines
 
 
 def test_the_problems_of_all_files_are_reported_together(tmp_path):

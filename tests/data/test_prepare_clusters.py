@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from patience import PATIENCE_SECONDS
 
 import prepare_data
 from modeling_gpt2repro.data.prepare import arguments as prepare_arguments
@@ -47,7 +48,9 @@ def arguments(tmp_path, tiny_texts, tiny_tokenizer):
 def run_script(arguments, **environment):
     command = [sys.executable, "prepare_data.py", *map(str, arguments)]
     environment = {**os.environ, **environment}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
 
 
 def test_dry_run_prints_the_scripts_for_slurm_and_writes_nothing(tmp_path, arguments, capsys):
@@ -136,7 +139,7 @@ def test_two_workers_on_ray_make_the_same_shards(tmp_path, arguments):
     done = run_script(["--output_dir", tmp_path / "bad", *files, *ray])
     assert done.returncode == 2
     assert "1 of 2 partitions are finished, which is not enough: bytes 16777216 to 20000012 of" in done.stderr
-    assert "'text' in the line at byte 20000000 is not text." in done.stderr
+    assert "line 1,000,001 (byte 20000000) has 'text' that is not text." in done.stderr
 
 
 def test_default_validation_share_of_a_hub_dataset_is_ten_million_tokens_if_there_are_enough(arguments):

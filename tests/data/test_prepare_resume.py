@@ -3,21 +3,24 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from patience import PATIENCE_SECONDS, wait_until
 
 import prepare_data
-from modeling_gpt2repro.data.prepare import assemble, workspace
+from modeling_gpt2repro.data.prepare import assemble, local, workspace
 from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
 from modeling_gpt2repro.data.shards.dataset import open_shards
+from modeling_gpt2repro.data.sources import resolve
 from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.storage import atomic
 
@@ -80,6 +83,36 @@ for kill_at in range(1, 100):
 print(json.dumps(results))
 """
 
+# prepare_data.py with workers that stay at work: once $HELD_AT partitions are finished, the next one takes for ever.
+HELD = f"""
+import os
+import threading
+
+import prepare_data
+from modeling_gpt2repro.data.prepare import local
+from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
+
+write_partition = local.write_partition
+
+def write_or_hold(folder, *tokenized):
+    if len(finished_partitions(folder)) >= int(os.environ["HELD_AT"]):
+        threading.Event().wait({PATIENCE_SECONDS})
+    write_partition(folder, *tokenized)
+
+local.write_partition = write_or_hold
+if __name__ == "__main__":
+    prepare_data.main()
+"""
+
+
+def start_held(tmp_path, held_at, *arguments):
+    """prepare_data.py with two workers that are still at work after `held_at` partitions, in a session of its own."""
+    script = tmp_path / "held.py"
+    script.write_text(HELD)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HELD_AT": str(held_at)}
+    command = [sys.executable, script, "--output_dir", tmp_path / "out", *arguments, "--workers", "2"]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory, tiny_texts, tiny_tokenizer):
@@ -115,14 +148,15 @@ def test_killed_before_or_after_any_file_it_resumes_to_the_same_bytes(tmp_path, 
     done = warm_python.run("-c", KILLED_EVERYWHERE, tmp_path, *arguments)
     results = json.loads(done.stdout.splitlines()[-1])
     shards = [name for name in expected if name.endswith(".npy")]
-    assert len(results) == 1 + 5 + len(shards) + 1  # spec, partitions, shards, manifest
+    # The tokenizer for its hash, spec, tokenizer, partitions, shards, manifest.
+    assert len(results) == 3 + 5 + len(shards) + 1
     for kill_at, result in enumerate(results, start=1):
         assert (result["killed"], result["again"]) == (signal.SIGKILL, 0)
         if not result["manifest"]:  # finished partitions are not tokenized again
             assert sorted(result["finished"] + result["started"]) == [0, 1, 2, 3, 4]
         assert contents(tmp_path / f"killed{kill_at}") == expected
     # Every second one is killed after its file was renamed, the others before.
-    assert [len(result["finished"]) for result in results[:7]] == [0, 1, 1, 3, 3, 5, 5]
+    assert [len(result["finished"]) for result in results[:9]] == [0, 0, 0, 1, 1, 3, 3, 5, 5]
     assert results[-1]["manifest"] is (len(results) % 2 == 0)
 
 
@@ -131,20 +165,19 @@ def test_two_workers_end_when_their_parent_is_killed_and_one_process_resumes(
 ):
     """Also: two workers make the bytes that one makes."""
     pq.write_table(
-        pa.table({"text": [f"{i}: {text}" for i, text in enumerate(tiny_texts * 100)]}),
+        pa.table({"text": [f"{i}: {text}" for i, text in enumerate(tiny_texts)]}),
         tmp_path / "texts.parquet",
-        row_group_size=800,
+        row_group_size=8,
     )
     arguments = ["--train_files", str(tmp_path / "texts.parquet"), *texts[0][2:6]]
-    command = [sys.executable, "prepare_data.py", "--output_dir", str(tmp_path / "out"), *arguments, "--workers", "2"]
-    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, start_new_session=True) as process:
-        wait_for(lambda: len(finished_partitions(tmp_path / "out")) >= 4)
+    with start_held(tmp_path, 4, *arguments) as process:
+        wait_until(lambda: len(finished_partitions(tmp_path / "out")) >= 4)
         process.kill()
     assert process.returncode == -signal.SIGKILL
     if Path("/proc").is_dir():  # its processes are those of its session
-        wait_for(lambda: not session_of(process.pid))
+        wait_until(lambda: not session_of(process.pid))
     before = {number: path.stat().st_mtime_ns for number, (_, path) in finished_partitions(tmp_path / "out").items()}
-    assert 4 <= len(before) < 25
+    assert 4 <= len(before) <= 5  # a worker looks before it writes, and there are two
 
     started = record_tokenized_partitions(monkeypatch)
     monkeypatch.setattr(prepare_data, "finish_job", lambda folder: None)
@@ -161,7 +194,7 @@ def test_two_workers_end_when_their_parent_is_killed_and_one_process_resumes(
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
 
-def interrupt_before_the_shards(folder, arguments, monkeypatch):
+def interrupt_before_the_shards(folder, arguments, monkeypatch, partitions=5):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -170,7 +203,7 @@ def interrupt_before_the_shards(folder, arguments, monkeypatch):
         prepare(folder, arguments)
     assert end.value.code == 130
     monkeypatch.undo()
-    assert len(finished_partitions(folder)) == 5
+    assert len(finished_partitions(folder)) == partitions
 
 
 def record_tokenized_partitions(monkeypatch):
@@ -186,11 +219,189 @@ def record_tokenized_partitions(monkeypatch):
     return started
 
 
-def wait_for(condition, seconds=60):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
+def write_groups(path, *groups):
+    """A parquet file with a row group of 20 texts for each number, which differ for different numbers."""
+    schema = pa.schema([("text", pa.string()), ("id", pa.string())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for number in groups:
+            texts = [f"The ship number {number} sails over the cold sea number {row}." for row in range(20)]
+            ids = [f"{number}-{row}" for row in range(20)]
+            writer.write_table(pa.table({"text": texts, "id": ids}, schema))
+
+
+@pytest.fixture
+def three_files(tmp_path, texts):
+    """Arguments for three parquet files of the row groups 0 1 2, 3 4 and 5, prepared up to the shards."""
+    (tmp_path / "in").mkdir()
+    for name, groups in (("a", (0, 1, 2)), ("b", (3, 4)), ("c", (5,))):
+        write_groups(tmp_path / f"in/{name}.parquet", *groups)
+    return ["--train_files", str(tmp_path / "in/*.parquet"), *texts[0][2:]]
+
+
+def tokenized_again(folder, arguments, monkeypatch):
+    """Resume, and return the numbers of the ships whose row groups were tokenized, in their order."""
+    again = []
+    tokenize = local.tokenize_documents
+
+    def recorded(documents, *more):
+        documents = list(documents)
+        again.append(int(documents[0].id.split("-")[0]) if documents else None)
+        return tokenize(documents, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "tokenize_documents", recorded)
+        prepare(folder, arguments)
+    return again
+
+
+def test_a_changed_file_loses_only_its_partitions_that_differ(tmp_path, three_files, monkeypatch, capsys):
+    out = tmp_path / "out"
+    interrupt_before_the_shards(out, three_files, monkeypatch, partitions=6)
+    # One more than before, so those of the other files move; the last was of the file before, at another place.
+    write_groups(tmp_path / "in/a.parquet", 0, 7, 8, 1)
+    write_groups(tmp_path / "in/c.parquet", 9)
+    interrupted = tmp_path / "interrupted"
+    shutil.copytree(out, interrupted)
+    assert tokenized_again(out, three_files, monkeypatch) == [7, 8, 1, 9]
+    assert "changed or copied since this preparation was started: a.parquet, c.parquet; what" in capsys.readouterr().out
+    prepare(tmp_path / "fresh", three_files)
+    assert contents(out) == contents(tmp_path / "fresh")
+
+    # Interrupted again, and changed again, to fewer; workers read their numbers from the spec.
+    interrupt_before_the_shards(interrupted, three_files, monkeypatch, partitions=7)
+    write_groups(tmp_path / "in/a.parquet", 7)
+    assert tokenized_again(interrupted, [*three_files, "--workers", "1"], monkeypatch) == [7]
+    prepare(tmp_path / "fewer", three_files)
+    assert contents(interrupted) == contents(tmp_path / "fewer")
+
+
+def test_bad_lines_are_mended_or_skipped_and_what_is_finished_stays(tmp_path, texts, monkeypatch, capsys):
+    monkeypatch.setattr(resolve, "list_partitions", partial(resolve.list_partitions, partition_bytes=500))
+    good = [json.dumps({"id": f"{row}", "text": f"The cold sea number {row} goes on."}).encode() for row in range(60)]
+    bad = [b'{"id": "a"}', b'{"text": "\xe9"}', b"{", b'["text"]', b'{"text": 5}', b'{"text": ' + b"[" * 9000, b"7"]
+    file = tmp_path / "in.jsonl"
+    file.write_bytes(b"\n".join(good[:30] + bad[:1] + good[30:40] + bad[1:] + good[40:]))
+    arguments = ["--train_files", str(file), *texts[0][2:]]
+
+    message = error_of(capsys, tmp_path / "mended", arguments)
+    first = len(b"\n".join(good[:30])) + 1
+    place = f"line 31 (byte {first}) has no 'text' field; it has id: name one by --text_column."
+    assert f" of {file}: {place} Mend it and run the same command again, or skip all such lines by --skip" in message
+    finished = sorted(finished_partitions(tmp_path / "mended"))
+    assert finished == list(range(first // 500))
+    shutil.copytree(tmp_path / "mended", tmp_path / "skipped")
+
+    skip = [*arguments, "--skip_bad_lines"]
+    again = tokenized_again(tmp_path / "skipped", skip, monkeypatch)
+    assert len(again) == -(-file.stat().st_size // 500) - len(finished)
+    assert open_shards(tmp_path / "skipped").manifest["bad_lines"] == {
+        "counts": {"nested too deeply": 1, "no text": 2, "not UTF-8": 1, "not a JSON object": 3},
+        "first": f"in.jsonl: {place}",
+    }
+    line = "7 left out (1 nested too deeply, 2 no text, 1 not UTF-8, 3 not a JSON object); the first: in.jsonl: line 31"
+    assert line in capsys.readouterr().out
+    prepare(tmp_path / "fresh skipped", skip)
+    assert contents(tmp_path / "skipped") == contents(tmp_path / "fresh skipped")
+
+    file.write_bytes(b"\n".join(good))
+    again = tokenized_again(tmp_path / "mended", arguments, monkeypatch)
+    assert len(again) == -(-file.stat().st_size // 500) - len(finished)
+    prepare(tmp_path / "fresh", arguments)
+    assert contents(tmp_path / "mended") == contents(tmp_path / "fresh")
+    assert "bad_lines" not in open_shards(tmp_path / "fresh").manifest
+    for name in ("train_000000.npy", "validation_000000.npy"):
+        assert (tmp_path / "skipped" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+
+def test_what_was_made_without_bad_lines_is_not_used_where_they_are_not_skipped(tmp_path, texts, monkeypatch, capsys):
+    file = tmp_path / "in.jsonl"
+    file.write_bytes(b"".join(b'{"text": "The sea number %d."}\n' % row for row in range(99)) + b"{}\n")
+    arguments = ["--train_files", str(file), *texts[0][2:]]
+    interrupt_before_the_shards(tmp_path / "out", [*arguments, "--skip_bad_lines"], monkeypatch, partitions=1)
+    assert "skip_bad_lines True there, False now" in error_of(capsys, tmp_path / "out", arguments)
+
+
+@pytest.mark.parametrize("values", [["web"], ["web", "book", "wiki"]])
+def test_ids_that_put_all_documents_in_one_split_are_noticed_early(tmp_path, texts, monkeypatch, capsys, values):
+    monkeypatch.setattr(resolve, "list_partitions", partial(resolve.list_partitions, partition_bytes=2000))
+    rows = [json.dumps({"id": values[row % len(values)], "text": "The sea."}) for row in range(20_000)]
+    (tmp_path / "in.jsonl").write_text("\n".join(rows))
+    arguments = ["--train_files", str(tmp_path / "in.jsonl"), *texts[0][2:4], "--workers", "1"]
+    message = error_of(capsys, tmp_path / "out", arguments)
+    count, ids = len(values), ", ".join(sorted(values))
+    assert f": {1000 * count:,} documents have only {count} different ids ({ids}), by which all of them fell" in message
+    assert "to training: rename or remove 'id'" in message
+    tokenized = len(finished_partitions(tmp_path / "out"))
+    assert 10 < tokenized < 0.2 * (tmp_path / "in.jsonl").stat().st_size / 2000
+
+
+def test_a_file_replaced_by_one_of_the_same_size_and_time_is_noticed(tmp_path, three_files, monkeypatch):
+    file = tmp_path / "in/b.parquet"
+    write_groups(tmp_path / "other", 3, 6)
+    interrupt_before_the_shards(tmp_path / "out", three_files, monkeypatch, partitions=6)
+    stat = file.stat()
+    assert (tmp_path / "other").stat().st_size == stat.st_size
+    os.utime(tmp_path / "other", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.replace(tmp_path / "other", file)
+    assert file.stat().st_mtime_ns == stat.st_mtime_ns
+    assert tokenized_again(tmp_path / "out", three_files, monkeypatch) == [6]
+    prepare(tmp_path / "fresh", three_files)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_text_copied_to_another_folder_is_not_tokenized_again(tmp_path, three_files, monkeypatch, capsys):
+    interrupt_before_the_shards(tmp_path / "out", three_files, monkeypatch, partitions=6)
+    shutil.copytree(tmp_path / "in", tmp_path / "copy", copy_function=shutil.copy)  # with new times
+    shutil.rmtree(tmp_path / "in")
+    copied = ["--train_files", str(tmp_path / "copy/*.parquet"), *three_files[2:]]
+    verify = local.verify_partition
+
+    def interrupted(path, documents):
+        if "c.parquet" in documents.partition.path:
+            raise KeyboardInterrupt
+        return verify(path, documents)
+
+    monkeypatch.setattr(local, "verify_partition", interrupted)
+    with pytest.raises(SystemExit):
+        prepare(tmp_path / "out", copied)
+    monkeypatch.undo()
+    assert (sorted(finished_partitions(tmp_path / "out")), capsys.readouterr().out[:4]) == ([0, 1, 2, 3, 4], "chan")
+    assert tokenized_again(tmp_path / "out", copied, monkeypatch) == []
+    prepare(tmp_path / "fresh", copied)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, three_files, capsys, monkeypatch):
+    tokenize = prepare_data.tokenize_locally
+
+    def tokenize_and_change(*args):
+        tokenize(*args)
+        write_groups(tmp_path / "in/b.parquet", 3, 6)
+
+    monkeypatch.setattr(prepare_data, "tokenize_locally", tokenize_and_change)
+    message = error_of(capsys, tmp_path / "out", three_files)
+    assert "b.parquet changed while it was read: run the same command again" in message
+    monkeypatch.undo()
+    assert tokenized_again(tmp_path / "out", three_files, monkeypatch) == [6]
+    prepare(tmp_path / "fresh", three_files)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_preparation_of_an_older_version_resumes(tmp_path, three_files, monkeypatch):
+    """Its plan.json has neither the status change time of a file nor the later fields of spec and partitions."""
+    interrupt_before_the_shards(tmp_path / "out", three_files, monkeypatch, partitions=6)
+    plan = json.loads((tmp_path / "out/plan.json").read_text())
+    old_keys = ("source", "units", "tokenizer", "end_of_text_id", "validation_share", "max_tokens", "shard_tokens")
+    plan = {key: plan[key] for key in (*old_keys, "layout", "files")}
+    plan["files"] = [state[:3] for state in plan["files"]]
+    plan["units"] = [
+        {key: unit[key] for key in ("path", "start", "stop", "text_column", "text_bytes")} for unit in plan["units"]
+    ]
+    (tmp_path / "out/plan.json").write_text(json.dumps(plan))
+    write_groups(tmp_path / "in/c.parquet", 9, 10)
+    assert tokenized_again(tmp_path / "out", three_files, monkeypatch) == [9, 10]
+    prepare(tmp_path / "fresh", three_files)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def session_of(leader):
@@ -208,13 +419,10 @@ def session_of(leader):
 
 @pytest.mark.slow
 def test_a_killed_worker_ends_the_preparation_with_one_sentence(tmp_path, texts, tiny_texts):
-    pq.write_table(pa.table({"text": tiny_texts * 1000}), tmp_path / "texts.parquet", row_group_size=1600)
+    pq.write_table(pa.table({"text": tiny_texts}), tmp_path / "texts.parquet", row_group_size=8)
     arguments = ["--train_files", str(tmp_path / "texts.parquet"), *texts[0][2:6]]
-    command = [sys.executable, "prepare_data.py", "--output_dir", str(tmp_path / "out"), *arguments, "--workers", "2"]
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        wait_for(lambda: finished_partitions(tmp_path / "out"))
+    with start_held(tmp_path, 1, *arguments) as process:
+        wait_until(lambda: finished_partitions(tmp_path / "out"))
         spawned = [pid for pid in session_of(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(int(spawned[0]), signal.SIGKILL)
         message = process.stderr.read().splitlines()[-1]
@@ -228,17 +436,16 @@ def test_an_error_in_one_worker_ends_the_others_at_once(tmp_path, texts):
     line = b'{"text": "The ship sails over the cold sea."}\n'
     first_partition = line * (2**24 // len(line) + 1)
     (tmp_path / "a.jsonl").write_bytes(first_partition + b'{"text": 5}\n' + 4 * first_partition)
-    arguments = ["--train_files", str(tmp_path / "a.jsonl"), *texts[0][2:6], "--workers", "2"]
-    command = [sys.executable, "prepare_data.py", "--output_dir", str(tmp_path / "out"), *arguments]
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    arguments = ["--train_files", str(tmp_path / "a.jsonl"), *texts[0][2:6]]
+    with start_held(tmp_path, 1, *arguments) as process:
         message = process.stderr.read().splitlines()[-1]
     assert process.returncode == 2
-    assert f"bytes 16777216 to 33554432 of {tmp_path / 'a.jsonl'}: 'text' in the line at byte" in message
+    assert (
+        f"bytes 16777216 to 33554432 of {tmp_path / 'a.jsonl'}: line {2**24 // len(line) + 2:,} (byte 1677" in message
+    )
     assert len(finished_partitions(tmp_path / "out")) <= 1  # the other worker had three to tokenize
     if Path("/proc").is_dir():
-        wait_for(lambda: not session_of(process.pid))
+        wait_until(lambda: not session_of(process.pid))
 
 
 def full_disk_at(monkeypatch, number):
@@ -254,9 +461,9 @@ def full_disk_at(monkeypatch, number):
     monkeypatch.setattr(atomic.os, "fsync", fsync)
 
 
-@pytest.mark.parametrize(
-    "at", [1, 6, 13, 17]
-)  # a file and its folder are flushed: the spec, a partition, the first shard, the last
+# A file and its folder are flushed: the spec (after a tokenizer, for its hash), a partition (after the tokenizer), the
+# first shard, the last.
+@pytest.mark.parametrize("at", [3, 10, 17, 21])
 def test_a_full_disk_is_one_sentence_and_finished_partitions_stay(tmp_path, texts, capsys, monkeypatch, at):
     arguments, expected = texts
     full_disk_at(monkeypatch, at)
@@ -266,11 +473,11 @@ def test_a_full_disk_is_one_sentence_and_finished_partitions_stay(tmp_path, text
         f"{Path(sys.argv[0]).name}: the disk of {tmp_path / 'out'} is full (No space left on device): "
     )
     assert not list((tmp_path / "out").rglob("*.partial"))  # they would keep the disk full
-    assert len(finished_partitions(tmp_path / "out")) == {1: 0, 6: 2, 13: 5, 17: 5}[at]
+    assert len(finished_partitions(tmp_path / "out")) == {3: 0, 10: 2, 17: 5, 21: 5}[at]
     monkeypatch.undo()
     started = record_tokenized_partitions(monkeypatch)
     prepare(tmp_path / "out", arguments)
-    assert started == {1: [0, 1, 2, 3, 4], 6: [2, 3, 4], 13: [], 17: []}[at]
+    assert started == {3: [0, 1, 2, 3, 4], 10: [2, 3, 4], 17: [], 21: []}[at]
     assert contents(tmp_path / "out") == expected
 
 
@@ -283,19 +490,14 @@ def test_other_options_are_refused_and_the_same_resume(tmp_path, texts, capsys, 
         (["--shard_tokens", "9e3"], "shard_tokens 8000 there, 9000 now"),
         (["--validation_share", "0.3"], "validation_share 0.2 there, 0.3 now"),
         (["--layout", "karpathy"], "layout plain there, karpathy now"),
-        (["--text_column", "id"], "other text"),
+        (["--text_column", "id"], "source {'text_column': 'text'} there, {'text_column': 'id'} now"),
     ):
         message = error_of(capsys, tmp_path / "out", arguments, *more)
         assert f"{tmp_path / 'out'} holds an unfinished preparation with other options (" in message
         assert part in message
-    file = Path(arguments[1])
-    stat = file.stat()
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
-    assert "text that changed" in error_of(capsys, tmp_path / "out", arguments)
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert contents(tmp_path / "out") == before
-    monkeypatch.chdir(file.parent)  # the folder of the text does not count
-    prepare(tmp_path / "out", ["--train_files", file.name, *arguments[2:]])
+    monkeypatch.chdir(Path(arguments[1]).parent)  # the folder of the text does not count
+    prepare(tmp_path / "out", ["--train_files", "texts.parquet", *arguments[2:]])
     assert contents(tmp_path / "out") == expected
 
 

@@ -16,8 +16,9 @@ from modeling_gpt2repro.data.prepare.spec import PrepareSpec, make_prepare_spec
 from modeling_gpt2repro.data.prepare.workspace import find_partial_output, finish_job, start_job
 from modeling_gpt2repro.data.shards import writer
 from modeling_gpt2repro.data.shards.dataset import open_shards
+from modeling_gpt2repro.data.sources.documents import Document
 from modeling_gpt2repro.data.sources.resolve import local_source
-from modeling_gpt2repro.data.tokenize import is_validation
+from modeling_gpt2repro.data.tokenize import HoldOutCheck, is_validation
 from modeling_gpt2repro.data.tokenizer import save_tokenizer, train_tokenizer
 
 END = "<|endoftext|>"
@@ -201,6 +202,21 @@ def test_a_folder_that_cannot_be_used_is_one_sentence(tmp_path, monkeypatch, tok
     with pytest.raises(ValueError, match=r"cannot be written to: give another --output_dir\.") as error:
         find_partial_output(tmp_path / "new")
     one_sentence(error)
+
+
+def test_ids_that_hold_out_nothing_are_noticed_unless_they_name_pieces_of_documents():
+    def watch(ids, share):
+        return list(HoldOutCheck(share).watch(Document(name, "the sea") for name in ids))
+
+    in_training = [f"id {i}" for i in range(200) if not is_validation(f"id {i}", 0.05)]
+    pieces = [name for name in in_training for _ in range(900)]
+    assert len(watch(pieces, 0.05)) == len(pieces)
+    for ids, share, split in ((in_training[:1], 0.05, "training"), (["id 27"], 0.05, "validation")):
+        with pytest.raises(ValueError, match=f"^1,000 documents have only 1 different ids .* fell to {split}: rename"):
+            watch(ids * 1000, share)
+        assert len(watch(ids * 999, share)) == 999
+    assert len(watch(["id 27"] * 2000, 0.0)) == 2000  # nothing is to be held out
+    assert len(watch([*in_training[:1], "id 27"] * 2000, 0.05)) == 4000  # one in each split
 
 
 def test_too_little_text_to_split_is_refused(tmp_path, tiny_tokenizer, one_sentence):

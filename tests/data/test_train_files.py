@@ -138,7 +138,7 @@ def test_a_folder_is_read_in_order_without_what_is_hidden_empty_or_of_another_ki
     ]  # fmt: skip
     assert source.description["files"] == ["README", "a.txt", "1.md", "2.txt", "c.JSONL"]
     said = "\n".join(source.remarks)
-    assert "reading 5 files: 1 without an ending, 2 .txt, 1 .md, 1 .jsonl" in said
+    assert "reading files: 1 without an ending, 2 .txt, 1 .md, 1 .jsonl" in said
     assert f"not read, 2 hidden: {tmp_path}/.hidden, {tmp_path}/b/.DS_Store" in said
     assert "not read, 3 of other kinds: " in said
     assert f"not read, 1 empty: {tmp_path}/empty.txt" in said
@@ -158,7 +158,7 @@ def test_a_file_and_its_links_are_read_once_and_it_is_said(tmp_path):
     names, not_read = find_files([f"{tmp_path}/texts/*.txt", f"{tmp_path}/texts", str(tmp_path / "elsewhere")])
     assert list(names) == [f"{tmp_path}/texts/a.txt", f"{tmp_path}/texts/other.txt"]
     [sentence] = not_read
-    assert sentence.startswith("not read, 6 links to files that are read already: ")
+    assert sentence.startswith("not read, 6 linked to a file that is read already: ")
     assert sentence.endswith(f"{tmp_path}/texts/b.txt, {tmp_path}/texts/c.txt, {tmp_path}/elsewhere/a.txt and 3 more")
 
 
@@ -234,9 +234,9 @@ def test_the_command_line_reads_folders_and_separated_documents_and_says_so(tmp_
     assert sum(counted.values()) == 60
     assert counted["validation"] > 3
     assert shards.manifest["source"]["document_separator"] == "<|endoftext|>"
-    assert "reading 3 files: 3 .txt" in printed.err
-    assert "compressed: 3 of the files, each read as a whole by one worker" in printed.err
-    assert "became \\n in 3 files" in printed.out
+    assert "reading files: 3 .txt" in printed.err
+    assert "compressed, so that each is read as a whole by one worker: 3" in printed.err
+    assert "\\r\\n and \\r became \\n in 3 of the files" in printed.out
 
     for more, sentence in (
         (["--document_separator", "\\"], "document_separator (\\) must be blank_line, file or the text"),

@@ -128,7 +128,7 @@ def make_stand_in(folder: Path, word: str):
         path = folder / name
         if not part or part.startswith("-") or path.exists() or not re.fullmatch(r"[\w./-]+", name):
             continue
-        if path.suffix in (".txt", ".jsonl"):
+        if path.suffix in (".txt", ".md", ".gz", ".jsonl"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("{}\n")
         elif part.startswith(("data/", "runs/", "shared/edu")) and not path.suffix:

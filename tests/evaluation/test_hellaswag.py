@@ -249,7 +249,7 @@ def test_a_model_under_autocast_is_scored_in_its_weights_own_precision(make_mode
     AcceleratorState._reset_state(reset_partial_state=True)
     results = score_hellaswag(make_model("ours", len(hellaswag_tokenizer)), hellaswag_tokenizer, hellaswag_rows)
     assert scores == results
-    assert 0 < numbers.pop("hellaswag_seconds") < 60
+    assert numbers.pop("hellaswag_seconds") > 0
     expected = {}
     for protocol, summary in summarize_by_protocol(results).items():
         for name in ("acc", "acc_norm"):

@@ -9,6 +9,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_SECONDS
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -70,7 +71,7 @@ def run_harness(python: Path, folder: Path, rows: Path, workspace: Path) -> dict
         env={**os.environ, **home},
         cwd=workspace,
         check=True,
-        timeout=1800,
+        timeout=6 * PATIENCE_SECONDS,
     )
     return json.loads((workspace / "found.json").read_text())
 

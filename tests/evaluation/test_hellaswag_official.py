@@ -10,10 +10,15 @@ from dataclasses import asdict
 
 import pytest
 from huggingface_hub import constants
+from toy_runs import TOKENS_PER_STEP, train_here
 
+import eval_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag import official as hellaswag_official
 from modeling_gpt2repro.evaluation.hellaswag.examples import load_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag.official import is_official_split, official_file
+
+FIELDS_NOT_READ = {"split": "val", "split_type": "indomain", "source_id": "activitynet~v_-IMXSEIabMM"}
+ONE_STEP = {"train_tokens": TOKENS_PER_STEP, "eval_steps": 0, "num_samples": 0}
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -41,7 +46,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(tmp_path, monkeypatch, hellaswag_rows):
     """A stand-in for the original repository, whose file is the seven examples, and a cache in `tmp_path`."""
     with Server(("127.0.0.1", 0), Handler) as server:
-        server.body = "".join(json.dumps(asdict(row)) + "\n" for row in hellaswag_rows).encode()
+        server.body = "".join(json.dumps(asdict(row) | FIELDS_NOT_READ) + "\n" for row in hellaswag_rows).encode()
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -85,9 +90,8 @@ def test_simultaneous_processes_download_it_once(server):
         ),
         ({"body": b'{"ind": 24, "act'}, ValueError, "did not give HellaSwag's validation file but 16 bytes"),
         ({"promised_more": 10}, (ConnectionError, ValueError), "val.jsonl (could not be downloaded|did not give)"),
-        ({"status": 404}, ConnectionError, r"could not be downloaded into .* \(HTTP Error 404"),
     ],
-    ids=["html", "truncated", "connection lost", "not found"],
+    ids=["html", "truncated", "connection lost"],
 )
 def test_another_file_is_refused_and_deleted(server, tmp_path, change, error, sentence, one_sentence):
     if "promised_more" in change:
@@ -98,6 +102,40 @@ def test_another_file_is_refused_and_deleted(server, tmp_path, change, error, se
         official_file()
     one_sentence(raised)
     assert files_of(tmp_path) == set()
+
+
+@pytest.mark.parametrize("status", [403, 404, 410, 451])
+def test_a_file_that_is_gone_for_good_is_not_a_matter_of_the_connection(server, tmp_path, status, one_sentence):
+    server.status = status
+    with pytest.raises(ConnectionError, match=f"is no longer available .it answers {status}; ") as raised:
+        official_file()
+    sentence = one_sentence(raised)
+    assert "instead of official, give Rowan/hellaswag, " in sentence
+    assert "connection" not in sentence
+    assert files_of(tmp_path) == set()
+
+
+@pytest.mark.parametrize("status", [401, 407, 429, 500, 503])
+def test_a_server_or_proxy_that_refuses_for_now_is_a_matter_of_the_connection(server, status, one_sentence):
+    server.status = status
+    with pytest.raises(ConnectionError, match=rf"could not be downloaded into .* \(HTTP Error {status}") as raised:
+        official_file()
+    assert "no longer" not in one_sentence(raised)
+
+
+@pytest.mark.parametrize("status", [404, 451])
+def test_the_evaluation_and_the_training_say_what_to_give_instead(server, tmp_path, shards, capsys, status):
+    server.status = status
+    with pytest.raises(SystemExit) as ended:
+        eval_hellaswag.main(["--data", "official", "--device", "cpu"])
+    refused = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "--data: http://127.0.0.1" in refused
+    assert "give Rowan/hellaswag" in refused
+    assert train_here(tmp_path / "run", shards, hellaswag="official", **ONE_STEP) == 0
+    printed = capsys.readouterr().out
+    assert "HellaSwag is left out (--hellaswag official): http://127.0.0.1" in printed
+    assert "give Rowan/hellaswag" in printed
 
 
 def test_a_damaged_file_in_the_cache_is_named_deleted_and_downloaded_again(server, tmp_path, caplog, monkeypatch):
@@ -120,9 +158,10 @@ def test_the_error_without_a_network_says_what_to_do(server, monkeypatch, one_se
     one_sentence(raised)
 
 
-def test_only_all_official_examples_count_as_the_official_split(server, tmp_path):
+def test_only_all_official_examples_count_as_the_official_split(server, tmp_path, hellaswag_rows):
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes(server.body)
+    assert load_hellaswag(str(copy)) == hellaswag_rows
     for source in ("official", "Rowan/hellaswag", str(copy)):
         assert is_official_split(source, 7)
         assert not is_official_split(source, 6)

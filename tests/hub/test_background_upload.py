@@ -2,14 +2,16 @@
 
 import json
 import re
+import shlex
 import shutil
+import signal
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from patience import PATIENCE_SECONDS, wait_until
 from pushing import UNREACHABLE_HUB, files_in, run_push
 from toy_runs import logged_values, train_here
 
@@ -20,34 +22,29 @@ from modeling_gpt2repro.pretrain.checkpointing import Checkpointer
 from modeling_gpt2repro.training.arguments import TrainArguments
 
 
-def slow_push(seconds: float, log: Path | None = None) -> list[str]:
-    """A stand-in for the push command: takes its time, then prints the names of the folder's files.
-
-    Args:
-        log: The flags it is given are appended to this file, one JSON list a line.
-    """
+def push_to_file(log: Path) -> list[str]:
+    """A stand-in for the push command: appends its flags to a file, as a JSON list, and prints the folder's files."""
     program = """
-import json, os, sys, time
-seconds, log, folder, *flags = sys.argv[1:]
-if log:
-    open(log, "a").write(json.dumps(flags) + "\\n")
-time.sleep(float(seconds))
+import json, os, sys
+log, folder, *flags = sys.argv[1:]
+open(log, "a").write(json.dumps(flags) + "\\n")
 print(sorted(os.listdir(folder)))
 """
-    return [sys.executable, "-c", program, str(seconds), str(log or "")]
+    return [sys.executable, "-c", program, str(log)]
 
 
 def shell(script: str) -> list[str]:
     return ["sh", "-c", script]
 
 
+ENDLESS_PUSH = shell(f"exec sleep {PATIENCE_SECONDS}")
+
+
 def wait_for(queue: UploadQueue) -> list[str]:
     """All messages until nothing is left to push."""
     messages = []
-    while queue._running or queue._pending:
-        messages += queue.poll()
-        time.sleep(0.01)
-    return messages + queue.poll()
+    wait_until(lambda: messages.extend(queue.poll()) or not (queue._running or queue._pending))
+    return messages
 
 
 def copy_checkpoint(folder: Path, step: int) -> Path:
@@ -81,7 +78,7 @@ def never() -> bool:
 def test_a_new_checkpoint_replaces_what_is_pending_for_its_branch(folder, tmp_path, strategy, expected):
     log = tmp_path / "flags.jsonl"
     log.touch()
-    queue = UploadQueue("user/any", strategy, tmp_path, command=slow_push(0.1, log))
+    queue = UploadQueue("user/any", strategy, tmp_path, command=push_to_file(log))
     for step in (10, 20, 30):
         checkpoint = copy_checkpoint(folder, step)
         queue.enqueue(checkpoint)
@@ -129,10 +126,10 @@ def test_a_failed_upload_is_a_message_and_never_an_exception(folder, tmp_path, m
 
 
 def test_the_final_model_does_not_wait_for_a_checkpoint_that_it_replaces(folder, tmp_path):
-    queue = UploadQueue("user/any", "every_save", tmp_path, command=slow_push(60))
+    queue = UploadQueue("user/any", "every_save", tmp_path, command=ENDLESS_PUSH)
     queue.enqueue(folder)
     process = queue._running.process
-    queue.command = slow_push(0)
+    queue.command = shell("exit 0")
     assert queue.push_final(folder, print, never) == 0
     assert process.returncode < 0
     assert not list(tmp_path.glob(".push-*"))
@@ -140,17 +137,20 @@ def test_the_final_model_does_not_wait_for_a_checkpoint_that_it_replaces(folder,
 
 def test_the_final_push_drops_the_rest_of_the_queue_once_the_hub_is_unreachable(folder, tmp_path):
     shown = []
-    queue = UploadQueue("user/any", "all_checkpoints", tmp_path, command=shell("sleep 0.1; exit 3"))
+    given_up = tmp_path / "given_up"
+    command = shell(f"until [ -e {shlex.quote(str(given_up))} ]; do sleep 0.01; done; exit 3")
+    queue = UploadQueue("user/any", "all_checkpoints", tmp_path, command=command)
     for step in (10, 20, 30):
         queue.enqueue(copy_checkpoint(folder, step))
-    assert queue.push_final(folder, shown.append, never) == 3
+    # It is asked between two looks at the first upload, which gives up then.
+    assert queue.push_final(folder, shown.append, should_stop=given_up.touch) == 3
     dropped = [re.search(r"not pushed to (\S+), dropped", line) for line in shown]
     assert [match[1] for match in dropped if match] == ["step-000020", "step-000030"]
     assert not list(tmp_path.glob(".push-*"))
 
 
 def test_a_save_that_fails_drops_pending_uploads(folder, shards, tmp_path, monkeypatch):
-    queue = UploadQueue("user/any", "all_checkpoints", tmp_path, command=slow_push(60))
+    queue = UploadQueue("user/any", "all_checkpoints", tmp_path, command=ENDLESS_PUSH)
     for step in (10, 20):
         queue.enqueue(copy_checkpoint(folder, step))
     queue.drop_pending()
@@ -165,19 +165,18 @@ def test_a_save_that_fails_drops_pending_uploads(folder, shards, tmp_path, monke
 
 
 def test_closing_kills_an_upload_that_ignores_signals(folder, tmp_path):
-    command = shell("trap '' TERM; echo started; sleep 60")
+    command = shell(f"trap '' TERM; echo started; exec sleep {PATIENCE_SECONDS}")
     queue = UploadQueue("user/any", "every_save", tmp_path, command=command)
     queue.enqueue(folder)
-    while "started" not in (tmp_path / "push.log").read_text():
-        time.sleep(0.01)
-    closed_at = time.monotonic()
+    wait_until(lambda: "started" in (tmp_path / "push.log").read_text())
+    process = queue._running.process
     queue.close()
-    assert time.monotonic() - closed_at < 10
+    assert process.returncode == -signal.SIGKILL  # 0 if it had been waited for
 
 
 def test_a_run_that_has_to_stop_waits_for_no_upload(folder, tmp_path):
     shown = []
-    queue = UploadQueue("user/any", "all_checkpoints", tmp_path, command=slow_push(60))
+    queue = UploadQueue("user/any", "all_checkpoints", tmp_path, command=ENDLESS_PUSH)
     queue.enqueue(folder)
     assert queue.push_final(folder, shown.append, should_stop=lambda: True) == 3
     assert "Push it with" in shown[-1]
@@ -271,3 +270,9 @@ def test_a_training_whose_final_push_fails_shows_the_command_that_pushes_later(
     result = run_push(*command.replace("'", "").split()[2:3], "--hub_model_id", "user/unlucky")
     assert result.returncode == 0, result.stderr
     assert files_in(on_hub.root / "models/user/unlucky") == files_in(tmp_path / "unlucky" / "model")
+
+
+def test_resuming_a_finished_run_pushes_the_model_that_could_not_be_pushed(on_hub, finished, shards, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "later")
+    assert train_here(tmp_path / "later", shards, push_to_hub=True, resume_from_checkpoint="latest") == 0
+    assert files_in(on_hub.root / "models/user/later") == files_in(finished[0] / "model")

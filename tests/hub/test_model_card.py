@@ -106,17 +106,42 @@ def test_results_of_diverged_runs_and_of_early_versions_can_be_written(run_folde
     assert [result.metric_value for result in ModelCard(card).data.eval_results] == [0.25]
 
 
-def test_a_run_resumed_with_other_arguments_is_described_by_the_last_ones(run_folder, tiny_model):
-    """Scores on another HellaSwag file are not in the metadata, whichever file the run was started with."""
-    changes = [
-        {"seed": [1337, 7]},
-        {"train_tokens": [10**10, 2 * 10**10], "hellaswag": ["Rowan/hellaswag", "few.jsonl"]},
-    ]
-    metrics = (run_folder / "metrics.jsonl").read_text()
-    resumed = [json.dumps({"step": 1, "event": "resume", "changed": changed}) + "\n" for changed in changes]
-    (run_folder / "metrics.jsonl").write_text("".join([*resumed, metrics]))
+def resume(step, **changed):
+    """A line of metrics.jsonl."""
+    return json.dumps({"step": step, "event": "resume", "changed": changed}) + "\n"
+
+
+def train(first, last):
+    """Lines of metrics.jsonl."""
+    return "".join(json.dumps({"step": step, "tokens": step * 2**19, "loss": 4.0}) + "\n" for step in (first, last))
+
+
+def test_a_run_resumed_with_other_arguments_is_described_by_those_of_each_stretch(run_folder, tiny_model):
+    lower = {"learning_rate": [6e-4, 3e-4]}
+    attempts = [train(1, 500), resume(500, learning_rate=[6e-4, 1e-3]), train(501, 502), resume(500, **lower)]
+    attempts += [train(501, 1000), resume(1000, **lower, weight_decay=[0.1, 0.2]), train(1001, 1001), resume(1001)]
+    with open(run_folder / "metrics.jsonl", "w") as file:
+        file.writelines([*attempts, train(1002, 2000), resume(2000, learning_rate=[6e-4, 9e-4], train_tokens=[1, 2])])
     card = model_card(tiny_model, run_folder=run_folder)
-    assert "| tokens | 20,000,000,000, 524,288 per step |\n" in card
+    schedule = "after 375,000,000 tokens of warm-up, then cosine to 10% of it"
+    adam = "AdamW, betas 0.9 and 0.95, weight decay {}, gradient norm at most 1"
+    for line in (
+        "| tokens | 10,000,000,000, 524,288 per step |",
+        f"| learning rate | steps 1 to 500: 0.0006 {schedule}; steps 501 to 1,001: 0.0003 {schedule}; "
+        f"steps 1,002 to 2,000: 0.0006 {schedule} |",
+        f"| optimizer | steps 1 to 1,000: {adam.format(0.1)}; steps 1,001 to 1,001: {adam.format(0.2)}; "
+        f"steps 1,002 to 2,000: {adam.format(0.1)} |",
+    ):
+        assert f"{line}\n" in card
+    assert "0.001" not in card  # undone by resuming from the same step again
+    assert "0.0009" not in card  # no step was trained with it
+
+
+def test_scores_on_another_file_are_not_in_the_metadata_whichever_the_run_was_started_with(run_folder, tiny_model):
+    metrics = (run_folder / "metrics.jsonl").read_text()
+    resumed = resume(1, seed=[1337, 7]) + resume(1, hellaswag=["Rowan/hellaswag", "few.jsonl"])
+    (run_folder / "metrics.jsonl").write_text(resumed + metrics)
+    card = model_card(tiny_model, run_folder=run_folder)
     assert "| seed | 1337 |\n" in card
     assert [result.dataset_name for result in ModelCard(card).data.eval_results] == ["fineweb-edu"]
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from environments import new_environment
+from patience import PATIENCE_SECONDS
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -64,7 +65,12 @@ def run(python: Path, *words, cwd: Path) -> subprocess.CompletedProcess:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "home")}
     environment.pop("PYTHONPATH", None)
     result = subprocess.run(
-        [python, *map(str, words)], env=environment, cwd=cwd, capture_output=True, text=True, timeout=600
+        [python, *map(str, words)],
+        env=environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE_SECONDS,
     )
     assert result.returncode == 0, result.stderr
     return result

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE_SECONDS
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -128,7 +129,12 @@ print(talk("the sea", max_new_tokens=5, min_new_tokens=5, do_sample=False)[0]["g
         ["-I", "-c", load, str(ROOT)],
     ):
         result = subprocess.run(
-            [sys.executable, *options], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+            [sys.executable, *options],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
         )
         assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("the sea")

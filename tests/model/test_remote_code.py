@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE_SECONDS
 
 PROGRAM = """
 import sys, torch
@@ -39,7 +40,7 @@ def outputs_of(tmp_path):
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=PATIENCE_SECONDS,
         )
         assert result.returncode == 0, result.stderr
         return torch.load(tmp_path / "found.pt", weights_only=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from environments import new_environment
+from patience import PATIENCE_SECONDS
 
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -46,7 +47,7 @@ def run_with_version(version: str, folder: Path, tmp_path: Path) -> subprocess.C
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_SECONDS,
         cwd=tmp_path,
     )
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from patience import PATIENCE_SECONDS
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -205,7 +206,7 @@ torch.save(logits[1], f"{folder}/logits.pt")
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
     )
     assert result.returncode == 0, result.stderr
     logits = torch.load(tmp_path / "logits.pt", weights_only=True)

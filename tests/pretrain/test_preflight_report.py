@@ -31,7 +31,7 @@ def test_the_whole_run_is_the_sum_of_its_parts():
 def test_the_report_gives_speed_and_cost_and_what_is_missing(tmp_path, monkeypatch):
     args = TrainArguments(output_dir=str(tmp_path), preflight=True, price_per_hour=10.0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 7_000_000_000))
-    report, problems = preflight_report(args, MEASURED, flops_per_token=10**9, peak_flops=312e12 * 8, epochs=1.01)
+    report, problems = preflight_report(args, MEASURED, flops_per_token=10**9, peak_flops=312e12 * 8)
     hours = sum(whole_run_seconds(args, MEASURED).values()) / 3600
     assert "1,747,627 tokens/s" in report
     assert f"{1747626.7 * 1e9 / (312e12 * 8):.1%} of 2,496 TFLOP/s" in report

@@ -71,11 +71,11 @@ def test_an_interrupted_run_reads_like_an_uninterrupted_one():
     after = [evaluation_record(2), training_record(3, loss=1.0)]
     lines = [json.dumps(record) for record in [*before, training_record(3), training_record(4), resumed, *after]]
     kept = [*before[:4], *after]  # a step is skipped before its checkpoint is saved, but evaluated afterwards
-    assert drop_undone_records([*lines, '{"step": 4, "lo']) == (kept, [2], {})
+    assert drop_undone_records([*lines, '{"step": 4, "lo']) == (kept, {2: {}})
     again = json.dumps({"step": 1, "event": "resume"})
-    assert drop_undone_records([*lines, again]) == (before[:2], [1], {})
+    assert drop_undone_records([*lines, again]) == (before[:2], {1: {}})
     nothing_to_resume = json.dumps({"step": 0, "event": "resume"})
-    assert drop_undone_records([nothing_to_resume]) == ([], [], {})
+    assert drop_undone_records([nothing_to_resume]) == ([], {0: {}})
 
 
 def test_skipped_steps_are_not_part_of_a_curve(tmp_path):
@@ -134,7 +134,7 @@ def test_downsampling_keeps_the_order_and_every_spike():
     assert downsample(few, few) == (few, few)
 
 
-def test_an_axis_cuts_off_the_steep_start_and_includes_baselines_close_by():
+def test_an_axis_cuts_off_spikes_and_includes_baselines_close_by():
     losses = np.array([10.0] * 2 + list(np.linspace(4, 3, 198)))
     low, high = axis_limits(losses)
     assert 2.9 < low < 3
@@ -145,6 +145,7 @@ def test_an_axis_cuts_off_the_steep_start_and_includes_baselines_close_by():
     assert axis_limits(losses, [2.5], below=0.1)[0] > 2.9
     assert axis_limits(losses, [4.5], above=1.0)[1] > 4.6
     assert axis_limits(np.array([3.0, 9.0]))[1] > 9  # nothing is cut off a few values
+    assert 10 < axis_limits(losses, included=[10.0])[1] < 10.5
 
 
 def test_a_figure_has_a_panel_for_each_metric_of_the_run(run, tmp_path):
@@ -194,6 +195,54 @@ def test_labels_do_not_overlap(tmp_path):
         boxes = [text.get_window_extent() for text in panel(figure, title).texts]
         assert len(boxes) == count
         assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+
+
+def falling_run(folder, start=7.6, end=4.0, steps=400, half_way=0.1, spike=None):
+    """A run whose training loss falls from `start` toward `end`, half of it in that share of the steps."""
+    losses = {step: end + (start - end) * 0.5 ** (step / steps / half_way) for step in range(1, steps + 1)}
+    records = [evaluation_record(0, validation_loss=start)]
+    records += [training_record(step, loss=loss if step != spike else 100.0) for step, loss in losses.items()]
+    records += [evaluation_record(step, validation_loss=losses[step]) for step in (steps // 2, steps)]
+    make_run(folder, records)
+    write_baselines(folder, {"guessing evenly, ln(vocabulary)": 7.62, "guessing by frequency, unigram": 6.15}, [])
+    return read_run(folder)
+
+
+def test_the_first_losses_of_every_run_are_shown_and_a_spike_is_not(tmp_path):
+    runs = [falling_run(tmp_path / f"{start}", start=start, spike=200) for start in (7.6, 9.5)]
+    for shown, top in ((runs[:1], 7.62), (runs, 9.5)):
+        low, high = panel(plot_runs(shown), "Loss").get_ylim()
+        assert top < high < top + 1
+        assert 3 < low < 4
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [{}],
+        [{"half_way": 0.02}, {"half_way": 0.5}],
+        [{"half_way": 0.9}, {"half_way": 0.02}],  # the first is still high at the right edge of the panel
+        [{"end": 6.3}, {"end": 3.0}],  # a run that stops just over the baseline
+        [{"end": 5.9, "steps": 200}, {"end": 6.4}, {"half_way": 0.02}],
+        [{"start": 6.3, "end": 5.6, "half_way": 0.9}],
+    ],
+)
+def test_no_label_lies_on_a_curve(tmp_path, shapes):
+    figure = plot_runs([falling_run(tmp_path / f"{index}", **shape) for index, shape in enumerate(shapes)])
+    figure.draw_without_rendering()
+    loss = panel(figure, "Loss")
+    labels = [text for text in loss.texts if text.get_text().startswith("guessing")]
+    assert "guessing by frequency: 6.15" in texts(loss)
+    for line in loss.lines:
+        x, y = line.get_data()
+        if len(x) < 3 or line.get_linestyle() == "None":
+            continue  # baselines; points without a line between them
+        close = np.linspace(x[0], x[-1], 5000)
+        curve = loss.transData.transform(np.stack([close, np.interp(close, x, y)], axis=1))
+        for label in labels:
+            assert not label.get_window_extent().count_contains(curve), label.get_text()
+            assert loss.bbox.contains(*label.get_window_extent().min)
+            assert loss.bbox.contains(*label.get_window_extent().max)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,13 @@
 
 import dataclasses
 import math
+import os
 import re
+import subprocess
+import sys
 
 import pytest
+from warm_python import ROOT
 
 from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
 from modeling_gpt2repro.evaluation.hellaswag.arguments import EvalHellaSwagArguments
@@ -60,16 +64,70 @@ def help_of(capsys, script, argv=(), **options) -> str:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_fits_one_process(preset, tmp_path):
-    args = parse_command_line(TrainArguments, ["--preset", preset, "--output_dir", str(tmp_path)], PRESETS)
-    assert args.gradient_accumulation_steps >= 1
-    assert args.total_steps > args.warmup_steps
+def test_every_preset_reaches_its_learning_rate(preset, tmp_path):
+    words = ["--preset", preset, "--output_dir", str(tmp_path), "--shards", str(tmp_path)]
+    args = parse_command_line(TrainArguments, words, PRESETS)
+    args.set_lengths(tokens_per_epoch=366_080)  # Tiny Shakespeare with 2,048 ids
+    assert args.total_steps > args.warmup_steps > 0
+    assert args.sequences_per_step >= 1
 
 
 def test_the_command_line_wins_over_the_preset_and_the_preset_over_the_default(tmp_path):
     words = ["--preset", "gpt2-350m", "--n_layer", "2", "--train_tokens", "1e9", "--output_dir", str(tmp_path)]
     args = parse_command_line(TrainArguments, words, PRESETS)
     assert (args.n_layer, args.n_embd, args.block_size, args.train_tokens) == (2, 1024, 1024, 10**9)
+
+
+FINE_TUNING = ["--init_from", "gpt2"]
+OWN_TEXT = ["--preset", "own-text"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (FINE_TUNING, {"learning_rate": 5e-5, "train_tokens": None, "num_train_epochs": 3, "n_layer": None}),
+        ([*FINE_TUNING, "--preset", "gpt2-350m"], {"learning_rate": 5e-5, "n_layer": None, "tokens_per_step": 8192}),
+        ([*FINE_TUNING, *OWN_TEXT], {"learning_rate": 5e-5, "block_size": None, "num_train_epochs": 3}),
+        (
+            [*FINE_TUNING, "--learning_rate", "1e-4", "--n_layer", "12", "--num_train_epochs", "2"],
+            {"learning_rate": 1e-4, "n_layer": 12, "num_train_epochs": 2},
+        ),
+        # What follows from the tokens: a warm-up over a twentieth, ten evaluations, a checkpoint in the middle.
+        (
+            [*FINE_TUNING, "--train_tokens", "819200"],
+            {"num_train_epochs": None, "total_steps": 100, "warmup_steps": 5, "eval_steps": 10, "save_steps": 50},
+        ),
+        ([*OWN_TEXT, "--train_tokens", "204800"], {"num_train_epochs": None, "total_steps": 100, "warmup_steps": 5}),
+        ([*OWN_TEXT], {"num_train_epochs": 4, "train_tokens": None}),
+        (["--preset", "quickstart", "--num_train_epochs", "0.5"], {"num_train_epochs": 0.5, "train_tokens": None}),
+        (["--preset", "quickstart"], {"num_train_epochs": None, "train_tokens": 2_867_200, "eval_steps": 200}),
+    ],
+)
+def test_defaults_depend_on_what_else_is_given_and_a_given_flag_always_counts(argv, expected, tmp_path):
+    words = ["--shards", str(tmp_path), "--output_dir", str(tmp_path), *argv]
+    args = parse_command_line(TrainArguments, words, PRESETS)
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_epochs_become_tokens_once_the_size_of_the_data_is_known(tmp_path):
+    words = ["--shards", str(tmp_path), "--output_dir", str(tmp_path), "--num_train_epochs", "2.5"]
+    args = parse_command_line(TrainArguments, words, PRESETS)
+    args.set_lengths(tokens_per_epoch=1_000 * 524_288)
+    assert (args.train_tokens, args.total_steps, args.warmup_steps) == (2_500 * 524_288, 2_500, 125)
+    assert (args.eval_steps, args.save_steps) == (250, 1000)  # the defaults
+
+
+def test_epochs_that_cannot_be_counted_are_refused(capsys, tmp_path):
+    shards = ["--output_dir", str(tmp_path), "--shards", str(tmp_path)]
+    both = errors_of(capsys, TrainArguments, [*shards, "--train_tokens", "1e9", "--num_train_epochs", "2"], PRESETS)
+    assert ": num_train_epochs (2) and train_tokens (1000000000) exclude each other: give one.\n" in both
+    for argv, epochs in ((OWN_TEXT, 4), (FINE_TUNING, 3), (["--num_train_epochs", "1.5"], 1.5)):
+        printed = errors_of(capsys, TrainArguments, ["--output_dir", tmp_path, *argv], PRESETS)
+        assert f": num_train_epochs ({epochs}) needs data of a known size, which a stream is not: prepare" in printed
+    args = parse_command_line(TrainArguments, [*shards, "--num_train_epochs", "1"], PRESETS)
+    expected = r"^train_tokens \(5000\) must be at least one step: .* fewer --tokens_per_step than 524288\.$"
+    with pytest.raises(ValueError, match=expected):
+        args.set_lengths(tokens_per_epoch=5000)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +206,7 @@ AT_LEAST_0 = (
     [
         (AT_LEAST_1, 0, "at least 1"),
         (AT_LEAST_0, -1, "at least 0"),
-        ("learning_rate max_grad_norm price_per_hour", 0.0, "greater than 0"),
+        ("learning_rate max_grad_norm price_per_hour num_train_epochs", 0.0, "greater than 0"),
         ("adam_beta1 adam_beta2 final_learning_rate_ratio validation_share", 1.0, "at least 0 and less than 1"),
         ("adam_beta1 adam_beta2 final_learning_rate_ratio validation_share", -0.1, "at least 0 and less than 1"),
     ],
@@ -225,7 +283,7 @@ def test_a_likely_slip_is_answered_with_what_to_use(script, slip, capsys):
     [
         ("--lr", "use --learning_rate."),
         ("--max-lr=6e-4", "use --learning_rate."),
-        ("--epochs", "give the length in tokens with --train_tokens; "),
+        ("--epochs", "use --num_train_epochs for prepared data, "),
         ("--fp16", "precision is chosen at launch: accelerate launch --mixed_precision bf16 train_accelerate.py ..."),
         ("--config", "use --preset for hyperparameters; hardware is chosen by accelerate launch --config_file"),
     ],
@@ -301,3 +359,19 @@ def test_errors_of_several_inputs_are_captured():
     assert len(str(error.value).splitlines()) == 3
     with pytest.raises(KeyError):  # a bug, not an input error
         errors.capture({}.__getitem__, "a")
+
+
+def test_the_launchers_report_of_a_failure_ends_with_the_message(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from modeling_gpt2repro.runtime.command_line import exit_with_errors\nexit_with_errors(['a is 1.', 'b is 2.'])"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GPT2REPRO_LAZY": "1"}
+    result = subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 1
+    message = "script.py: 2 problems; nothing was started:\n  - a is 1.\n  - b is 2.\n"
+    assert message in result.stderr[: result.stderr.index("Root Cause")]
+    last_lines = result.stderr[result.stderr.index("Root Cause") :]
+    assert "exitcode  : 2 " in last_lines
+    assert f"traceback : {message}==" in last_lines

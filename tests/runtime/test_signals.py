@@ -3,18 +3,22 @@
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from modeling_gpt2repro.runtime import signals
 from modeling_gpt2repro.runtime.signals import StopSignal, resume_command
 
 
-def test_a_second_ctrl_c_interrupts_at_once(terminal_signals):
+def test_a_second_ctrl_c_interrupts_at_once(terminal_signals, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: now))
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # the same one, passed on by a launcher
         assert stop.should_stop()
-        stop._received_at -= 10
+        now += signals.SAME_CTRL_C_SECONDS + 1
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):  # afterwards Ctrl-C is Python's again

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
+from patience import PATIENCE_SECONDS, wait_until
 
 from modeling_gpt2repro.training.arguments import TrainArguments
 
@@ -71,9 +71,9 @@ def test_fsdp2_shards_by_the_models_block(tiny_model, monkeypatch):
 SRUN = """#!/bin/bash
 echo "$@" >> "$CLUSTER/srun_options"
 while [[ $1 == -* ]]; do shift; done
-for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do SLURM_NODEID=$node "$@" & tasks+=($!); done
 trap 'again=yes; kill -USR1 "${tasks[@]}"' USR1
 trap 'kill -KILL "${tasks[@]}"' TERM
+for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do SLURM_NODEID=$node "$@" & tasks+=($!); done
 for task in "${tasks[@]}"; do
     again=yes
     while [ $again = yes ]; do again=no; wait "$task"; status=$?; done
@@ -125,10 +125,7 @@ def start_job(cluster, *arguments):
 
 
 def wait_for(cluster, pattern, count):
-    give_up = time.monotonic() + 60
-    while len(list(cluster.glob(pattern))) < count:
-        assert time.monotonic() < give_up, (cluster / "log").read_text()
-        time.sleep(0.01)
+    wait_until(lambda: len(list(cluster.glob(pattern))) >= count, failure=(cluster / "log").read_text)
 
 
 def lines(path):
@@ -147,7 +144,7 @@ def test_the_slurm_script_asks_for_a_warning_that_leaves_time_to_save():
 
 def test_each_machine_launches_with_its_rank_and_the_address_of_the_first(cluster, monkeypatch):
     monkeypatch.setenv("ENDS_WITH", "0")
-    assert start_job(cluster, "--output_dir", "two words").wait(60) == 0, (cluster / "log").read_text()
+    assert start_job(cluster, "--output_dir", "two words").wait(PATIENCE_SECONDS) == 0, (cluster / "log").read_text()
     for rank in (0, 1):
         command, *arguments = lines(cluster / f"launched.{rank}")
         assert command == "launch"
@@ -160,12 +157,12 @@ def test_each_machine_launches_with_its_rank_and_the_address_of_the_first(cluste
     assert "--cpus-per-task=64" in lines(cluster / "srun_options")[0]
     monkeypatch.setenv("CONFIG", "accelerate_configs/fsdp2.yaml")
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
-    start_job(cluster).wait(60)
+    start_job(cluster).wait(PATIENCE_SECONDS)
     parsed = launch_command_parser().parse_args(lines(cluster / "launched.0")[1:])
     assert (parsed.config_file, parsed.num_processes) == ("accelerate_configs/fsdp2.yaml", 8)
     monkeypatch.delenv("SLURM_GPUS_ON_NODE")
     monkeypatch.setenv("SLURM_GPUS_PER_NODE", "a100:2")
-    start_job(cluster).wait(60)
+    start_job(cluster).wait(PATIENCE_SECONDS)
     assert launch_command_parser().parse_args(lines(cluster / "launched.0")[1:]).num_processes == 4
 
 
@@ -173,7 +170,7 @@ def test_a_warned_job_saves_on_all_machines_and_is_requeued_once(cluster):
     job = start_job(cluster)
     wait_for(cluster, "launched.*", 2)
     job.send_signal(signal.SIGUSR1)  # to the shell alone, as B: asks
-    assert job.wait(60) == 1
+    assert job.wait(PATIENCE_SECONDS) == 1
     assert sorted(lines(cluster / "saved")) == ["0", "1"]  # all had exited before the script did
     assert lines(cluster / "requeued") == ["17"]
 
@@ -181,7 +178,7 @@ def test_a_warned_job_saves_on_all_machines_and_is_requeued_once(cluster):
 @pytest.mark.parametrize("status", [0, 1, 143])
 def test_a_job_that_was_not_warned_is_not_requeued(cluster, monkeypatch, status):
     monkeypatch.setenv("ENDS_WITH", str(status))  # finished, failed, cancelled
-    assert start_job(cluster).wait(60) == status
+    assert start_job(cluster).wait(PATIENCE_SECONDS) == status
     assert not lines(cluster / "requeued")
 
 
@@ -190,18 +187,17 @@ def test_a_job_that_finishes_after_the_warning_is_not_requeued(cluster):
     job = start_job(cluster)
     wait_for(cluster, "launched.*", 2)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(60) == 0
+    assert job.wait(PATIENCE_SECONDS) == 0
     assert not lines(cluster / "requeued")
 
 
 def test_a_cancelled_job_waits_for_its_step(cluster):
     job = start_job(cluster)
     wait_for(cluster, "launched.*", 2)
-    job.send_signal(signal.SIGTERM)
-    time.sleep(0.1)
-    assert job.poll() is None  # Slurm itself signals the step, and gives it time
+    job.send_signal(signal.SIGTERM)  # Slurm itself signals the step, and gives it time
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(60) == 1
+    assert job.wait(PATIENCE_SECONDS) == 1  # else it would be SIGTERM's, -15 or 143
+    assert sorted(lines(cluster / "saved")) == ["0", "1"]
 
 
 @pytest.mark.slow
@@ -220,12 +216,12 @@ def test_accelerates_own_launcher_forwards_the_warning_to_every_process(cluster,
         "    sys.exit(143)\n"
         "signal.signal(signal.SIGUSR1, leave)\n"
         "open(f'started.{rank}', 'w')\n"
-        "time.sleep(60)\n",
+        f"time.sleep({PATIENCE_SECONDS})\n",
         encoding="utf-8",
     )
     job = start_job(cluster)
     wait_for(cluster, "started.*", 8)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(60) == 1, (cluster / "log").read_text()
+    assert job.wait(PATIENCE_SECONDS) == 1, (cluster / "log").read_text()
     assert [path.read_text() for path in cluster.glob("got.*")] == ["SIGUSR1"] * 8
     assert lines(cluster / "requeued") == ["17"]

@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 
 import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from patience import PATIENCE_SECONDS, wait_until
 from test_train import plain_start
 from toy_runs import CPU_FP32, RECIPE, SCRIPT, SEQUENCES_PER_STEP, TOKENS_PER_STEP, as_flags, logged_values, train_here
 
@@ -23,6 +23,7 @@ import train_accelerate
 from modeling_gpt2repro.pretrain import checkpointing, setup
 from modeling_gpt2repro.runs.read import read_metrics
 from modeling_gpt2repro.runtime import signals
+from modeling_gpt2repro.runtime.accelerator import MAX_SAVE_TIME
 from modeling_gpt2repro.runtime.signals import requested_num_processes
 
 WEIGHTS = "model/model.safetensors"
@@ -285,12 +286,9 @@ def start(output_dir, shards, processes: int, launcher: tuple[str, ...] = (), **
     )
 
 
-def wait_for_step(output_dir, step: int, seconds: float = 60):
-    deadline = time.monotonic() + seconds
+def wait_for_step(output_dir, step: int):
     log = output_dir / "metrics.jsonl"
-    while not (log.exists() and f'"step": {step},' in log.read_text()):
-        assert time.monotonic() < deadline, "the run did not get so far"
-        time.sleep(0.05)
+    wait_until(lambda: log.exists() and f'"step": {step},' in log.read_text())
 
 
 def training_processes(launcher: subprocess.Popen) -> list[psutil.Process]:
@@ -303,7 +301,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(shards, tm
     launcher = start(tmp_path / "run", shards, processes=2)
     wait_for_step(tmp_path / "run", 20)
     training_processes(launcher)[1].send_signal(signal.SIGUSR1)
-    output, errors = launcher.communicate(timeout=60)
+    output, errors = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert "Stopped by a signal to another process after step" in output, errors
     assert "exitcode  : 143" in errors
     newest = sorted((tmp_path / "run").glob("step-*"))[-1]
@@ -315,14 +313,12 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(shards, tm
     assert len(logged_values(tmp_path / "run")) == step + 3
 
 
-def test_when_one_of_two_processes_dies_the_other_ends_within_a_minute(shards, tmp_path):
+def test_when_one_of_two_processes_dies_the_other_does_not_wait_for_the_time_out(shards, tmp_path):
     launcher = start(tmp_path / "run", shards, processes=2)
     wait_for_step(tmp_path / "run", 12)
-    victim = training_processes(launcher)[1]
-    started = time.monotonic()
-    victim.kill()
-    _, errors = launcher.communicate(timeout=90)
-    assert time.monotonic() - started < 60
+    training_processes(launcher)[1].kill()
+    _, errors = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert MAX_SAVE_TIME.total_seconds() > 2 * PATIENCE_SECONDS  # what a collective would wait for the dead
     assert "exitcode  : -9" in errors
     assert "(local_rank: 1) of binary" in errors or "Signal 9 (SIGKILL)" in errors
     assert sorted((tmp_path / "run").glob("step-*"))  # and the last checkpoint is there
@@ -434,12 +430,12 @@ def test_a_signal_to_accelerate_launch_reaches_the_run(shards, tmp_path, termina
         os.killpg(launcher.pid, signal.SIGINT)
     else:
         launcher.send_signal(signal.SIGTERM)
-    child.wait(timeout=60)
-    reader.join(timeout=60)
+    child.wait(timeout=PATIENCE_SECONDS)
+    reader.join(timeout=PATIENCE_SECONDS)
     output = "".join(lines)
     assert "Stopped by SIG" in output
     assert "accelerate.commands.launch --cpu --num_processes 1" in output
-    launcher.wait(timeout=10)
+    launcher.wait(timeout=PATIENCE_SECONDS)
 
 
 def test_a_run_resumes_from_a_checkpoint_on_the_hub_at_a_revision(finished, shards, hub, warm_python, tmp_path):

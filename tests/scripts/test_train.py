@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from keyed_order import shuffled_epoch
+from patience import PATIENCE_SECONDS
 from torch import nn
 from toy_runs import (
     CPU_FP32,
@@ -246,7 +247,7 @@ for number, folder in enumerate(sys.argv[3:]):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
     )
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
@@ -266,7 +267,7 @@ def test_the_quickstart_needs_nothing_but_python(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
     )
     assert result.returncode == 0, result.stderr
     assert {path.name for path in tmp_path.iterdir()} <= {"run", "home"}

@@ -1,12 +1,24 @@
 """Inputs that train_accelerate.py refuses, with which message, and what it then leaves untouched."""
 
 import json
+import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toy_runs import CPU_FP32, RECIPE, as_flags, toy_flags, train_here
+from toy_runs import (
+    CPU_FP32,
+    RECIPE,
+    SCRIPT,
+    SEQUENCES_PER_STEP,
+    TOKENS_PER_STEP,
+    as_flags,
+    logged_values,
+    toy_flags,
+    train_here,
+)
 
 import train_accelerate
 from modeling_gpt2repro.storage.checksums import write_checksums
@@ -23,6 +35,73 @@ def test_a_resumed_run_reports_changed_arguments(finished, shards, tmp_path, cap
     changed = next(row["changed"] for row in events if row.get("event") == "resume")
     assert changed["learning_rate"] == [0.01, 0.005]
     assert changed["hellaswag"] == ["hellaswag.jsonl", "none"]  # its folder is left out: the file is published
+
+
+def contents(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_says_so_and_is_left_as_it_is(finished, shards, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    before = contents(run)
+    assert train_here(run, shards, resume_from_checkpoint="latest", learning_rate=0.005) == 0
+    assert capsys.readouterr().out == (
+        f"{run} is finished, and nothing is left to do: its model was trained for 30 steps; to train it longer, resume "
+        "with more --train_tokens than 7680.\n"
+    )
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("interrupted", ["before the model", "at an earlier end of the run"])
+def test_a_run_whose_export_was_interrupted_is_finished_with_the_values_it_had(finished, shards, tmp_path, interrupted):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    shutil.rmtree(run / "model")
+    if interrupted != "before the model":
+        assert train_here(tmp_path / "short", shards, train_tokens=20 * TOKENS_PER_STEP, num_samples=0) == 0
+        shutil.copytree(tmp_path / "short" / "model", run / "model")
+    assert train_here(run, shards, resume_from_checkpoint="latest", learning_rate=0.005) == 0
+    weights = (finished[0] / "model" / "model.safetensors").read_bytes()
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+    card = (run / "model" / "README.md").read_text()
+    assert "| learning rate | 0.01 after 1,280 tokens of warm-up" in card
+    assert "0.005" not in card
+
+
+def test_a_longer_run_says_how_far_the_learning_rate_jumps_and_how_to_avoid_it(finished, shards, tmp_path, capsys):
+    longer = {"resume_from_checkpoint": "latest", "train_tokens": 60 * TOKENS_PER_STEP, "num_samples": 0}
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.copytree(finished[0], tmp_path / "smooth")
+    assert train_here(tmp_path / "run", shards, **longer) == 0
+    # After 5 steps of warm-up, a cosine from 1e-2 to 1e-3: at its end, and after 25 of 55 steps.
+    now = 1e-3 + 9e-3 * (1 + math.cos(math.pi * 25 / 55)) / 2
+    expected = (
+        f"The learning rate jumps after step 30 from 1.00e-03 to {now:.2e} ({now / 1e-3:.2g} x), because its schedule "
+        f"has changed: the loss may rise for a while. To continue at the old rate, give --learning_rate "
+        f"{1e-2 * 1e-3 / now:.3g}.\n"
+    )
+    assert expected in capsys.readouterr().out
+    assert logged_values(tmp_path / "run", "learning_rate")[30] == pytest.approx(now)
+    assert train_here(tmp_path / "smooth", shards, **longer, learning_rate=f"{1e-2 * 1e-3 / now:.3g}") == 0
+    assert "jumps" not in capsys.readouterr().out
+    assert logged_values(tmp_path / "smooth", "learning_rate")[30] == pytest.approx(1e-3, rel=5e-3)
+
+
+def test_a_model_is_fine_tuned_with_its_own_shape_and_with_values_for_it(finished, shards, warm_python, tmp_path):
+    given = {"init_from": finished[0] / "model", "shards": shards, "output_dir": tmp_path / "run", "num_samples": 0}
+    given |= {"hellaswag": "none", "tokens_per_step": TOKENS_PER_STEP, "n_layer": 2}
+    printed = warm_python.run(SCRIPT, *as_flags(given), **CPU_FP32).stdout
+    arguments = json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]
+    assert [arguments[name] for name in ("n_layer", "n_head", "n_embd", "block_size")] == [2, 2, 32, 32]
+    sequences = sum(len(np.load(path)) for path in shards.glob("train_*.npy")) // 32
+    assert (arguments["num_train_epochs"], arguments["train_tokens"]) == (3, 3 * sequences * 32)
+    steps = 3 * sequences // SEQUENCES_PER_STEP
+    rates = logged_values(tmp_path / "run", "learning_rate")
+    assert (len(rates), max(rates)) == (steps, 5e-5)
+    assert f"learning rate 5e-05 after {steps // 20} step" in printed
+    assert f"epochs       {steps * SEQUENCES_PER_STEP / sequences:.2f} of the training data\n" in printed
+    assert f"width 32, fine-tuned from {finished[0] / 'model'}\n" in printed
 
 
 def refused(capsys, output_dir, shards, **overrides) -> str:
@@ -93,6 +172,15 @@ def test_untied_weights_whose_config_says_tied_are_refused(finished, shards, tmp
     (checkpoint / CHECKSUMS_FILE).unlink()
     write_checksums(checkpoint, CHECKSUMS_FILE)
     assert sentence in refused(capsys, tmp_path / "run", shards, resume_from_checkpoint="latest")
+
+
+def test_a_model_to_fine_tune_that_does_not_exist_is_one_sentence(shards, tmp_path, capsys):
+    given = {"init_from": tmp_path / "nowhere", "shards": shards, "output_dir": tmp_path / "run", "hellaswag": "none"}
+    with pytest.raises(SystemExit) as end:
+        train_accelerate.main(as_flags(given))
+    torch.use_deterministic_algorithms(False)
+    assert end.value.code == 2
+    assert "nowhere cannot be read as a model" in capsys.readouterr().err
 
 
 def test_two_processes_exit_together_on_missing_weights(shards, warm_python, tmp_path):

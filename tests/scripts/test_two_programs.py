@@ -5,8 +5,6 @@ import os
 import signal
 import socket
 import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Process
 from pathlib import Path
@@ -15,6 +13,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from patience import PATIENCE_SECONDS, wait_until
 from test_fault_tolerance import at_step, send_signal
 from toy_runs import CPU_FP32, SCRIPT, TOKENS_PER_STEP, logged_values, toy_flags, train_here
 
@@ -35,11 +34,20 @@ def short_patience(monkeypatch):
     monkeypatch.setattr(lock, "RUNNING_PATIENCE_SECONDS", 1.0)
 
 
-def wait_for(condition, seconds=120):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
+@pytest.fixture
+def when_waiting(monkeypatch):
+    """when_waiting(action): it is called once this process has said that it waits for another one."""
+
+    def plan(action):
+        print_now = lock.print_now
+
+        def print_and_act(message):
+            print_now(message)
+            action()
+
+        monkeypatch.setattr(lock, "print_now", print_and_act)
+
+    return plan
 
 
 def trains(folder: Path) -> bool:
@@ -61,8 +69,9 @@ def in_use(output: str, folder: Path, process: Process) -> bool:
 def test_a_run_beside_a_running_one_is_refused_fresh_or_resumed(shards, tmp_path, warm_python, capsys):
     run = tmp_path / "run"
     with warm_python.start(SCRIPT, *toy_flags(run, shards, **LONG), **CPU_FP32) as (first, _):
-        wait_for(lambda: trains(run))
+        wait_until(lambda: trains(run))
         os.kill(first.pid, signal.SIGSTOP)
+        wait_until(lambda: is_stopped(first))
         (run / "run.json").rename(tmp_path / "run.json")  # as if the second had looked before the first had begun
         before = content(run)
         (run / ".step-000999.partial").mkdir()  # the first is writing it
@@ -88,13 +97,14 @@ def test_a_run_beside_a_running_one_is_refused_fresh_or_resumed(shards, tmp_path
 
 
 SLOW_TO_STOP = """
-import sys, time
+import os, sys, time
 import train_accelerate
 from modeling_gpt2repro.pretrain.checkpointing import Checkpointer
 save = Checkpointer.save
 
 def slow_save(*arguments, final=False):
-    time.sleep(3 * final)
+    while final and not os.path.exists(os.environ["IS_WAITED_FOR"]):
+        time.sleep(0.01)
     save(*arguments, final=final)
 
 Checkpointer.save = slow_save
@@ -103,14 +113,17 @@ train_accelerate.main(sys.argv[1:])
 
 
 def test_a_resumed_run_waits_for_the_last_checkpoint_of_a_stopping_one(
-    shards, tmp_path, warm_python, capsys, monkeypatch
+    shards, tmp_path, warm_python, capsys, monkeypatch, when_waiting
 ):
     monkeypatch.setattr(lock, "RUNNING_PATIENCE_SECONDS", 0.0)
     run = tmp_path / "run"
-    with warm_python.start("-c", SLOW_TO_STOP, *toy_flags(run, shards, **LONG), **CPU_FP32) as (first, _):
-        wait_for(lambda: trains(run))
+    is_waited_for = tmp_path / "is_waited_for"
+    when_waiting(is_waited_for.touch)
+    command = ["-c", SLOW_TO_STOP, *toy_flags(run, shards, **LONG)]
+    with warm_python.start(*command, **CPU_FP32, IS_WAITED_FOR=str(is_waited_for)) as (first, _):
+        wait_until(lambda: trains(run))
         first.terminate()
-        wait_for(lambda: json.loads((run / LOCK_FILE).read_text())["stopping"])
+        wait_until(lambda: json.loads((run / LOCK_FILE).read_text())["stopping"])
         at_step(monkeypatch, 3, send_signal(signal.SIGTERM))
         assert train_here(run, shards, **LONG, resume_from_checkpoint="latest") == 143
         first.join()
@@ -123,18 +136,18 @@ def test_a_resumed_run_waits_for_the_last_checkpoint_of_a_stopping_one(
     assert steps == list(range(1, handed_over + 4))  # none twice, none left out
 
 
-def test_a_fresh_run_that_waited_for_another_one_does_not_begin_in_its_folder(shards, tmp_path, capsys):
+def test_a_fresh_run_that_waited_for_another_one_does_not_begin_in_its_folder(shards, tmp_path, capsys, when_waiting):
     run = tmp_path / "run"
     with FolderLock(run) as first:
         first.acquire()
         first.announce_stop()
-        wait_for(lambda: json.loads((run / LOCK_FILE).read_text())["stopping"])
+        wait_until(lambda: json.loads((run / LOCK_FILE).read_text())["stopping"])
 
         def end():
             (run / "run.json").write_text("{}")
             first.release()
 
-        threading.Timer(2.0, end).start()
+        when_waiting(end)
         assert train_here(run, shards) == 2
     assert f"output_dir ({run}) holds another run: resume it with" in capsys.readouterr().err
     assert sorted(path.name for path in run.iterdir()) == ["run.json"]
@@ -165,11 +178,11 @@ def test_a_stop_signal_ends_the_wait(shards, tmp_path, warm_python, stop, code):
     with FolderLock(run) as first:
         first.acquire()
         first.announce_stop()
-        wait_for(lambda: json.loads((run / LOCK_FILE).read_text())["stopping"])
+        wait_until(lambda: json.loads((run / LOCK_FILE).read_text())["stopping"])
         with warm_python.start("-c", start, *toy_flags(run, shards), **CPU_FP32) as (second, errors):
-            wait_for(lambda: errors.exists() and "which is stopping: waiting up to 240 s." in errors.read_text())
+            wait_until(lambda: errors.exists() and "which is stopping: waiting up to 240 s." in errors.read_text())
             os.kill(second.pid, stop)
-            second.join(60)
+            second.join(PATIENCE_SECONDS)
             assert second.exitcode == code
             assert "Traceback" not in errors.read_text()
 
@@ -233,7 +246,7 @@ def test_a_preparation_beside_another_is_refused_at_any_moment_until_that_is_kil
     out = tmp_path / "out"
     flags = ["--output_dir", out, *text_flags]
     with warm_python.start("-c", STOPPED_WHILE_PREPARING, moment, *flags) as (first, _):
-        wait_for(lambda: is_stopped(first))
+        wait_until(lambda: is_stopped(first))
         before = content(out)
         assert prepare(out, text_flags) == 2
         assert in_use(capsys.readouterr().err, out, first)
@@ -251,14 +264,14 @@ def test_a_preparation_beside_another_is_refused_at_any_moment_until_that_is_kil
 
 @pytest.mark.parametrize("moment", ["before the manifest", "before clearing up"])
 def test_a_preparation_that_waited_for_one_that_ended_uses_its_shards(
-    text_flags, tmp_path, warm_python, capsys, monkeypatch, moment
+    text_flags, tmp_path, warm_python, capsys, monkeypatch, when_waiting, moment
 ):
-    monkeypatch.setattr(lock, "RUNNING_PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr(lock, "RUNNING_PATIENCE_SECONDS", PATIENCE_SECONDS)
     out = tmp_path / "out"
     flags = ["--output_dir", out, *text_flags]
     with warm_python.start("-c", STOPPED_WHILE_PREPARING, moment, *flags) as (first, errors):
-        wait_for(lambda: is_stopped(first))
-        threading.Timer(1.0, os.kill, [first.pid, signal.SIGCONT]).start()
+        wait_until(lambda: is_stopped(first))
+        when_waiting(lambda: os.kill(first.pid, signal.SIGCONT))
         assert prepare(out, text_flags) == 2
         assert f"{out} holds prepared shards already: use them, or give" in capsys.readouterr().err
         first.join()
@@ -280,6 +293,7 @@ from modeling_gpt2repro.storage import lock
 from modeling_gpt2repro.training.checkpoints import RetentionPolicy, remove_stale_files, save_checkpoint
 
 lock.POLL_SECONDS = 0.0005
+lock.RUNNING_PATIENCE_SECONDS = lock.PATIENCE_SECONDS
 folder, first_step = Path(sys.argv[1]), int(sys.argv[2])
 accelerator = Accelerator(cpu=True)
 

@@ -7,12 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
+from patience import PATIENCE_SECONDS, wait_until
 
 from modeling_gpt2repro.storage import lock
 from modeling_gpt2repro.storage.lock import LOCK_FILE, FolderLock
@@ -25,6 +27,14 @@ import errno, fcntl, os, signal, socket, subprocess, sys, time
 from pathlib import Path
 from modeling_gpt2repro.storage import lock
 lock.BEAT_SECONDS = 0.05
+attempts = [0]
+beat = lock.FolderLock._beat
+
+def counted(held):
+    attempts[0] += 1
+    beat(held)
+
+lock.FolderLock._beat = counted
 {before}
 with lock.FolderLock(Path(sys.argv[1])) as held:
     held.acquire()
@@ -74,7 +84,7 @@ def run_in(process, line: str):
     assert process.stdout.readline() == "done\n", process.stderr.read()
 
 
-def refused(folder: Path, patience_seconds: float = 30) -> str:
+def refused(folder: Path, patience_seconds: float = PATIENCE_SECONDS) -> str:
     """The message to a second program."""
     with FolderLock(folder, patience_seconds) as second, pytest.raises(ValueError, match="in use") as error:
         second.acquire()
@@ -83,7 +93,7 @@ def refused(folder: Path, patience_seconds: float = 30) -> str:
     return message
 
 
-def acquired(folder: Path, patience_seconds: float = 30):
+def acquired(folder: Path, patience_seconds: float = PATIENCE_SECONDS):
     """Take the lock, see that the record is this program's, and release it."""
     with FolderLock(folder, patience_seconds) as held:
         held.acquire()
@@ -91,11 +101,42 @@ def acquired(folder: Path, patience_seconds: float = 30):
     assert list(folder.iterdir()) == []
 
 
-def wait_for(condition, seconds=60):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
+@pytest.fixture
+def when_waiting(monkeypatch):
+    """when_waiting(*actions): the first is called when this process says that it waits, the next when it says more."""
+
+    def plan(*actions):
+        remaining = list(actions)
+        print_now = lock.print_now
+
+        def print_and_act(message):
+            print_now(message)
+            if remaining:
+                remaining.pop(0)()
+
+        monkeypatch.setattr(lock, "print_now", print_and_act)
+
+    return plan
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only pauses move, in this process: [seconds]."""
+    now = [0.0]
+    monkeypatch.setattr(lock, "POLL_SECONDS", 0.5)
+    fake = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(lock, "time", fake)
+    return now
+
+
+def suspend(process):
+    os.kill(process.pid, signal.SIGSTOP)
+    wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
+
+
+def wait_for_beats(process):
+    run_in(process, "beats = attempts[0]")
+    run_in(process, "while attempts[0] < beats + 4: time.sleep(0.01)")
 
 
 def record_of(folder: Path) -> dict:
@@ -137,10 +178,10 @@ def test_a_killed_holder_frees_the_folder_at_once(tmp_path, capsys):
 @pytest.mark.parametrize("how", ["fork", "multiprocessing", "subprocess"])
 def test_children_of_a_killed_holder_do_not_keep_the_folder(tmp_path, how):
     start = {
-        "fork": "child = os.fork() or time.sleep(60)",
+        "fork": f"child = os.fork() or time.sleep({PATIENCE_SECONDS})",
         "multiprocessing": "import multiprocessing; p = multiprocessing.get_context('fork').Process("
-        "target=time.sleep, args=(60,)); p.start(); child = p.pid",
-        "subprocess": "child = subprocess.Popen(['sleep', '60'], close_fds=False).pid",
+        f"target=time.sleep, args=({PATIENCE_SECONDS},)); p.start(); child = p.pid",
+        "subprocess": f"child = subprocess.Popen(['sleep', '{PATIENCE_SECONDS}'], close_fds=False).pid",
     }[how]
     (tmp_path / "child").touch()
     folder = tmp_path / "folder"
@@ -156,35 +197,34 @@ def test_children_of_a_killed_holder_do_not_keep_the_folder(tmp_path, how):
             os.kill(child, signal.SIGKILL)
 
 
-def test_a_holder_that_is_stopping_is_waited_for(tmp_path, capsys, monkeypatch):
+def test_a_holder_that_is_stopping_is_waited_for(tmp_path, capsys, monkeypatch, when_waiting):
     monkeypatch.setattr(lock, "RUNNING_PATIENCE_SECONDS", 0.0)
     with holder(tmp_path) as first:
         run_in(first, "held.announce_stop()")
-        wait_for(lambda: record_of(tmp_path)["stopping"])
-        run_in(first, "import threading; threading.Timer(1.0, lambda: (held.release(), os._exit(0))).start()")
-        started = time.monotonic()
+        wait_until(lambda: record_of(tmp_path)["stopping"])
+        when_waiting(lambda: run_in(first, "held.release()"))
         acquired(tmp_path)
-        assert time.monotonic() - started > 0.5
-    assert "which is stopping: waiting up to 30 s." in capsys.readouterr().err
+    assert f"which is stopping: waiting up to {PATIENCE_SECONDS} s." in capsys.readouterr().err
 
 
-def test_a_holder_that_does_not_stop_is_waited_for_no_longer_than_the_patience(tmp_path):
+def test_a_holder_that_does_not_stop_is_waited_for_no_longer_than_the_patience(tmp_path, clock):
     with holder(tmp_path) as first:
         run_in(first, "held.announce_stop()")
-        wait_for(lambda: record_of(tmp_path)["stopping"])
-        started = time.monotonic()
-        assert f"in use by process {first.pid} on" in refused(tmp_path, patience_seconds=1.5)
-        assert 1.5 < time.monotonic() - started < 30
+        wait_until(lambda: record_of(tmp_path)["stopping"])
+        assert f"in use by process {first.pid} on" in refused(tmp_path, lock.PATIENCE_SECONDS)
+        assert lock.PATIENCE_SECONDS < clock[0] <= lock.PATIENCE_SECONDS + 2 * lock.POLL_SECONDS
 
 
-def test_a_stop_announced_while_another_waits_makes_it_wait_longer(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(lock, "RUNNING_PATIENCE_SECONDS", 20.0)
+def test_a_stop_announced_while_another_waits_makes_it_wait_longer(tmp_path, capsys, monkeypatch, when_waiting):
+    monkeypatch.setattr(lock, "RUNNING_PATIENCE_SECONDS", PATIENCE_SECONDS - 1)
     with holder(tmp_path) as first:
-        run_in(first, "import threading; threading.Timer(0.5, held.announce_stop).start()")
-        run_in(first, "threading.Timer(1.0, lambda: (held.release(), os._exit(0))).start()")
+        when_waiting(lambda: run_in(first, "held.announce_stop()"), lambda: run_in(first, "held.release()"))
         acquired(tmp_path)
     states = [line.partition(", which ")[2] for line in capsys.readouterr().err.splitlines()]
-    assert states == ["runs, unless it stops now: waiting up to 20 s.", "is stopping: waiting up to 30 s."]
+    assert states == [
+        f"runs, unless it stops now: waiting up to {PATIENCE_SECONDS - 1} s.",
+        f"is stopping: waiting up to {PATIENCE_SECONDS} s.",
+    ]
 
 
 def test_without_locks_a_beating_holder_on_another_machine_is_refused(tmp_path, monkeypatch, capsys):
@@ -205,23 +245,21 @@ def test_a_lock_that_only_one_machine_sees_does_not_let_a_second_one_in(tmp_path
 
 
 @pytest.mark.parametrize("with_locks", [True, False])
-def test_a_silent_holder_on_another_machine_is_dead_after_a_while(tmp_path, monkeypatch, capsys, with_locks):
+def test_a_silent_holder_on_another_machine_is_dead_after_a_while(tmp_path, monkeypatch, capsys, clock, with_locks):
     if not with_locks:
         without_locks(monkeypatch)
-    monkeypatch.setattr(lock, "DEAD_SECONDS", 1.0)
     (tmp_path / LOCK_FILE).write_text(json.dumps(RECORD))
-    started = time.monotonic()
     acquired(tmp_path)
-    assert time.monotonic() - started >= 1.0
-    waiting = "process 71 on host node7 since 2025-09-30 12:00:00+02:00, which may be dead: waiting up to 30 s."
-    assert waiting in capsys.readouterr().err
+    assert lock.DEAD_SECONDS < clock[0] <= lock.DEAD_SECONDS + 4 * lock.POLL_SECONDS
+    who = "process 71 on host node7 since 2025-09-30 12:00:00+02:00"
+    assert f"{who}, which may be dead: waiting up to {PATIENCE_SECONDS} s." in capsys.readouterr().err
 
 
 def test_a_silent_holder_that_the_system_says_is_there_is_not_dead(tmp_path, monkeypatch):
     """A machine that died, whose lock the NFS server keeps for a while; or one that is cut off."""
     monkeypatch.setattr(lock, "DEAD_SECONDS", 0.1)
     with holder(tmp_path, before=ANOTHER_MACHINE) as first:
-        os.kill(first.pid, signal.SIGSTOP)
+        suspend(first)
         assert f"or delete {tmp_path / LOCK_FILE} if it is dead" in refused(tmp_path, patience_seconds=1)
 
 
@@ -235,11 +273,11 @@ def test_a_holder_that_was_taken_for_dead_ends_when_it_wakes(tmp_path, monkeypat
     without_locks(monkeypatch)
     monkeypatch.setattr(lock, "DEAD_SECONDS", 0.5)
     with holder(tmp_path, before=NO_LOCKS + ANOTHER_MACHINE) as first:
-        os.kill(first.pid, signal.SIGSTOP)
-        with FolderLock(tmp_path, patience_seconds=30) as second:
+        suspend(first)
+        with FolderLock(tmp_path, PATIENCE_SECONDS) as second:
             second.acquire()
             os.kill(first.pid, signal.SIGCONT)
-            assert first.wait(timeout=60) == 1
+            assert first.wait(PATIENCE_SECONDS) == 1
             assert f"{tmp_path} was taken over by process {os.getpid()} on host" in first.stderr.read()
             assert record_of(tmp_path)["pid"] == os.getpid()
 
@@ -247,8 +285,8 @@ def test_a_holder_that_was_taken_for_dead_ends_when_it_wakes(tmp_path, monkeypat
 def test_a_lock_file_that_somebody_deletes_comes_back(tmp_path):
     with holder(tmp_path) as first:
         (tmp_path / LOCK_FILE).unlink()
-        wait_for((tmp_path / LOCK_FILE).exists)
-        wait_for(lambda: (tmp_path / LOCK_FILE).read_bytes())
+        wait_until((tmp_path / LOCK_FILE).exists)
+        wait_until(lambda: (tmp_path / LOCK_FILE).read_bytes())
         assert f"process {first.pid} on" in refused(tmp_path)
         first.kill()
         first.wait()
@@ -258,10 +296,10 @@ def test_a_lock_file_that_somebody_deletes_comes_back(tmp_path):
 def test_a_disk_that_is_away_for_a_moment_costs_nothing(tmp_path):
     with holder(tmp_path / "folder") as first:
         (tmp_path / "folder").rename(tmp_path / "away")
-        time.sleep(0.3)  # some beats
+        wait_for_beats(first)
         (tmp_path / "away").rename(tmp_path / "folder")
         beat = record_of(tmp_path / "folder")["beat"]
-        wait_for(lambda: record_of(tmp_path / "folder")["beat"] > beat)
+        wait_until(lambda: record_of(tmp_path / "folder")["beat"] > beat)
         first.stdin.close()
         assert first.stderr.read() == ""
         assert first.wait() == 0
@@ -273,9 +311,9 @@ def test_a_full_disk_costs_the_record_but_not_the_lock_or_the_program(tmp_path):
     with holder(tmp_path, before=full) as first:
         assert (tmp_path / LOCK_FILE).read_bytes() == b""
         assert "is in use by another program: stop that first" in refused(tmp_path)
-        time.sleep(0.3)  # some beats
+        wait_for_beats(first)
         run_in(first, "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))")
-        wait_for(lambda: (tmp_path / LOCK_FILE).read_bytes())
+        wait_until(lambda: (tmp_path / LOCK_FILE).read_bytes())
         first.stdin.close()
         assert first.stderr.read() == ""
         assert first.wait() == 0
@@ -310,9 +348,10 @@ import os, sys
 from pathlib import Path
 from modeling_gpt2repro.storage import lock
 lock.POLL_SECONDS, lock.BEAT_SECONDS = 0.0005, 0.001
+lock.RUNNING_PATIENCE_SECONDS = patience = float(sys.argv[2])
 folder = Path(sys.argv[1])
 for _ in range(150):
-    with lock.FolderLock(folder) as held:
+    with lock.FolderLock(folder, patience) as held:
         held.acquire()
         os.close(os.open(folder / "inside", os.O_CREAT | os.O_EXCL))  # fails if the other one is inside
         os.unlink(folder / "inside")
@@ -322,8 +361,8 @@ for _ in range(150):
 def test_two_programs_that_take_turns_are_never_inside_together(tmp_path):
     """Each deletes the lock file at its end, while the other may have opened it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GPT2REPRO_LAZY": "1"}
-    command = [sys.executable, "-c", TAKE_TURNS, str(tmp_path)]
+    command = [sys.executable, "-c", TAKE_TURNS, str(tmp_path), str(PATIENCE_SECONDS)]
     both = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [process.communicate(timeout=120)[1] for process in both]
+    errors = [process.communicate(timeout=2 * PATIENCE_SECONDS)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from patience import PATIENCE_SECONDS
 from toy_runs import ROOT
 
 from modeling_gpt2repro.hub.background_upload import upload_environment
@@ -13,7 +14,9 @@ UNREACHABLE_HUB = "http://127.0.0.1:9"  # the discard port: nothing listens ther
 
 def run_push(*words) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "modeling_gpt2repro.hub.push", *map(str, words)]
-    return subprocess.run(command, env=upload_environment(), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, env=upload_environment(), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

@@ -11,6 +11,7 @@ from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
+from patience import PATIENCE_SECONDS
 
 ROW_GROUPS = 3
 ROWS_PER_GROUP = 50
@@ -247,7 +248,7 @@ def read(address, put=None, **headers):
     """Status, headers and body of a GET, or a PUT of these bytes, whatever the status."""
     request = Request(address, data=put, headers=headers, method="GET" if put is None else "PUT")
     try:
-        with build_opener(ProxyHandler({})).open(request, timeout=10) as reply:
+        with build_opener(ProxyHandler({})).open(request, timeout=PATIENCE_SECONDS) as reply:
             return reply.status, reply.headers, reply.read()
     except HTTPError as reply:
         return reply.code, reply.headers, reply.read()

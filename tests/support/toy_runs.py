@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from patience import PATIENCE_SECONDS
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train_accelerate.py"
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "seed": 11}
@@ -90,7 +92,7 @@ def train(
         capture_output=True,
         text=True,
         check=True,
-        timeout=240,
+        timeout=PATIENCE_SECONDS,
     )
 
 

@@ -19,6 +19,8 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from unittest.mock import patch
 
+from patience import PATIENCE_SECONDS
+
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = [
     "pytest",  # multiprocessing imports the main program of its parent
@@ -57,7 +59,7 @@ class WarmPython:
                 process.join()
 
     def run_together(
-        self, processes: int, *words, cwd: Path = ROOT, check: bool = True, timeout: float = 120, **more: str
+        self, processes: int, *words, cwd: Path = ROOT, check: bool = True, **more: str
     ) -> list[subprocess.CompletedProcess]:
         """The same in several processes, which find each other as those of torchrun do; by rank."""
         words = list(map(str, words))
@@ -69,7 +71,7 @@ class WarmPython:
                     for rank, ranked in enumerate(_ranks(processes))
                 ]
             for process in started:
-                process.join(timeout)
+                process.join(PATIENCE_SECONDS)
             late = [process for process in started if process.is_alive()]
             for process in late:
                 process.kill()
@@ -78,7 +80,7 @@ class WarmPython:
                 subprocess.CompletedProcess(words, process.exitcode, *_outputs(Path(folder, f"{rank}")))
                 for rank, process in enumerate(started)
             ]
-        assert not late, f"still there after {timeout} seconds: {ended}"
+        assert not late, f"still there after {PATIENCE_SECONDS} seconds: {ended}"
         assert not check or not any(process.returncode for process in ended), "\n".join(p.stderr for p in ended)
         return ended
 

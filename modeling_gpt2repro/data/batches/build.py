@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from modeling_gpt2repro.data.prepare.local import prepare_shards
+from modeling_gpt2repro.data.prepare.local import prepare_shards, train_tokenizer_on
 from modeling_gpt2repro.data.shards.dataset import MANIFEST, SPLITS, TokenDataset, open_shards
 from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, Source, python_prose_source
-from modeling_gpt2repro.data.tokenizer import tokenizer_sha256, train_tokenizer
+from modeling_gpt2repro.data.tokenizer import tokenizer_sha256
 from modeling_gpt2repro.runtime.command_line import InputErrors
 
 from .mixture import MixedBatches, load_mixture, mixed_validation
@@ -141,7 +141,6 @@ def load_python_prose(folder: Path, vocab_size: int, block_size: int, validation
     """
     if not (folder / MANIFEST).exists():
         source = python_prose_source()
-        texts = (document.text for partition in source.partitions for document in source.read(partition))
-        tokenizer = train_tokenizer(texts, vocab_size, max_length=block_size)
+        tokenizer = train_tokenizer_on(source, vocab_size, max_length=block_size)
         prepare_shards(source, tokenizer, f"trained on {PYTHON_PROSE}", folder, validation_share)
     return open_shards(folder)

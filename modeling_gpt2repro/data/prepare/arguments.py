@@ -62,6 +62,12 @@ class PrepareArguments:
         default=None, help="Branch, tag or commit of the dataset. If not given, its main branch."
     )
     text_column: str = arg(default="text", help="Column or field that holds the text.")
+    skip_bad_lines: bool = arg(
+        default=False,
+        help="Leave out lines of text and .jsonl files and rows of .parquet files that are not UTF-8, and lines of "
+        ".jsonl files that are not JSON or have no text, and count them in manifest.json. Otherwise the first one ends "
+        "the preparation.",
+    )
 
     document_separator: str | None = arg(
         default=None,
@@ -186,6 +192,7 @@ class PrepareArguments:
             "max_tokens": self.max_tokens,
             "shard_tokens": self.shard_tokens,
             "layout": self.layout,
+            "skip_bad_lines": self.skip_bad_lines,
         }
 
     def number_of_workers(self, spec: PrepareSpec) -> int:

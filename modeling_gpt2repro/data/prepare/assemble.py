@@ -9,6 +9,8 @@ from pathlib import Path
 
 from modeling_gpt2repro.data.shards.dataset import FORMAT, MANIFEST, SPLITS
 from modeling_gpt2repro.data.shards.writer import ShardWriter
+from modeling_gpt2repro.data.sources.documents import BadLine
+from modeling_gpt2repro.data.sources.files import shorten
 from modeling_gpt2repro.data.sources.text import LINE_ENDS
 from modeling_gpt2repro.data.tokenize import TokenizedPartition
 from modeling_gpt2repro.storage.atomic import explain_disk_full, write_json
@@ -31,7 +33,12 @@ def assemble(folder: Path, spec: PrepareSpec, on_progress: OnProgress = lambda d
     Raises:
         ValueError: If a partition is not finished, the text is unusable, or the disk is full.
     """
-    finished = finished_partitions(folder)
+    if changed := spec.with_present_files().changed_files(spec):
+        raise ValueError(
+            f"{shorten(changed)} changed while it was read: run the same command again, and only what differs is "
+            "tokenized again."
+        )
+    finished = finished_partitions(folder, spec.numbers)
     required = required_partitions(finished, len(spec.partitions), spec.max_tokens)
     if required is None:
         errors = read_errors(folder) or [f"see the logs in {folder / LOGS}."]
@@ -60,6 +67,8 @@ def write_shards(folder: Path, spec: PrepareSpec, tokenized: Iterable[TokenizedP
     validation = ShardWriter(folder, "validation", spec.shard_tokens, spec.end_of_text_id, layout=spec.layout)
     writers = {"train": train, "validation": validation}
     skipped = Counter()
+    bad_lines = Counter()
+    first_bad_line = None
     normalized = set()  # files in which line ends became \n
     used = 0
     try:
@@ -70,13 +79,21 @@ def write_shards(folder: Path, spec: PrepareSpec, tokenized: Iterable[TokenizedP
                 if partition.skipped.pop(LINE_ENDS, 0):
                     normalized.add(spec.partitions[index].path)
                 skipped.update(partition.skipped)
+                bad_lines.update(partition.bad_lines)
+                if partition.first_bad_line and first_bad_line is None:
+                    first_bad_line = BadLine(spec.partitions[index], *partition.first_bad_line)
                 used = index + 1
                 on_progress(used, len(spec.partitions), train.tokens)
                 if train.is_full:
                     break
             check_splits(writers, spec.validation_share)
             splits = {split: writer.finish() for split, writer in writers.items()}
-            write_manifest(folder, spec, splits, used, skipped, len(normalized))
+            left_out = {"skipped": dict(sorted(skipped.items()))}
+            if first_bad_line:
+                place = f"{first_bad_line.partition.file_name}: {first_bad_line.place}"
+                first = f"{place} {first_bad_line.problem}"
+                left_out["bad_lines"] = {"counts": dict(sorted(bad_lines.items())), "first": first}
+            write_manifest(folder, spec, splits, used, left_out, len(normalized))
     finally:
         for writer in writers.values():
             writer.abandon()
@@ -89,8 +106,8 @@ def check_splits(writers: dict[str, ShardWriter], validation_share: float):
     for split, share in (("train", 1 - validation_share), ("validation", validation_share)):
         if share and not writers[split].tokens:
             raise UnusableText(
-                f"none of the text fell to the {split} split (validation_share {validation_share}): give more text, or "
-                "another --validation_share."
+                f"none of the text fell to the {split} split (validation_share {validation_share}): give more text, "
+                "documents with ids of their own, or another --validation_share."
             )
 
 
@@ -99,7 +116,7 @@ def write_manifest(
     spec: PrepareSpec,
     splits: dict[str, dict],
     num_partitions: int,
-    skipped: Counter,
+    left_out: dict,
     num_normalized: int = 0,
 ):
     """Write manifest.json, last of all and atomically: a folder without one is not a prepared folder."""
@@ -116,7 +133,7 @@ def write_manifest(
         "validation_share": spec.validation_share,
         "layout": spec.layout,
         "units": {"count": num_partitions, "files": files},
-        "skipped": dict(sorted(skipped.items())),
+        **left_out,
         "splits": {split: splits[split] for split in SPLITS},
     }
     if num_normalized:

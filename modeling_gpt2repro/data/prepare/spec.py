@@ -1,8 +1,11 @@
 """Specification of a preparation, written to plan.json before it starts: only the same one may resume it."""
 
+import itertools
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,33 +38,97 @@ class PrepareSpec:
     max_tokens: int | None = None
     shard_tokens: int = 100_000_000
     layout: str = "plain"
-    # For each local file [name, bytes, modification time in ns]: a file that changed is another source.
+    skip_bad_lines: bool = False
+    # For each local file [name, bytes, modification time in ns, status change time in ns]. No program can set the last
+    # one, so equal entries mean an equal file, without reading it. (The first releases wrote the first three only.)
     files: list[list] | None = None
+    # The number of each partition's file in the cache, see `resume_from`; None if it is the partition's index.
+    cache_numbers: list[int] | None = None
 
     @property
     def estimated_tokens(self) -> int:
         """By the bytes of text; 0 if they are unknown."""
         return sum(partition.text_bytes for partition in self.partitions) // BYTES_PER_TOKEN
 
+    @property
+    def numbers(self) -> list[int]:
+        """The number of each partition's file in the cache."""
+        return list(range(len(self.partitions))) if self.cache_numbers is None else self.cache_numbers
+
     def differences(self, other: "PrepareSpec") -> list[str]:
-        """Names of the fields that differ; the folder that local files are in does not count."""
-        mine = _comparable(self)
-        others = _comparable(other)
-        return [name for name in mine if mine[name] != others[name]]
+        """Names of the fields that differ, apart from the text itself: `resume_from` compares that.
+
+        Bad lines may be skipped from now on, because what is finished has none.
+        """
+        options = [field.name for field in fields(self) if field.name not in ("partitions", "files", "cache_numbers")]
+        different = [name for name in options if getattr(self, name) != getattr(other, name)]
+        return [name for name in different if name != "skip_bad_lines" or other.skip_bad_lines]
+
+    def changed_files(self, previous: "PrepareSpec") -> list[str]:
+        """Names of the local files that were written to or copied since `previous`."""
+        before = previous._file_states()
+        states = self._file_states()
+        # The first releases wrote less of a state, so only as much of it is compared.
+        return [file[0] for file, state in states.items() if before.get(file) != state[: len(before.get(file, []))]]
+
+    def with_present_files(self) -> "PrepareSpec":
+        """This spec, with its local files as they are now; one that is missing now counts as unchanged."""
+        paths = dict.fromkeys(partition.path for partition in self.partitions)
+        files = [
+            file_state(path) if os.path.isfile(path) else state
+            for path, state in zip(paths, self.files or [], strict=False)
+        ]
+        return replace(self, files=files)
+
+    def resume_from(self, previous: "PrepareSpec", unused_number: int) -> tuple["PrepareSpec", list[int]]:
+        """This spec, with `previous`'s numbers for the partitions that both have; a new partition gets a new number.
+
+        So what was made of a file keeps its name in the cache when another file has more or fewer partitions now.
+
+        Args:
+            unused_number: No number from here on has been used.
+
+        Returns:
+            The spec, and the numbers of the partitions that it keeps although their file may have changed.
+        """
+        old_numbers = dict(zip(previous._partition_keys(), previous.numbers, strict=True))
+        new_numbers = itertools.count(unused_number)
+        changed = set(self.changed_files(previous))
+        numbers = []
+        unverified = []
+        for key, partition in zip(self._partition_keys(), self.partitions, strict=True):
+            numbers.append(old_numbers[key] if key in old_numbers else next(new_numbers))
+            if key in old_numbers and os.path.basename(partition.path) in changed:
+                unverified.append(numbers[-1])
+        is_plain = numbers == list(range(len(numbers)))
+        return replace(self, cache_numbers=None if is_plain else numbers), unverified
+
+    def _file_states(self) -> dict[tuple[str, int], list]:
+        files = self.files or []
+        return dict(zip(_unique_names([state[0] for state in files]), files, strict=True))
+
+    def _partition_keys(self) -> list[tuple]:
+        """For each partition, which part of which file it is; the folder that the file is in does not count."""
+        paths = list(dict.fromkeys(partition.path for partition in self.partitions))
+        names = dict(zip(paths, _unique_names(map(os.path.basename, paths)), strict=True))
+        keys = []
+        for partition in self.partitions:
+            part = {name: value for name, value in asdict(partition).items() if name not in ("path", "text_bytes")}
+            keys.append((names[partition.path], *part.values()))
+        return keys
 
 
 def make_prepare_spec(
     source: Source, tokenizer: PreTrainedTokenizerFast, tokenizer_name: str, validation_share: float, **options
 ) -> PrepareSpec:
-    """Build the spec of a source and a tokenizer; `options` are max_tokens, shard_tokens and layout."""
+    """Build the spec of a source and a tokenizer; `options` are those of its fields that have a default."""
     partitions = []
     files = {}
     for partition in source.partitions:
         if os.path.isfile(partition.path):
             path = os.path.abspath(partition.path)  # workers and later runs may have another working directory
             if path not in files:
-                stat = os.stat(path)
-                files[path] = [os.path.basename(path), stat.st_size, stat.st_mtime_ns]
+                files[path] = file_state(path)
             partition = replace(partition, path=path)
         partitions.append(partition)
     with TemporaryDirectory() as folder:
@@ -75,6 +142,12 @@ def make_prepare_spec(
         files=list(files.values()),
         **options,
     )
+
+
+def file_state(path: str) -> list:
+    """What `PrepareSpec.files` holds of a file."""
+    stat = os.stat(path)
+    return [os.path.basename(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def default_validation_share(source: Source, max_tokens: int | None = None) -> float:
@@ -93,9 +166,9 @@ def default_validation_share(source: Source, max_tokens: int | None = None) -> f
 
 def write_spec(folder: Path, spec: PrepareSpec):
     """Write the spec where `read_spec` finds it."""
-    fields = asdict(spec)
-    fields["units"] = fields.pop("partitions")  # its key on disk since the first release
-    write_json(folder / SPEC_FILE, fields)
+    values = asdict(spec)
+    values["units"] = values.pop("partitions")  # its key on disk since the first release
+    write_json(folder / SPEC_FILE, values)
 
 
 def read_spec(folder: Path) -> PrepareSpec | None:
@@ -106,15 +179,20 @@ def read_spec(folder: Path) -> PrepareSpec | None:
     """
     path = folder / SPEC_FILE
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        fields["partitions"] = [Partition(**partition) for partition in fields.pop("units")]
-        return PrepareSpec(**fields)
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["partitions"] = [Partition(**partition) for partition in values.pop("units")]
+        return PrepareSpec(**values)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not of this version ({error}): delete {folder} to start again.") from error
 
 
-def _comparable(spec: PrepareSpec) -> dict:
-    partitions = [(part.name, part.stop, part.text_column, part.text_bytes) for part in spec.partitions]
-    return {**asdict(spec), "partitions": partitions}
+def _unique_names(names: Iterable[str]) -> list[tuple[str, int]]:
+    """Each name and how often it came before: files of one name may be in several folders."""
+    seen = Counter()
+    numbered = []
+    for name in names:
+        numbered.append((name, seen[name]))
+        seen[name] += 1
+    return numbered

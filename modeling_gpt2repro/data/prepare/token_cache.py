@@ -6,23 +6,25 @@ Files are written atomically, so an interrupted preparation resumes with the par
 import json
 import os
 import zipfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from modeling_gpt2repro.data.tokenize import TokenizedPartition
-from modeling_gpt2repro.storage.atomic import atomic_write, remove_abandoned
+from modeling_gpt2repro.storage.atomic import atomic_write, fsync_dir, remove_abandoned
 
 CACHE_DIR = "units"  # the name on disk since the first release; it must stay, so that older preparations resume
+UNVERIFIED_SUFFIX = ".unverified"
 ERROR_SUFFIX = ".problem"
 
 
-def write_partition(folder: Path, index: int, partition: TokenizedPartition):
-    """Write `units/INDEX-TRAINTOKENS.npz`: with the count in the name, listing the folder is enough for progress."""
+def write_partition(folder: Path, number: int, partition: TokenizedPartition):
+    """Write `units/NUMBER-TRAINTOKENS.npz`: with the count in the name, listing the folder is enough for progress."""
     (folder / CACHE_DIR).mkdir(exist_ok=True)
-    about = json.dumps({"text_bytes": partition.text_bytes, "skipped": partition.skipped})
-    with atomic_write(folder / CACHE_DIR / f"{index:07d}-{len(partition.ids['train'])}.npz") as file:
+    about = json.dumps({name: value for name, value in vars(partition).items() if name != "ids"})
+    with atomic_write(folder / CACHE_DIR / f"{number:07d}-{len(partition.ids['train'])}.npz") as file:
         np.savez(file, about=np.array(about), **partition.ids)
 
 
@@ -41,22 +43,56 @@ def read_partition_file(path: Path) -> TokenizedPartition:
     return TokenizedPartition(ids, **about)
 
 
-def finished_partitions(folder: Path) -> dict[int, tuple[int, Path]]:
-    """Map the index of each finished partition to its number of training tokens and its file."""
-    finished = {}
+def finished_partitions(folder: Path, numbers: list[int] | None = None) -> dict[int, tuple[int, Path]]:
+    """Map the number of each finished partition to its number of training tokens and its file.
+
+    Args:
+        numbers: `PrepareSpec.numbers`, to get the partitions of the spec by their index instead.
+    """
+    finished = _partition_files(folder, ".npz")
+    if numbers is None:
+        return finished
+    return {index: finished[number] for index, number in enumerate(numbers) if number in finished}
+
+
+def unverified_partitions(folder: Path) -> dict[int, tuple[int, Path]]:
+    """Like `finished_partitions`, of those that count as finished only if their text is still the same."""
+    return _partition_files(folder, f".npz{UNVERIFIED_SUFFIX}")
+
+
+def cached_partitions(folder: Path) -> dict[int, tuple[int, Path]]:
+    """Both of them: what an unfinished preparation may go on with."""
+    return {**finished_partitions(folder), **unverified_partitions(folder)}
+
+
+def mark_unverified(folder: Path, numbers: Iterable[int]):
+    """Have finished partitions compared with their text before they are used."""
+    finished = finished_partitions(folder)
+    for _, path in [finished[number] for number in numbers if number in finished]:
+        os.replace(path, path.with_name(path.name + UNVERIFIED_SUFFIX))
+    fsync_dir(folder / CACHE_DIR)
+
+
+def mark_verified(path: Path):
+    """Undo `mark_unverified`."""
+    os.replace(path, path.with_name(path.name.removesuffix(UNVERIFIED_SUFFIX)))
+
+
+def _partition_files(folder: Path, suffix: str) -> dict[int, tuple[int, Path]]:
+    found = {}
     if (folder / CACHE_DIR).is_dir():
         for entry in os.scandir(folder / CACHE_DIR):
-            if entry.name.endswith(".npz"):
-                index, tokens = entry.name.removesuffix(".npz").split("-")
-                finished[int(index)] = (int(tokens), Path(entry.path))
-    return finished
+            if entry.name.endswith(suffix):
+                number, tokens = entry.name.removesuffix(suffix).split("-")
+                found[int(number)] = (int(tokens), Path(entry.path))
+    return found
 
 
-def write_error(folder: Path, index: int, message: str):
+def write_error(folder: Path, number: int, message: str):
     """Record a worker's error beside its partition: Ray and Slurm do not pass exceptions on."""
     with suppress(OSError):  # a full disk
         (folder / CACHE_DIR).mkdir(exist_ok=True)
-        (folder / CACHE_DIR / f"{index:07d}{ERROR_SUFFIX}").write_text(message, encoding="utf-8")
+        (folder / CACHE_DIR / f"{number:07d}{ERROR_SUFFIX}").write_text(message, encoding="utf-8")
 
 
 def read_errors(folder: Path) -> list[str]:
@@ -64,8 +100,11 @@ def read_errors(folder: Path) -> list[str]:
     return [path.read_text(encoding="utf-8") for path in sorted((folder / CACHE_DIR).glob(f"*{ERROR_SUFFIX}"))]
 
 
-def clear_unfinished_partitions(folder: Path):
-    """Delete temporary files of killed workers, and recorded errors."""
+def clear_unfinished_partitions(folder: Path, numbers: list[int]):
+    """Delete temporary files of killed workers, recorded errors, and partitions with other numbers."""
+    cached = cached_partitions(folder)
+    for _, path in [cached[number] for number in cached.keys() - set(numbers)]:
+        path.unlink()
     remove_abandoned(folder / CACHE_DIR)
     for path in (folder / CACHE_DIR).glob(f"*{ERROR_SUFFIX}"):
         path.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from modeling_gpt2repro.storage.atomic import PARTIAL
 from modeling_gpt2repro.storage.lock import LOCK_FILE
 
 from .spec import PrepareSpec, read_spec, write_spec
-from .token_cache import CACHE_DIR, clear_unfinished_partitions, finished_partitions
+from .token_cache import CACHE_DIR, cached_partitions, clear_unfinished_partitions, mark_unverified
 
 LOGS = "logs"
 OURS = (SPEC_FILE, CACHE_DIR, LOGS, "tokenizer", MANIFEST)  # beside the shards and LOCK_FILE
@@ -40,17 +40,20 @@ def find_partial_output(folder: Path) -> list[Path]:
     return ours
 
 
-def start_job(folder: Path, spec: PrepareSpec, resume: bool = False):
+def start_job(folder: Path, spec: PrepareSpec, resume: bool = False) -> PrepareSpec:
     """Create `folder` and write the spec, which marks it as unfinished; clear what an unfinished preparation left.
 
+    Returns the spec as it was written, with the numbers of the partitions that are kept.
+
     Args:
-        resume: Keep the partitions that are finished already.
+        resume: Keep the partitions that are finished already. If their file may have changed since, the workers compare
+            them with it first.
 
     Raises:
         ValueError: See `find_partial_output`; or if the preparation to be resumed has another spec.
     """
     leftovers = find_partial_output(folder)
-    if resume and finished_partitions(folder):
+    if resume and (cached := cached_partitions(folder)):
         previous_spec = read_spec(folder)
         if names := spec.differences(previous_spec):
             differences = ", ".join(_describe_difference(name, previous_spec, spec) for name in names)
@@ -59,7 +62,9 @@ def start_job(folder: Path, spec: PrepareSpec, resume: bool = False):
                 "to resume it, another --output_dir, or delete it."
             )
         leftovers = [path for path in leftovers if _is_partial(path) or SHARD_NAME.fullmatch(path.name)]
-        clear_unfinished_partitions(folder)
+        spec, unverified = spec.resume_from(previous_spec, unused_number=max([*cached, *previous_spec.numbers]) + 1)
+        mark_unverified(folder, unverified)  # before the spec is written, which says that all files are as they are now
+        clear_unfinished_partitions(folder, spec.numbers)
     # The spec goes last: if this is interrupted, the rest would not be recognized as ours without it.
     for path in sorted(leftovers, key=lambda path: path.name == SPEC_FILE):
         if path.is_dir():
@@ -68,6 +73,7 @@ def start_job(folder: Path, spec: PrepareSpec, resume: bool = False):
             path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     write_spec(folder, spec)
+    return spec
 
 
 def is_prepared(folder: Path, spec: PrepareSpec) -> bool:
@@ -79,7 +85,7 @@ def is_prepared(folder: Path, spec: PrepareSpec) -> bool:
     if not (folder / MANIFEST).exists():
         return False
     previous_spec = read_spec(folder)  # None if another program has finished it meanwhile
-    if previous_spec is None or spec.differences(previous_spec):
+    if previous_spec is None or spec.differences(previous_spec) or spec.changed_files(previous_spec):
         raise ValueError(ALREADY_PREPARED.format(folder))
     return True
 
@@ -103,8 +109,6 @@ def _is_partial(path: Path) -> bool:
 
 
 def _describe_difference(name: str, previous_spec: PrepareSpec, spec: PrepareSpec) -> str:
-    if name in ("partitions", "files"):
-        return "other text, or text that changed"
     before = getattr(previous_spec, name)
     now = getattr(spec, name)
     if isinstance(before, dict):

@@ -1,22 +1,24 @@
 """Files of text, on disk or on the Hub, as partitions that are read independently of each other, and their documents.
 
-A partition is a row group of a .parquet file, 16 MiB of text or of a .jsonl file, or a whole file where there is no
-reading from the middle. It gives the same documents whenever and wherever it is read.
+A partition is a row group of a .parquet file (some rows of a large one), 16 MiB of text or of a .jsonl file, or a whole
+file where there is no reading from the middle. It gives the same documents whenever and wherever it is read.
 """
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
 
 from .files import TABLE_KINDS, TEXT_KINDS, file_kind, is_compressed, raise_problems, shorten
-from .parquet import read_row_group, row_group_bytes
+from .parquet import NOT_UTF8, read_rows, row_ranges
 from .tables import is_json_lines, read_arrow, read_csv, read_json
 from .text import (
     BLOCK_BYTES,
@@ -24,6 +26,7 @@ from .text import (
     compile_separator,
     find_document_cut,
     has_separator,
+    line_number,
     read_documents,
     read_lines,
     read_pieces,
@@ -55,23 +58,66 @@ class Partition:
     text_column: str = "text"
     text_bytes: int = 0  # bytes of its text, roughly; 0 where they are not known
     file: str = ""  # what ids call the file; empty where that is its name
+    # Of a row group that several partitions share: the first row, and one after the last; None for all of it.
+    first_row: int = 0
+    stop_row: int | None = None
 
     @property
     def file_name(self) -> str:
         """What tells the file from the others of its source, the same on every machine."""
-        return self.file or Path(self.path).name
+        return self.file or os.path.basename(self.path)
 
     @property
     def name(self) -> str:
         """File name and start, the same on every machine."""
-        return f"{self.file_name}:{self.start}"
+        rows = "" if self.stop_row is None else f":{self.first_row}"
+        return f"{self.file_name}:{self.start}{rows}"
 
     @property
     def location(self) -> str:
         """Where it is, for messages."""
+        if self.stop_row is not None:
+            return f"rows {self.first_row} to {self.stop_row} of row group {self.start} of {self.path}"
         if self.stop == self.start + 1:
             return f"row group {self.start} of {self.path}"
         return f"bytes {self.start} to {self.stop} of {self.path}"
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line or row that is no document."""
+
+    partition: Partition
+    position: int  # its first byte (in text, its first bad one), or its number in the row group of a .parquet file
+    problem: str  # what is wrong with this one: the end of a sentence
+    reason: str = ""  # a few words that many bad lines have in common
+
+    @property
+    def place(self) -> str:
+        """Where it is in the file; the lines before it are counted for that."""
+        if file_kind(self.partition.path) == ".parquet":
+            return f"row {self.position} of row group {self.partition.start} (both counted from 0)"
+        return f"line {line_number(self.partition.path, self.position):,} (byte {self.position})"
+
+    def __str__(self) -> str:
+        return f"{self.partition.path}: {self.place} {self.problem}"
+
+
+class BadLineError(ValueError):
+    """There is a bad line, and it is not to be skipped."""
+
+
+class BadLines:
+    """The bad lines of a partition that were skipped."""
+
+    def __init__(self):
+        self.counts = Counter()  # by reason
+        self.first: BadLine | None = None
+
+    def add(self, line: BadLine):
+        """Count one more."""
+        self.counts[line.reason] += 1
+        self.first = self.first or line
 
 
 def list_partitions(
@@ -79,8 +125,12 @@ def list_partitions(
     text_column: str = "text",
     partition_bytes: int = BLOCK_BYTES,
     document_separator: str | None = None,
+    skip_bad_lines: bool = False,
 ) -> list[Partition]:
     """Cut files (local paths or `hf://` addresses of parquet files) into partitions, in their order.
+
+    Args:
+        skip_bad_lines: Accept a .jsonl file whose first line is bad, if there is a good one in the first partition.
 
     Raises:
         ValueError: With every problem, one a line, or in one sentence if they are many: a file that is missing, of an
@@ -90,7 +140,7 @@ def list_partitions(
 
     def partitions_or_problem(path: str) -> list[Partition] | str:
         try:
-            return _partitions_of(path, text_column, partition_bytes, document_separator)
+            return _partitions_of(path, text_column, partition_bytes, document_separator, skip_bad_lines)
         except ValueError as error:
             return str(error)
 
@@ -103,7 +153,7 @@ def list_partitions(
 
 
 def _partitions_of(
-    path: str, text_column: str, partition_bytes: int, document_separator: str | None
+    path: str, text_column: str, partition_bytes: int, document_separator: str | None, skip_bad_lines: bool
 ) -> list[Partition]:
     file_kind(path)  # raises if it is unknown
     if not is_on_hub(path):
@@ -113,12 +163,16 @@ def _partitions_of(
             raise ValueError(f"{path} is empty.")
     kind = _content_kind(path, text_column)
     if kind == ".parquet":
-        sizes = row_group_bytes(path, text_column)
-        return [Partition(path, group, group + 1, text_column, size) for group, size in enumerate(sizes)]
+        ranges = row_ranges(path, text_column)
+        whole = [Partition(path, rows.row_group, rows.row_group + 1, text_column, rows.text_bytes) for rows in ranges]
+        return [
+            replace(partition, first_row=rows.first, stop_row=rows.stop)
+            for partition, rows in zip(whole, ranges, strict=True)
+        ]
     size = Path(path).stat().st_size
     whole = Partition(path, 0, size, text_column, size * (COMPRESSION_RATIO if is_compressed(path) else 1))
     if kind not in TEXT_KINDS:
-        next(_read_table(whole), None)  # raises on a missing text column now, not after hours of work
+        _check_first_row(whole, skip_bad_lines)
     if is_compressed(path) or kind in TABLE_KINDS or (kind in TEXT_KINDS and document_separator == WHOLE_FILE):
         return [whole]
     cuts = list(range(0, size, partition_bytes))
@@ -159,8 +213,19 @@ def _content_kind(path: str, text_column: str) -> str:
     return ".jsonl" if kind == ".json" and is_json_lines(path, text_column) else kind
 
 
+def _check_first_row(partition: Partition, skip_bad_lines: bool):
+    """Raise on a missing text column now, not after hours of work."""
+    rows = _read_table(partition)
+    first = next(rows, None)
+    if isinstance(first, BadLine) and not (skip_bad_lines and any(isinstance(row, Document) for row in rows)):
+        raise BadLineError(str(first))
+
+
 def read_partition(
-    partition: Partition, skipped: Counter | None = None, document_separator: str | None = None
+    partition: Partition,
+    skipped: Counter | None = None,
+    document_separator: str | None = None,
+    bad_lines: BadLines | None = None,
 ) -> Iterator[Document]:
     """Yield the partition's documents, without those that hold nothing but whitespace.
 
@@ -168,28 +233,34 @@ def read_partition(
         skipped: Counts the documents that are left out, by reason; also, as LINE_ENDS, texts whose line ends changed.
         document_separator: What separates the documents of a text file: see `compile_separator`, or WHOLE_FILE for one
             document a file. None: the partition is one document, in pieces that may be held out for validation.
+        bad_lines: Takes the bad lines. If not given, the first one raises.
 
     Raises:
-        ValueError: On text that is not UTF-8, a line that is not a JSON object with the text column, or a damaged
-            file; the message has file and position.
+        BadLineError: On a line that is not UTF-8 or, in .jsonl, not a JSON object with text in the text column, or a
+            row of .parquet that is not UTF-8; the message has file and place.
+        ValueError: On a damaged file, or tables of other kinds that are not UTF-8; the message has the file.
         ConnectionError: If the Hub does not answer.
     """
     kind = file_kind(partition.path)
     if kind in TEXT_KINDS:
-        documents = _read_text(partition, document_separator, skipped)
+        documents = _read_text(partition, document_separator, skipped, bad_lines)
     elif is_on_hub(partition.path):
         # A read from the Hub is retried as a whole, so it must be complete before its first document is yielded.
         documents = retry_hub_read(lambda: list(_read_table(partition)))
     else:
         documents = _read_table(partition)
     for document in documents:
-        if document.continues or (document.text and not document.text.isspace()):
+        if isinstance(document, BadLine):
+            if bad_lines is None:
+                raise BadLineError(str(document))
+            bad_lines.add(document)
+        elif document.continues or (document.text and not document.text.isspace()):
             yield document
         elif skipped is not None:
             skipped["whitespace" if document.text else "empty"] += 1
 
 
-def _read_table(partition: Partition) -> Iterator[Document]:
+def _read_table(partition: Partition) -> Iterator[Document | BadLine]:
     kind = _content_kind(partition.path, partition.text_column)
     if kind == ".parquet":
         yield from _read_parquet(partition)
@@ -201,44 +272,77 @@ def _read_table(partition: Partition) -> Iterator[Document]:
             yield Document(f"{partition.file_name}:{row}" if name is None else str(name), text or "")
 
 
-def _read_parquet(partition: Partition) -> Iterator[Document]:
-    for row, (name, text) in enumerate(read_row_group(partition.path, partition.start, partition.text_column)):
-        yield Document(f"{partition.name}:{row}" if name is None else str(name), text or "")
+def _read_parquet(partition: Partition) -> Iterator[Document | BadLine]:
+    row_range = (partition.first_row, partition.stop_row)
+    rows = read_rows(partition.path, partition.start, partition.text_column, *row_range)
+    # A document is named by its place in the row group, so that it does not depend on the cuts.
+    row_group = f"{partition.file_name}:{partition.start}"
+    for row, name, text in rows:
+        if name is NOT_UTF8 or text is NOT_UTF8:
+            problem = f"has {partition.text_column if text is NOT_UTF8 else 'id'!r} that is not UTF-8."
+            yield BadLine(partition, row, problem, "not UTF-8")
+        else:
+            yield Document(f"{row_group}:{row}" if name is None else str(name), text or "")
 
 
-def _read_json_lines(partition: Partition) -> Iterator[Document]:
+def _read_json_lines(partition: Partition) -> Iterator[Document | BadLine]:
     for position, line in read_lines(partition.path, partition.start, partition.stop):
-        if not line.isspace():
-            yield _json_document(line, partition, position)
+        document = _json_document(line, partition, position)
+        if document is not None:
+            yield document
 
 
-def _json_document(line: str, partition: Partition, position: int) -> Document:
+def _json_document(line: bytes | None, partition: Partition, position: int) -> Document | BadLine | None:
+    """The document in a line that begins at byte `position`; None if the line is blank."""
+
+    bad = partial(BadLine, partition, position)
+    column = partition.text_column
+    if line is None:
+        return bad("is too long for one document.", "too long")
     try:
+        line = line.decode()
+        if line.isspace():
+            return None
         row = json.loads(line)
-        text = row[partition.text_column]
+        text = row[column]
         name = row.get("id")
-    except KeyError as error:
-        raise ValueError(
-            f"{partition.path}: the line at byte {position} has no {partition.text_column!r} field; it has "
-            f"{', '.join(row) or 'none'}: name one by --text_column."
-        ) from error
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{partition.path}: the line at byte {position} must be a JSON object.") from error
+        name = name if name is None else str(name)
+    except UnicodeDecodeError as error:
+        return bad(_not_utf8(position + error.start, error.object[error.start]), "not UTF-8")
+    except RecursionError:
+        return bad("is nested too deeply.", "nested too deeply")
+    except KeyError:
+        return bad(f"has no {column!r} field; it has {', '.join(row) or 'none'}: name one by --text_column.", "no text")
+    except (ValueError, TypeError, AttributeError):
+        return bad("must be a JSON object.", "not a JSON object")
     if not isinstance(text, str | None):
-        raise ValueError(f"{partition.path}: {partition.text_column!r} in the line at byte {position} is not text.")
+        return bad(f"has {column!r} that is not text.", "no text")
     if text and "\\u" in line:
         text = replace_lone_surrogates(text)
-    return Document(f"{partition.file_name}:{position}" if name is None else str(name), text or "")
+    return Document(f"{partition.file_name}:{position}" if name is None else name, text or "")
 
 
-def _read_text(partition: Partition, document_separator: str | None, counts: Counter | None) -> Iterator[Document]:
+def _read_text(
+    partition: Partition, document_separator: str | None, counts: Counter | None, bad_lines: BadLines | None
+) -> Iterator[Document]:
+    def on_bad_line(position: int, byte: int):
+        line = BadLine(partition, position, _not_utf8(position, byte), "not UTF-8")
+        if bad_lines is None:
+            raise BadLineError(str(line))
+        bad_lines.add(line)
+
     path, start, stop = partition.path, partition.start, partition.stop
     if document_separator in (None, WHOLE_FILE):
         is_whole = document_separator == WHOLE_FILE
-        for block, number, text in read_pieces(path, start, stop, counts):
+        for block, number, text in read_pieces(path, start, stop, counts, on_bad_line):
             # The pieces of a document that is held out as a whole have one id.
             name = partition.name if is_whole else f"{partition.file_name}:{block}:{number}"
             yield Document(name, text, continues=number > 0 or (is_whole and block > 0))
     else:
-        for position, text in read_documents(path, start, stop, compile_separator(document_separator), counts):
+        separator = compile_separator(document_separator)
+        for position, text in read_documents(path, start, stop, separator, counts, on_bad_line):
             yield Document(f"{partition.file_name}:{position}", text)
+
+
+def _not_utf8(position: int, byte: int) -> str:
+    return f"is not UTF-8 (byte {position} is 0x{byte:02x}): convert it."

@@ -90,7 +90,7 @@ def find_files(patterns: list[str]) -> tuple[dict[str, str], list[str]]:
     first_paths: dict[object, str] = {}
     links = [path for path in paths.values() if first_paths.setdefault(_identity(path), path) != path]
     if links:
-        left_out["links to files that are read already"] = links
+        left_out["linked to a file that is read already"] = links
     not_read = [f"not read, {len(found):,} {reason}: {shorten(found)}" for reason, found in left_out.items()]
     return _with_names(list(first_paths.values())), not_read
 

@@ -1,9 +1,11 @@
-"""Parquet files, on disk or on the Hub: the size of their row groups, and the text and id columns of one of them."""
+"""Parquet files, on disk or on the Hub: ranges of their rows, and the text and id columns of one range."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,10 +14,30 @@ from huggingface_hub.errors import HTTPError
 from modeling_gpt2repro.storage.hub_files import is_on_hub, open_hub_file, retry_hub_read
 
 ROWS_PER_BATCH = 1_000  # held as Python strings at a time: a row group may be as large as the file
+# Read from a disk at a time. By default, pyarrow reads the whole column of a row group into memory. On the Hub that is
+# as it should be: each request has to be waited for.
+BUFFER_BYTES = 2**20
+# A row group is cut into ranges of rows, each of at least so many bytes of text, so that several workers share a large
+# one. To read a range, the rows before it are decoded too, at some 700 MB/s: so there are not many ranges, and none on
+# the Hub, where those rows would be downloaded.
+RANGE_BYTES = 32 * 2**20
+MAX_RANGES = 16
+
+NOT_UTF8 = object()
 
 
-def row_group_bytes(path: str, text_column: str) -> list[int]:
-    """Uncompressed bytes of the text column in each row group: roughly the UTF-8 bytes of its text.
+@dataclass(frozen=True)
+class RowRange:
+    """Rows of one row group."""
+
+    row_group: int
+    first: int  # counted within the row group
+    stop: int | None  # one after the last; None for all of the row group
+    text_bytes: int  # uncompressed bytes of the text column: roughly the UTF-8 bytes of its text
+
+
+def row_ranges(path: str, text_column: str, range_bytes: int = RANGE_BYTES) -> list[RowRange]:
+    """Cut a file into ranges of rows: its row groups, or parts of the large ones.
 
     Raises:
         ValueError: If the file is damaged, or has no such column of text.
@@ -29,7 +51,16 @@ def row_group_bytes(path: str, text_column: str) -> list[int]:
     # A nested column is stored as several, so an index in the schema is not one in the row group.
     stored = [groups[0].column(index).path_in_schema for index in range(groups[0].num_columns)]
     text_index = stored.index(text_column)
-    return [group.column(text_index).total_uncompressed_size for group in groups]
+    ranges = []
+    for number, group in enumerate(groups):
+        size = group.column(text_index).total_uncompressed_size
+        parts = 1 if is_on_hub(path) else max(1, min(size // range_bytes, MAX_RANGES, group.num_rows))
+        if parts == 1:
+            ranges.append(RowRange(number, 0, None, size))
+        else:
+            cuts = [group.num_rows * part // parts for part in range(parts + 1)]
+            ranges += [RowRange(number, first, stop, size // parts) for first, stop in pairwise(cuts)]
+    return ranges
 
 
 def check_text_column(path: str, schema: pa.Schema, text_column: str):
@@ -46,10 +77,17 @@ def check_text_column(path: str, schema: pa.Schema, text_column: str):
         )
 
 
-def read_row_group(
-    path: str, row_group: int, text_column: str, rows_per_batch: int = ROWS_PER_BATCH
-) -> Iterator[tuple[object, str | None]]:
-    """Yield (id, text) of each row; the id is None if the file has no column of this name.
+def read_rows(
+    path: str,
+    row_group: int,
+    text_column: str,
+    first_row: int = 0,
+    stop_row: int | None = None,
+    rows_per_batch: int = ROWS_PER_BATCH,
+) -> Iterator[tuple[int, object, object]]:
+    """Yield (number, id, text) of each row of a range; the id is None if the file has no column of this name.
+
+    NOT_UTF8 is in the place of a string that is not UTF-8.
 
     Raises:
         ValueError: If the file is damaged.
@@ -57,10 +95,35 @@ def read_row_group(
     with _opened(path, _metadata(path)) as parquet:
         has_ids = "id" in parquet.schema_arrow.names
         columns = [text_column, "id"] if has_ids else [text_column]
+        number = 0  # of the batch's first row
         for batch in parquet.iter_batches(rows_per_batch, row_groups=[row_group], columns=columns):
-            texts = batch.column(text_column).to_pylist()
-            ids = batch.column("id").to_pylist() if has_ids else [None] * len(texts)
-            yield from zip(ids, texts, strict=True)
+            first = max(first_row - number, 0)
+            stop = len(batch) if stop_row is None else min(stop_row - number, len(batch))
+            if first < stop:
+                rows = batch.slice(first, stop - first)
+                texts = _to_pylist(rows.column(text_column))
+                ids = _to_pylist(rows.column("id")) if has_ids else [None] * len(texts)
+                yield from zip(range(number + first, number + stop), ids, texts, strict=True)
+            number += len(batch)
+            if stop_row is not None and number >= stop_row:
+                return
+
+
+def _to_pylist(column: pa.Array) -> list:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        column = column.cast(pa.binary_view() if column.type == pa.string_view() else pa.large_binary())
+        return [value if value is None else _decode(value) for value in column.to_pylist()]
+
+
+def _decode(value: bytes) -> object:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return NOT_UTF8
 
 
 def _metadata(path: str) -> pq.FileMetaData:
@@ -81,7 +144,7 @@ def _read_metadata(path: str, modified_ns: int | None) -> pq.FileMetaData:
 def _opened(path: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
     try:
         with open_hub_file(path) if is_on_hub(path) else open(path, "rb") as file:
-            yield pq.ParquetFile(file, metadata=metadata)
+            yield pq.ParquetFile(file, metadata=metadata, buffer_size=0 if is_on_hub(path) else BUFFER_BYTES)
     except HTTPError:
         raise  # the connection failed, not the file; some of these are OSErrors, too
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFound
 
 from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
 
-from .documents import Document, Partition, list_partitions, read_partition
+from .documents import BadLines, Document, Partition, list_partitions, read_partition
 from .files import TEXT_KINDS, file_kind, find_files, is_compressed
 from .hub_rows import is_hub_rows, list_row_partitions, read_row_partition
 from .python_docs import python_prose_documents
@@ -31,13 +31,15 @@ class Source:
         """Bytes of the text, roughly; 0 where they are not known."""
         return sum(partition.text_bytes for partition in self.partitions)
 
-    def read(self, partition: Partition, skipped: Counter | None = None) -> Iterator[Document]:
-        """Yield the partition's documents, in their order; `skipped` counts those without text, by reason."""
+    def read(
+        self, partition: Partition, skipped: Counter | None = None, bad_lines: BadLines | None = None
+    ) -> Iterator[Document]:
+        """Yield the partition's documents, in their order; `skipped` and `bad_lines`: see `read_partition`."""
         if partition.path == PYTHON_PROSE:
             return iter(python_prose_documents())
         if is_hub_rows(partition.path):
             return read_row_partition(partition, skipped)
-        return read_partition(partition, skipped, self.description.get("document_separator"))
+        return read_partition(partition, skipped, self.description.get("document_separator"), bad_lines)
 
 
 def python_prose_source() -> Source:
@@ -45,24 +47,32 @@ def python_prose_source() -> Source:
     return Source([Partition(PYTHON_PROSE, 0, 1)], {"dataset": PYTHON_PROSE})
 
 
-def local_source(patterns: list[str], text_column: str = "text", document_separator: str | None = None) -> Source:
+def local_source(
+    patterns: list[str],
+    text_column: str = "text",
+    document_separator: str | None = None,
+    skip_bad_lines: bool = False,
+) -> Source:
     """Files on disk: see `find_files` and FILE_KINDS.
 
     Args:
         document_separator: Separates the documents of text files, see `read_partition`.
+        skip_bad_lines: See `list_partitions`.
 
     Raises:
         ValueError: With every problem, one a line, or in one sentence if they are many.
     """
     names, not_read = find_files(patterns)
-    partitions = list_partitions(list(names), text_column, document_separator=document_separator)
+    partitions = list_partitions(
+        list(names), text_column, document_separator=document_separator, skip_bad_lines=skip_bad_lines
+    )
     kinds = Counter(file_kind(path) for path in names)
     num_texts = sum(kinds[kind] for kind in TEXT_KINDS)
     num_compressed = sum(map(is_compressed, names))
     counted = ", ".join(f"{number:,} {kind or 'without an ending'}" for kind, number in kinds.items())
-    remarks = [f"reading {len(names):,} files: {counted}", *not_read]
+    remarks = [f"reading files: {counted}", *not_read]
     if num_compressed:
-        remarks.append(f"compressed: {num_compressed:,} of the files, each read as a whole by one worker")
+        remarks.append(f"compressed, so that each is read as a whole by one worker: {num_compressed:,}")
     description = {"files": [name or os.path.basename(path) for path, name in names.items()]}
     description["text_column"] = text_column
     if num_texts:

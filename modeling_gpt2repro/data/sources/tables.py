@@ -6,14 +6,13 @@ strings in a .json, and one document of an object of columns.
 
 import csv
 import json
-import os
 from collections.abc import Iterator
 
 import pyarrow as pa
 
 from .files import file_kind, open_bytes
 from .parquet import ROWS_PER_BATCH, check_text_column
-from .text import MAX_LINE_BYTES, read_lines, replace_lone_surrogates
+from .text import MAX_LINE_BYTES, read_text_lines, replace_lone_surrogates
 
 Row = tuple[object, str | None]  # the id, None if there is none, and the text
 
@@ -26,8 +25,7 @@ def read_csv(path: str, text_column: str) -> Iterator[Row]:
     """
     csv.field_size_limit(MAX_LINE_BYTES)
     delimiter = "\t" if file_kind(path) == ".tsv" else ","
-    lines = (line for _, line in read_lines(path, 0, os.path.getsize(path)))
-    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    rows = csv.reader(read_text_lines(path), delimiter=delimiter, strict=True)
     try:
         header = next(rows, [])
         if text_column not in header:

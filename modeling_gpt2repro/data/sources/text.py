@@ -7,10 +7,11 @@ Of a compressed file there is only one range, the whole.
 Line ends of Windows, \\r\\n, and of old Macs, \\r, become \\n, as in Python's text mode; positions are the file's own.
 """
 
+import codecs
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import BinaryIO
 
@@ -34,32 +35,64 @@ WORD_END = re.compile(r"\S(?=[\t\n\v\f\r ])")
 WHITESPACE = re.compile(rb"(?<!\r)\n|[\t\v\f\r ]")
 CHARACTER = re.compile(rb"(?<!\r)\n|[^\x80-\xbf\n]")
 
-# A line end of any kind, and never a half of \r\n.
-NEWLINE = rb"(?:\r\n|\r(?!\n)|(?<!\r)\n)"
+# A line end of any kind, and never a half of \r\n. (Alternatives that begin with a byte each are searched faster.)
+NEWLINE = rb"(?:\r\n|\r(?!\n)|\n(?<!\r\n))"
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+OnBadLine = Callable[[int, int], None]  # called with the position and the value of the line's first bad byte
 BLANK_LINE = "blank_line"
 WHOLE_FILE = "file"
 
 
-def read_lines(path: str, start: int, stop: int, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[tuple[int, str]]:
+def read_lines(
+    path: str, start: int, stop: int, max_line_bytes: int = MAX_LINE_BYTES
+) -> Iterator[tuple[int, bytes | None]]:
     """Yield the lines that begin inside the range, each after the position of its first byte.
 
-    Raises:
-        ValueError: On bytes that are not UTF-8 or a line of more than `max_line_bytes`.
+    Of a line of `max_line_bytes` or more there is None. A byte order mark at the beginning of the file is left out.
     """
     with open_bytes(path) as file:
         position = start
         if position:
             # From one byte before, to see whether a line begins at `start`; the rest of one that does not is skipped.
             file.seek(position - 1)
-            position += len(_read_line(file, path, max_line_bytes)) - 1
-        while position < _end(path, stop) and (line := _read_line(file, path, max_line_bytes)):
-            yield position, _decode(line, path, position)
-            position += len(line)
+            position += _read_line(file, max_line_bytes)[1] - 1
+        while position < _end(path, stop):
+            line, size = _read_line(file, max_line_bytes)
+            if not size:
+                break
+            yield position, line.removeprefix(codecs.BOM_UTF8) if line and not position else line
+            position += size
+
+
+def read_text_lines(path: str) -> Iterator[str]:
+    """Yield the lines of a whole file.
+
+    Raises:
+        ValueError: On bytes that are not UTF-8 or a line of more than MAX_LINE_BYTES.
+    """
+    for position, line in read_lines(path, 0, sys.maxsize):
+        if line is None:
+            raise ValueError(f"{path} has a line of more than {MAX_LINE_BYTES} bytes.")
+        yield _decode(line, path, position)
+
+
+def line_number(path: str, position: int) -> int:
+    """The number of the line, from 1 on, that the byte at `position` is in."""
+    number = 1
+    with open_bytes(path) as file:
+        while position and (data := file.read(min(position, 2**20))):
+            number += data.count(b"\n")
+            position -= len(data)
+    return number
 
 
 def read_pieces(
-    path: str, start: int, stop: int, counts: Counter | None = None, block_bytes: int = BLOCK_BYTES
+    path: str,
+    start: int,
+    stop: int,
+    counts: Counter | None = None,
+    on_bad_line: OnBadLine | None = None,
+    block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[tuple[int, int, str]]:
     """Yield the text of the range in pieces, each after the start of its block and its number within the block.
 
@@ -67,12 +100,13 @@ def read_pieces(
 
     Args:
         counts: LINE_ENDS of it counts the blocks whose line ends were changed.
+        on_bad_line: Called for each line that is not UTF-8, which is then left out.
 
     Raises:
-        ValueError: On bytes that are not UTF-8.
+        ValueError: On bytes that are not UTF-8, without `on_bad_line`.
     """
     for block_start, position, data in _read_blocks(path, start, _end(path, stop), block_bytes):
-        text = _decode_text(data, path, position, counts)
+        text = _decode_text(data, path, position, counts, on_bad_line)
         begin = number = 0
         while begin < len(text):
             earliest = begin + PIECE_CHARACTERS
@@ -89,6 +123,7 @@ def read_documents(
     stop: int,
     separator: re.Pattern[bytes],
     counts: Counter | None = None,
+    on_bad_line: OnBadLine | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[tuple[int, str]]:
     """Yield the documents between separators, without whitespace at their ends, each after its position.
@@ -98,13 +133,14 @@ def read_documents(
         stop: Where the file ends or a separator begins.
         separator: See `compile_separator`.
         counts: LINE_ENDS of it counts the documents whose line ends were changed.
+        on_bad_line: See `read_pieces`.
 
     Raises:
-        ValueError: On bytes that are not UTF-8 or a document of more than MAX_LINE_BYTES.
+        ValueError: On bytes that are not UTF-8, without `on_bad_line`, or a document of more than MAX_LINE_BYTES.
     """
     for position, data in _split(path, start, _end(path, stop), separator, block_bytes):
         if data.strip(b"\r\n"):  # a line end between two separators, or after the last one, is no document
-            yield position, _decode_text(data, path, position, counts).strip(" \t\n")
+            yield position, _decode_text(data, path, position, counts, on_bad_line).strip(" \t\n")
 
 
 def compile_separator(document_separator: str) -> re.Pattern[bytes]:
@@ -232,11 +268,16 @@ def _next_cut(data: bytes, index: int) -> int:
     return found.start() if found else min(stop, len(data))
 
 
-def _read_line(file: BinaryIO, path: str, max_line_bytes: int) -> bytes:
+def _read_line(file: BinaryIO, max_line_bytes: int) -> tuple[bytes | None, int]:
+    """The next line, or None if it is too long to be kept, and its number of bytes."""
     line = file.readline(max_line_bytes)
-    if len(line) == max_line_bytes and not line.endswith(b"\n"):
-        raise ValueError(f"{path} has a line of more than {max_line_bytes} bytes: write one document a line.")
-    return line
+    if len(line) < max_line_bytes or line.endswith(b"\n"):
+        return line, len(line)
+    size = len(line)
+    while line and not line.endswith(b"\n"):
+        line = file.readline(max_line_bytes)
+        size += len(line)
+    return None, size
 
 
 def _end(path: str, stop: int) -> int:
@@ -244,13 +285,37 @@ def _end(path: str, stop: int) -> int:
     return sys.maxsize if is_compressed(path) else stop
 
 
-def _decode_text(data: bytes, path: str, position: int, counts: Counter | None) -> str:
+def _decode_text(data: bytes, path: str, position: int, counts: Counter | None, on_bad_line: OnBadLine | None) -> str:
+    if on_bad_line is not None:
+        data = _without_bad_lines(data, position, on_bad_line)
     text = _decode(data, path, position)
     if "\r" in text:
         text = normalize_line_ends(text)
         if counts is not None:
             counts[LINE_ENDS] += 1
     return text
+
+
+def _without_bad_lines(data: bytes, position: int, on_bad_line: OnBadLine) -> bytes:
+    if _is_utf8(data):
+        return data
+    good = []
+    for line in data.splitlines(keepends=True):
+        try:
+            line.decode()
+            good.append(line)
+        except UnicodeDecodeError as error:
+            on_bad_line(position + error.start, line[error.start])
+        position += len(line)
+    return b"".join(good)
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _decode(data: bytes, path: str, position: int) -> str:

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from huggingface_hub import cached_assets_path, constants
@@ -20,6 +21,9 @@ OFFICIAL_EXAMPLES = 10_042  # of the validation split, on which all published nu
 # Published checksum of hellaswag_val.jsonl, 12,246,618 bytes.
 OFFICIAL_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 DOWNLOAD_TIMEOUT_SECONDS = 30  # without receiving a byte
+# Forbidden, not found, gone, unavailable for legal reasons. GitHub blocked the repository after a copyright notice:
+# https://github.com/github/dmca/blob/master/2026/09/2026-09-14-wikihow.md
+GONE_STATUS = {403, 404, 410, 451}
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +49,7 @@ def official_file() -> Path:
     Processes that need it at the same time wait for the first of them.
 
     Raises:
-        ConnectionError: It is not in the cache and could not be downloaded.
+        ConnectionError: It is not in the cache and could not be downloaded: now, or ever again.
         ValueError: The download is another file, such as an error page; it is deleted.
     """
     path = cached_assets_path("gpt2repro", "hellaswag") / "hellaswag_val.jsonl"
@@ -74,6 +78,12 @@ def download(url: str, path: Path):
                     "try again, and check whether a proxy or a login page answers in its place."
                 )
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, HTTPError) and error.code in GONE_STATUS:
+            raise ConnectionError(
+                f"{url} is no longer available (it answers {error.code}; the original repository is blocked since "
+                f"September 2026) and will not come back by trying again: instead of {OFFICIAL}, give {HUB_DATASET}, "
+                "the same examples on the Hub, or the path of a copy of hellaswag_val.jsonl."
+            ) from error
         raise ConnectionError(
             f"{url} could not be downloaded into {path.parent} ({error}): check the connection and the disk, or name a "
             "local hellaswag_val.jsonl instead."
