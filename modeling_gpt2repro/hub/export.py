@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
-from modeling_gpt2repro.data.tokenizer import save_tokenizer
+from modeling_gpt2repro.data.tokenizer import write_tokenizer
 from modeling_gpt2repro.runs.folder import LOSS_PICTURE
 
 from .model_card import FROM_SCRATCH, Origin, model_card
@@ -46,7 +46,7 @@ def save_hub_folder(
     model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):  # safetensors makes them readable by their owner only
         shutil.copymode(folder / "config.json", weights)
-    save_tokenizer(tokenizer, folder, max_length=model.config.n_positions)
+    write_tokenizer(tokenizer, folder, max_length=model.config.n_positions)
     if run_folder and (run_folder / LOSS_PICTURE).is_file():
         shutil.copyfile(run_folder / LOSS_PICTURE, folder / LOSS_PICTURE)
     (folder / "README.md").write_text(model_card(model, origin, run_folder), encoding="utf-8")

@@ -168,7 +168,7 @@ def stretched_lines(run: Run) -> dict[str, str]:
         for value, group in groupby(run.stretches, key=lambda stretch: optimization_lines(stretch[2])[name]):
             same = list(group)
             values.append((f"steps {same[0][0]:,} to {same[-1][1]:,}: ", value))
-        if len(values) == 1:
+        if len(values) == 1 and run.stretches[0][0] == 1:
             lines[name] = values[0][1]
         elif values:
             lines[name] = "; ".join(steps + value for steps, value in values)

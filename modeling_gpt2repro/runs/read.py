@@ -100,19 +100,17 @@ def read_run(folder: Path) -> Run:
     config = _read_json(folder / RUN_CONFIG_FILE)
     stretches = []
     if config:
-        steps = [0, *resumes, max([record["step"] for record in records], default=0)]
+        starts = {0: {}, **resumes}
+        if resumes and not any("loss" in record and record["step"] <= min(resumes) for record in records):
+            starts = resumes  # it began with another run's checkpoint, whose steps were trained there
+        steps = [*starts, max([record["step"] for record in records], default=0)]
         began_with = config["arguments"]
-        for first, last, changed in zip(steps, steps[1:], [{}, *resumes.values()], strict=False):
+        for first, last, changed in zip(steps, steps[1:], starts.values(), strict=False):
             config["arguments"] = began_with | {name: now for name, (_, now) in changed.items()}
             if last > first:
                 stretches.append((first + 1, last, config["arguments"]))
     resumed_steps = [step for step in resumes if step > 0]
     return Run(folder, records, resumed_steps, config, stretches, **read_baselines(folder))
-
-
-def read_arguments(folder: Path) -> dict:
-    """The arguments with which a run was started or last resumed; {} if there is no run in the folder."""
-    return read_run(folder).config.get("arguments", {}) if (folder / METRICS_FILE).is_file() else {}
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -238,6 +238,17 @@ def report_to_launcher(message: str):
             json.dump({"message": message, "timestamp": str(int(time.time()))}, file)
 
 
+@contextlib.contextmanager
+def exit_message_to_launcher() -> Iterator[None]:
+    """Give the launcher the message with which the block ends the program, see `report_to_launcher`."""
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            report_to_launcher(error.code)
+        raise
+
+
 class InputErrors:
     """Collects the errors of several inputs, to report them together.
 
