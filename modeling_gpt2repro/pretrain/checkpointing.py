@@ -46,7 +46,7 @@ class Checkpointer:
     optimizer: Optimizer
     data: TrainingData
     stateful: dict[str, Stateful]  # name in state.json -> what has a state; `progress` is the run's TrainState
-    origin: Origin  # what the model card says of the first weights; a resumed run keeps that of its checkpoint
+    origin: Origin  # where the initial weights come from, for the card; a resumed run keeps that of its checkpoint
 
     def __post_init__(self):
         self.output_dir = Path(self.args.output_dir)
@@ -139,7 +139,7 @@ class Checkpointer:
         )
 
     def is_exported(self) -> bool:
-        """Whether the run has all its steps and its final model is of the last one. All processes must call this."""
+        """Whether the run has all its steps, and its final model is that of the last. All processes must call this."""
 
         def is_of_this_step() -> bool:
             records = read_metrics(self.output_dir / MODEL_FOLDER)  # which `export` writes, after the last evaluation

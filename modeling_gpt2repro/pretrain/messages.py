@@ -28,9 +28,9 @@ SLOW_SECONDS = 3600
 
 
 def warn_of_slow_cpu(args: TrainArguments, accelerator: Accelerator):
-    """Say what a large run would take on a CPU, where possible before anything is read or downloaded.
+    """Print how long a large run would take on a CPU, if possible before anything is read or downloaded.
 
-    With `--init_from` or `--num_train_epochs`, model or data have to be opened first.
+    With `--init_from` or `--num_train_epochs`, model or data must be opened first; until then it prints nothing.
     """
     if accelerator.device.type != "cpu" or args.n_layer is None or args.train_tokens is None:
         return
@@ -59,8 +59,10 @@ def start_message(
     """What will happen, from `step` on.
 
     Args:
+        micro_batch_shape: Micro-batches of a step on each process, and sequences of each.
         epochs: Folder -> how often the run reads it; empty if that is not known.
-        baselines: What the losses compare with, in nats per token.
+        baselines: Name -> loss to compare with, in nats per token.
+        step: The step that the run resumes from; 0 for a new one.
     """
     config = model.config
     num_processes = accelerator.num_processes
@@ -108,27 +110,27 @@ def epochs_line(epochs: dict[str, float]) -> str:
 
 
 def repetition_warning(epochs: dict[str, float]) -> str:
-    """What the run reads so often that little more is learnt from it; nothing for some four times."""
+    """A warning about folders that the run reads more than MAX_EPOCHS times (rounded), or ""."""
     often = [f"{folder} {count:,.1f} times" for folder, count in epochs.items() if round(count) > MAX_EPOCHS]
     if not often:
         return ""
     return (
         f"\nThe run reads {', and '.join(often)}. Up to {MAX_EPOCHS} times, text is worth nearly as much as new text "
-        "(Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264); far beyond that, it is learnt by heart: give "
+        "(Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264); far beyond that, it is memorized: give "
         f"--num_train_epochs {MAX_EPOCHS}, or more text.\n"
     )
 
 
 def learning_rate_message(before: dict, now: dict, step: int) -> str | None:
-    """Where other arguments make the learning rate jump: from which value to which, and how to avoid it.
+    """If the arguments of a resumed run make the learning rate jump: from which value to which, and how to avoid it.
 
     A cosine that ends later is higher everywhere, so a longer run does not continue at the rate at which it stopped.
 
     Args:
         before: Arguments of the run until `step`; {} for a new one.
-        now: Those from there on.
+        now: Arguments from there on.
     """
-    if not before or before["learning_rate"] != now["learning_rate"]:  # a rate that was given is meant
+    if not before or before["learning_rate"] != now["learning_rate"]:  # a new rate was given on purpose
         return None
     old = scheduled_learning_rate(before, step)
     new = scheduled_learning_rate(now, step)
@@ -142,7 +144,7 @@ def learning_rate_message(before: dict, now: dict, step: int) -> str | None:
 
 
 def scheduled_learning_rate(arguments: dict, step: int) -> float:
-    """The learning rate of the step after `step`, by the arguments in run.json."""
+    """The learning rate of the step after `step`, with arguments as in run.json."""
     total_steps, warmup_steps = (
         arguments[name] // arguments["tokens_per_step"] for name in ("train_tokens", "warmup_tokens")
     )
@@ -162,7 +164,7 @@ def table(lines: dict[str, str]) -> str:
 
 
 def finished_message(args: TrainArguments, state: TrainState) -> str:
-    """Why a run that has all its steps is left as it is, and how to train longer."""
+    """Says that a run has all its steps, and how to train longer."""
     return (
         f"{args.output_dir} is finished, and nothing is left to do: its model was trained for {state.step:,} steps; to "
         f"train it longer, resume with more --train_tokens than {state.tokens}."

@@ -190,7 +190,11 @@ def raise_if_corrupt(checkpoint: Path) -> Iterator[None]:
 
 
 def read_identity(checkpoint: Path) -> dict:
-    """The fingerprint of the data that the checkpoint was made with, see `read_state`."""
+    """The fingerprint of the data and order that the checkpoint was made with, see `read_state`.
+
+    Raises:
+        ValueError: If the checkpoint is damaged.
+    """
     with raise_if_corrupt(checkpoint):
         return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["identity"]
 
