@@ -243,7 +243,7 @@ def step_unless(skip: torch.Tensor, optimizer: Optimizer):
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to the device. Only from pinned memory does a copy to a GPU run while the host goes on."""
+    """Copy to the device. Only from pinned memory does a copy to a GPU run while the host continues."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 

@@ -47,7 +47,7 @@ class Checkpointer:
     optimizer: Optimizer
     data: TrainingData
     stateful: dict[str, Stateful]  # name in state.json -> what has a state; `progress` is the run's TrainState
-    origin: Origin  # what the model card says of the first weights; a resumed run keeps that of its checkpoint
+    origin: Origin  # where the initial weights come from, for the card; a resumed run keeps that of its checkpoint
 
     def __post_init__(self):
         self.output_dir = Path(self.args.output_dir)
@@ -141,7 +141,7 @@ class Checkpointer:
         )
 
     def is_exported(self, with_hellaswag: bool) -> bool:
-        """Whether the run has all its steps, and its final model is of the last one. All processes must call this.
+        """Whether the run has all its steps, and its final model is that of the last. All processes must call this.
 
         Args:
             with_hellaswag: Whether the last evaluation is to have HellaSwag, which a signal may have cut off.

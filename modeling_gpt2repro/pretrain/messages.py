@@ -33,7 +33,7 @@ def size_is_known(args: TrainArguments) -> bool:
 
 
 def warn_of_slow_cpu(args: TrainArguments, accelerator: Accelerator, vocab_size: int | None = None):
-    """Say what a large run would take on a CPU: at once if `size_is_known`, else in a call with the vocabulary."""
+    """Print how long a large run would take on a CPU: at once if `size_is_known`, else when the vocabulary is."""
     if accelerator.device.type != "cpu" or size_is_known(args) != (vocab_size is None):
         return
     if vocab_size is None:
@@ -62,8 +62,10 @@ def start_message(
     """What will happen, from `step` on.
 
     Args:
+        micro_batch_shape: Micro-batches of a step on each process, and sequences of each.
         epochs: Folder -> how often the run reads it; empty if that is not known.
-        baselines: What the losses compare with, in nats per token.
+        baselines: Name -> loss to compare with, in nats per token.
+        step: The step that the run resumes from; 0 for a new one.
     """
     config = model.config
     num_processes = accelerator.num_processes
@@ -111,7 +113,7 @@ def epochs_line(epochs: dict[str, float]) -> str:
 
 
 def repetition_warning(epochs: dict[str, float]) -> str:
-    """What the run reads so often that little more is learnt from it; nothing for some four times."""
+    """A warning about folders that the run reads more than MAX_EPOCHS times (rounded), or ""."""
     often = [f"{folder} {count:,.1f} times" for folder, count in epochs.items() if round(count) > MAX_EPOCHS]
     if not often:
         return ""
@@ -119,13 +121,13 @@ def repetition_warning(epochs: dict[str, float]) -> str:
     advice = f"--num_train_epochs {MAX_EPOCHS}, or" if len(epochs) == 1 else "it a smaller share of the mix, or"
     return (
         f"\nThe run reads {', and '.join(often)}. Up to {MAX_EPOCHS} times, text is worth nearly as much as new text "
-        "(Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264); far beyond that, it is learnt by heart: give "
+        "(Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264); far beyond that, it is memorized: give "
         f"{advice} more text.\n"
     )
 
 
 def learning_rate_message(before: dict, now: dict, step: int) -> str | None:
-    """Where other arguments make the learning rate jump: from which value to which, and how to avoid it.
+    """If the arguments of a resumed run make the learning rate jump: from which value to which, and how to avoid it.
 
     A cosine that ends later is higher everywhere, so a longer run does not continue at the rate at which it stopped.
 
@@ -133,7 +135,7 @@ def learning_rate_message(before: dict, now: dict, step: int) -> str | None:
         before: The `SCHEDULE` with which the run came to `step`; {} if it is not known.
         now: That from there on.
     """
-    if not before or before["learning_rate"] != now["learning_rate"]:  # a rate that was given is meant
+    if not before or before["learning_rate"] != now["learning_rate"]:  # a new rate was given on purpose
         return None
     old = scheduled_learning_rate(before, step)
     new = scheduled_learning_rate(now, step)
@@ -170,7 +172,7 @@ def table(lines: dict[str, str]) -> str:
 
 
 def finished_message(args: TrainArguments, state: TrainState) -> str:
-    """Why a run that has all its steps is left as it is, and how to train longer."""
+    """Says that a run has all its steps, and how to train longer."""
     return (
         f"{args.output_dir} is finished, and nothing is left to do: its model was trained for {state.step:,} steps; to "
         f"train it longer, resume with --train_tokens {state.tokens + args.tokens_per_step} or more."

@@ -75,14 +75,15 @@ class InitialWeights:
     checkpoint: Path | None  # the folder to resume from; None for a new run
     model: GPT2ReproForCausalLM | None  # the weights of the checkpoint or of `--init_from`; None for fresh ones
     tokenizer: PreTrainedTokenizerBase | None  # that of `--init_from`
-    origin: Origin  # what the model card says of them
+    origin: Origin  # where they come from, for the model card
 
 
 def lock_output_dir(args: TrainArguments, accelerator: Accelerator, lock: FolderLock):
-    """Take the run's folder, on the main process, before anything is written or deleted in it.
+    """Lock the run's folder, on the main process, before anything is written or deleted in it.
 
     Raises:
-        ValueError: On all processes, if another program uses it, or a run has begun there while this one waited.
+        ValueError: On all processes, if another program is using it, or a run was begun there while this one waited.
+        SystemExit: With code 130, if Ctrl-C ends the wait.
     """
 
     def acquire():
@@ -149,10 +150,10 @@ def find_checkpoint(args: TrainArguments, accelerator: Accelerator) -> Path | No
 
 
 def take_shape(args: TrainArguments, model: GPT2ReproForCausalLM, source: str):
-    """Take the shape and context that were left open from the loaded model.
+    """Take the shape and context that the arguments leave open from the loaded model.
 
     Raises:
-        ValueError: If what was given is not the model's.
+        ValueError: If the arguments name another shape, or a context longer than the model's.
     """
     shape = {name: getattr(model.config, name) for name in SHAPE}
     for name, size in {**shape, "block_size": model.config.n_positions}.items():
@@ -191,7 +192,7 @@ def check_model(
 
 
 def data_order(start: InitialWeights | None) -> str:
-    """The `BatchConfig.order` of the run: keyed, unless it resumes one that began in another."""
+    """The `BatchConfig.order` of the run: keyed, unless it resumes a run that began in another order."""
     if start is None or start.checkpoint is None:
         return BatchConfig.order
     return saved_order(checkpoints.read_entry(start.checkpoint, "identity"))
@@ -201,12 +202,15 @@ def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeig
     """Open prepared shards, a mix of several folders, the text that Python ships, or a Hub dataset to stream.
 
     Args:
-        start: What the run starts from, if that could be opened: a checkpoint decides the order of the data.
+        start: What the run starts from, or None if that could not be opened. A checkpoint decides the data's order.
+
+    Returns:
+        The data; None if the context length is that of a model that could not be opened.
 
     Raises:
         ValueError: If they cannot be read, or a prompt for samples does not fit into the context.
     """
-    if args.block_size is None:  # it is that of a model that could not be opened, which is reported
+    if args.block_size is None:  # the model could not be opened, which is reported with the other errors
         return None
     config = BatchConfig(
         block_size=args.block_size,
@@ -243,7 +247,7 @@ def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeig
 
 
 def set_lengths(args: TrainArguments, accelerator: Accelerator, data: TrainingData):
-    """Derive from the size of the data what the arguments left open.
+    """Derive from the size of the data what the arguments leave open.
 
     Raises:
         ValueError: If the epochs are less than one step.
@@ -255,7 +259,7 @@ def set_lengths(args: TrainArguments, accelerator: Accelerator, data: TrainingDa
 
 
 def folder_sizes(args: TrainArguments, batches: TrainingBatches) -> dict[str, tuple[float, int]]:
-    """Folder -> its share of the training, and its sequences; empty for a stream, whose size is not known."""
+    """Folder -> (share of the training, number of sequences); empty for a stream, whose size is not known."""
     if isinstance(batches, MixedBatches):
         sizes = map(len, batches.sources)
         return {folder: (share, size) for (folder, share), size in zip(parse_mix(args.mix).items(), sizes, strict=True)}
@@ -304,7 +308,7 @@ def prepare_hellaswag_task(
 def leave_finished_run(
     args: TrainArguments, accelerator: Accelerator, data: TrainingData, uploads: UploadQueue, state: TrainState
 ) -> int:
-    """Say that nothing is left to do, and push the model, in case that is still missing; returns the exit code."""
+    """Print that nothing is left to do, and push the model if the Hub still lacks it; returns the exit code."""
     accelerator.print(finished_message(args, state))
     with closing(data.batches), closing(uploads), StopSignal() as stop:
         model_folder = Path(args.output_dir) / MODEL_FOLDER

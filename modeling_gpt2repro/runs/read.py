@@ -28,7 +28,7 @@ class Run:
     records: list[dict]  # lines of metrics.jsonl, without those that were undone by resuming from an earlier checkpoint
     resumed_steps: list[int]  # the steps at which training was resumed
     config: dict  # run.json, with the arguments of the last resume; empty if the file is missing
-    # First and last step, and the arguments of each stretch between two resumes; empty if run.json is missing.
+    # For each stretch between two resumes: first step, last step, arguments. Empty if run.json is missing.
     stretches: list[tuple[int, int, dict]] = field(default_factory=list)
     # Label -> nats per token, such as the loss of a uniform guess.
     loss_baselines: dict[str, float] = field(default_factory=dict)
