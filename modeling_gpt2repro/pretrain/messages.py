@@ -45,7 +45,8 @@ def warn_of_slow_cpu(args: TrainArguments, accelerator: Accelerator, vocab_size:
     if seconds > SLOW_SECONDS:
         advice = "--preset quickstart trains a small GPT-2 in minutes; for this one use a GPU."
         if args.preset in ("quickstart", "own-text"):
-            advice = "Fewer --train_tokens take less time."
+            length = "train_tokens" if args.num_train_epochs is None else "num_train_epochs"
+            advice = f"Fewer --{length} take less time."
         accelerator.print(f"On this CPU that takes at least {readable_duration(seconds)}. {advice}\n")
 
 
