@@ -42,7 +42,6 @@ class FolderLock:
         self._since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         self._beats = 0
         self._file: BinaryIO | None = None  # open while the lock is held
-        self._created_folder = False
         self._is_over = threading.Event()
         self._heartbeat = threading.Thread(target=self._beat_until_over, daemon=True)
 
@@ -63,7 +62,6 @@ class FolderLock:
             ValueError: If another program still has it; the message says which one.
         """
         try:
-            self._created_folder = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._wait()
         except OSError as error:
@@ -96,16 +94,22 @@ class FolderLock:
             if self._holder().get("id") == self._id:
                 self.path.unlink()
         self._close()
-        if self._created_folder:
-            with suppress(OSError):  # something is in it
-                self.folder.rmdir()
 
     def _wait(self):
         started = changed = time.monotonic()
         seen, shown, is_alive = None, None, False
         while True:
             is_silent = time.monotonic() - changed > DEAD_SECONDS
-            is_locked, record = self._attempt(dead_record=seen if is_silent else None)
+            try:
+                is_locked, record = self._attempt(dead_record=seen if is_silent else None)
+            except OSError as error:
+                if seen is None and error.errno not in (errno.ENOENT, errno.ESTALE):
+                    raise
+                # Somebody deleted the folder or the file meanwhile, or the disk is away: no reason to do without.
+                changed = time.monotonic()
+                is_locked, record = False, seen or b""
+                with suppress(OSError):
+                    self.folder.mkdir(parents=True, exist_ok=True)
             if self._file is not None:
                 return
             if seen is not None and record != seen:

@@ -334,13 +334,30 @@ def test_a_disk_that_takes_no_lock_file_does_not_stop_a_program(tmp_path, monkey
         FolderLock(tmp_path).acquire()
 
 
-def test_a_folder_made_for_the_lock_goes_with_it_unless_something_is_in_it(tmp_path):
-    for name in ("empty", "used"):
-        with FolderLock(tmp_path / name) as held:
-            held.acquire()
-            if name == "used":
-                (tmp_path / name / "file").touch()
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["used", "used/file"]
+@pytest.mark.parametrize("deleted", ["folder", "file"])
+def test_a_program_whose_folder_or_file_is_deleted_while_it_waits_has_the_lock_all_the_same(
+    tmp_path, monkeypatch, deleted
+):
+    folder = tmp_path / "folder"
+    with holder(folder) as first:
+        run_in(first, "held.announce_stop()")
+        wait_until(lambda: record_of(folder)["stopping"])
+        attempts = []
+        open_in_place = lock.open_in_place
+
+        def open_and_delete(path):
+            """Between the second attempt's start and its look at the file."""
+            attempts.append(path)
+            if len(attempts) == 2:
+                run_in(first, "held.release()")
+                if deleted == "folder":
+                    folder.rmdir()
+                else:
+                    raise OSError(errno.ESTALE, "Stale file handle")
+            return open_in_place(path)
+
+        monkeypatch.setattr(lock, "open_in_place", open_and_delete)
+        acquired(folder)
 
 
 TAKE_TURNS = """
