@@ -200,8 +200,10 @@ class FolderLock:
         try:
             self._file.seek(0)
             self._file.write(json.dumps(record).encode().ljust(RECORD_BYTES - 1) + b"\n")
-        except OSError:
-            return False
+            os.fsync(self._file.fileno())  # an NFS client may keep a write to itself for half a minute
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # the disk cannot flush
+                return False
         self._beats += 1
         return True
 

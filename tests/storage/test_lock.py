@@ -334,6 +334,21 @@ def test_a_disk_that_takes_no_lock_file_does_not_stop_a_program(tmp_path, monkey
         FolderLock(tmp_path).acquire()
 
 
+def test_each_record_is_flushed_for_other_machines_where_the_disk_can(tmp_path, monkeypatch):
+    flushed = []
+
+    def flush(descriptor):
+        flushed.append(json.loads(os.pread(descriptor, lock.RECORD_BYTES, 0)))
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(lock.os, "fsync", flush)
+    with FolderLock(tmp_path) as held:
+        held.acquire()
+        held.announce_stop()
+        wait_until(lambda: flushed[-1]["stopping"])
+    assert [record["beat"] for record in flushed] == list(range(len(flushed)))
+
+
 @pytest.mark.parametrize("deleted", ["folder", "file"])
 def test_a_program_whose_folder_or_file_is_deleted_while_it_waits_has_the_lock_all_the_same(
     tmp_path, monkeypatch, deleted
