@@ -1,8 +1,8 @@
 """One writer for a folder: a lock of the operating system, and a heartbeat for disks where such locks do not work.
 
 The kernel frees its lock the moment the holder ends, however it ends. But a network disk may have no locks, or locks
-that only one machine sees. So the lock file also holds a record of the holder, which changes every two seconds while
-the holder lives: who sees it change knows that the folder is in use. No clocks are compared.
+that only one machine sees, or only one container. So the lock file also holds a record of the holder, which changes
+every two seconds while the holder lives: who sees it change knows that the folder is in use. No clocks are compared.
 """
 
 import errno
@@ -24,6 +24,7 @@ RECORD_BYTES = 512  # always as many, so that one write replaces a record
 LOCKED_BYTE = 2**30  # of Windows' lock: beyond the record, because nobody can read a locked byte there
 POLL_SECONDS = 0.5
 BEAT_SECONDS = 2.0
+GONE_SECONDS = 6.0  # three beats: enough where the system says as well that no program of this machine has the lock
 DEAD_SECONDS = 60.0  # thirty beats: a busy machine or a disk that hangs may miss some
 RUNNING_PATIENCE_SECONDS = 10.0  # it may just have been asked to stop, and its next beats will say so
 PATIENCE_SECONDS = 240.0  # the last checkpoint of a large model takes minutes; NFS keeps a dead machine's lock for 90 s
@@ -55,7 +56,8 @@ class FolderLock:
         """Take the lock, and create the folder if there is none; wait while another program may be about to free it.
 
         That is ten seconds for a program that runs; four minutes, by default, for one that is stopping or may be dead.
-        Dead is one that gave no sign of life for a minute, unless the operating system says that it has the lock.
+        Dead is one that gave no sign of life for a minute, unless the operating system says that it has the lock; for
+        one of this machine that has lost the lock, six seconds are enough.
         Where no lock file can be written, a line says so, and there is no lock.
 
         Raises:
@@ -99,9 +101,8 @@ class FolderLock:
         started = changed = time.monotonic()
         seen, shown, is_alive = None, None, False
         while True:
-            is_silent = time.monotonic() - changed > DEAD_SECONDS
             try:
-                is_locked, record = self._attempt(dead_record=seen if is_silent else None)
+                is_locked, record = self._attempt(seen, silent_seconds=time.monotonic() - changed)
             except OSError as error:
                 if seen is None and error.errno not in (errno.ENOENT, errno.ESTALE):
                     raise
@@ -135,8 +136,12 @@ class FolderLock:
                 shown = what
             time.sleep(POLL_SECONDS)
 
-    def _attempt(self, dead_record: bytes | None) -> tuple[bool, bytes]:
-        """Take the lock if it is free, or if its record is that of a dead holder.
+    def _attempt(self, seen: bytes | None, silent_seconds: float) -> tuple[bool, bytes]:
+        """Take the lock if it is free, or if its holder is dead.
+
+        Args:
+            seen: The record that was there until now.
+            silent_seconds: How long it has been the same.
 
         Returns:
             Whether the system says that another has it, and the record that was there.
@@ -146,8 +151,11 @@ class FolderLock:
         file.seek(0)
         record = file.read(RECORD_BYTES)
         holder = parse_record(record)
-        # A granted lock proves that no program of this machine has it. One of another machine may not see it.
-        is_free = not holder or record == dead_record or (granted and holder.get("machine") == self._machine)
+        # A granted lock proves little: one of another machine, or of a container with a mount of its own, may not be
+        # seen here. So a record must also be silent, for less long if it is of this machine.
+        is_gone = granted and holder.get("machine") == self._machine
+        is_dead = record == seen and silent_seconds > (GONE_SECONDS if is_gone else DEAD_SECONDS)
+        is_free = not holder or is_dead
         if granted is not False and is_free:
             self._file = file
             is_written = self._write()

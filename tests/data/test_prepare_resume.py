@@ -22,7 +22,7 @@ from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.sources import resolve
 from modeling_gpt2repro.data.sources.resolve import Source
-from modeling_gpt2repro.storage import atomic
+from modeling_gpt2repro.storage import atomic, lock
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -36,7 +36,7 @@ from pathlib import Path
 
 import prepare_data
 from modeling_gpt2repro.data.sources.resolve import Source
-from modeling_gpt2repro.storage import atomic
+from modeling_gpt2repro.storage import atomic, lock
 from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
 
 root, arguments = Path(sys.argv[1]), sys.argv[2:]
@@ -69,6 +69,7 @@ def run(folder, kill_at, late=False):
     folder.with_suffix(".json").write_text(json.dumps(started))
     os._exit(0)
 
+lock.GONE_SECONDS = 0.0  # the killed one is gone
 results = []
 for kill_at in range(1, 100):
     folder = root / f"killed{kill_at}"
@@ -180,6 +181,7 @@ def test_two_workers_end_when_their_parent_is_killed_and_one_process_resumes(
     assert 4 <= len(before) <= 5  # a worker looks before it writes, and there are two
 
     started = record_tokenized_partitions(monkeypatch)
+    monkeypatch.setattr(lock, "GONE_SECONDS", 0.0)
     monkeypatch.setattr(prepare_data, "finish_job", lambda folder: None)
     prepare(tmp_path / "out", arguments, "--workers", 1)
     assert sorted([*started, *before]) == list(range(25))
