@@ -361,6 +361,18 @@ def test_each_record_is_flushed_for_other_machines_where_the_disk_can(tmp_path, 
     assert [record["beat"] for record in flushed] == list(range(len(flushed)))
 
 
+def test_a_file_that_goes_while_it_is_locked_is_locked_again(tmp_path, monkeypatch):
+    read_holder = FolderLock._holder
+
+    def stale(self):
+        monkeypatch.setattr(FolderLock, "_holder", read_holder)
+        (tmp_path / LOCK_FILE).unlink()
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(FolderLock, "_holder", stale)
+    acquired(tmp_path)
+
+
 @pytest.mark.parametrize("deleted", ["folder", "file"])
 def test_a_program_whose_folder_or_file_is_deleted_while_it_waits_has_the_lock_all_the_same(
     tmp_path, monkeypatch, deleted
