@@ -451,7 +451,7 @@ def test_an_error_in_one_worker_ends_the_others_at_once(tmp_path, texts):
 
 
 def full_disk_at(monkeypatch, number):
-    """From the `number`-th fsync on, the disk is full."""
+    """From the `number`-th fsync of storage/atomic.py on, the disk is full; the lock's heartbeat has its own."""
     calls = []
 
     def fsync(file, fsync=os.fsync):
@@ -460,7 +460,7 @@ def full_disk_at(monkeypatch, number):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(file)
 
-    monkeypatch.setattr(atomic.os, "fsync", fsync)
+    monkeypatch.setattr(atomic, "os", SimpleNamespace(**{**vars(os), "fsync": fsync}))
 
 
 # A file and its folder are flushed: the spec (after a tokenizer, for its hash), a partition (after the tokenizer), the
