@@ -26,7 +26,7 @@ from modeling_gpt2repro.data.prepare.assemble import assemble
 from modeling_gpt2repro.data.prepare.local import tokenize_locally, train_tokenizer_on, watch_partitions
 from modeling_gpt2repro.data.prepare.spec import PrepareSpec, make_prepare_spec, read_spec
 from modeling_gpt2repro.data.prepare.token_cache import cached_partitions
-from modeling_gpt2repro.data.prepare.workspace import LOGS, finish_job, is_prepared, start_job
+from modeling_gpt2repro.data.prepare.workspace import LOGS, SLURM_JOBS, finish_job, is_prepared, start_job
 from modeling_gpt2repro.data.shards.dataset import MANIFEST, TokenDataset, open_shards
 from modeling_gpt2repro.data.shards.verify import verify_shards
 from modeling_gpt2repro.data.sources.files import shorten
@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None):
                 if args.executor == "slurm":
                     from modeling_gpt2repro.data.prepare.cluster import submit_to_slurm
 
-                    lock.release()  # its jobs read the folder, and the last one takes the lock
+                    (folder / SLURM_JOBS).touch()  # keeps other programs out until the last job has ended
+                    lock.release()  # the last job takes it
                     submit_to_slurm(folder, workers, args.slurm_partition, args.slurm_time, args.sbatch_options)
                     print(f"submitted; logs are in {folder / LOGS}, and {folder / MANIFEST} is written last.")
                     return

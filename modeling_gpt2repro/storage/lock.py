@@ -1,8 +1,9 @@
 """One writer per folder: a lock of the operating system, and a heartbeat for disks where such locks do not work.
 
 The kernel releases its lock the moment the holder ends, however it ends. But a network disk may have no locks, or locks
-that only one machine sees. So the lock file also holds a record of the holder, which changes every two seconds while
-the holder is alive: another program that sees it change knows that the folder is in use. No clocks are compared.
+that only one machine or one container sees. So the lock file also holds a record of the holder, which changes every two
+seconds while the holder is alive: another program that sees it change knows that the folder is in use. No clocks are
+compared.
 """
 
 import errno
@@ -24,6 +25,7 @@ RECORD_BYTES = 512  # always padded to this, so that one write replaces a record
 LOCKED_BYTE = 2**30  # the byte that Windows locks: beyond the record, because a locked byte cannot be read there
 POLL_SECONDS = 0.5
 BEAT_SECONDS = 2.0
+GONE_SECONDS = 6.0  # three beats, for a holder of this machine without the lock: it is seldom on a mount of its own
 DEAD_SECONDS = 60.0  # thirty beats: a busy machine or a disk that hangs may miss some
 RUNNING_PATIENCE_SECONDS = 10.0  # the holder may just have been asked to stop, which its next beats would show
 PATIENCE_SECONDS = 240.0  # the last checkpoint of a large model takes minutes; NFS keeps a dead machine's lock for 90 s
@@ -47,7 +49,6 @@ class FolderLock:
         self._since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         self._beats = 0
         self._file: BinaryIO | None = None  # open while the lock is held
-        self._created_folder = False
         self._is_over = threading.Event()
         self._heartbeat = threading.Thread(target=self._beat_until_over, daemon=True)
 
@@ -61,15 +62,15 @@ class FolderLock:
         """Take the lock, and create the folder if there is none; wait while another program may be about to release it.
 
         The wait is ten seconds if the holder is running, and `patience_seconds` if it is stopping or may be dead. It is
-        taken for dead after a minute without a heartbeat, unless the operating system says that it has the lock. Where
-        no lock file can be written, a line on stderr says so, and there is no lock.
+        taken for dead after a minute without a heartbeat, or six seconds if it was on this machine, unless the
+        operating system says that it has the lock. Where no lock file can be written, a line on stderr says so, and
+        there is no lock.
 
         Raises:
             ValueError: If another program still has it, with host and process, or if there is a lock file that cannot
                 be written.
         """
         try:
-            self._created_folder = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._wait()
         except OSError as error:
@@ -102,16 +103,22 @@ class FolderLock:
             if self._holder().get("id") == self._id:
                 self.path.unlink()
         self._close()
-        if self._created_folder:
-            with suppress(OSError):  # something is in it
-                self.folder.rmdir()
 
     def _wait(self):
         started = changed = time.monotonic()
         seen, shown, is_alive = None, None, False
         while True:
-            is_silent = time.monotonic() - changed > DEAD_SECONDS
-            is_locked, record = self._attempt(dead_record=seen if is_silent else None)
+            try:
+                is_locked, record = self._attempt(seen, silent_seconds=time.monotonic() - changed)
+            except OSError as error:
+                if seen is None and error.errno not in (errno.ENOENT, errno.ESTALE):
+                    raise
+                # The folder or the file was deleted meanwhile, or the disk is unreachable: it may come back.
+                self._close()
+                changed = time.monotonic()
+                is_locked, record = False, seen or b""
+                with suppress(OSError):
+                    self.folder.mkdir(parents=True, exist_ok=True)
             if self._file is not None:
                 return
             if seen is not None and record != seen:
@@ -137,8 +144,12 @@ class FolderLock:
                 shown = what
             time.sleep(POLL_SECONDS)
 
-    def _attempt(self, dead_record: bytes | None) -> tuple[bool, bytes]:
-        """Take the lock if it is free, or if its record is that of a dead holder.
+    def _attempt(self, seen: bytes | None, silent_seconds: float) -> tuple[bool, bytes]:
+        """Take the lock if it is free, or if its holder is dead.
+
+        Args:
+            seen: The record that was there until now.
+            silent_seconds: How long it has been the same.
 
         Returns:
             Whether the operating system says that another program has it, and the record that was in the file.
@@ -148,8 +159,11 @@ class FolderLock:
         file.seek(0)
         record = file.read(RECORD_BYTES)
         holder = parse_record(record)
-        # A granted lock proves that no program of this machine has it. One of another machine may not see it.
-        is_free = not holder or record == dead_record or (granted and holder.get("machine") == self._machine)
+        # A granted lock is no proof: that of another machine, or of a container with its own mount, may not be visible
+        # here. So the heartbeat must be silent as well, for less long if it is of this machine.
+        is_gone = granted and holder.get("machine") == self._machine
+        is_dead = record == seen and silent_seconds > (GONE_SECONDS if is_gone else DEAD_SECONDS)
+        is_free = not holder or is_dead
         if granted is not False and is_free:
             self._file = file
             is_written = self._write()
@@ -202,8 +216,10 @@ class FolderLock:
         try:
             self._file.seek(0)
             self._file.write(json.dumps(record).encode().ljust(RECORD_BYTES - 1) + b"\n")
-        except OSError:
-            return False
+            os.fsync(self._file.fileno())  # an NFS client may keep a write to itself for half a minute
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # the disk cannot flush
+                return False
         self._beats += 1
         return True
 

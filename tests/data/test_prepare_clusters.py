@@ -14,10 +14,12 @@ from patience import PATIENCE_SECONDS
 
 import prepare_data
 from modeling_gpt2repro.data.prepare import arguments as prepare_arguments
+from modeling_gpt2repro.data.prepare.local import tokenize_partitions
 from modeling_gpt2repro.data.prepare.spec import default_validation_share
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.sources.documents import Partition
 from modeling_gpt2repro.data.sources.resolve import Source, local_source
+from modeling_gpt2repro.storage.lock import FolderLock
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -95,6 +97,87 @@ def test_wrong_cluster_options_are_reported_together(tmp_path, arguments, capsys
         assert end.value.code == 2
         message = capsys.readouterr().err
         assert all(part in message for part in parts)
+
+
+# Accepts a job, which never runs, and refuses those after $ACCEPTED.
+QUEUE = """#!/usr/bin/env bash
+count=$(($(cat "$(dirname "$0")/count" 2> /dev/null) + 1))
+((count > ${ACCEPTED:-9})) && exit 1
+echo $count > "$(dirname "$0")/count"
+echo Submitted batch job $((count + 40))
+"""
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Flags for a Slurm that accepts jobs, 41 the first, and does not begin them."""
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/sbatch").write_text(QUEUE)
+    (tmp_path / "slurm/sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "slurm"), prepend=os.pathsep)
+    return ["--executor", "slurm", "--slurm_partition", "cpu", "--workers", "2"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a bash script stands for Slurm's command")
+def test_a_folder_that_slurm_prepares_is_refused_until_the_last_job_has_ended(
+    tmp_path, arguments, slurm, capsys, monkeypatch
+):
+    from modeling_gpt2repro.data.prepare.cluster import assemble_and_finish
+
+    out = tmp_path / "out"
+    release = FolderLock.release
+    released = []
+
+    def checked(lock):  # one that waits for the lock finds the file
+        released.append((out / "slurm_jobs").exists())
+        release(lock)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FolderLock, "release", checked)
+        prepare_data.main(["--output_dir", str(out), *arguments, *slurm])
+    assert released == [True, True]  # the second is the end of the block
+    before = contents(out)
+    for more in (slurm, []):  # the same command, and one that would prepare it here
+        with pytest.raises(SystemExit) as end:
+            prepare_data.main(["--output_dir", str(out), *arguments, *more])
+        assert end.value.code == 2
+        # Each of the two jobs has one that merges its statistics.
+        assert f"{out} is being prepared by Slurm's jobs 41 42 43 44: wait until" in capsys.readouterr().err
+        assert contents(out) == before
+
+    tokenize_partitions(out, 0, 2)
+    with pytest.raises(ValueError, match="not enough"):  # never so in Slurm: an array that failed ends them all
+        assemble_and_finish(None, 0, 1, str(out))
+    prepare_data.main(["--output_dir", str(out), *arguments, *slurm])
+    tokenize_partitions(out, 1, 2)
+    assemble_and_finish(None, 0, 1, str(out))
+    prepare_data.main(["--output_dir", str(tmp_path / "local"), *arguments])
+    assert {path: data for path, data in contents(out).items() if path.parts[0] != "logs"} == contents(
+        tmp_path / "local"
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a bash script stands for Slurm's command")
+@pytest.mark.parametrize("accepted", [0, 1])
+def test_if_slurm_refuses_a_job_those_before_it_are_known(tmp_path, arguments, slurm, monkeypatch, accepted):
+    monkeypatch.setenv("ACCEPTED", str(accepted))
+    with pytest.raises(subprocess.CalledProcessError):
+        prepare_data.main(["--output_dir", str(tmp_path / "out"), *arguments, *slurm])
+    jobs = tmp_path / "out/slurm_jobs"
+    assert (jobs.read_text().split() if jobs.exists() else None) == (["41"] if accepted else None)
+
+
+def test_a_job_whose_preparation_is_gone_ends_with_one_sentence(tmp_path, one_sentence):
+    from modeling_gpt2repro.data.prepare.cluster import assemble_and_finish
+
+    for work in (tokenize_partitions, lambda folder: assemble_and_finish(None, 0, 1, str(folder))):
+        with pytest.raises(ValueError, match=r"holds no unfinished preparation \(plan\.json is not there\)") as error:
+            work(tmp_path)
+        one_sentence(error)
 
 
 @pytest.mark.slow

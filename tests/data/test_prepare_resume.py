@@ -22,7 +22,7 @@ from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.sources import resolve
 from modeling_gpt2repro.data.sources.resolve import Source
-from modeling_gpt2repro.storage import atomic
+from modeling_gpt2repro.storage import atomic, lock
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -36,7 +36,7 @@ from pathlib import Path
 
 import prepare_data
 from modeling_gpt2repro.data.sources.resolve import Source
-from modeling_gpt2repro.storage import atomic
+from modeling_gpt2repro.storage import atomic, lock
 from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
 
 root, arguments = Path(sys.argv[1]), sys.argv[2:]
@@ -69,6 +69,7 @@ def run(folder, kill_at, late=False):
     folder.with_suffix(".json").write_text(json.dumps(started))
     os._exit(0)
 
+lock.GONE_SECONDS = 0.0  # the killed one is gone
 results = []
 for kill_at in range(1, 100):
     folder = root / f"killed{kill_at}"
@@ -180,6 +181,7 @@ def test_two_workers_end_when_their_parent_is_killed_and_one_process_resumes(
     assert 4 <= len(before) <= 5  # a worker looks before it writes, and there are two
 
     started = record_tokenized_partitions(monkeypatch)
+    monkeypatch.setattr(lock, "GONE_SECONDS", 0.0)
     monkeypatch.setattr(prepare_data, "finish_job", lambda folder: None)
     prepare(tmp_path / "out", arguments, "--workers", 1)
     assert sorted([*started, *before]) == list(range(25))
@@ -449,7 +451,7 @@ def test_an_error_in_one_worker_ends_the_others_at_once(tmp_path, texts):
 
 
 def full_disk_at(monkeypatch, number):
-    """From the `number`-th fsync on, the disk is full."""
+    """From the `number`-th fsync of storage/atomic.py on, the disk is full; the lock's heartbeat has its own."""
     calls = []
 
     def fsync(file, fsync=os.fsync):
@@ -458,7 +460,7 @@ def full_disk_at(monkeypatch, number):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(file)
 
-    monkeypatch.setattr(atomic.os, "fsync", fsync)
+    monkeypatch.setattr(atomic, "os", SimpleNamespace(**{**vars(os), "fsync": fsync}))
 
 
 # A file and its folder are flushed: the spec (after a tokenizer, for its hash), a partition (after the tokenizer), the

@@ -4,6 +4,7 @@ import math
 import os
 import shlex
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,8 +19,8 @@ from modeling_gpt2repro.storage.lock import FolderLock
 
 from .assemble import assemble
 from .local import tokenize_partitions
-from .spec import read_spec
-from .workspace import LOGS, finish_job
+from .spec import read_spec_of_job
+from .workspace import LOGS, SLURM_JOBS, finish_job
 
 
 class TokenizePartitions(PipelineStep):
@@ -46,7 +47,11 @@ def assemble_and_finish(data: None, rank: int, world_size: int, folder: str):
     with FolderLock(path) as lock:
         lock.acquire()
         if not (path / MANIFEST).exists():  # else this job was interrupted after it had written it
-            assemble(path, read_spec(path))
+            try:
+                assemble(path, read_spec_of_job(path))
+            except Exception:  # no job is left that works on it, and the same command may be given again
+                (path / SLURM_JOBS).unlink(missing_ok=True)
+                raise
         finish_job(path, keep_logs=True)
 
 
@@ -70,9 +75,24 @@ def tokenize_on_ray(folder: Path, workers: int):
 
 
 def submit_to_slurm(folder: Path, workers: int, partition: str, time_limit: str, sbatch_options: dict[str, str]):
-    """Submit a job array that tokenizes, and a job after it that writes the shards."""
+    """Submit a job array that tokenizes, and a job after it that writes the shards; their ids go to SLURM_JOBS."""
     _, assembling = _slurm_executors(folder, workers, partition, time_limit, sbatch_options)
-    assembling.run()  # submits what it depends on first
+    try:
+        assembling.run()  # submits what it depends on first
+    except Exception:
+        jobs = folder / SLURM_JOBS
+        if jobs.exists() and not jobs.read_bytes():  # nothing was submitted
+            jobs.unlink()
+        raise
+
+
+def record_job(folder: str, sbatch_output: str) -> str:
+    """Append the job's id, which is returned, to SLURM_JOBS; if that is gone, the last of the jobs has ended."""
+    job_id = sbatch_output.split()[-1]
+    with suppress(FileNotFoundError), (Path(folder) / SLURM_JOBS).open("r+", encoding="ascii") as jobs:
+        jobs.seek(0, os.SEEK_END)
+        jobs.write(f"{job_id}\n")
+    return job_id
 
 
 def slurm_scripts(
@@ -112,6 +132,7 @@ def _slurm_executors(
         "env_command": "\n".join(environment),
         "sbatch_args": sbatch_options,
         "skip_completed": False,
+        "job_id_retriever": partial(record_job, str(folder)),
         "mem_per_cpu_gb": 4,
     }
     tokenizing = SlurmPipelineExecutor(

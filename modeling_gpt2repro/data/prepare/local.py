@@ -28,7 +28,7 @@ from modeling_gpt2repro.storage.atomic import explain_disk_full
 from modeling_gpt2repro.storage.lock import FolderLock
 
 from .assemble import OnProgress, assemble
-from .spec import PrepareSpec, make_prepare_spec, read_spec
+from .spec import PrepareSpec, make_prepare_spec, read_spec_of_job
 from .token_cache import (
     finished_partitions,
     mark_verified,
@@ -54,9 +54,9 @@ def tokenize_partitions(
     With max_tokens, it stops as soon as the finished partitions before the next one hold that many.
 
     Raises:
-        ValueError: If a partition cannot be read; its message names the partition.
+        ValueError: If a partition cannot be read; its message names the partition. Or if there is no spec.
     """
-    spec = read_spec(folder)
+    spec = read_spec_of_job(folder)
     source = Source(spec.partitions, spec.source)
     encode = text_encoder(load_tokenizer_folder(folder / "tokenizer"), spec.tokenizer["sha256"])
     numbers = spec.numbers

@@ -171,6 +171,21 @@ def write_spec(folder: Path, spec: PrepareSpec):
     write_json(folder / SPEC_FILE, values)
 
 
+def read_spec_of_job(folder: Path) -> PrepareSpec:
+    """`read_spec` for what works on a preparation that was started.
+
+    Raises:
+        ValueError: If there is none (any more), or see `read_spec`.
+    """
+    spec = read_spec(folder)
+    if spec is None:
+        raise ValueError(
+            f"{folder} holds no unfinished preparation ({SPEC_FILE} is not there): another program has finished or "
+            "deleted it."
+        )
+    return spec
+
+
 def read_spec(folder: Path) -> PrepareSpec | None:
     """Read the spec of the preparation in `folder`; None if there is none.
 

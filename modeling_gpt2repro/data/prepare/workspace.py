@@ -13,6 +13,7 @@ from .spec import PrepareSpec, read_spec, write_spec
 from .token_cache import CACHE_DIR, cached_partitions, clear_unfinished_partitions, mark_unverified
 
 LOGS = "logs"
+SLURM_JOBS = "slurm_jobs"  # the ids of submitted jobs, one a line, until the last one ends: the others take no lock
 OURS = (SPEC_FILE, CACHE_DIR, LOGS, "tokenizer", MANIFEST)  # beside the shards and LOCK_FILE
 ALREADY_PREPARED = "{} holds prepared shards already: use them, or give another --output_dir."
 
@@ -21,7 +22,8 @@ def find_partial_output(folder: Path) -> list[Path]:
     """List what an unfinished preparation left in `folder`; empty if there was none.
 
     Raises:
-        ValueError: If shards cannot be written there: it is a file, write-protected, or holds other files.
+        ValueError: If shards cannot be written there: it is a file, write-protected, holds other files, or Slurm's jobs
+            may be writing them.
     """
     nearest = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     if nearest.exists() and not nearest.is_dir():
@@ -33,6 +35,12 @@ def find_partial_output(folder: Path) -> list[Path]:
     is_unfinished = folder / SPEC_FILE in content
     if folder / MANIFEST in content and not is_unfinished:
         raise ValueError(ALREADY_PREPARED.format(folder))
+    if (jobs := folder / SLURM_JOBS) in content:
+        ids = " ".join(jobs.read_text(encoding="ascii").split())
+        raise ValueError(
+            f"{folder} is being prepared by Slurm's jobs {ids or '(being submitted)'}: wait until they have ended, or, "
+            f"to start again, end them by 'scancel {ids or 'ID'}' and delete {jobs}."
+        )
     ours = [path for path in content if _is_partial(path) or (is_unfinished and _is_ours(path))]
     foreign = [path.name for path in content if path not in ours]
     if foreign:
@@ -96,6 +104,7 @@ def finish_job(folder: Path, keep_logs: bool = False):
     shutil.rmtree(folder / CACHE_DIR, ignore_errors=True)
     if not keep_logs:
         shutil.rmtree(folder / LOGS, ignore_errors=True)
+    (folder / SLURM_JOBS).unlink(missing_ok=True)
     (folder / SPEC_FILE).unlink(missing_ok=True)
 
 
