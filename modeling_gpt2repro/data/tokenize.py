@@ -40,10 +40,11 @@ class HoldOutCheck:
     """Notices ids that cannot decide what is held out, such as those of a column with one value, before all is read.
 
     It gives up on documents of which no id, or every id, falls to the validation split, once they are DOCUMENTS_PER_ID
-    times as many as their ids. Pieces of a book that share its id are not so many.
+    times as many as their ids. The pieces of a whole file are one document.
     """
 
     DOCUMENTS_PER_ID = 1_000
+    MAX_IDS = 10_000  # kept: so many different ids are not those of a column with few values
 
     def __init__(self, share: float):
         self.share = share
@@ -59,7 +60,7 @@ class HoldOutCheck:
             ValueError: If their ids are of no use.
         """
         for document in documents:
-            if not self.is_passed:
+            if not (self.is_passed or document.continues):
                 self._check(document.id)
             yield document
 
@@ -67,13 +68,14 @@ class HoldOutCheck:
         self._documents += 1
         self._ids.add(document_id)
         self._splits.add(is_validation(document_id, self.share))
-        self.is_passed = len(self._splits) > 1
+        self.is_passed = len(self._splits) > 1 or len(self._ids) >= self.MAX_IDS
         if not self.is_passed and self._documents >= self.DOCUMENTS_PER_ID * len(self._ids):
             ids = ", ".join(sorted(self._ids)[:3])
+            counted = "one id" if len(self._ids) == 1 else f"only {len(self._ids)} different ids"
             split = "validation" if self._splits == {True} else "training"
             raise ValueError(
-                f"{self._documents:,} documents have only {len(self._ids)} different ids ({ids}), by which all of them "
-                f"fell to {split}: rename or remove 'id', and a document is named by its place instead."
+                f"{self._documents:,} documents have {counted} ({ids}), by which all of them fell to "
+                f"{split}: rename or remove 'id', and a document is named by its place instead."
             )
 
 

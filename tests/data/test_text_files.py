@@ -130,6 +130,19 @@ def test_a_file_as_one_document_is_held_out_as_a_whole(tmp_path, monkeypatch, ti
     assert len({document.id for document in documents}) == 1
 
 
+def test_a_long_book_as_one_document_is_no_column_of_one_value(tmp_path, monkeypatch, tiny_texts, tiny_tokenizer):
+    monkeypatch.setattr(text_files, "PIECE_CHARACTERS", 5)
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text(f"Book {number}. " + " ".join(tiny_texts))
+    source = local_source([str(tmp_path / "*.txt")], document_separator="file")
+    assert all(len(list(source.read(part))) > 1_000 for part in source.partitions)  # pieces
+    shards = prepare_shards(source, tiny_tokenizer, "tiny", tmp_path / "out", 0.6)
+    assert {split: totals["documents"] for split, totals in shards.manifest["splits"].items()} == {
+        "train": 1,
+        "validation": 1,
+    }
+
+
 def test_a_compressed_text_has_the_pieces_and_the_documents_of_the_text(tmp_path, tiny_texts):
     text = "\r\n\r\n".join(tiny_texts * 3)
     (tmp_path / "a.txt").write_bytes(text.encode())
