@@ -3,9 +3,10 @@
 import csv
 import gzip
 import json
+import ntpath
 import os
 import tracemalloc
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import datasets
 import pyarrow as pa
@@ -15,6 +16,7 @@ import pytest
 import prepare_data
 from modeling_gpt2repro.data.prepare.local import prepare_shards
 from modeling_gpt2repro.data.shards.dataset import open_shards
+from modeling_gpt2repro.data.sources import files
 from modeling_gpt2repro.data.sources.files import find_files
 from modeling_gpt2repro.data.sources.resolve import local_source
 from modeling_gpt2repro.data.sources.text import compile_separator, read_documents, read_pieces
@@ -148,6 +150,46 @@ def test_a_folder_is_read_in_order_without_what_is_hidden_empty_or_of_another_ki
     one_sentence(error)
 
 
+def test_output_below_the_input_is_not_read_and_resumes(tmp_path, monkeypatch, capsys, tiny_texts, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path / "tiny")
+    (tmp_path / "notes/web").mkdir(parents=True)
+    (tmp_path / "notes/a.txt").write_text("\n".join(tiny_texts))
+    (tmp_path / "notes/web/manifest.json").write_text('[{"text": "of another program"}]')
+    monkeypatch.chdir(tmp_path)
+
+    def prepare(out, files):
+        prepare_data.main(
+            [
+                "--output_dir",
+                out,
+                "--train_files",
+                files,
+                "--tokenizer",
+                "tiny",
+                "--workers",
+                "1",
+                "--validation_share",
+                "0.3",
+            ]
+        )
+        return capsys.readouterr().err
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            prepare("notes/out", "notes")
+    assert "not read, 1 written by this program: notes/out\n" in prepare("notes/out", "notes")
+    expected = open_shards("notes/out").manifest
+    assert expected["source"]["files"] == ["a.txt", "manifest.json"]
+    for number, pattern in enumerate(("notes", "notes/*", "notes/**/*.*", f"{tmp_path}/notes/**")):
+        assert "not read, 1 written by this program: " in prepare(f"out{number}", pattern)
+        assert sorted(open_shards(f"out{number}").manifest["source"]["files"]) == ["a.txt", "manifest.json"]
+    with pytest.raises(SystemExit) as end:
+        prepare("other", "notes/out")
+    assert end.value.code == 2
+    assert "there is no text in notes/out, but what this program wrote: give other files." in capsys.readouterr().err
+
+
 def test_a_file_and_its_links_are_read_once_and_it_is_said(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.txt").write_text("the sea")
@@ -160,6 +202,41 @@ def test_a_file_and_its_links_are_read_once_and_it_is_said(tmp_path):
     [sentence] = not_read
     assert sentence.startswith("not read, 6 linked to a file that is read already: ")
     assert sentence.endswith(f"{tmp_path}/texts/b.txt, {tmp_path}/texts/c.txt, {tmp_path}/elsewhere/a.txt and 3 more")
+
+
+def test_a_name_with_brackets_is_that_file_or_folder_where_there_is_one(tmp_path):
+    for name in ("n1.txt", "n[1].txt", "n2.txt", "d1/a.txt", "d[1]/a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("the sea")
+
+    def found(pattern):
+        return list(find_files([str(tmp_path / pattern)])[0])
+
+    assert found("n[1].txt") == [f"{tmp_path}/n[1].txt"]
+    assert found("d[1]") == [f"{tmp_path}/d[1]/a.txt"]
+    assert found("n[12].txt") == [f"{tmp_path}/n1.txt", f"{tmp_path}/n2.txt"]
+    (tmp_path / "broken[1].txt").symlink_to("nothing")
+    (tmp_path / "broken1.txt").write_text("the sea")
+    with pytest.raises(ValueError, match=r"there is no file .*broken\[1\]\.txt"):
+        local_source([f"{tmp_path}/broken[1].txt"])
+
+
+def test_many_files_of_one_name_are_named_in_linear_time(tmp_path, monkeypatch):
+    calls = []
+    commonpath = os.path.commonpath
+    monkeypatch.setattr(os.path, "commonpath", lambda paths: calls.append(1) or commonpath(paths))
+    paths = [f"{tmp_path}/{number}/{name}" for number in range(50) for name in ("a.txt", "b.txt")]
+    names = files._with_names([*paths, f"{tmp_path}/c.txt"])
+    assert names == {path: path.removeprefix(f"{tmp_path}/") for path in paths} | {f"{tmp_path}/c.txt": ""}
+    assert len(calls) == 2
+
+
+def test_files_of_one_name_on_two_drives_have_their_whole_paths(monkeypatch):
+    monkeypatch.setattr(files, "Path", PureWindowsPath)
+    monkeypatch.setattr(os, "path", ntpath)
+    monkeypatch.setattr(ntpath, "abspath", str)
+    paths = [r"C:\texts\a.txt", r"D:\a.txt", r"C:\texts\b.txt"]
+    assert list(files._with_names(paths).values()) == ["C:/texts/a.txt", "D:/a.txt", ""]
 
 
 def test_files_of_one_name_have_different_ids(tmp_path, tiny_tokenizer):
@@ -205,12 +282,12 @@ def test_a_bad_file_is_one_sentence(tmp_path, name, one_sentence):
 def test_sixty_bad_files_are_one_sentence(tmp_path, capsys):
     for number in range(60):
         (tmp_path / f"{number:02d}.pdf").touch()
-    for files, pattern in (
+    for paths, pattern in (
         ([tmp_path / f"no{number}.txt" for number in range(60)], "there is no file"),
         (sorted(tmp_path.glob("*.pdf")), "is not of a kind that can be read"),
     ):
         with pytest.raises(SystemExit) as end:
-            prepare_data.main(["--output_dir", str(tmp_path / "out"), "--train_files", *map(str, files)])
+            prepare_data.main(["--output_dir", str(tmp_path / "out"), "--train_files", *map(str, paths)])
         assert end.value.code == 2
         message = capsys.readouterr().err
         assert message.count("\n") == 1
