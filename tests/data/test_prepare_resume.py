@@ -387,6 +387,28 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, three_files, 
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+@pytest.mark.parametrize("at", ["train_tokenizer_on", "make_prepare_spec"])
+def test_a_file_that_grows_while_a_tokenizer_is_trained_on_it_is_noticed(tmp_path, tiny_texts, capsys, monkeypatch, at):
+    file = tmp_path / "a.txt"
+    file.write_text("\n".join(tiny_texts))
+    step = getattr(prepare_data, at)
+
+    def grow_at_step(*args, **options):
+        with file.open("a") as opened:
+            opened.write("\nThe end.")
+        return step(*args, **options)
+
+    monkeypatch.setattr(prepare_data, at, grow_at_step)
+    arguments = ["--train_files", str(file), "--tokenizer", "train", "--vocab_size", "300"]
+    arguments += ["--validation_share", "0.3", "--workers", "1"]
+    message = error_of(capsys, tmp_path / "out", arguments)
+    assert "a.txt changed while it was read: run the same command again" in message
+    monkeypatch.undo()
+    prepare(tmp_path / "out", arguments)
+    totals = open_shards(tmp_path / "out").manifest["splits"].values()
+    assert sum(split["text_bytes"] for split in totals) == file.stat().st_size
+
+
 def test_a_preparation_of_an_older_version_resumes(tmp_path, three_files, monkeypatch):
     """Its plan.json has neither the status change time of a file nor the later fields of spec and partitions."""
     interrupt_before_the_shards(tmp_path / "out", three_files, monkeypatch, partitions=6)
