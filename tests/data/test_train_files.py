@@ -279,6 +279,16 @@ def test_a_bad_file_is_one_sentence(tmp_path, name, one_sentence):
     assert name in one_sentence(error)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a", "a.jsonl", "a.csv", "a.tsv", "a.txt.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_one_sentence_even_if_bad_lines_are_skipped(tmp_path, name, encoding, one_sentence):
+    data = '\ufefftext\n{"text": "the sea"}\n'.encode(encoding)
+    (write_gzip if name.endswith(".gz") else Path.write_bytes)(tmp_path / name, data)
+    with pytest.raises(ValueError, match=r"is UTF-16, and only UTF-8 can be read: convert it\.") as error:
+        local_source([str(tmp_path / name)], skip_bad_lines=True)
+    assert name in one_sentence(error)
+
+
 def test_sixty_bad_files_are_one_sentence(tmp_path, capsys):
     for number in range(60):
         (tmp_path / f"{number:02d}.pdf").touch()

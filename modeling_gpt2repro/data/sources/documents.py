@@ -4,6 +4,7 @@ A partition is a row group of a .parquet file (some rows of a large one), 16 MiB
 file where there is no reading from the middle. It gives the same documents whenever and wherever it is read.
 """
 
+import codecs
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
 
-from .files import TABLE_KINDS, TEXT_KINDS, file_kind, is_compressed, raise_problems, shorten
+from .files import TABLE_KINDS, TEXT_KINDS, file_kind, is_compressed, open_bytes, raise_problems, shorten
 from .parquet import NOT_UTF8, read_rows, row_ranges
 from .tables import is_json_lines, read_arrow, read_csv, read_json
 from .text import (
@@ -169,6 +170,8 @@ def _partitions_of(
             replace(partition, first_row=rows.first, stop_row=rows.stop)
             for partition, rows in zip(whole, ranges, strict=True)
         ]
+    if kind in (*TEXT_KINDS, ".jsonl", ".csv", ".tsv"):
+        _check_encoding(path)
     size = Path(path).stat().st_size
     whole = Partition(path, 0, size, text_column, size * (COMPRESSION_RATIO if is_compressed(path) else 1))
     if kind not in TEXT_KINDS:
@@ -190,6 +193,13 @@ def _document_cuts(path: str, size: int, partition_bytes: int, separator: re.Pat
             break
         cuts.append(cut)
     return cuts
+
+
+def _check_encoding(path: str):
+    """Raise on UTF-16, as Windows' programs write it: most of it is UTF-8, too, with a NUL after each letter."""
+    with open_bytes(path) as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError(f"{path} is UTF-16, and only UTF-8 can be read: convert it.")
 
 
 def _check_separator(paths: list[str], document_separator: str):
