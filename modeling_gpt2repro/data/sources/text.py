@@ -31,7 +31,8 @@ LINE_ENDS = "line_ends"  # counts the blocks or documents whose line ends became
 LINE_END = re.compile(r"\S(?=[\t\v\f\r ]*\n)")
 WORD_END = re.compile(r"\S(?=[\t\n\v\f\r ])")
 # The same in bytes, never within \r\n; and, where there is no whitespace, before any byte that begins a character: 0x80
-# to 0xbf continue one in UTF-8.
+# to 0xbf continue one in UTF-8. Between lines, a bad line is left out as a whole.
+BETWEEN_LINES = re.compile(rb"(?<![\t\n\v\f\r ])[\t\v\f ]*[\r\n]")
 WHITESPACE = re.compile(rb"(?<!\r)\n|[\t\v\f\r ]")
 CHARACTER = re.compile(rb"(?<!\r)\n|[^\x80-\xbf\n]")
 
@@ -264,7 +265,8 @@ def _read_blocks(path: str, start: int, stop: int, block_bytes: int) -> Iterator
 def _next_cut(data: bytes, index: int) -> int:
     """The first index from this one on before which the text may be cut; the end, if it comes first."""
     stop = index + LOOK_AHEAD_BYTES
-    found = WHITESPACE.search(data, index, stop) or CHARACTER.search(data, index, stop)
+    searches = (pattern.search(data, index, stop) for pattern in (BETWEEN_LINES, WHITESPACE, CHARACTER))
+    found = next(filter(None, searches), None)
     return found.start() if found else min(stop, len(data))
 
 
