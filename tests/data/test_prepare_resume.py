@@ -263,7 +263,7 @@ def test_a_changed_file_loses_only_its_partitions_that_differ(tmp_path, three_fi
     interrupted = tmp_path / "interrupted"
     shutil.copytree(out, interrupted)
     assert tokenized_again(out, three_files, monkeypatch) == [7, 8, 1, 9]
-    assert "changed or copied since this preparation was started: a.parquet, c.parquet; what" in capsys.readouterr().out
+    assert "changed or copied since this preparation was started: a.parquet, c.parquet; what" in capsys.readouterr().err
     prepare(tmp_path / "fresh", three_files)
     assert contents(out) == contents(tmp_path / "fresh")
 
@@ -365,7 +365,8 @@ def test_text_copied_to_another_folder_is_not_tokenized_again(tmp_path, three_fi
     with pytest.raises(SystemExit):
         prepare(tmp_path / "out", copied)
     monkeypatch.undo()
-    assert (sorted(finished_partitions(tmp_path / "out")), capsys.readouterr().out[:4]) == ([0, 1, 2, 3, 4], "chan")
+    assert sorted(finished_partitions(tmp_path / "out")) == [0, 1, 2, 3, 4]
+    assert "\nchanged or copied since " in capsys.readouterr().err
     assert tokenized_again(tmp_path / "out", copied, monkeypatch) == []
     prepare(tmp_path / "fresh", copied)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
@@ -385,6 +386,28 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, three_files, 
     assert tokenized_again(tmp_path / "out", three_files, monkeypatch) == [6]
     prepare(tmp_path / "fresh", three_files)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_changed_file_of_which_nothing_is_finished_is_not_said_to_be_kept(tmp_path, three_files, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "tokenize_locally", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            prepare(tmp_path / "out", three_files)
+    write_groups(tmp_path / "in/b.parquet", 3, 6)
+    prepare(tmp_path / "out", three_files)
+    assert "changed or copied" not in "".join(capsys.readouterr())
+
+
+def test_a_trained_tokenizer_is_written_once(tmp_path, tiny_texts, monkeypatch):
+    (tmp_path / "a.txt").write_text("\n".join(tiny_texts))
+    arguments = ["--train_files", str(tmp_path / "a.txt"), "--tokenizer", "train", "--vocab_size", "300"]
+    arguments += ["--validation_share", "0.3", "--workers", "1"]
+    interrupt_before_the_shards(tmp_path / "out", arguments, monkeypatch, partitions=1)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/tokenizer").iterdir()}
+    prepare(tmp_path / "out", arguments)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out/tokenizer").iterdir()} == written
+    prepare(tmp_path / "fresh", arguments)
+    assert contents(tmp_path / "fresh") == contents(tmp_path / "out")
 
 
 @pytest.mark.parametrize("at", ["train_tokenizer_on", "make_prepare_spec"])
