@@ -52,9 +52,10 @@ def write_csv(path, texts, delimiter=","):
         writer.writerows(rows(texts))
 
 
-def write_arrow(path, texts, new=pa.ipc.new_stream):
-    with new(path, table(texts).schema) as writer:
-        writer.write_table(table(texts), max_chunksize=5)
+def write_arrow(path, rows, new=pa.ipc.new_stream):
+    rows = rows if isinstance(rows, pa.Table) else table(rows)
+    with new(path, rows.schema) as writer:
+        writer.write_table(rows, max_chunksize=5)
 
 
 def write_gzip(path, data):
@@ -80,6 +81,12 @@ WRITERS = {
     "pretty.json": lambda path, texts: path.write_text(json.dumps(rows(texts), indent=2)),
     "columns.json": lambda path, texts: path.write_text(json.dumps(table(texts).to_pydict())),
     "pandas.json": lambda path, texts: table(texts).to_pandas().to_json(path),
+    "several lines.json": lambda path, texts: path.write_text(
+        '{"text":\n' + json.dumps(texts) + ', "id":\n' + json.dumps([f"id {i}" for i in range(len(texts))]) + "\n}"
+    ),
+    "pandas lines.json": lambda path, texts: path.write_text(
+        '{"id":\n%s\n,"text":\n%s}' % tuple(table(texts).select([c]).to_pandas()[c].to_json() for c in ("id", "text"))
+    ),
     "lines.json": lambda path, texts: path.write_bytes(b"\n" + json_lines(texts)),
     "lines.json.gz": lambda path, texts: write_gzip(path, json_lines(texts)),
     "list.json.zst": lambda path, texts: write_zstd(path, json.dumps(rows(texts)).encode()),
@@ -250,6 +257,9 @@ def test_files_of_one_name_have_different_ids(tmp_path, tiny_tokenizer):
     assert 1 < shards.manifest["splits"]["validation"]["documents"] < 15
 
 
+two_texts = pa.table([["a"], ["b"], ["c"]], names=["text", "text", "more"])
+
+
 BAD_FILES = {
     "cut.txt.gz": (lambda path: path.write_bytes(gzip.compress(b"the sea" * 99)[:-9]), r"is not a whole gzip file \("),
     "no.jsonl.zst": (lambda path: path.write_text('{"text": "a"}\n'), r"is not a whole zstd file \("),
@@ -266,6 +276,13 @@ BAD_FILES = {
     "lengths.json": (lambda path: path.write_text('{"text": ["a"], "id": []}'), r"must be lists of one length"),
     "texts.json": (lambda path: path.write_text('["a"]'), r"must hold a list of JSON objects, an object of columns"),
     "columns.arrow": (lambda path: write_arrow(path, [5]), r"column 'text' of .* holds int64, not text: name another"),
+    "two.arrow": (lambda path: write_arrow(path, two_texts), r"has 2 columns 'text': rename all of them but one\."),
+    "two.parquet": (lambda path: pq.write_table(two_texts, path), r"has 2 columns 'text': rename all of them but one"),
+    "ids.parquet": (lambda path: pq.write_table(two_texts.rename_columns(["text", "id", "id"]), path), "2 columns 'id'"),
+    "two.csv": (lambda path: path.write_text("text,text\na,b\n"), r"has 2 columns 'text': rename all of them but one"),
+    "line.json": (lambda path: path.write_bytes(b'{"text": "\xe9"}\n{"text": "a"}\n'), r"line 1 \(byte 0\) is not UTF-8"),
+    "line2.json": (lambda path: path.write_bytes(b'["text"]\n\n{"text": "a"}\n'), r"line 1 .* must be a JSON object"),
+    "line3.json": (lambda path: path.write_bytes(b'{"text": []}\n{"text": "a"}\n'), r"line 1 .* has 'text' that is not"),
     "cut.arrow": (lambda path: path.write_bytes(b"ARROW1"), r"is not a whole arrow file \("),
 }  # fmt: skip
 

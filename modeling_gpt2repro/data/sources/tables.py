@@ -4,14 +4,16 @@ By the libraries that change no text: `datasets` takes the words NA and null in 
 strings in a .json, and one document of an object of columns.
 """
 
+import codecs
 import csv
 import json
 from collections.abc import Iterator
+from itertools import chain, islice
 
 import pyarrow as pa
 
 from .files import file_kind, open_bytes
-from .parquet import ROWS_PER_BATCH, check_text_column
+from .parquet import ROWS_PER_BATCH, check_names, check_text_column
 from .text import MAX_LINE_BYTES, read_text_lines, replace_lone_surrogates
 
 Row = tuple[object, str | None]  # the id, None if there is none, and the text
@@ -30,6 +32,7 @@ def read_csv(path: str, text_column: str) -> Iterator[Row]:
         header = next(rows, [])
         if text_column not in header:
             raise ValueError(missing_column(path, text_column, header))
+        check_names(path, header, text_column)
         text = header.index(text_column)
         name = header.index("id") if "id" in header else None
         for row in rows:
@@ -69,16 +72,15 @@ def read_json(path: str, text_column: str) -> Iterator[Row]:
 
 
 def is_json_lines(path: str, text_column: str) -> bool:
-    """Whether the first line of a .json file is an object that is a document, as in .jsonl."""
+    """Whether a .json file has an object a line, as .jsonl: its first line is a document, or a bad one before one."""
     with open_bytes(path) as file:
-        line = next((line for line in iter(lambda: file.readline(MAX_LINE_BYTES), b"") if line.strip()), b"")
-    if not line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):
-        return False
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return not isinstance(row.get(text_column), list | dict)
+        lines = (line.strip() for line in iter(lambda: file.readline(MAX_LINE_BYTES), b""))
+        first, second = islice(chain(filter(None, lines), (b"", b"")), 2)
+    row = _json_object(first.removeprefix(codecs.BOM_UTF8))
+    if row is not None and not isinstance(row.get(text_column), list | dict):
+        return True
+    # What spans several lines, such as {"text": and {"0": "a"}}, is no bad line.
+    return first.endswith((b"}", b"]")) and _json_object(second) is not None
 
 
 def read_arrow(path: str, text_column: str) -> Iterator[Row]:
@@ -110,6 +112,14 @@ def read_arrow(path: str, text_column: str) -> Iterator[Row]:
 def missing_column(where: str, text_column: str, columns: list[str] | dict) -> str:
     """The sentence on it."""
     return f"{where} has no column {text_column!r}; it has {', '.join(columns) or 'none'}: name one by --text_column."
+
+
+def _json_object(line: bytes) -> dict | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _rows_of_columns(path: str, table: dict, text_column: str) -> list[dict]:
