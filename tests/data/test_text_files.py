@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import tracemalloc
 from collections import Counter
 from random import Random
 
@@ -95,6 +96,16 @@ def test_documents_are_what_is_between_separators_wherever_the_file_is_cut(tmp_p
             pattern = compile_separator(separator)
             blocks = read_documents(str(tmp_path / "a.txt"), 0, len(data), pattern, block_bytes=block_bytes)
             assert [(f"a.txt:{position}", text) for position, text in blocks if text] == [(d.id, d.text) for d in found]
+
+
+@pytest.mark.parametrize(("separator", "repeated"), [("blank_line", b"\n"), (r"\n\n", b"\r\n"), ("-", b"-")])
+def test_many_separators_in_a_row_take_no_memory(separator, repeated):
+    data = b"a" + repeated * 300_000 + b"b"
+    pattern = compile_separator(separator)
+    tracemalloc.start()
+    assert [match.span() for match in pattern.finditer(data)] == [(1, len(data) - 1)]
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
 
 
 def test_a_long_file_is_cut_between_documents_into_partitions(tmp_path):

@@ -85,7 +85,7 @@ WRITERS = {
         '{"text":\n' + json.dumps(texts) + ', "id":\n' + json.dumps([f"id {i}" for i in range(len(texts))]) + "\n}"
     ),
     "pandas lines.json": lambda path, texts: path.write_text(
-        '{"id":\n%s\n,"text":\n%s}' % tuple(table(texts).select([c]).to_pandas()[c].to_json() for c in ("id", "text"))
+        table(texts).to_pandas()[["text", "id"]].to_json().replace(':{"0":', ':\n{"0":').replace(',"id"', '\n,"id"')
     ),
     "lines.json": lambda path, texts: path.write_bytes(b"\n" + json_lines(texts)),
     "lines.json.gz": lambda path, texts: write_gzip(path, json_lines(texts)),
@@ -258,6 +258,7 @@ def test_files_of_one_name_have_different_ids(tmp_path, tiny_tokenizer):
 
 
 two_texts = pa.table([["a"], ["b"], ["c"]], names=["text", "text", "more"])
+two_ids = two_texts.rename_columns(["text", "id", "id"])
 
 
 BAD_FILES = {
@@ -278,11 +279,11 @@ BAD_FILES = {
     "columns.arrow": (lambda path: write_arrow(path, [5]), r"column 'text' of .* holds int64, not text: name another"),
     "two.arrow": (lambda path: write_arrow(path, two_texts), r"has 2 columns 'text': rename all of them but one\."),
     "two.parquet": (lambda path: pq.write_table(two_texts, path), r"has 2 columns 'text': rename all of them but one"),
-    "ids.parquet": (lambda path: pq.write_table(two_texts.rename_columns(["text", "id", "id"]), path), "2 columns 'id'"),
+    "ids.parquet": (lambda path: pq.write_table(two_ids, path), "2 columns 'id'"),
     "two.csv": (lambda path: path.write_text("text,text\na,b\n"), r"has 2 columns 'text': rename all of them but one"),
-    "line.json": (lambda path: path.write_bytes(b'{"text": "\xe9"}\n{"text": "a"}\n'), r"line 1 \(byte 0\) is not UTF-8"),
+    "line.json": (lambda path: path.write_bytes(b'{"text": "\xe9"}\n{"text": "a"}\n'), r"line 1 .* is not UTF-8"),
     "line2.json": (lambda path: path.write_bytes(b'["text"]\n\n{"text": "a"}\n'), r"line 1 .* must be a JSON object"),
-    "line3.json": (lambda path: path.write_bytes(b'{"text": []}\n{"text": "a"}\n'), r"line 1 .* has 'text' that is not"),
+    "line3.json": (lambda path: path.write_text('{"text": []}\n{"text": "a"}\n'), r"line 1 .* has 'text' that is no"),
     "cut.arrow": (lambda path: path.write_bytes(b"ARROW1"), r"is not a whole arrow file \("),
 }  # fmt: skip
 
