@@ -17,6 +17,7 @@ import prepare_data
 from modeling_gpt2repro.data.prepare.local import prepare_shards
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.sources import files
+from modeling_gpt2repro.data.sources.documents import BadLineError, BadLines
 from modeling_gpt2repro.data.sources.files import find_files
 from modeling_gpt2repro.data.sources.resolve import local_source
 from modeling_gpt2repro.data.sources.text import compile_separator, read_documents, read_pieces
@@ -267,13 +268,28 @@ BAD_FILES = {
     "latin.txt.gz": (lambda path: path.write_bytes(gzip.compress(b"caf\xe9")), r"is not UTF-8 \(byte 3 is 0xe9\)"),
     "a.parquet.gz": (lambda path: path.write_bytes(b"a"), r"not of a kind that can be read: \.txt.*all but \.parquet"),
     "header.csv": (lambda path: path.write_text("id;text\n1;a\n"), r"has no column 'text'; it has id;text: name"),
-    "fields.csv": (lambda path: path.write_text("id,text\n1,a\n2,b,c\n"), r"row that ends in line 3 has 3 fields, and"),
-    "quote.csv": (lambda path: path.write_text('text\n"a\nb\n'), r"line 3 does not follow the rules of \.csv \(une"),
-    "latin.csv": (lambda path: path.write_bytes(b"text\ncaf\xe9\n"), r"is not UTF-8 \(byte 8 is 0xe9\)"),
+    "fields.csv": (
+        lambda path: path.write_text("id,text\n1,a\n2,b,c\n"),
+        r"line 3 \(byte 12\) ends a row of 3 fields, and",
+    ),
+    "quote.csv": (
+        lambda path: path.write_text('text\n"a\nb\n'),
+        r"line 3 \(byte 8\) does not follow the rules of \.csv \(une",
+    ),
+    "latin.csv": (
+        lambda path: path.write_bytes(b"text\ncaf\xe9\n"),
+        r"line 2 \(byte 8\) is not UTF-8 \(byte 8 is 0xe9\)",
+    ),
     "bad.json": (lambda path: path.write_text('[{"text": "a"},\n'), r"is not JSON \(Expecting value: line 2 column 1"),
     "deep.json": (lambda path: path.write_text("[" * 10**5), r"is not JSON \(maximum recursion depth"),
-    "number.json": (lambda path: path.write_text('[{"text": "a"}, {"text": 5}]'), r"'text' in row 1 of .* is not text"),
-    "field.json": (lambda path: path.write_text('[{"body": 5}]'), r"row 0 of .* has no column 'text'; it has body: "),
+    "number.json": (
+        lambda path: path.write_text('[{"text": "a"}, {"text": 5}]'),
+        r"row 1 \(counted from 0\) has 'text' that is not text\.",
+    ),
+    "field.json": (
+        lambda path: path.write_text('[{"body": 5}]'),
+        r"row 0 \(counted from 0\) has no column 'text'; it has body: ",
+    ),
     "lengths.json": (lambda path: path.write_text('{"text": ["a"], "id": []}'), r"must be lists of one length"),
     "texts.json": (lambda path: path.write_text('["a"]'), r"must hold a list of JSON objects, an object of columns"),
     "columns.arrow": (lambda path: write_arrow(path, [5]), r"column 'text' of .* holds int64, not text: name another"),
@@ -285,7 +301,7 @@ BAD_FILES = {
     "line2.json": (lambda path: path.write_bytes(b'["text"]\n\n{"text": "a"}\n'), r"line 1 .* must be a JSON object"),
     "line3.json": (lambda path: path.write_text('{"text": []}\n{"text": "a"}\n'), r"line 1 .* has 'text' that is no"),
     "cut.arrow": (lambda path: path.write_bytes(b"ARROW1"), r"is not a whole arrow file \("),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
@@ -295,6 +311,38 @@ def test_a_bad_file_is_one_sentence(tmp_path, name, one_sentence):
     with pytest.raises(ValueError, match=pattern) as error:
         documents_of(local_source([str(tmp_path / name)]))
     assert name in one_sentence(error)
+
+
+SOME_BAD_ROWS = {
+    "a.csv": b'id,text\n1,a\n2,b,c\n3,caf\xe9\n"4"x,d\n5,"two\nlines"\n6,\xe9,"\n",\n7,g\n',
+    "a.tsv": b'id\ttext\n1\ta\n2\n3\tcaf\xe9\n"4"x\td\n5\t"two\nlines"\n6\t"\n\xe9"\n7\tg\n',
+    "a.json": b'[{"id": 1, "text": "a"}, 2, {"id": 3}, {"text": 4}, {"id": 5, "text": "two\\nlines"}, [], '
+    b'{"id": 7, "text": "g"}]',
+}
+
+
+@pytest.mark.parametrize("name", SOME_BAD_ROWS)
+def test_bad_rows_of_a_table_are_left_out_alone(tmp_path, name):
+    (tmp_path / name).write_bytes(SOME_BAD_ROWS[name])
+    source = local_source([str(tmp_path / name)], skip_bad_lines=True)
+    bad_lines = BadLines()
+    documents = [(document.id, document.text) for document in source.read(source.partitions[0], bad_lines=bad_lines)]
+    assert documents == [("1", "a"), ("5", "two\nlines"), ("7", "g")]
+    if name == "a.json":
+        assert bad_lines.counts == {"not a JSON object": 2, "no text": 2}
+        assert bad_lines.first.place == "row 1 (counted from 0)"
+    else:
+        assert bad_lines.counts == {"another number of fields": 1, "not UTF-8": 2, "not CSV": 1}
+        assert bad_lines.first.place == "line 3 (byte 12)"
+    with pytest.raises(BadLineError):
+        list(source.read(source.partitions[0]))
+
+
+def test_bad_rows_of_arrow_are_not_skipped(tmp_path, one_sentence):
+    write_arrow(tmp_path / "a.arrow", TEXTS)
+    with pytest.raises(ValueError, match=r"^skip_bad_lines \(True\) is not for \.arrow files") as error:
+        local_source([str(tmp_path / "a.arrow")], skip_bad_lines=True)
+    one_sentence(error)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a", "a.jsonl", "a.csv", "a.tsv", "a.txt.gz"])

@@ -70,6 +70,10 @@ def local_source(
         list(names), text_column, document_separator=document_separator, skip_bad_lines=skip_bad_lines
     )
     kinds = Counter(file_kind(path) for path in names)
+    if skip_bad_lines and set(kinds) == {".arrow"}:
+        raise ValueError(
+            "skip_bad_lines (True) is not for .arrow files, which are read whole or not at all: leave it out."
+        )
     num_texts = sum(kinds[kind] for kind in TEXT_KINDS)
     num_compressed = sum(map(is_compressed, names))
     counted = ", ".join(f"{number:,} {kind or 'without an ending'}" for kind, number in kinds.items())

@@ -65,16 +65,9 @@ def read_lines(
             position += size
 
 
-def read_text_lines(path: str) -> Iterator[str]:
-    """Yield the lines of a whole file.
-
-    Raises:
-        ValueError: On bytes that are not UTF-8 or a line of more than MAX_LINE_BYTES.
-    """
-    for position, line in read_lines(path, 0, sys.maxsize):
-        if line is None:
-            raise ValueError(f"{path} has a line of more than {MAX_LINE_BYTES} bytes.")
-        yield _decode(line, path, position)
+def describe_not_utf8(position: int, byte: int) -> str:
+    """The end of a sentence on a line."""
+    return f"is not UTF-8 (byte {position} is 0x{byte:02x}): convert it."
 
 
 def line_number(path: str, position: int) -> int:
