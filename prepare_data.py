@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None):
 
 
 def open_source(args: PrepareArguments, previous_spec: PrepareSpec | None) -> Source:
-    """Open the local files if given, else the Hub dataset; resuming, at the commit it was started with."""
+    """Open the local files if given, else the Hub dataset; a resumed preparation at the commit it was started with."""
     if args.train_files:
         return local_source(args.train_files, args.text_column, args.document_separator, args.skip_bad_lines)
     revision = args.dataset_revision
@@ -112,7 +112,7 @@ def open_source(args: PrepareArguments, previous_spec: PrepareSpec | None) -> So
 def open_tokenizer(
     args: PrepareArguments, source: Source, previous_spec: PrepareSpec | None, folder: Path
 ) -> PreTrainedTokenizerFast:
-    """Load the tokenizer that is named, or train one on the source; resuming, keep the one that was trained before."""
+    """Load the tokenizer that is named, or train one on the source; a resumed preparation keeps the one it trained."""
     if args.tokenizer != "train":
         return load_tokenizer(args.tokenizer)
     if previous_spec is not None and previous_spec.tokenizer["name"] == "train" and cached_partitions(folder):
@@ -123,7 +123,7 @@ def open_tokenizer(
 
 
 def report_changed_files(names: list[str]):
-    """Say that what was made of these files is compared with them before it is used."""
+    """Print that what was made of these files is kept only where their text is unchanged."""
     print(
         f"changed or copied since this preparation was started: {shorten(names)}; what was made of them is kept where "
         "the text is still the same.",
@@ -158,7 +158,7 @@ def verify(folder: Path, quick: bool):
 def report(shards: TokenDataset, seconds: float):
     """Print the totals of each split, and the command that trains on them."""
     if num_files := shards.manifest.get("files_with_other_line_ends"):
-        print(f"line ends  \\r\\n and \\r became \\n in {num_files:,} of the files")
+        print(f"newlines   \\r\\n and \\r became \\n in {num_files:,} of the files")
     for split, totals in shards.manifest["splits"].items():
         print(
             f"{split:<10} {totals['tokens']:>16,} tokens {totals['documents']:>12,} documents "

@@ -40,6 +40,7 @@ from modeling_gpt2repro.runs.metrics import StepMetrics
 from modeling_gpt2repro.runtime.accelerator import build_accelerator
 from modeling_gpt2repro.runtime.command_line import (
     InputErrors,
+    exit_message_to_launcher,
     exit_on_input_error,
     parse_command_line,
     report_to_launcher,
@@ -57,7 +58,8 @@ from modeling_gpt2repro.training.state import TimedIterator, TrainState, is_due
 def main(argv: list[str] | None = None):
     """One training run, from the command line to a folder that generates text."""
     args = parse_command_line(TrainArguments, argv, PRESETS, __doc__)  # field default < preset < command line
-    with FolderLock(Path(args.output_dir)) as lock:  # held until the run ends: two in one folder would mix their files
+    # The lock is held until the run ends: two in one folder would mix their files.
+    with FolderLock(Path(args.output_dir)) as lock, exit_message_to_launcher():
         train(args, lock)
 
 
@@ -84,7 +86,7 @@ def train(args: TrainArguments, lock: FolderLock):
         examples = errors.capture(setup.load_hellaswag_examples, args, accelerator)
         data = errors.capture(setup.load_data, args, accelerator, start)  # shards, a mix of them, or a stream
         errors.raise_if_any()
-        setup.set_lengths(args, accelerator, data.batches)  # --num_train_epochs, of the data at hand
+        setup.set_lengths(args, accelerator, data)  # --num_train_epochs, of the data at hand
 
         # At initialization every token is about equally likely, so the first loss must be near ln(vocabulary): 10.82.
         torch.manual_seed(args.seed)  # equal weights on every process
@@ -120,11 +122,11 @@ def train(args: TrainArguments, lock: FolderLock):
         checkpointer = Checkpointer(args, accelerator, model, optimizer, data, stateful, origin=start.origin)
         if start.checkpoint is not None:
             checkpointer.restore(start.checkpoint)
-        if checkpointer.is_exported() and not args.preflight:
+        if checkpointer.is_exported(with_hellaswag=hellaswag is not None) and not args.preflight:
             exit_code = setup.leave_finished_run(args, accelerator, data, uploads, state)
             del model, optimizer, checkpointer
             return setup.shutdown(accelerator, exit_code)
-        logger = setup.build_logger(args, accelerator, model, data, state)
+        logger = setup.build_logger(args, accelerator, model, data, state, start.checkpoint)
 
     if args.preflight:
         with closing(data.batches), closing(logger), explain_oom(args):
@@ -241,7 +243,7 @@ def step_unless(skip: torch.Tensor, optimizer: Optimizer):
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to the device. Only from pinned memory does a copy to a GPU run while the host goes on."""
+    """Copy to the device. Only from pinned memory does a copy to a GPU run while the host continues."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 

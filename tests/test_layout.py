@@ -1,4 +1,4 @@
-"""The house's rules: imports point one way, and what ships to the Hub stands alone."""
+"""The house's rules: imports point one way, and what ships to the Hub imports nothing else of ours."""
 
 import ast
 import os

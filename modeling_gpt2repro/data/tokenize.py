@@ -21,9 +21,9 @@ class TokenizedPartition:
     ids: dict[str, np.ndarray]
     text_bytes: dict[str, int]  # per split, UTF-8 bytes of text
     skipped: dict[str, int] = field(default_factory=dict)  # how many documents were left out, by reason
-    bad_lines: dict[str, int] = field(default_factory=dict)  # the same of bad lines
+    bad_lines: dict[str, int] = field(default_factory=dict)  # how many bad lines were skipped, by reason
     first_bad_line: list | None = None  # position and problem of the first of them, see `BadLine`
-    source_sha256: str = ""  # of all that was read for it; the first releases did not keep it
+    source_sha256: str = ""  # of all that was read for it; empty in files of the first releases
 
 
 def is_validation(document_id: str, share: float) -> bool:
@@ -37,10 +37,13 @@ def is_validation(document_id: str, share: float) -> bool:
 
 
 class HoldOutCheck:
-    """Notices ids that cannot decide what is held out, such as those of a column with one value, before all is read.
+    """Detects early that ids cannot decide what is held out, such as those of a column with a single value.
 
-    It gives up on documents of which no id, or every id, falls to the validation split, once they are DOCUMENTS_PER_ID
-    times as many as their ids. The pieces of a whole file are one document.
+    It raises if all documents so far fall to the same split, and there are DOCUMENTS_PER_ID times as many of them as of
+    their ids. The pieces of a whole file are one document.
+
+    Args:
+        share: Fraction held out for validation; nothing is checked if it is 0 or 1.
     """
 
     DOCUMENTS_PER_ID = 1_000
@@ -54,10 +57,10 @@ class HoldOutCheck:
         self._documents = 0
 
     def watch(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """Yield the documents, which may be of several calls.
+        """Yield the documents, and count those of earlier calls as well.
 
         Raises:
-            ValueError: If their ids are of no use.
+            ValueError: If their ids put all of them in the same split.
         """
         for document in documents:
             if not (self.is_passed or document.continues):
@@ -74,8 +77,8 @@ class HoldOutCheck:
             counted = "one id" if len(self._ids) == 1 else f"only {len(self._ids)} different ids"
             split = "validation" if self._splits == {True} else "training"
             raise ValueError(
-                f"{self._documents:,} documents have {counted} ({ids}), by which all of them fell to "
-                f"{split}: rename or remove 'id', and a document is named by its place instead."
+                f"{self._documents:,} documents have {counted} ({ids}), by which all of them fell to {split}: rename "
+                "or remove 'id', and each document gets an id from its position instead."
             )
 
 

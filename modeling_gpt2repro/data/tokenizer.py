@@ -47,7 +47,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 def load_auto_tokenizer(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder or Hub id; where there is a tokenizer.json, with the ids that this file gives.
+    """Load the tokenizer of a folder or Hub id; if it has a tokenizer.json, with the ids that this file gives.
 
     AutoTokenizer gives some classes (`GPT2Tokenizer`, for one) a pre-tokenizer of their own and drops the one in
     tokenizer.json: if that splits digits, "2023" then becomes one token where every other reader of the file gets four.
@@ -81,13 +81,13 @@ def load_auto_tokenizer(
             tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision, **known)
         if not gives_ids_of(expected, tokenizer):
             raise ValueError(
-                "its tokenizer_config.json changes the ids that its tokenizer.json gives: mend one of them"
+                "its tokenizer_config.json changes the ids that its tokenizer.json gives: correct one of them"
             )
     return tokenizer
 
 
 def gives_ids_of(expected: Tokenizer, tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether a text, spelled special tokens apart, has the ids that `expected` gives."""
+    """Whether every text has the ids that `expected` gives, unless it spells out special tokens."""
     states = [backend.to_str() for backend in (expected, tokenizer.backend_tokenizer)]
     if states[0] == states[1]:
         return True
@@ -100,7 +100,7 @@ def gives_ids_of(expected: Tokenizer, tokenizer: PreTrainedTokenizerFast) -> boo
 
 @contextmanager
 def only_errors() -> Iterator[None]:
-    """Silence warnings, such as AutoTokenizer's where the config beside the tokenizer is of a type unknown to it."""
+    """Silence transformers' warnings, such as AutoTokenizer's about a config of a model type that it does not know."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -111,8 +111,8 @@ def only_errors() -> Iterator[None]:
 
 @contextmanager
 def explain_rust_errors() -> Iterator[None]:
-    """OSError or ValueError for the bare Exception that `tokenizers` raises, such as "No space left on device (os error
-    28)", or where a tokenizer.json is damaged or newer than the library.
+    """Turn the bare Exception that `tokenizers` raises into an OSError, such as for a full disk ("os error 28"), or a
+    ValueError, such as for a tokenizer.json that is damaged or newer than the library.
     """
     try:
         yield
@@ -123,9 +123,9 @@ def explain_rust_errors() -> Iterator[None]:
 
 
 def tokenizer_class(name: str) -> type:
-    """What loads a tokenizer: AutoTokenizer, or PreTrainedTokenizerFast where a folder names it, with the same result.
+    """The class that loads a tokenizer: AutoTokenizer, or PreTrainedTokenizerFast if the folder names that one.
 
-    It saves a preparation the import of torch, which AutoTokenizer takes for granted: 2 seconds in every process.
+    The result is the same, but AutoTokenizer imports torch, which takes 2 seconds in every process of a preparation.
     """
     try:
         config = json.loads((Path(name) / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -212,7 +212,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast, sha256: str | None = None) 
     five times as fast on a core as `tokenizers`, which encodes all others.
 
     Args:
-        sha256: Its `tokenizer_sha256`, if that is known.
+        sha256: Its `tokenizer_sha256`, if already computed: it takes 0.3 s.
     """
 
     @cache
@@ -240,7 +240,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast, sha256: str | None = None) 
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, max_length: int | None = None) -> str:
-    """Save into `folder` and load it again; returns the hash of its ids.
+    """Save into `folder`, load it again, and return the `tokenizer_sha256` of what was loaded.
 
     Raises:
         ValueError: If what was saved gives other ids.
@@ -256,7 +256,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, max_length:
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, max_length: int | None = None):
-    """Save into `folder` so that AutoTokenizer of transformers 4.57 and 5 reads the same ids, without a look at them.
+    """Save into `folder` so that AutoTokenizer of transformers 4.57 and 5 gives the same ids; does not verify that.
 
     Args:
         max_length: Context of the model that it is for, in tokens; by default that of the tokenizer.

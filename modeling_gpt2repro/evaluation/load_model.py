@@ -56,9 +56,12 @@ def load_causal_lm(
 
 
 def check_tied_weights(model: PreTrainedModel, source: str):
-    """Raise ValueError, with the names, if tensors that the config says are one were loaded with different values.
+    """Raise ValueError, with the names, if tensors that the config says are one (tied) were loaded as two.
 
-    A merged adapter leaves such folders. transformers 5 keeps both tensors, and 4 drops one, without an error.
+    Merging an adapter can leave such a folder. transformers 5 keeps both tensors, and 4 drops one, without an error.
+
+    Args:
+        source: What the message calls the model.
     """
     for name, tied_to in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         if model.get_parameter_or_buffer(name) is not model.get_parameter_or_buffer(tied_to):

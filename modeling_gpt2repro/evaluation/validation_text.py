@@ -6,7 +6,7 @@ sequence. With the tokenizer of the shards these are the sequences of the traini
 
 A model with another tokenizer is scored on the same text: the N + 1 tokens are decoded, document by document, and
 encoded again, with its own end-of-text before each document. The sequences are then T of its own tokens long, the last
-one maybe shorter. Its tokens stand for more or less text, so nats per token do not compare, but bits per byte do: both
+one maybe shorter. Its tokens cover more or less text, so nats per token do not compare, but bits per byte do: both
 losses are sums over the same text, divided by its bytes in UTF-8. End-of-text tokens are scored, as in training, and
 count as no bytes. The last document is usually cut; a character that the cut has halved is left out. In a split that
 has fewer tokens than were asked for, N depends on T: give all models the same `--block_size`.

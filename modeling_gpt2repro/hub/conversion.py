@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from modeling_gpt2repro.configuration_gpt2repro import GPT2ReproConfig
-from modeling_gpt2repro.data.tokenizer import LOADING_ERRORS, load_auto_tokenizer
+from modeling_gpt2repro.data.tokenizer import LOADING_ERRORS, load_auto_tokenizer, save_tokenizer
 from modeling_gpt2repro.evaluation.load_model import check_tied_weights, run_folder_problem
 from modeling_gpt2repro.modeling_gpt2repro import TRANSPOSED_IN_STOCK, GPT2ReproForCausalLM
 
@@ -100,6 +100,7 @@ def convert_folder(source: str, target: Path, revision: str | None = None) -> Pr
             origin=origin,
             generation_config=model.generation_config,
         )
+        save_tokenizer(tokenizer, complete, max_length=converted.config.n_positions)  # again, to see that it is read
         complete.rename(target)
     return converted
 

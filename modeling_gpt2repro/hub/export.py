@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
-from modeling_gpt2repro.data.tokenizer import save_tokenizer
+from modeling_gpt2repro.data.tokenizer import write_tokenizer
 from modeling_gpt2repro.runs.folder import LOSS_PICTURE
 
 from .model_card import FROM_SCRATCH, Origin, model_card
@@ -25,12 +25,12 @@ def save_hub_folder(
 
     Args:
         model: Ours, or a GPT-2 of transformers.
-        origin: What the card says of where the weights come from.
+        origin: Where the weights come from, for the card.
         run_folder: A run whose results and loss plot the card shows.
-        generation_config: The default is greedy decoding; a length is added where `set_length_in_short_context` says.
+        generation_config: The default is greedy decoding; `set_length_in_short_context` may add a length.
 
     Raises:
-        ValueError: If the tokenizer's size differs from the model's vocabulary.
+        ValueError: If the tokenizer's size differs from the model's vocabulary, or it gives other ids after saving.
     """
     if len(tokenizer) != model.config.vocab_size:
         raise ValueError(
@@ -46,17 +46,17 @@ def save_hub_folder(
     model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):  # safetensors makes them readable by their owner only
         shutil.copymode(folder / "config.json", weights)
-    save_tokenizer(tokenizer, folder, max_length=model.config.n_positions)
+    write_tokenizer(tokenizer, folder, max_length=model.config.n_positions)
     if run_folder and (run_folder / LOSS_PICTURE).is_file():
         shutil.copyfile(run_folder / LOSS_PICTURE, folder / LOSS_PICTURE)
     (folder / "README.md").write_text(model_card(model, origin, run_folder), encoding="utf-8")
 
 
 def set_length_in_short_context(model: PreTrainedModel):
-    """Let a call without a length generate half a context, if the pipeline's default leaves the prompt less than that.
+    """Let a call without a length generate half a context, if the pipeline's default is more than that.
 
-    In longer contexts, such as GPT-2's, nothing is set: `max_new_tokens` from the folder outranks the `max_length` of a
-    call, and `max_length` from there warns whenever `max_new_tokens` is passed.
+    In longer contexts, such as GPT-2's, nothing is set: `max_new_tokens` in the folder overrides the `max_length` of a
+    call, and `max_length` in the folder causes a warning whenever `max_new_tokens` is passed.
     """
     given = model.generation_config
     half = max(1, model.config.n_positions // 2)

@@ -38,34 +38,34 @@ print(generator("Hello, I'm a language model,", max_new_tokens=30)[0]["generated
 
 @dataclass(frozen=True)
 class Origin:
-    """Where weights come from: the first sentence of their card, and what its metadata has from there."""
+    """Where weights come from: the first sentence of their card, and the metadata that it inherits."""
 
     sentence: str
-    metadata: dict = field(default_factory=dict)  # values of INHERITED
+    metadata: dict = field(default_factory=dict)  # name in INHERITED -> value
 
 
 FROM_SCRATCH = Origin("A GPT-2 trained from scratch.", {"license": "mit"})
 
 
 def derived_origin(verb: str, source: str, revision: str | None = None) -> Origin:
-    """The origin of weights made from those of a folder or Hub id, with license and language from the card there.
+    """The origin of weights derived from a folder or Hub id, with license and language from the card there.
 
     ("A GPT-2 fine-tuned from", "openai-community/gpt2") -> "A GPT-2 fine-tuned from openai-community/gpt2.", which is
-    also the `base_model`. Of a folder only the name is given: the card is public, and paths of this machine are not;
-    its `base_model` is what the folder's own card says, because the Hub accepts no other names there than its own.
+    also the `base_model`. A folder is given by its name only, because the card is public and paths of this machine are
+    not; `base_model` is then that of the folder's own card, because the Hub accepts only its own ids there.
 
     Raises:
         ValueError: If the card there has metadata that cannot be read.
     """
     is_local = Path(source).exists()
-    # Either there is no card, or it cannot be reached now: neither keeps weights that are here from being used.
+    # None if there is no card or it cannot be reached now: weights that are at hand can be used all the same.
     missing_is_none = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     card = cached_file(source, "README.md", revision=revision, **missing_is_none)
     try:
         metadata = (metadata_load(card) if card else None) or {}
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(
-            f"{source}: the metadata of its README.md cannot be read ({' '.join(str(error).split())}): mend it."
+            f"{source}: the metadata of its README.md cannot be read ({' '.join(str(error).split())}): correct it."
         ) from error
     metadata = {name: metadata[name] for name in INHERITED if metadata.get(name)}
     if not is_local:
@@ -161,14 +161,14 @@ def training_lines(run: Run) -> dict[str, str]:
 
 
 def stretched_lines(run: Run) -> dict[str, str]:
-    """Name -> value of what may change when a run resumes; the values of each stretch, where they differ."""
+    """Name -> value of what may change when a run resumes; if it did, the values with the steps that had them."""
     lines = optimization_lines(run.config["arguments"])
     for name in lines:
         values = []
         for value, group in groupby(run.stretches, key=lambda stretch: optimization_lines(stretch[2])[name]):
             same = list(group)
             values.append((f"steps {same[0][0]:,} to {same[-1][1]:,}: ", value))
-        if len(values) == 1:
+        if len(values) == 1 and run.stretches[0][0] == 1:
             lines[name] = values[0][1]
         elif values:
             lines[name] = "; ".join(steps + value for steps, value in values)
@@ -223,7 +223,7 @@ def used_public_hellaswag(run: Run) -> bool:
 
 
 def trained_on_english(run: Run) -> bool:
-    """Whether its text is known to be English; of most text nobody has said what it is."""
+    """Whether its text is known to be English; the language of most text is not known."""
     return run.dataset() == FINEWEB_EDU or trained_on_python_prose(run)
 
 

@@ -28,7 +28,7 @@ TRAINING_STATE = "training_state/*"
 # Deleted in the commit that pushes new weights, because an earlier model may have had another number of files. Precise
 # names: in the Hub's patterns * matches / as well, and subfolders may hold weights that people have added themselves.
 REPLACED = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", TRAINING_STATE]
-# Downloading creates the folders; the client skips them anyway, but the check below must.
+# Downloading creates the folders, which the client skips anyway; the check after a push must skip them, too.
 NEVER_PUSHED = [".git/*", ".cache/*", LOCK_FILE]
 CHECK_BRANCH = "write-check"
 RESPONSE_TIMEOUT_SECONDS = 120.0  # without one, the client waits forever for a Hub that accepts but never answers

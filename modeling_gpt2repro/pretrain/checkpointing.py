@@ -20,12 +20,13 @@ from modeling_gpt2repro.hub.model_card import FROM_SCRATCH, Origin
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
 from modeling_gpt2repro.runs.folder import METRICS_FILE, MODEL_FOLDER, checkpoint_name
 from modeling_gpt2repro.runs.logger import RunLogger
-from modeling_gpt2repro.runs.read import read_metrics
+from modeling_gpt2repro.runs.read import HELLASWAG_METRICS, read_metrics
 from modeling_gpt2repro.runtime.collectives import run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.fsdp import is_sharded, load_full_state_dict
 from modeling_gpt2repro.storage.atomic import replace_dir
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
+from modeling_gpt2repro.training.optimization import SCHEDULE
 from modeling_gpt2repro.training.optimizer_state import load_optimizer, load_random, optimizer_tensors, random_tensors
 from modeling_gpt2repro.training.state import TrainState
 
@@ -46,7 +47,7 @@ class Checkpointer:
     optimizer: Optimizer
     data: TrainingData
     stateful: dict[str, Stateful]  # name in state.json -> what has a state; `progress` is the run's TrainState
-    origin: Origin  # what the model card says of the first weights; a resumed run keeps that of its checkpoint
+    origin: Origin  # where the initial weights come from, for the card; a resumed run keeps that of its checkpoint
 
     def __post_init__(self):
         self.output_dir = Path(self.args.output_dir)
@@ -134,16 +135,23 @@ class Checkpointer:
                 "origin": self.origin.sentence,
                 "card": self.origin.metadata,
                 "identity": self.data.data_fingerprint,
+                "schedule": {name: getattr(self.args, name) for name in SCHEDULE},
             },
             policy=policy,
         )
 
-    def is_exported(self) -> bool:
-        """Whether the run has all its steps and its final model is of the last one. All processes must call this."""
+    def is_exported(self, with_hellaswag: bool) -> bool:
+        """Whether the run has all its steps, and its final model is that of the last. All processes must call this.
+
+        Args:
+            with_hellaswag: Whether the last evaluation is to have HellaSwag, which a signal may have cut off.
+        """
 
         def is_of_this_step() -> bool:
             records = read_metrics(self.output_dir / MODEL_FOLDER)  # which `export` writes, after the last evaluation
-            return any(record["step"] == self.state.step and "validation_loss" in record for record in records)
+            evaluation = next((record for record in reversed(records) if "validation_loss" in record), {})
+            is_complete = not with_hellaswag or any(name in evaluation for name in HELLASWAG_METRICS.values())
+            return evaluation.get("step") == self.state.step and is_complete
 
         is_done = self.state.step >= self.args.total_steps
         return is_done and run_on_main_and_broadcast(self.accelerator, is_of_this_step)

@@ -27,14 +27,17 @@ MAX_EPOCHS = 4  # "up to 4 epochs of repeated data yield negligible changes to l
 SLOW_SECONDS = 3600
 
 
-def warn_of_slow_cpu(args: TrainArguments, accelerator: Accelerator):
-    """Say what a large run would take on a CPU, where possible before anything is read or downloaded.
+def size_is_known(args: TrainArguments) -> bool:
+    """Whether the arguments alone say how large model and training are; else model or data have to be opened."""
+    return not (args.init_from or args.shards or args.mix) and args.num_train_epochs is None
 
-    With `--init_from` or `--num_train_epochs`, model or data have to be opened first.
-    """
-    if accelerator.device.type != "cpu" or args.n_layer is None or args.train_tokens is None:
+
+def warn_of_slow_cpu(args: TrainArguments, accelerator: Accelerator, vocab_size: int | None = None):
+    """Print how long a large run would take on a CPU: at once if `size_is_known`, else when the vocabulary is."""
+    if accelerator.device.type != "cpu" or size_is_known(args) != (vocab_size is None):
         return
-    vocab_size = args.tokenizer_vocab_size if args.dataset_name == "python-prose" else GPT2_VOCABULARY
+    if vocab_size is None:
+        vocab_size = args.tokenizer_vocab_size if args.dataset_name == "python-prose" else GPT2_VOCABULARY
     parameters = args.n_layer * 12 * args.n_embd**2 + vocab_size * args.n_embd  # without biases
     flops = args.train_tokens * flops_per_token(parameters, args.n_layer, args.n_embd, args.block_size)
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
@@ -59,8 +62,10 @@ def start_message(
     """What will happen, from `step` on.
 
     Args:
+        micro_batch_shape: Micro-batches of a step on each process, and sequences of each.
         epochs: Folder -> how often the run reads it; empty if that is not known.
-        baselines: What the losses compare with, in nats per token.
+        baselines: Name -> loss to compare with, in nats per token.
+        step: The step that the run resumes from; 0 for a new one.
     """
     config = model.config
     num_processes = accelerator.num_processes
@@ -108,41 +113,46 @@ def epochs_line(epochs: dict[str, float]) -> str:
 
 
 def repetition_warning(epochs: dict[str, float]) -> str:
-    """What the run reads so often that little more is learnt from it; nothing for some four times."""
+    """A warning about folders that the run reads more than MAX_EPOCHS times (rounded), or ""."""
     often = [f"{folder} {count:,.1f} times" for folder, count in epochs.items() if round(count) > MAX_EPOCHS]
     if not often:
         return ""
+    # An epoch of a mix is all folders together: the small one with the large share is read more often than others.
+    advice = f"--num_train_epochs {MAX_EPOCHS}, or" if len(epochs) == 1 else "it a smaller share of the mix, or"
     return (
         f"\nThe run reads {', and '.join(often)}. Up to {MAX_EPOCHS} times, text is worth nearly as much as new text "
-        "(Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264); far beyond that, it is learnt by heart: give "
-        f"--num_train_epochs {MAX_EPOCHS}, or more text.\n"
+        "(Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264); far beyond that, it is memorized: give "
+        f"{advice} more text.\n"
     )
 
 
 def learning_rate_message(before: dict, now: dict, step: int) -> str | None:
-    """Where other arguments make the learning rate jump: from which value to which, and how to avoid it.
+    """If the arguments of a resumed run make the learning rate jump: from which value to which, and how to avoid it.
 
     A cosine that ends later is higher everywhere, so a longer run does not continue at the rate at which it stopped.
 
     Args:
-        before: Arguments of the run until `step`; {} for a new one.
-        now: Those from there on.
+        before: The `SCHEDULE` with which the run came to `step`; {} if it is not known.
+        now: That from there on.
     """
-    if not before or before["learning_rate"] != now["learning_rate"]:  # a rate that was given is meant
+    if not before or before["learning_rate"] != now["learning_rate"]:  # a new rate was given on purpose
         return None
     old = scheduled_learning_rate(before, step)
     new = scheduled_learning_rate(now, step)
     if math.isclose(old, new, rel_tol=0.01):
         return None
+    factor, advice = "", ""
+    if old and new:  # a schedule may end at 0
+        factor = f" ({new / old:.2g} x)"
+        advice = f" To continue at the old rate, give --learning_rate {now['learning_rate'] * old / new:.3g}."
     return (
-        f"The learning rate jumps after step {step:,} from {old:.2e} to {new:.2e} ({new / old:.2g} x), because its "
-        "schedule has changed: the loss may rise for a while. To continue at the old rate, give --learning_rate "
-        f"{now['learning_rate'] * old / new:.3g}."
+        f"The learning rate jumps after step {step:,} from {old:.2e} to {new:.2e}{factor}, because its schedule has "
+        f"changed: the loss may rise for a while.{advice}"
     )
 
 
 def scheduled_learning_rate(arguments: dict, step: int) -> float:
-    """The learning rate of the step after `step`, by the arguments in run.json."""
+    """The learning rate of the step after `step`, by a `SCHEDULE`."""
     total_steps, warmup_steps = (
         arguments[name] // arguments["tokens_per_step"] for name in ("train_tokens", "warmup_tokens")
     )
@@ -162,10 +172,10 @@ def table(lines: dict[str, str]) -> str:
 
 
 def finished_message(args: TrainArguments, state: TrainState) -> str:
-    """Why a run that has all its steps is left as it is, and how to train longer."""
+    """Says that a run has all its steps, and how to train longer."""
     return (
         f"{args.output_dir} is finished, and nothing is left to do: its model was trained for {state.step:,} steps; to "
-        f"train it longer, resume with more --train_tokens than {state.tokens}."
+        f"train it longer, resume with --train_tokens {state.tokens + args.tokens_per_step} or more."
     )
 
 

@@ -65,7 +65,7 @@ def preflight(
     """Take some steps, a part of an evaluation and a save, keep none of it, and report what the whole run will take.
 
     Returns:
-        The exit code: 0 if nothing stands in the way of the run.
+        The exit code: 0 if nothing prevents the run, else 1.
     """
     log_run_summary(args, accelerator, model, data, checkpointer.state.step, logger)
     skipped = []
@@ -191,7 +191,7 @@ def disk_bytes(args: TrainArguments, checkpoint_bytes: int) -> int:
 def preflight_report(
     args: TrainArguments, measured: StepTimings, flops_per_token: int, peak_flops: float | None
 ) -> tuple[str, list[str]]:
-    """The table for a person, and what stands in the way of the run, a sentence each."""
+    """The table to print, and what prevents the run, a sentence each."""
     parts = whole_run_seconds(args, measured)
     total_seconds = sum(parts.values())
     tokens_per_second = args.tokens_per_step / measured.step

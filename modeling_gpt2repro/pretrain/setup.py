@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +28,7 @@ from modeling_gpt2repro.data.batches.sequences import validation_batches
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, hub_source
-from modeling_gpt2repro.data.tokenizer import load_tokenizer, tokenizer_sha256
+from modeling_gpt2repro.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_sha256
 from modeling_gpt2repro.evaluation.generation import check_prompt
 from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS, Example, load_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag.metrics import BASELINES
@@ -44,7 +45,7 @@ from modeling_gpt2repro.runs.config import diff_arguments, write_run_config
 from modeling_gpt2repro.runs.folder import BASELINES_FILE, DATA_FOLDER, METRICS_FILE, MODEL_FOLDER, RUN_CONFIG_FILE
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog
-from modeling_gpt2repro.runs.read import read_arguments, write_baselines
+from modeling_gpt2repro.runs.read import write_baselines
 from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.command_line import InputErrors
 from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record
@@ -74,14 +75,15 @@ class InitialWeights:
     checkpoint: Path | None  # the folder to resume from; None for a new run
     model: GPT2ReproForCausalLM | None  # the weights of the checkpoint or of `--init_from`; None for fresh ones
     tokenizer: PreTrainedTokenizerBase | None  # that of `--init_from`
-    origin: Origin  # what the model card says of them
+    origin: Origin  # where they come from, for the model card
 
 
 def lock_output_dir(args: TrainArguments, accelerator: Accelerator, lock: FolderLock):
-    """Take the run's folder, on the main process, before anything is written or deleted in it.
+    """Lock the run's folder, on the main process, before anything is written or deleted in it.
 
     Raises:
-        ValueError: On all processes, if another program uses it, or a run has begun there while this one waited.
+        ValueError: On all processes, if another program is using it, or a run was begun there while this one waited.
+        SystemExit: With code 130, if Ctrl-C ends the wait.
     """
 
     def acquire():
@@ -148,10 +150,10 @@ def find_checkpoint(args: TrainArguments, accelerator: Accelerator) -> Path | No
 
 
 def take_shape(args: TrainArguments, model: GPT2ReproForCausalLM, source: str):
-    """Take the shape and context that were left open from the loaded model.
+    """Take the shape and context that the arguments leave open from the loaded model.
 
     Raises:
-        ValueError: If what was given is not the model's.
+        ValueError: If the arguments name another shape, or a context longer than the model's.
     """
     shape = {name: getattr(model.config, name) for name in SHAPE}
     for name, size in {**shape, "block_size": model.config.n_positions}.items():
@@ -190,22 +192,25 @@ def check_model(
 
 
 def data_order(start: InitialWeights | None) -> str:
-    """The `BatchConfig.order` of the run: keyed, unless it resumes one that began in another."""
+    """The `BatchConfig.order` of the run: keyed, unless it resumes a run that began in another order."""
     if start is None or start.checkpoint is None:
         return BatchConfig.order
-    return saved_order(checkpoints.read_identity(start.checkpoint))
+    return saved_order(checkpoints.read_entry(start.checkpoint, "identity"))
 
 
 def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeights | None) -> TrainingData | None:
     """Open prepared shards, a mix of several folders, the text that Python ships, or a Hub dataset to stream.
 
     Args:
-        start: What the run starts from, if that could be opened: a checkpoint decides the order of the data.
+        start: What the run starts from, or None if that could not be opened. A checkpoint decides the data's order.
+
+    Returns:
+        The data; None if the context length is that of a model that could not be opened.
 
     Raises:
         ValueError: If they cannot be read, or a prompt for samples does not fit into the context.
     """
-    if args.block_size is None:  # it is that of a model that could not be opened, which is reported
+    if args.block_size is None:  # the model could not be opened, which is reported with the other errors
         return None
     config = BatchConfig(
         block_size=args.block_size,
@@ -231,6 +236,8 @@ def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeig
             args.dataset_name, args.dataset_config_name, "train", args.dataset_revision, args.text_column
         )
         tokenizer = load_tokenizer(args.tokenizer or "gpt2")
+        with TemporaryDirectory() as folder:
+            save_tokenizer(tokenizer, Path(folder))  # if it cannot be saved, the run must not find out at a checkpoint
         data = build_streamed_data(source, tokenizer, config, args.validation_share, args.eval_tokens)
     errors = InputErrors()
     for prompt in args.sample_prompts:
@@ -239,20 +246,20 @@ def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeig
     return data
 
 
-def set_lengths(args: TrainArguments, accelerator: Accelerator, batches: TrainingBatches):
-    """Derive from the size of the data what the arguments left open.
+def set_lengths(args: TrainArguments, accelerator: Accelerator, data: TrainingData):
+    """Derive from the size of the data what the arguments leave open.
 
     Raises:
         ValueError: If the epochs are less than one step.
     """
     if args.train_tokens is None:
-        sequences = sum(size for _, size in folder_sizes(args, batches).values())
+        sequences = sum(size for _, size in folder_sizes(args, data.batches).values())
         args.set_lengths(tokens_per_epoch=sequences * args.block_size)
-        warn_of_slow_cpu(args, accelerator)
+    warn_of_slow_cpu(args, accelerator, len(data.tokenizer))
 
 
 def folder_sizes(args: TrainArguments, batches: TrainingBatches) -> dict[str, tuple[float, int]]:
-    """Folder -> its share of the training, and its sequences; empty for a stream, whose size is not known."""
+    """Folder -> (share of the training, number of sequences); empty for a stream, whose size is not known."""
     if isinstance(batches, MixedBatches):
         sizes = map(len, batches.sources)
         return {folder: (share, size) for (folder, share), size in zip(parse_mix(args.mix).items(), sizes, strict=True)}
@@ -301,7 +308,7 @@ def prepare_hellaswag_task(
 def leave_finished_run(
     args: TrainArguments, accelerator: Accelerator, data: TrainingData, uploads: UploadQueue, state: TrainState
 ) -> int:
-    """Say that nothing is left to do, and push the model, in case that is still missing; returns the exit code."""
+    """Print that nothing is left to do, and push the model if the Hub still lacks it; returns the exit code."""
     accelerator.print(finished_message(args, state))
     with closing(data.batches), closing(uploads), StopSignal() as stop:
         model_folder = Path(args.output_dir) / MODEL_FOLDER
@@ -309,14 +316,20 @@ def leave_finished_run(
 
 
 def build_logger(
-    args: TrainArguments, accelerator: Accelerator, model: nn.Module, data: TrainingData, state: TrainState
+    args: TrainArguments,
+    accelerator: Accelerator,
+    model: nn.Module,
+    data: TrainingData,
+    state: TrainState,
+    checkpoint: Path | None,
 ) -> RunLogger:
-    """Build the logger, write run.json, and say which arguments have changed since the run began."""
+    """Build the logger, write run.json, and say which arguments have changed since the run, or `checkpoint`, began."""
     output_dir = Path(args.output_dir)
     changed = diff_arguments(output_dir, asdict(args))
     for name, (then, now) in changed.items():
         accelerator.print(f"This run began with {name} {then} and continues with {now}.")
-    if message := learning_rate_message(read_arguments(output_dir), asdict(args), state.step):
+    schedule = checkpoints.read_entry(checkpoint, "schedule", {}) if checkpoint is not None else {}
+    if message := learning_rate_message(schedule, asdict(args), state.step):
         accelerator.print(message)
     resumed_step = state.step if args.resume_from_checkpoint and not args.preflight else None
     log = MetricsLog(output_dir, resumed_step, enabled=accelerator.is_main_process, changed=changed)

@@ -1,4 +1,4 @@
-"""The names of all files in a run's folder, but that of its lock (`LOCK_FILE` in storage/lock.py)."""
+"""The names of all files in a run's folder, except its lock (`LOCK_FILE` in storage/lock.py)."""
 
 from pathlib import Path
 

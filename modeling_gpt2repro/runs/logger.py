@@ -42,8 +42,8 @@ class RunLogger:
     train_seconds: float = 0.0  # time spent in training steps, over all starts of the run
 
     def __post_init__(self):
-        # Some pseudo-terminals have no lines; tqdm shows nothing there. The bar goes to stderr: where stdout is a file
-        # or a pipe, as in `... | tee log`, lines and bar would not know of each other.
+        # A pseudo-terminal may report a height of 0, where tqdm shows nothing. The bar goes to stderr: if stdout is a
+        # file or a pipe, as in `... | tee log`, lines and bar would overwrite each other.
         has_terminal = sys.stdout.isatty() and sys.stderr.isatty()
         has_terminal = has_terminal and os.get_terminal_size(sys.stderr.fileno()).lines > 1
         self.shows_bar = has_terminal and self.accelerator.is_main_process

@@ -44,7 +44,7 @@ STEP_PANELS = {  # metric of each training step -> title
 }
 MAX_POINTS = 1000  # a panel is about as many pixels wide
 MAX_MARKERS = 25
-LABEL_PLACES = [  # x as a share of the panel's width, the side of the label that is there, whether over its line
+LABEL_PLACES = [  # x as a share of the panel's width, the side of the label at x, whether above its line
     (x, side, above) for above in (True, False) for x, side in ((0.99, "right"), (0.01, "left"), (0.5, "center"))
 ]
 Panel = Callable[[Axes, Sequence[Run]], None]
@@ -226,7 +226,7 @@ def axis_limits(
 
     Args:
         baselines: Included if they lie at most `below` or `above` that range.
-        included: Values that are shown in any case, such as the first of a curve.
+        included: Values that are always shown, such as the first of a curve.
     """
     low = float(values.min())
     high = max(float(np.percentile(values, 98, method="higher")), *included, -math.inf)
@@ -258,7 +258,7 @@ def _limit_and_draw_baselines(
     above: float,
     included: Sequence[float] = (),
 ):
-    """Set the y limits and draw dashed baselines, each with a label where the curves and the other labels are not."""
+    """Set the y limits and draw dashed baselines, each with a label away from the curves and the other labels."""
     if not any(map(len, shown)):
         return
     low, high = axis_limits(np.concatenate(shown), list(baselines.values()), below, above, included)
@@ -271,9 +271,9 @@ def _limit_and_draw_baselines(
 
 
 def _label_baseline(axes: Axes, text: str, value: float, curves: Sequence[CurvePath]):
-    """Label the baseline at the place where the text lies on no other label and on the fewest curves, in pixels.
+    """Label the baseline where the text covers no other label and the fewest curves.
 
-    The figure has not been laid out yet; that makes panels larger, but not the text.
+    Boxes are compared in pixels, before the figure's layout, which enlarges the panels but not the text.
     """
     others = [label.get_window_extent() for label in axes.texts]
 

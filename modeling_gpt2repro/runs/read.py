@@ -28,7 +28,7 @@ class Run:
     records: list[dict]  # lines of metrics.jsonl, without those that were undone by resuming from an earlier checkpoint
     resumed_steps: list[int]  # the steps at which training was resumed
     config: dict  # run.json, with the arguments of the last resume; empty if the file is missing
-    # First and last step, and the arguments of each stretch between two resumes; empty if run.json is missing.
+    # For each stretch between two resumes: first step, last step, arguments. Empty if run.json is missing.
     stretches: list[tuple[int, int, dict]] = field(default_factory=list)
     # Label -> nats per token, such as the loss of a uniform guess.
     loss_baselines: dict[str, float] = field(default_factory=dict)
@@ -100,19 +100,17 @@ def read_run(folder: Path) -> Run:
     config = _read_json(folder / RUN_CONFIG_FILE)
     stretches = []
     if config:
-        steps = [0, *resumes, max([record["step"] for record in records], default=0)]
+        starts = {0: {}, **resumes}
+        if resumes and not any("loss" in record and record["step"] <= min(resumes) for record in records):
+            starts = resumes  # it began with another run's checkpoint, whose steps were trained there
+        steps = [*starts, max([record["step"] for record in records], default=0)]
         began_with = config["arguments"]
-        for first, last, changed in zip(steps, steps[1:], [{}, *resumes.values()], strict=False):
+        for first, last, changed in zip(steps, steps[1:], starts.values(), strict=False):
             config["arguments"] = began_with | {name: now for name, (_, now) in changed.items()}
             if last > first:
                 stretches.append((first + 1, last, config["arguments"]))
     resumed_steps = [step for step in resumes if step > 0]
     return Run(folder, records, resumed_steps, config, stretches, **read_baselines(folder))
-
-
-def read_arguments(folder: Path) -> dict:
-    """The arguments with which a run was started or last resumed; {} if there is no run in the folder."""
-    return read_run(folder).config.get("arguments", {}) if (folder / METRICS_FILE).is_file() else {}
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -65,7 +65,7 @@ def build_accelerator(
     bf16_is_emulated = on_cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and cpu_lacks_bf16()
     accelerator = Accelerator(
         mixed_precision="no" if bf16_is_emulated else None,
-        # How many micro-batches a step has, the data decide.
+        # 1, because `train_step` accumulates gradients itself: the data decide how many micro-batches a step has.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         dynamo_backend="inductor" if compiled else None,
         kwargs_handlers=[

@@ -31,7 +31,7 @@ def call_main_process_first(state: Accelerator | PartialState, work: Callable[[]
     """Call `work` on all processes, first on the main one, so that the others find what it downloaded or wrote.
 
     An error is raised only after all processes have been through: one that left early would make the others wait
-    for ever.
+    forever.
     """
     error = None
     with state.main_process_first():

@@ -172,12 +172,12 @@ def parse_command_line(
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     description: str | None = None,
 ) -> Arguments:
-    """Build the arguments of a script: field default < preset < defaults with a flag < command line.
+    """Build the arguments of a script: field default < preset < defaults that come with a flag < command line.
 
     Args:
         arguments_class: A dataclass whose `__post_init__` raises a ValueError with one error per line. Its class
-            attribute `flag_hints`, where it has one, maps likely wrong flags to what to use instead, and its
-            `defaults_with` maps a flag to the defaults that others have where it is given.
+            attribute `flag_hints`, if it has one, maps likely wrong flags to what to use instead, and its
+            `defaults_with` maps a flag to the defaults that other flags have if it is given.
         presets: Name -> overrides of defaults, chosen by the field `preset`.
 
     Raises:
@@ -229,13 +229,24 @@ def exit_with_errors(messages: list[str]) -> NoReturn:
 
 
 def report_to_launcher(message: str):
-    """Give the message to torchrun, or `accelerate launch` of several processes, which ends its own report with it.
+    """Pass the message to torchrun, or `accelerate launch` of several processes, whose own report then ends with it.
 
-    Without this, the report's last line says how to enable tracebacks, and the message is out of sight above it.
+    Without this, the report's last line says how to enable tracebacks, and the message is far above it.
     """
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError), open(error_file, "w", encoding="utf-8") as file:
             json.dump({"message": message, "timestamp": str(int(time.time()))}, file)
+
+
+@contextlib.contextmanager
+def exit_message_to_launcher() -> Iterator[None]:
+    """Give the launcher the message with which the block ends the program, see `report_to_launcher`."""
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            report_to_launcher(error.code)
+        raise
 
 
 class InputErrors:

@@ -28,7 +28,12 @@ class ProgressBar(tqdm):
 
 
 class TextBar(tqdm):
-    """Bytes of text that were read, of about `total_bytes`; 0 if that is not known."""
+    """Progress in bytes of text.
+
+    Args:
+        total_bytes: UTF-8 bytes that will be read, roughly; 0 if unknown.
+        description: What is being done.
+    """
 
     def __init__(self, total_bytes: int, description: str):
         options = {"unit": "B", "unit_scale": True, "dynamic_ncols": True, "file": sys.stderr}

@@ -33,7 +33,7 @@ class StopSignal:
     """
 
     def __init__(self, on_stop: Callable[[], None] = lambda: None):
-        """`on_stop` is called as soon as this process knows that the run has to stop, maybe in a signal handler."""
+        """`on_stop` is called once this process knows that the run has to stop, possibly from a signal handler."""
         self._on_stop = on_stop
         self.signal_name: str | None = None
         self.resume_command = resume_command()  # read now, while the launcher is alive

@@ -1,6 +1,6 @@
 """Atomic writes of files and folders: a temporary name, fsync, rename.
 
-Whoever reads `path` finds all of it or nothing, also after a crash or a power cut.
+A reader of `path` finds all of the file or nothing, also after a crash or a power cut.
 """
 
 import errno
@@ -16,7 +16,7 @@ from typing import BinaryIO
 from uuid import uuid4
 
 PARTIAL = re.compile(r".+\.[0-9a-f]{8}\.partial")  # the name of a temporary file
-ABANDONED_SECONDS = 600.0  # after which nobody is still writing to one
+ABANDONED_SECONDS = 600.0  # without a write, after which its writer is taken for dead
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -64,12 +64,12 @@ def abort(file: BinaryIO):
 
 
 def remove_abandoned(folder: Path):
-    """Delete temporary files that killed programs left in `folder`: those that nobody has written to for ten minutes.
+    """Delete temporary files that killed programs left in `folder`: those not written to for ten minutes.
 
-    A younger one may be of a program that lives and needs no lock: a plot of the run, a worker on another machine.
+    A younger one may belong to a live program that needs no lock: a plot of the run, a worker on another machine.
     """
     with tempfile.TemporaryFile(dir=folder) as file:
-        now = os.fstat(file.fileno()).st_mtime  # by the clock of the disk's server, as the other times are
+        now = os.fstat(file.fileno()).st_mtime  # by the file server's clock, like the times below
     for path in folder.glob("*.partial"):
         with suppress(FileNotFoundError):  # it has just been renamed
             if PARTIAL.fullmatch(path.name) and now - path.stat().st_mtime > ABANDONED_SECONDS:

@@ -1,8 +1,8 @@
-"""One writer for a folder: a lock of the operating system, and a heartbeat for disks where such locks do not work.
+"""One writer per folder: a lock of the operating system, and a heartbeat for disks where such locks do not work.
 
-The kernel frees its lock the moment the holder ends, however it ends. But a network disk may have no locks, or locks
+The kernel releases its lock the moment the holder ends, however it ends. But a network disk may have no locks, or locks
 that only one machine sees. So the lock file also holds a record of the holder, which changes every two seconds while
-the holder lives: who sees it change knows that the folder is in use. No clocks are compared.
+the holder is alive: another program that sees it change knows that the folder is in use. No clocks are compared.
 """
 
 import errno
@@ -20,17 +20,22 @@ from typing import BinaryIO
 from uuid import uuid4
 
 LOCK_FILE = "run.lock"
-RECORD_BYTES = 512  # always as many, so that one write replaces a record
-LOCKED_BYTE = 2**30  # of Windows' lock: beyond the record, because nobody can read a locked byte there
+RECORD_BYTES = 512  # always padded to this, so that one write replaces a record
+LOCKED_BYTE = 2**30  # the byte that Windows locks: beyond the record, because a locked byte cannot be read there
 POLL_SECONDS = 0.5
 BEAT_SECONDS = 2.0
 DEAD_SECONDS = 60.0  # thirty beats: a busy machine or a disk that hangs may miss some
-RUNNING_PATIENCE_SECONDS = 10.0  # it may just have been asked to stop, and its next beats will say so
+RUNNING_PATIENCE_SECONDS = 10.0  # the holder may just have been asked to stop, which its next beats would show
 PATIENCE_SECONDS = 240.0  # the last checkpoint of a large model takes minutes; NFS keeps a dead machine's lock for 90 s
 
 
 class FolderLock:
-    """Context manager that releases at its end what `acquire` took."""
+    """Context manager that releases at its end the lock that `acquire` took.
+
+    Args:
+        folder: The folder to lock.
+        patience_seconds: How long `acquire` waits, at most.
+    """
 
     def __init__(self, folder: Path, patience_seconds: float = PATIENCE_SECONDS):
         self.folder = folder
@@ -53,14 +58,15 @@ class FolderLock:
         self.release()
 
     def acquire(self):
-        """Take the lock, and create the folder if there is none; wait while another program may be about to free it.
+        """Take the lock, and create the folder if there is none; wait while another program may be about to release it.
 
-        That is ten seconds for a program that runs; four minutes, by default, for one that is stopping or may be dead.
-        Dead is one that gave no sign of life for a minute, unless the operating system says that it has the lock.
-        Where no lock file can be written, a line says so, and there is no lock.
+        The wait is ten seconds if the holder is running, and `patience_seconds` if it is stopping or may be dead. It is
+        taken for dead after a minute without a heartbeat, unless the operating system says that it has the lock. Where
+        no lock file can be written, a line on stderr says so, and there is no lock.
 
         Raises:
-            ValueError: If another program still has it; the message says which one.
+            ValueError: If another program still has it, with host and process, or if there is a lock file that cannot
+                be written.
         """
         try:
             self._created_folder = not self.folder.exists()
@@ -80,11 +86,11 @@ class FolderLock:
         self._heartbeat.start()
 
     def announce_stop(self):
-        """Let others know that this program is about to end, so that they wait for it. May be called by a signal."""
+        """Let others know that this program is about to end, so that they wait. Safe to call in a signal handler."""
         self._is_stopping = True
 
     def release(self):
-        """Delete the lock file and free the lock; nothing happens if it is not held."""
+        """Delete the lock file and release the lock; does nothing if it is not held."""
         if self._file is None:
             return
         self._is_over.set()
@@ -118,7 +124,7 @@ class FolderLock:
             if holder.get("stopping"):
                 patience, what = self._patience_seconds, "is stopping"
             elif is_alive:
-                patience, what = min(RUNNING_PATIENCE_SECONDS, self._patience_seconds), "runs, unless it stops now"
+                patience, what = min(RUNNING_PATIENCE_SECONDS, self._patience_seconds), "is running"
             else:
                 patience, what = self._patience_seconds, "may be dead"
             if time.monotonic() - started > patience:
@@ -135,7 +141,7 @@ class FolderLock:
         """Take the lock if it is free, or if its record is that of a dead holder.
 
         Returns:
-            Whether the system says that another has it, and the record that was there.
+            Whether the operating system says that another program has it, and the record that was in the file.
         """
         file = open_in_place(self.path)
         granted = try_lock(file)
@@ -152,7 +158,7 @@ class FolderLock:
             # It is not ours if its holder deleted the file before it was locked here, or another program wrote to it.
             if not is_written or self._holder().get("id") == self._id:
                 if granted is None:
-                    print_now(f"the disk of {self.folder} has no file locks: {self.path} is a heartbeat alone.")
+                    print_now(f"the disk of {self.folder} has no file locks: {self.path} is only a heartbeat.")
                 return False, record
             self._file = None
         file.close()
@@ -160,13 +166,13 @@ class FolderLock:
 
     def _beat_until_over(self):
         while not self._is_over.wait(BEAT_SECONDS):
-            with suppress(OSError):  # a disk that is full or away must not end a training
+            with suppress(OSError):  # a disk that is full or unreachable must not end a training
                 self._beat()
 
     def _beat(self):
-        """Write the record. If another has taken the folder, end this process at once: it must write nothing there.
+        """Write the record. If another program has taken the folder, end this process at once: it must write nothing.
 
-        That happens without locks, to a process that was suspended or cut off from its disk for more than a minute.
+        Without locks, that happens to a process that was suspended or cut off from its disk for more than a minute.
         """
         if not self.path.exists():  # somebody deleted it
             file = open_in_place(self.path)
@@ -183,7 +189,7 @@ class FolderLock:
         self._write()
 
     def _write(self) -> bool:
-        """Replace the record; False if the disk does not take it."""
+        """Replace the record; False if the disk refuses the write."""
         record = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -215,7 +221,7 @@ class FolderLock:
 
 
 def print_now(message: str):
-    """Print to stderr, past any buffer: what follows may take minutes."""
+    """Print to stderr and flush: what follows may take minutes."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -258,7 +264,7 @@ def describe(holder: dict) -> str:
 
 
 def machine_id() -> str:
-    """What all processes of a machine share until it boots again, those in containers as well; else the host's name."""
+    """An id that all processes of a machine share until it reboots, also those in containers; else the host's name."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

@@ -38,7 +38,7 @@ def retry(
 
 
 def backoff_seconds() -> Iterator[float]:
-    """Yield 1, 2, 4, ... seconds, at most a minute, for ever."""
+    """Yield 1, 2, 4, ... seconds, at most a minute, forever."""
     pause = FIRST_BACKOFF_SECONDS
     while True:
         yield pause

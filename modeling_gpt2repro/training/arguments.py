@@ -15,8 +15,8 @@ from .flag_hints import FLAG_HINTS
 from .presets import FINE_TUNING, PRESETS
 from .validate import HUB_STRATEGIES, check_sizes, validate_args
 
-# Of a run whose length follows from its data: a warm-up between the 4 % of the full run and the 6 % of the quickstart,
-# and a curve of ten points.
+# For a run whose length follows from its data: a warm-up between the 4 % of the full run and the 6 % of the quickstart,
+# and a validation curve of ten points.
 WARMUP_SHARE = 0.05
 EVALUATIONS = 10
 
@@ -26,7 +26,7 @@ class TrainArguments:
     """Defaults are GPT-2 124M on 10 B tokens of FineWeb-Edu, as in the lecture."""
 
     flag_hints: ClassVar[Mapping[tuple[str, ...], str]] = FLAG_HINTS
-    # Flag -> the defaults that others have where it is given; they win over a preset. None: derived once data or model
+    # Flag -> the defaults of other flags where it is given; they override a preset. None: derived once data or model
     # are open.
     defaults_with: ClassVar[Mapping[str, Mapping[str, float | None]]] = {
         "init_from": FINE_TUNING,
@@ -47,8 +47,8 @@ class TrainArguments:
     logging_steps: int = arg(
         default=10,
         minimum=1,
-        help="Optimizer steps between two lines of the log; a terminal has a progress bar instead. For each line the "
-        "metrics are read, which waits for the device. metrics.jsonl has every step.",
+        help="Optimizer steps between lines of the log; a terminal shows a progress bar instead. Each line reads the "
+        "metrics, which waits for the device. metrics.jsonl has every step.",
     )
     report_to: str = arg(
         default="none",
@@ -72,9 +72,9 @@ class TrainArguments:
     init_from: str | None = arg(
         default=None,
         help="Model to fine-tune: a folder or a Hub id, of this project or of transformers' GPT-2. Shape and context "
-        "are taken from it, and other defaults hold: 3 epochs, 8,192 tokens_per_step, learning rate 5e-5, a warm-up "
-        "over a twentieth of the training, an evaluation each tenth and a checkpoint each half of it. If not given, "
-        "weights are random.",
+        "are taken from it, and these defaults replace the others: 3 epochs, 8,192 tokens_per_step, learning rate "
+        "5e-5, warm-up over a twentieth of the training, an evaluation every tenth of it, a checkpoint every half. If "
+        "not given, weights are random.",
     )
     attn_implementation: str = arg(
         default="sdpa", help="Attention implementation: 'eager', 'sdpa', 'flash_attention_2', ..."
@@ -131,8 +131,8 @@ class TrainArguments:
     num_train_epochs: float | None = arg(
         default=None,
         above=0,
-        help="Passes over prepared training data, in place of --train_tokens. One pass over a mix is as many tokens as "
-        "all its folders hold. If not given, --train_tokens counts.",
+        help="Passes over the training data of --shards, --mix or python-prose, instead of --train_tokens. One pass "
+        "over a mix is as many tokens as its folders hold together. If not given, --train_tokens decides.",
     )
     tokens_per_step: int = arg(
         default=2**19,
@@ -144,8 +144,8 @@ class TrainArguments:
     warmup_tokens: int | None = arg(
         default=375_000_000,
         minimum=0,
-        help="Tokens of linear warm-up. The default is GPT-3's (appendix B); with --num_train_epochs it is a twentieth "
-        "of the training.",
+        help="Tokens of linear warm-up. The default is GPT-3's (appendix B); with --num_train_epochs or --init_from, a "
+        "twentieth of the training.",
     )
     final_learning_rate_ratio: float = arg(
         default=0.1,
@@ -181,7 +181,8 @@ class TrainArguments:
     )
     hellaswag: str = arg(
         default="Rowan/hellaswag",
-        help="HellaSwag examples: a Hub dataset, a local .jsonl file, 'official' (the original file), or 'none'.",
+        help="HellaSwag examples: a Hub dataset, a local .jsonl file, 'official' (the original file, which can no "
+        "longer be downloaded and must be in the cache), or 'none'.",
     )
     sample_prompts: list[str] = arg(
         default_factory=lambda: ["Hello, I'm a language model,"],
@@ -259,10 +260,10 @@ class TrainArguments:
             self.set_lengths()
 
     def set_lengths(self, tokens_per_epoch: int | None = None):
-        """Derive what is still open: the tokens of `num_train_epochs`, warm-up, steps between evaluations and saves.
+        """Derive what is still None: the tokens of `num_train_epochs`, warm-up, steps between evaluations and saves.
 
         Args:
-            tokens_per_epoch: Training tokens of the data; needed where `train_tokens` is None.
+            tokens_per_epoch: Training tokens of the data; needed if `train_tokens` is None.
 
         Raises:
             ValueError: If the epochs are less than one step.

@@ -189,10 +189,11 @@ def raise_if_corrupt(checkpoint: Path) -> Iterator[None]:
         ) from error
 
 
-def read_identity(checkpoint: Path) -> dict:
-    """The fingerprint of the data that the checkpoint was made with, see `read_state`."""
+def read_entry(checkpoint: Path, name: str, default: dict | None = None) -> dict:
+    """One entry of the checkpoint's state.json; `default` where an older version, which did not know it, wrote that."""
     with raise_if_corrupt(checkpoint):
-        return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["identity"]
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        return state[name] if default is None else state.get(name, default)
 
 
 def read_state(checkpoint: Path, data_fingerprint: dict) -> dict:

@@ -6,6 +6,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+# The arguments that decide the learning rate of a step; kept in checkpoints, to say where a resumed run departs.
+SCHEDULE = ("train_tokens", "tokens_per_step", "warmup_tokens", "learning_rate", "final_learning_rate_ratio")
+
 
 def build_optimizer(
     model: nn.Module,

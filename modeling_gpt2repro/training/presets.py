@@ -41,7 +41,7 @@ PRESETS: dict[str, dict] = {
         "n_embd": 128,
         "block_size": 128,
         "train_tokens": 2_867_200,  # 2,800 steps
-        "tokens_per_step": 1024,  # 8 sequences: on a CPU many small updates buy more than few large ones
+        "tokens_per_step": 1024,  # 8 sequences: on a CPU many small updates achieve more than a few large ones
         "warmup_tokens": 172_032,  # 168 steps, 6 % of the run
         "per_device_train_batch_size": 8,
         "learning_rate": 2e-3,  # the smaller the model, the larger the rate (GPT-3, table 2.1)
@@ -71,14 +71,14 @@ PRESETS: dict[str, dict] = {
         "eval_steps": None,
         "num_samples": 2,
         "save_steps": None,
-        "torch_compile": False,  # a run of minutes does not earn the compilation back
+        "torch_compile": False,  # a run of minutes is too short to make up for the compilation
     },
 }
 
 # Defaults with --init_from. Epochs, rate and 8 sequences a step are those of transformers' `TrainingArguments` (5.23),
 # with which its examples fine-tune GPT-2.
 FINE_TUNING: dict[str, float | None] = {
-    "n_layer": None,  # these four are the model's
+    "n_layer": None,  # this and the next three are taken from the model; None below: derived from the size of the data
     "n_head": None,
     "n_embd": None,
     "block_size": None,

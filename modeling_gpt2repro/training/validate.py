@@ -55,7 +55,7 @@ def check_sizes(args: "TrainArguments") -> Iterator[str]:
 
 
 def check_data(args: "TrainArguments") -> Iterator[str]:
-    """Data that do not exist, that are given twice, or that have no epochs."""
+    """Data that does not exist, is given twice, or has no known size although epochs are asked for."""
     if args.shards is not None and not Path(args.shards).is_dir():
         yield f"there is no folder {args.shards}: prepare it with prepare_data.py --output_dir {args.shards}."
     if args.mix is not None and args.shards is not None:
@@ -75,7 +75,7 @@ def check_data(args: "TrainArguments") -> Iterator[str]:
     if args.num_train_epochs is not None and not prepared and args.dataset_name != "python-prose":
         yield (
             f"num_train_epochs ({args.num_train_epochs:g}) needs data of a known size, which a stream is not: prepare "
-            "them with prepare_data.py and give --shards, or give --train_tokens."
+            "it with prepare_data.py and give --shards, or give --train_tokens."
         )
     if args.tokenizer is not None and (prepared or args.dataset_name == "python-prose"):
         yield f"tokenizer ({args.tokenizer}) must be left out: shards and python-prose have their own."

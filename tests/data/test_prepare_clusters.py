@@ -21,7 +21,7 @@ from modeling_gpt2repro.data.sources.resolve import Source, local_source
 
 REPOSITORY = Path(__file__).parents[2]
 
-# Stands for Slurm's sbatch: runs the tasks of an array one after the other, with the variables that Slurm sets.
+# In place of Slurm's sbatch: runs the tasks of an array one after the other, with the variables that Slurm sets.
 SBATCH = """#!/usr/bin/env bash
 for last; do true; done
 count=$(sed -n 's/#SBATCH --array=0-//p' "$last")
@@ -98,7 +98,7 @@ def test_wrong_cluster_options_are_reported_together(tmp_path, arguments, capsys
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="bash scripts stand for Slurm's commands")
+@pytest.mark.skipif(sys.platform == "win32", reason="bash scripts replace Slurm's commands")
 def test_the_jobs_submitted_to_slurm_make_the_same_shards_and_are_those_of_the_dry_run(tmp_path, arguments):
     commands = tmp_path / "slurm"
     commands.mkdir()

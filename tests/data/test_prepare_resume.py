@@ -83,7 +83,7 @@ for kill_at in range(1, 100):
 print(json.dumps(results))
 """
 
-# prepare_data.py with workers that stay at work: once $HELD_AT partitions are finished, the next one takes for ever.
+# prepare_data.py with workers that stay at work: once $HELD_AT partitions are finished, the next one never ends.
 HELD = f"""
 import os
 import threading
@@ -286,7 +286,7 @@ def test_bad_lines_are_mended_or_skipped_and_what_is_finished_stays(tmp_path, te
     message = error_of(capsys, tmp_path / "mended", arguments)
     first = len(b"\n".join(good[:30])) + 1
     place = f"line 31 (byte {first}) has no 'text' field; it has id: name one by --text_column."
-    assert f" of {file}: {place} Mend it and run the same command again, or skip all such lines by --skip" in message
+    assert f" of {file}: {place} Fix it and run the same command again, or skip all such lines by --skip" in message
     finished = sorted(finished_partitions(tmp_path / "mended"))
     assert finished == list(range(first // 500))
     shutil.copytree(tmp_path / "mended", tmp_path / "skipped")

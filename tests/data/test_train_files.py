@@ -148,7 +148,7 @@ def test_a_folder_is_read_in_order_without_what_is_hidden_empty_or_of_another_ki
     ]  # fmt: skip
     assert source.description["files"] == ["README", "a.txt", "1.md", "2.txt", "c.JSONL"]
     said = "\n".join(source.remarks)
-    assert "reading files: 1 without an ending, 2 .txt, 1 .md, 1 .jsonl" in said
+    assert "reading files: 1 without an extension, 2 .txt, 1 .md, 1 .jsonl" in said
     assert f"not read, 2 hidden: {tmp_path}/.hidden, {tmp_path}/b/.DS_Store" in said
     assert "not read, 3 of other kinds: " in said
     assert f"not read, 1 empty: {tmp_path}/empty.txt" in said

@@ -32,7 +32,7 @@ def test_the_epochs_of_a_mix_are_those_of_each_folder(token_shards, tmp_path):
     mix = f"{token_shards.folder}:3,{other}:1"
     data = build_mixed_data({str(token_shards.folder): 0.75, str(other): 0.25}, CONFIG, 320)
     args = arguments(mix=mix, num_train_epochs=2)
-    setup.set_lengths(args, NoAccelerator(), data.batches)
+    setup.set_lengths(args, NoAccelerator(), data)
     sequences = len(data.batches.sources[0])
     assert args.train_tokens == 2 * (2 * sequences) * 32  # of both folders together
     seen = Counter(folder for step in range(args.total_steps) for folder, _ in data.batches.sample_ids(step))
@@ -44,7 +44,7 @@ def test_the_epochs_of_a_mix_are_those_of_each_folder(token_shards, tmp_path):
 def test_the_epochs_of_a_folder_count_its_sequences(token_shards):
     data = build_shuffled_data(open_shards(token_shards.folder), CONFIG)
     args = arguments(shards=str(token_shards.folder), num_train_epochs=1.5)
-    setup.set_lengths(args, NoAccelerator(), data.batches)
+    setup.set_lengths(args, NoAccelerator(), data)
     first_steps = [index for step in range(args.total_steps) for index in data.batches.sample_ids(step)]
     assert max(Counter(first_steps).values()) == 2
     epochs = setup.epochs_of_run(args, data.batches)
@@ -56,7 +56,8 @@ def test_a_run_that_repeats_its_data_more_than_four_times_is_warned():
     assert repetition_warning({"data/a": 4.2, "data/b": 0.1}) == ""
     warning = repetition_warning({"data/a": 126_800.04, "data/b": 4.4, "data/c": 4.6})
     assert "The run reads data/a 126,800.0 times, and data/c 4.6 times." in warning
-    assert "--num_train_epochs 4" in warning
+    assert "give it a smaller share of the mix, or more text" in warning
+    assert "give --num_train_epochs 4, or more text" in repetition_warning({"data/a": 4.6})
     assert "arxiv.org/abs/2305.16264" in warning
     assert repetition_warning({}) == ""
     assert epochs_line({}) == "unknown: streamed"

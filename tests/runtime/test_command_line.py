@@ -1,6 +1,7 @@
 """The command line of every script: precedence, errors all at once, hints for likely slips, and --help."""
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -14,7 +15,13 @@ from warm_python import ROOT
 from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
 from modeling_gpt2repro.evaluation.hellaswag.arguments import EvalHellaSwagArguments
 from modeling_gpt2repro.evaluation.validation_arguments import ValidationArguments
-from modeling_gpt2repro.runtime.command_line import InputErrors, arg, check_limits, parse_command_line
+from modeling_gpt2repro.runtime.command_line import (
+    InputErrors,
+    arg,
+    check_limits,
+    exit_message_to_launcher,
+    parse_command_line,
+)
 from modeling_gpt2repro.training import validate
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.presets import PRESETS
@@ -360,6 +367,16 @@ def test_errors_of_several_inputs_are_captured():
     assert len(str(error.value).splitlines()) == 3
     with pytest.raises(KeyError):  # a bug, not an input error
         errors.capture({}.__getitem__, "a")
+
+
+def test_the_launcher_learns_the_message_that_a_program_exits_with(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit), exit_message_to_launcher():
+        raise SystemExit("out of memory: give less.")
+    assert json.loads((tmp_path / "error.json").read_text())["message"] == "out of memory: give less."
+    with pytest.raises(SystemExit), exit_message_to_launcher():
+        raise SystemExit(3)  # has said why itself
+    assert json.loads((tmp_path / "error.json").read_text())["message"] == "out of memory: give less."
 
 
 def test_the_launchers_report_of_a_failure_ends_with_the_message(tmp_path):

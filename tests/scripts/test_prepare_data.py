@@ -174,7 +174,7 @@ def test_a_bad_line_is_named_while_a_tokenizer_is_trained_too(tmp_path, capsys, 
     options = ["--train_files", tmp_path / "a.jsonl", "--tokenizer", "train", "--vocab_size", 300]
     message = error_of(capsys, "--output_dir", tmp_path / "out", *options)
     assert f"a.jsonl: line {len(tiny_texts) + 1} (byte " in message
-    assert "has 'text' that is not text. Mend it and run the same command again, or skip all such lines by" in message
+    assert "has 'text' that is not text. Fix it and run the same command again, or skip all such lines by" in message
     options = [*options, "--skip_bad_lines", "--output_dir", tmp_path / "out", "--validation_share", 0.2]
     prepare_data.main([str(word) for word in options])
     assert open_shards(tmp_path / "out").manifest["bad_lines"]["counts"] == {"no text": 1}

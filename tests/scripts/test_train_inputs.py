@@ -48,7 +48,7 @@ def test_a_finished_run_says_so_and_is_left_as_it_is(finished, shards, tmp_path,
     assert train_here(run, shards, resume_from_checkpoint="latest", learning_rate=0.005) == 0
     assert capsys.readouterr().out == (
         f"{run} is finished, and nothing is left to do: its model was trained for 30 steps; to train it longer, resume "
-        "with more --train_tokens than 7680.\n"
+        "with --train_tokens 7936 or more.\n"
     )
     assert contents(run) == before
 
@@ -67,6 +67,36 @@ def test_a_run_whose_export_was_interrupted_is_finished_with_the_values_it_had(f
     card = (run / "model" / "README.md").read_text()
     assert "| learning rate | 0.01 after 1,280 tokens of warm-up" in card
     assert "0.005" not in card
+
+
+def test_a_finished_run_is_exported_again_if_its_model_is_of_later_steps_or_lacks_hellaswag(finished, shards, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    again = {"resume_from_checkpoint": "latest", "num_samples": 0}
+    longer = {"train_tokens": 40 * TOKENS_PER_STEP, "eval_steps": 10}
+    assert train_here(run, shards, **again, **longer) == 0
+    shutil.move(run / "step-000040", tmp_path / "moved away")
+    assert train_here(run, shards, **again) == 0  # as it was begun: 30 steps, with HellaSwag
+    weights = (finished[0] / "model" / "model.safetensors").read_bytes()
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+    # A signal in the last evaluation leaves HellaSwag out.
+    metrics = run / "model" / "metrics.jsonl"
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    last = [{name: value for name, value in record.items() if "hellaswag" not in name} for record in records]
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in last))
+    assert train_here(run, shards, **again) == 0
+    assert "HellaSwag acc_norm" in (run / "model" / "README.md").read_text()
+    assert any("hellaswag_completion_acc_norm" in line for line in metrics.read_text().splitlines())
+
+
+def test_a_run_that_begins_with_the_checkpoint_of_another_says_what_changes(finished, shards, tmp_path, capsys):
+    forked = {"resume_from_checkpoint": finished[0] / "step-000030", "num_samples": 0}
+    longer = 40 * TOKENS_PER_STEP
+    assert train_here(tmp_path / "longer", shards, **forked, train_tokens=longer) == 0
+    assert "The learning rate jumps after step 30 from 1.00e-03 to " in capsys.readouterr().out
+    assert train_here(tmp_path / "lower", shards, **forked, train_tokens=longer, learning_rate=0.002) == 0
+    card = (tmp_path / "lower" / "model" / "README.md").read_text()
+    assert "| learning rate | steps 31 to 40: 0.002 after" in card
 
 
 def test_a_longer_run_says_how_far_the_learning_rate_jumps_and_how_to_avoid_it(finished, shards, tmp_path, capsys):

@@ -54,7 +54,7 @@ lock.machine_id = lambda: "another"
 """
 RECORD = {"host": "node7", "pid": 71, "since": "2025-09-30 12:00:00+02:00", "machine": "another", "id": "71"}
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="holders are told by signals")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the tests stop holders by signals")
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +150,7 @@ def without_locks(monkeypatch):
     monkeypatch.setattr("fcntl.flock", refuse)
 
 
-def test_a_second_program_is_told_who_holds_the_folder(tmp_path, capsys):
+def test_a_second_program_prints_who_holds_the_folder(tmp_path, capsys):
     before = datetime.now().astimezone() - timedelta(seconds=1)
     with holder(tmp_path) as first:
         message = refused(tmp_path)
@@ -159,7 +159,7 @@ def test_a_second_program_is_told_who_holds_the_folder(tmp_path, capsys):
         assert before <= datetime.fromisoformat(since) <= datetime.now().astimezone()
         assert advice == "stop that first, or give another --output_dir."
         waiting = capsys.readouterr().err
-        assert waiting == f"{who}{since}, which runs, unless it stops now: waiting up to 1 s.\n"
+        assert waiting == f"{who}{since}, which is running: waiting up to 1 s.\n"
         first.stdin.close()
         assert first.wait() == 0
     acquired(tmp_path)
@@ -222,7 +222,7 @@ def test_a_stop_announced_while_another_waits_makes_it_wait_longer(tmp_path, cap
         acquired(tmp_path)
     states = [line.partition(", which ")[2] for line in capsys.readouterr().err.splitlines()]
     assert states == [
-        f"runs, unless it stops now: waiting up to {PATIENCE_SECONDS - 1} s.",
+        f"is running: waiting up to {PATIENCE_SECONDS - 1} s.",
         f"is stopping: waiting up to {PATIENCE_SECONDS} s.",
     ]
 

@@ -46,17 +46,17 @@ class BatchConfig:
 def keyed_permutation(indices: np.ndarray, size: int, seed: Sequence[int]) -> np.ndarray:
     """Indices (n,) out of 0, ..., size - 1 -> where a shuffle of all of them takes these, (n,) int64.
 
-    Only what is asked for is computed: to shuffle 100 M indices as a whole takes 20 seconds and gigabytes, in every
-    process and every epoch. So think of them as written into a table, row by row. Each column is rolled by an amount of
-    its own, as if drawn by lot, then each row, and that eight times over:
+    Only what is asked for is computed, because shuffling 100 M indices as a whole takes 20 seconds and gigabytes, in
+    every process and every epoch. Imagine the indices written into a table, row by row. Each column is rolled by its
+    own pseudo-random amount, then each row, and that eight times:
 
         0 1 2     0 7 5     5 0 7
         3 4 5     3 1 8     3 1 8     columns rolled by 0, 1, 2, then rows by 1, 0, 2
         6 7 8     6 4 2     4 2 6
 
-    To follow one index takes its row, its column and a hash. And since a roll can be undone, no two indices ever meet
-    in a cell: this is a permutation, whatever the hash. It is the generalized Feistel cipher of Black and Rogaway,
-    "Ciphers with Arbitrary Finite Domains" (2002), for shuffling and not for secrets.
+    To follow one index takes only its row, its column and a hash. And since a roll can be undone, no two indices ever
+    end in the same cell: this is a permutation, whatever the hash. It is the generalized Feistel cipher of Black and
+    Rogaway, "Ciphers with Arbitrary Finite Domains" (2002), used for shuffling and not for secrecy.
     """
     columns = math.isqrt(size - 1) + 1  # the square root, rounded up
     rows = -(-size // columns)  # as many as it takes, so that less than one row of cells is left over
@@ -71,28 +71,29 @@ def keyed_permutation(indices: np.ndarray, size: int, seed: Sequence[int]) -> np
         return row * columns + column
 
     cells = roll(indices.astype(np.uint64))
-    # What ends in a cell that is left over goes on until it is in one that counts, at the latest where it began.
+    # Cycle walking: an index that lands in a left-over cell is rolled again until it lands in one that counts. It will:
+    # a cycle of the permutation leads back to the cell that it began in, and that one counts.
     while (left_over := cells >= size).any():
         cells[left_over] = roll(cells[left_over])
     return cells.astype(np.int64)
 
 
 def hash64(x: np.ndarray) -> np.ndarray:
-    """64 bits -> 64 bits (uint64) that look drawn by lot: the last step of SplitMix64 (Steele, Lea and Flood 2014)."""
+    """64 bits -> 64 pseudo-random bits (uint64): the last step of SplitMix64 (Steele, Lea and Flood 2014)."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9  # products and sums wrap at 2**64, on every machine alike
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     return x ^ (x >> 31)
 
 
 class EpochShuffle:
-    """Position in the training -> index of an item; each epoch is a shuffle of its own, decided by seed and number."""
+    """Position in the training -> index of an item; each epoch has its own order, which seed and epoch decide."""
 
     def __init__(self, num_items: int, seed: Sequence[int]):
         self.num_items = num_items
         self.seed = list(seed)
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """Positions (n,), which count on through the epochs -> indices (n,)."""
+        """Positions (n,), counted through all epochs -> indices (n,)."""
         epochs, within_epoch = np.divmod(positions, self.num_items)  # (n,) each
         indices = np.empty_like(positions)
         for epoch in np.unique(epochs):  # most often one: a step crosses the end of an epoch now and then
@@ -106,7 +107,7 @@ class EpochShuffle:
 
 
 class ArgsortShuffle(EpochShuffle):
-    """The order of runs that began before `keyed_permutation`, which shuffles an epoch as a whole: they keep it."""
+    """The order of runs begun by older versions, which shuffled each epoch as a whole: such a run keeps it."""
 
     latest = (-1, np.empty(0, dtype=np.int64))  # number and permutation of the epoch that was asked for last
 
@@ -122,7 +123,7 @@ SHUFFLES = {"keyed": EpochShuffle, "argsort": ArgsortShuffle}  # by `BatchConfig
 
 
 def seeded_permutation(size: int, seed: Sequence[int]) -> np.ndarray:
-    """0, ..., size - 1 in an order that the seed decides, (size,) int64: the whole of it, for some thousands.
+    """0, ..., size - 1 in an order that the seed decides, (size,) int64; for sizes of a few thousand.
 
     It sorts raw 64-bit draws. `Generator.permutation` would do in one line, but numpy guarantees the streams of its bit
     generators and of `SeedSequence` only, and may improve what is built on them

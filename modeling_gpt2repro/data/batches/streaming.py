@@ -75,9 +75,9 @@ class StreamedBatches:
         self.partitions, self.validation_partitions = hold_out_partitions(source, validation_share)
         largest = largest_share(self.partitions)
         most = min(max_logical_shards, len(self.partitions))
-        # Each logical shard is one L-th of what is read. If a partition is more of the text than that, the others come
-        # again and again before it has been read once: up to 42 times for 40 % of the text and L = 64, but 4 times
-        # where it is at most twice an L-th. Runs in the order of older versions keep their L.
+        # Each of L logical shards is one L-th of what is read. If a partition holds more of the text than that, the
+        # others are repeated before it has been read once: up to 42 times if it holds 40 % of the text and L is 64, but
+        # 4 times if it holds at most two L-ths. Runs in the order of older versions keep their L.
         if config.order == "keyed":
             most = min(most, int(2 / largest))
         # The largest power of two, so that 2, 4, 8, ... processes share evenly.
@@ -163,7 +163,7 @@ class StreamedBatches:
         return {"next_step": self.next_step, "lanes": positions}  # "lanes": the name in the checkpoints' files
 
     def load_state_dict(self, state: dict):
-        """Go on from a state that holds all logical shards, saved by any number of processes."""
+        """Resume from a state that holds all logical shards, saved by any number of processes."""
         self.next_step = state["next_step"]
         self.positions = {shard: Position(*state["lanes"][str(shard)]) for shard in self.positions}
         self._read_ahead.clear()  # it belongs to other positions
@@ -188,7 +188,7 @@ class StreamedBatches:
             turn += 1
             token = 0
             num_finished += 1
-            if not filled and num_finished > len(self.partitions):  # else it would go through the epochs for ever
+            if not filled and num_finished > len(self.partitions):  # else it would read epoch after epoch forever
                 raise ValueError("there is no text in the source: every document is empty.")
         # One token back, because the last target is the next sequence's first input.
         self.positions[logical_shard] = Position(turn, token - 1)
@@ -230,7 +230,7 @@ class StreamedBatches:
 
 
 def largest_share(partitions: list[Partition]) -> float:
-    """How much of the text the largest partition holds; where sizes are not known, as if all were of one size."""
+    """Share of the text that the largest partition holds, from 0 to 1; unknown sizes count as equal ones."""
     sizes = [partition.text_bytes for partition in partitions]
     return max(sizes) / sum(sizes) if all(sizes) else 1 / len(sizes)
 

@@ -19,7 +19,7 @@ from .spec import PrepareSpec, default_validation_share
 from .workspace import find_partial_output
 
 EXECUTORS = ("local", "slurm", "ray")
-WORKER_BYTES = 32 * 2**20  # text that is tokenized in the seconds that a process takes to start
+WORKER_BYTES = 32 * 2**20  # of text: about what one process tokenizes in the seconds that another one takes to start
 
 # What people type who know transformers' examples, datasets or build-nanogpt's fineweb.py.
 FLAG_HINTS: dict[tuple[str, ...], str] = {
@@ -47,8 +47,8 @@ class PrepareArguments:
 
     train_files: list[str] | None = arg(
         default=None,
-        help="Local files or folders; patterns such as 'texts/*.txt' are expanded. Read are .txt, .md, files without "
-        "an ending, .jsonl, .json, .csv and .tsv, all of them also as .gz or .zst, and .parquet and .arrow. If not "
+        help="Local files or folders; patterns such as 'texts/*.txt' are expanded. What can be read: .txt, .md, files "
+        "without an extension, .jsonl, .json, .csv and .tsv, each also as .gz or .zst, and .parquet and .arrow. If not "
         "given, --dataset_name is read.",
         group="text (--train_files or --dataset_name)",
     )
@@ -64,16 +64,16 @@ class PrepareArguments:
     text_column: str = arg(default="text", help="Column or field that holds the text.")
     skip_bad_lines: bool = arg(
         default=False,
-        help="Leave out lines and rows that are not UTF-8, of .jsonl and .json also those that are not JSON objects or "
-        "have no text, of .csv those of another number of fields, and count them in manifest.json. Otherwise the first "
+        help="Skip lines and rows that are not UTF-8, of .jsonl and .json also those that are not JSON objects or have "
+        "no text, of .csv and .tsv those of another number of fields; manifest.json counts them. Otherwise the first "
         "one ends the preparation.",
     )
 
     document_separator: str | None = arg(
         default=None,
-        help=r"What separates the documents of text files (.txt, .md, no ending): blank_line, file (one file is one "
-        r"document), or a text such as '<|endoftext|>' or '\n---\n'. If not given, a file is one document, and pieces "
-        r"of some 2,000 characters of it are held out.",
+        help=r"What separates the documents of text files (.txt, .md, no extension): blank_line, file (each file is "
+        r"one document), or a string such as '<|endoftext|>' or '\n---\n'. If not given, each file is one document, of "
+        r"which pieces of about 2,000 characters are held out for validation.",
     )
 
     tokenizer: str = arg(
@@ -112,8 +112,7 @@ class PrepareArguments:
     workers: int | None = arg(
         default=None,
         minimum=1,
-        help="Processes that read and tokenize. If not given, one per core, up to 8, and fewer where there is little "
-        "text.",
+        help="Processes that read and tokenize. If not given, one per core, up to 8; fewer if there is little text.",
     )
     slurm_partition: str | None = arg(
         default=None, help="Slurm partition of the jobs. Required with --executor slurm, not given otherwise."

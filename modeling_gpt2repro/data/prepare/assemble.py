@@ -69,7 +69,7 @@ def write_shards(folder: Path, spec: PrepareSpec, tokenized: Iterable[TokenizedP
     skipped = Counter()
     bad_lines = Counter()
     first_bad_line = None
-    normalized = set()  # files in which line ends became \n
+    normalized = set()  # files whose line endings became \n
     used = 0
     try:
         with explain_disk_full(folder):

@@ -40,7 +40,7 @@ from .token_cache import (
 from .workspace import find_partial_output, finish_job, start_job
 
 POLL_SECONDS = 0.5
-BAD_LINE_ADVICE = "Mend it and run the same command again, or skip all such lines by --skip_bad_lines."
+BAD_LINE_ADVICE = "Fix it and run the same command again, or skip all such lines by --skip_bad_lines."
 
 
 def tokenize_partitions(
@@ -92,7 +92,11 @@ def tokenize_partitions(
 
 
 class HashedDocuments:
-    """The documents of a partition; once they are read, what was left out, and the hash of all that decides the ids."""
+    """The documents of a partition; once they are read, also what was left out, and a hash of all that decides the ids.
+
+    Args:
+        skip_bad_lines: Skip and count bad lines; otherwise the first one raises `BadLineError`.
+    """
 
     def __init__(self, source: Source, partition: Partition, skip_bad_lines: bool):
         self.source = source
@@ -111,7 +115,7 @@ class HashedDocuments:
             yield document
 
     def describe(self) -> dict:
-        """What `TokenizedPartition` has beside the ids."""
+        """The fields of `TokenizedPartition` other than ids and bytes; complete once all documents were read."""
         first = self._bad_lines.first
         left_out = {
             "skipped": dict(sorted(self._skipped.items())),
@@ -124,9 +128,9 @@ class HashedDocuments:
 
 
 def verify_partition(path: Path, documents: HashedDocuments) -> bool:
-    """Whether an unverified file was made of these documents, which makes it a finished one; else delete it.
+    """Whether an unverified file was made of these documents. If so, it is marked as verified, otherwise deleted.
 
-    Reading is some twenty times as fast as tokenizing.
+    Reading is about twenty times as fast as tokenizing.
     """
     for _ in documents:
         pass
@@ -206,7 +210,7 @@ def train_tokenizer_on(
     """`train_tokenizer` on all texts of a source, with a progress bar.
 
     Raises:
-        ValueError: If a partition cannot be read, or see `train_tokenizer`.
+        ValueError: If a partition cannot be read, or for the reasons of `train_tokenizer`.
     """
     bad_lines = BadLines() if skip_bad_lines else None
     documents = (document for part in source.partitions for document in source.read(part, bad_lines=bad_lines))

@@ -40,7 +40,7 @@ class PrepareSpec:
     shard_tokens: int = 100_000_000
     layout: str = "plain"
     skip_bad_lines: bool = False
-    # For each local file its `file_state`. (The first releases wrote all but the last of its values.)
+    # For each local file its `file_state`. (The first releases wrote all but its last value.)
     files: list[list] | None = None
     # The number of each partition's file in the cache, see `resume_from`; None if it is the partition's index.
     cache_numbers: list[int] | None = None
@@ -56,16 +56,16 @@ class PrepareSpec:
         return list(range(len(self.partitions))) if self.cache_numbers is None else self.cache_numbers
 
     def differences(self, other: "PrepareSpec") -> list[str]:
-        """Names of the fields that differ, apart from the text itself: `resume_from` compares that.
+        """Names of the fields that differ, except the text itself, which `resume_from` compares.
 
-        Bad lines may be skipped from now on, because what is finished has none.
+        A resumed preparation may turn `skip_bad_lines` on, because what is finished has no bad lines.
         """
         options = [field.name for field in fields(self) if field.name not in ("partitions", "files", "cache_numbers")]
         different = [name for name in options if getattr(self, name) != getattr(other, name)]
         return [name for name in different if name != "skip_bad_lines" or other.skip_bad_lines]
 
     def changed_files(self, previous: "PrepareSpec") -> list[str]:
-        """Names of the local files that were written to or copied since `previous`."""
+        """Names of the local files that were written, copied or added since `previous`."""
         before = previous._file_states()
         states = self._file_states()
         # The first releases wrote less of a state, so only as much of it is compared.
@@ -81,15 +81,15 @@ class PrepareSpec:
         return replace(self, files=files)
 
     def resume_from(self, previous: "PrepareSpec", unused_number: int) -> tuple["PrepareSpec", list[int]]:
-        """This spec, with `previous`'s numbers for the partitions that both have; a new partition gets a new number.
+        """This spec, with the cache numbers of `previous` for partitions that both have, and new ones for the others.
 
-        So what was made of a file keeps its name in the cache when another file has more or fewer partitions now.
+        So a partition keeps its file in the cache even if another file has more or fewer partitions now.
 
         Args:
-            unused_number: No number from here on has been used.
+            unused_number: The first cache number that was never used.
 
         Returns:
-            The spec, and the numbers of the partitions that it keeps although their file may have changed.
+            The spec, and the cache numbers of the partitions that it keeps although their file may have changed.
         """
         old_numbers = dict(zip(previous._partition_keys(), previous.numbers, strict=True))
         new_numbers = itertools.count(unused_number)
@@ -108,7 +108,7 @@ class PrepareSpec:
         return dict(zip(_unique_names([state[0] for state in files]), files, strict=True))
 
     def _partition_keys(self) -> list[tuple]:
-        """For each partition, which part of which file it is; the folder that the file is in does not count."""
+        """For each partition, which part of which file it is, whatever folder the file is in."""
         paths = list(dict.fromkeys(partition.path for partition in self.partitions))
         names = dict(zip(paths, _unique_names(map(os.path.basename, paths)), strict=True))
         keys = []
@@ -121,7 +121,7 @@ class PrepareSpec:
 def make_prepare_spec(
     source: Source, tokenizer: PreTrainedTokenizerFast, tokenizer_name: str, validation_share: float, **options
 ) -> PrepareSpec:
-    """Build the spec of a source and a tokenizer; `options` are those of its fields that have a default."""
+    """Build the spec of a source and a tokenizer; `options` are the fields of the spec that have defaults."""
     partitions = []
     files = {}
     for partition in source.partitions:
@@ -183,7 +183,7 @@ def read_spec(folder: Path) -> PrepareSpec | None:
 
 
 def _unique_names(names: Iterable[str]) -> list[tuple[str, int]]:
-    """Each name and how often it came before: files of one name may be in several folders."""
+    """["a", "b", "a"] -> [("a", 0), ("b", 0), ("a", 1)]: several folders may have a file of the same name."""
     seen = Counter()
     numbered = []
     for name in names:

@@ -44,10 +44,10 @@ def read_partition_file(path: Path) -> TokenizedPartition:
 
 
 def finished_partitions(folder: Path, numbers: list[int] | None = None) -> dict[int, tuple[int, Path]]:
-    """Map the number of each finished partition to its number of training tokens and its file.
+    """Map the cache number of each finished partition to its training tokens and its file.
 
     Args:
-        numbers: `PrepareSpec.numbers`, to get the partitions of the spec by their index instead.
+        numbers: `PrepareSpec.numbers`; if given, the keys are the indices of partitions in the spec instead.
     """
     finished = _partition_files(folder, ".npz")
     if numbers is None:
@@ -56,17 +56,17 @@ def finished_partitions(folder: Path, numbers: list[int] | None = None) -> dict[
 
 
 def unverified_partitions(folder: Path) -> dict[int, tuple[int, Path]]:
-    """Like `finished_partitions`, of those that count as finished only if their text is still the same."""
+    """Like `finished_partitions`, for those that count as finished only if their text is still the same."""
     return _partition_files(folder, f".npz{UNVERIFIED_SUFFIX}")
 
 
 def cached_partitions(folder: Path) -> dict[int, tuple[int, Path]]:
-    """Both of them: what an unfinished preparation may go on with."""
+    """Finished and unverified partitions: what a resumed preparation may keep."""
     return {**finished_partitions(folder), **unverified_partitions(folder)}
 
 
 def mark_unverified(folder: Path, numbers: Iterable[int]):
-    """Have finished partitions compared with their text before they are used."""
+    """Rename finished partitions so that the workers compare them with their text before they are used."""
     finished = finished_partitions(folder)
     for _, path in [finished[number] for number in numbers if number in finished]:
         os.replace(path, path.with_name(path.name + UNVERIFIED_SUFFIX))

@@ -28,7 +28,7 @@ def find_partial_output(folder: Path) -> list[Path]:
         raise ValueError(f"{nearest} is a file: give a folder as --output_dir.")
     if not os.access(nearest, os.W_OK):
         raise ValueError(f"{nearest} cannot be written to: give another --output_dir.")
-    # Listed once, so that one that is just starting or finishing is not seen half one way and half the other.
+    # Listed once, so that a preparation that is just starting or finishing is not seen in two states.
     content = sorted(path for path in folder.iterdir() if path.name != LOCK_FILE) if folder.exists() else []
     is_unfinished = folder / SPEC_FILE in content
     if folder / MANIFEST in content and not is_unfinished:
@@ -43,11 +43,12 @@ def find_partial_output(folder: Path) -> list[Path]:
 def start_job(folder: Path, spec: PrepareSpec, resume: bool = False) -> PrepareSpec:
     """Create `folder` and write the spec, which marks it as unfinished; clear what an unfinished preparation left.
 
-    Returns the spec as it was written, with the numbers of the partitions that are kept.
-
     Args:
         resume: Keep the partitions that are finished already. If their file may have changed since, the workers compare
             them with it first.
+
+    Returns:
+        The spec as it was written, with the cache numbers of the partitions that are kept.
 
     Raises:
         ValueError: See `find_partial_output`; or if the preparation to be resumed has another spec.

@@ -42,7 +42,7 @@ class ShardWriter:
         """Add ids (n,) uint16; a shard ends wherever it is full, also in the middle of a document.
 
         Args:
-            text_bytes: UTF-8 bytes that the ids stand for; counted in proportion if max_tokens cuts them.
+            text_bytes: UTF-8 bytes of the text that the ids encode; counted in proportion if max_tokens cuts them.
             partition: Index of the partition that they come from.
         """
         given = len(ids)

@@ -1,7 +1,7 @@
 """Files of text, on disk or on the Hub, as partitions that are read independently of each other, and their documents.
 
-A partition is a row group of a .parquet file (some rows of a large one), 16 MiB of text or of a .jsonl file, or a whole
-file where there is no reading from the middle. It gives the same documents whenever and wherever it is read.
+A partition is a row group of a .parquet file (some rows of a large one), 16 MiB of a text or .jsonl file, or a whole
+file that can only be read from its beginning. It gives the same documents whenever and wherever it is read.
 """
 
 import codecs
@@ -66,7 +66,7 @@ class Partition:
 
     @property
     def file_name(self) -> str:
-        """What tells the file from the others of its source, the same on every machine."""
+        """A name that no other file of the source has, the same on every machine."""
         return self.file or os.path.basename(self.path)
 
     @property
@@ -87,18 +87,18 @@ class Partition:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line or row that is no document."""
+    """A line or row that is not a document."""
 
     partition: Partition
     # Its first byte (in text, its first bad one; of a row of .csv, that of its last line), or its number (in the row
     # group of a .parquet file, or in a .json list).
     position: int
     problem: str  # what is wrong with this one: the end of a sentence
-    reason: str = ""  # a few words that many bad lines have in common
+    reason: str = ""  # the kind of problem, a few words that bad lines are counted by
 
     @property
     def place(self) -> str:
-        """Where it is in the file; the lines before it are counted for that."""
+        """Where it is in the file. Slow: it counts the lines before."""
         if file_kind(self.partition.path) == ".parquet":
             return f"row {self.position} of row group {self.partition.start} (both counted from 0)"
         if _content_kind(self.partition.path, self.partition.text_column) == ".json":
@@ -136,11 +136,14 @@ def list_partitions(
     """Cut files (local paths or `hf://` addresses of parquet files) into partitions, in their order.
 
     Args:
-        skip_bad_lines: Accept a .jsonl file whose first line is bad, if there is a good one in the first partition.
+        text_column: Column or field that holds the text, in all but text files.
+        partition_bytes: Size of a partition of a text or .jsonl file.
+        document_separator: See `read_partition`.
+        skip_bad_lines: Accept a .jsonl file whose first line is bad, if it has a good one.
 
     Raises:
-        ValueError: With every problem, one a line, or in one sentence if they are many: a file that is missing, of an
-            unknown kind, empty, or without the text column (of a .jsonl file, in its first line); a document separator
+        ValueError: With all problems, one per line, or in one sentence if they are many: a file that is missing, of an
+            unknown kind, empty, or without the text column (in a .jsonl file, in its first line); a document separator
             that occurs in no file.
     """
 
@@ -190,7 +193,7 @@ def _partitions_of(
 
 
 def _document_cuts(path: str, size: int, partition_bytes: int, separator: re.Pattern[bytes]) -> list[int]:
-    """Where partitions begin that no document lies in two of."""
+    """The first byte of each partition, chosen so that no document crosses from one to the next."""
     cuts = [0]
     while cuts[-1] + partition_bytes < size:
         cut = find_document_cut(path, cuts[-1] + partition_bytes, separator)
@@ -218,12 +221,12 @@ def _check_separator(paths: list[str], document_separator: str):
     if not any(has_separator(path, separator) for path in texts):
         raise ValueError(
             f"document_separator ({document_separator}) is nowhere in {shorten(texts)} (the first "
-            f"{BLOCK_BYTES // 2**20} MiB of each): give one that is, or {WHOLE_FILE} for one document a file."
+            f"{BLOCK_BYTES // 2**20} MiB of each): give one that is, or {WHOLE_FILE} for one document per file."
         )
 
 
 def _content_kind(path: str, text_column: str) -> str:
-    """`file_kind`, but .jsonl for the many .json files that have an object a line."""
+    """`file_kind`, but .jsonl for the many .json files that have one object per line."""
     kind = file_kind(path)
     return ".jsonl" if kind == ".json" and is_json_lines(path, text_column) else kind
 
@@ -245,10 +248,11 @@ def read_partition(
     """Yield the partition's documents, without those that hold nothing but whitespace.
 
     Args:
-        skipped: Counts the documents that are left out, by reason; also, as LINE_ENDS, texts whose line ends changed.
+        skipped: Counts the documents that are left out, by reason; also, under LINE_ENDS, texts whose line endings were
+            changed.
         document_separator: What separates the documents of a text file: see `compile_separator`, or WHOLE_FILE for one
-            document a file. None: the partition is one document, in pieces that may be held out for validation.
-        bad_lines: Takes the bad lines. If not given, the first one raises.
+            document per file. None: the partition is one document, in pieces that may be held out for validation.
+        bad_lines: Collects the bad lines. If not given, the first one raises.
 
     Raises:
         BadLineError: On a line that is not UTF-8 or, in .jsonl, not a JSON object with text in the text column, or a

@@ -1,4 +1,4 @@
-"""Files on disk: which of them --train_files means, what is in each by its name, and its bytes, decompressed."""
+"""Files on disk: which ones --train_files names, their kind by file name, and their bytes, decompressed."""
 
 import io
 import os
@@ -28,26 +28,26 @@ SHOWN = 3  # of names or problems, where there are many
 
 
 def file_kind(path: str) -> str:
-    """The ending that tells what is in a file, in small letters: "b.txt" and "A.TXT.gz" -> ".txt", "LICENSE" -> "".
+    """The extension that names the kind of file, in lower case: "b.txt" and "A.TXT.gz" -> ".txt", "LICENSE" -> "".
 
     Raises:
         ValueError: If such files cannot be read.
     """
-    stem, ending = os.path.splitext(os.path.basename(path).lower())
-    if ending in COMPRESSIONS:
-        ending = os.path.splitext(stem)[1]
-        if ending not in NOT_COMPRESSED and ending in FILE_KINDS:
-            return ending
-    elif ending in FILE_KINDS:
-        return ending
+    stem, extension = os.path.splitext(os.path.basename(path).lower())
+    if extension in COMPRESSIONS:
+        extension = os.path.splitext(stem)[1]
+        if extension not in NOT_COMPRESSED and extension in FILE_KINDS:
+            return extension
+    elif extension in FILE_KINDS:
+        return extension
     raise ValueError(
-        f"{path} is not of a kind that can be read: {', '.join(filter(None, FILE_KINDS))}, text without an ending, and "
-        f"all but {' and '.join(NOT_COMPRESSED)} also as {' or '.join(COMPRESSIONS)}."
+        f"{path} is not of a kind that can be read: {', '.join(filter(None, FILE_KINDS))}, text without an extension, "
+        f"and all but {' and '.join(NOT_COMPRESSED)} also as {' or '.join(COMPRESSIONS)}."
     )
 
 
 def is_compressed(path: str) -> bool:
-    """Whether `open_bytes` decompresses it; then there is no reading from its middle."""
+    """Whether `open_bytes` decompresses it; such a file can only be read from its beginning."""
     return os.path.splitext(path.lower())[1] in COMPRESSIONS
 
 
@@ -56,7 +56,7 @@ def open_bytes(path: str) -> Iterator[BinaryIO]:
     """Open a file, decompressed as a stream if its name says that it is compressed.
 
     Raises:
-        ValueError: While it is read, if what is compressed is damaged or cut off.
+        ValueError: While it is read, if it is compressed and damaged or cut off.
     """
     if not is_compressed(path):
         with open(path, "rb") as file:
@@ -75,12 +75,12 @@ def open_bytes(path: str) -> Iterator[BinaryIO]:
 def find_files(patterns: list[str]) -> tuple[dict[str, str], list[str]]:
     """Expand files, folders, and patterns such as `*.txt`, each in sorted order; every file is taken once.
 
-    A folder means the files in it and below it, without those that are hidden, empty or of other kinds, and without
-    folders of prepared shards and of runs: the output may be below the input.
+    A folder stands for all files in it and below it that are not hidden, not empty and of a kind that can be read,
+    without folders of prepared shards and of runs: the output may be below the input.
 
     Returns:
-        The paths, each with "", or, if several files have its file name, with its path from the folder that holds them
-        all. And sentences on what is not read.
+        Path -> "" or, if several files have the same name, the path relative to the folder that holds them all; and a
+        list of sentences on what is not read.
 
     Raises:
         ValueError: If there is nothing to read in a folder.
@@ -195,7 +195,7 @@ def _reason_to_leave_out(path: str) -> str | None:
         start = file.read(SNIFFED_BYTES)
     if not start:
         return "empty"
-    # Many programs and data files have no ending; a NUL byte tells them from text, as for grep and git.
+    # Many programs and data files have no extension, either; a NUL byte marks them as binary, as for grep and git.
     return "of other kinds" if kind == "" and not is_compressed(path) and b"\0" in start else None
 
 
@@ -205,12 +205,12 @@ def _identity(path: str) -> object:
         stat = os.stat(path)
     except OSError:
         return path  # reported as a missing file later
-    # Some file systems number no files.
+    # Some file systems have no inode numbers.
     return (stat.st_dev, stat.st_ino) if stat.st_ino else os.path.realpath(path)
 
 
 def _with_names(paths: list[str]) -> dict[str, str]:
-    """Each path with "", or, if several files have its file name, with its path from the folder that holds them all."""
+    """Path -> "" or, if several files have the same name, the path relative to the folder that holds them all."""
     same_name: dict[str, list[str]] = {}
     for path in paths:
         same_name.setdefault(os.path.basename(path), []).append(path)

@@ -14,16 +14,16 @@ from huggingface_hub.errors import HTTPError
 from modeling_gpt2repro.storage.hub_files import is_on_hub, open_hub_file, retry_hub_read
 
 ROWS_PER_BATCH = 1_000  # held as Python strings at a time: a row group may be as large as the file
-# Read from a disk at a time. By default, pyarrow reads the whole column of a row group into memory. On the Hub that is
-# as it should be: each request has to be waited for.
+# Read from disk at a time. By default, pyarrow reads the whole column of a row group into memory, which is right for
+# the Hub, where each request takes time.
 BUFFER_BYTES = 2**20
-# A row group is cut into ranges of rows, each of at least so many bytes of text, so that several workers share a large
-# one. To read a range, the rows before it are decoded too, at some 700 MB/s: so there are not many ranges, and none on
-# the Hub, where those rows would be downloaded.
+# A row group is cut into ranges of rows, each of at least this many bytes of text, so that several workers can share a
+# large one. Reading a range decodes the rows before it as well, at about 700 MB/s, so there are few ranges, and none on
+# the Hub, where those rows would have to be downloaded.
 RANGE_BYTES = 32 * 2**20
 MAX_RANGES = 16
 
-NOT_UTF8 = object()
+NOT_UTF8 = object()  # takes the place of a string that cannot be decoded
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def read_rows(
 ) -> Iterator[tuple[int, object, object]]:
     """Yield (number, id, text) of each row of a range; the id is None if the file has no column of this name.
 
-    NOT_UTF8 is in the place of a string that is not UTF-8.
+    NOT_UTF8 takes the place of a string that is not UTF-8.
 
     Raises:
         ValueError: If the file is damaged.

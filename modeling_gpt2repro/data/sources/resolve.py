@@ -23,7 +23,7 @@ class Source:
     """Partitions to read, and where they come from."""
 
     partitions: list[Partition]
-    description: dict  # of JSON's types; goes into the manifest of prepared shards and into run.json
+    description: dict  # JSON; goes into the manifest of prepared shards and into run.json
     remarks: tuple[str, ...] = ()  # sentences on what is read, and how
     # Of local files, before anything of them was read: by path, see `file_state`.
     file_states: dict[str, list] = field(default_factory=dict)
@@ -76,14 +76,14 @@ def local_source(
         )
     num_texts = sum(kinds[kind] for kind in TEXT_KINDS)
     num_compressed = sum(map(is_compressed, names))
-    counted = ", ".join(f"{number:,} {kind or 'without an ending'}" for kind, number in kinds.items())
+    counted = ", ".join(f"{number:,} {kind or 'without an extension'}" for kind, number in kinds.items())
     remarks = [f"reading files: {counted}", *not_read]
     if num_compressed:
         remarks.append(f"compressed, so that each is read as a whole by one worker: {num_compressed:,}")
     description = {"files": [name or os.path.basename(path) for path, name in names.items()]}
     description["text_column"] = text_column
     if num_texts:
-        description["line_ends"] = "LF"  # it decides the ids: older versions left CRLF as it is
+        description["line_ends"] = "LF"  # kept because it changes the ids: older versions left CRLF as it was
     if document_separator is not None:
         description["document_separator"] = document_separator
     elif num_texts:

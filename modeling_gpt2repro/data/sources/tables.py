@@ -1,7 +1,7 @@
 """Tables that are read as a whole: .json (a list of objects, or an object of columns), .csv, .tsv and .arrow.
 
-By the libraries that change no text: `datasets` takes the words NA and null in a .csv for missing text, makes dates of
-strings in a .json, and one document of an object of columns.
+Read by libraries that change no text: `datasets` takes the words NA and null in a .csv for missing text, turns strings
+in a .json into dates, and takes an object of columns for one document.
 """
 
 import codecs
@@ -84,7 +84,7 @@ def read_csv(path: str, text_column: str) -> Iterator[Row | BadRow]:
 
 
 def read_json(path: str, text_column: str) -> Iterator[Row | BadRow]:
-    """Yield the rows of a list of objects, or of an object of columns; the file is read into memory.
+    """Yield the rows of a .json file: a list of objects, or an object of columns. It is read into memory.
 
     Raises:
         ValueError: If it is neither.
@@ -97,7 +97,7 @@ def read_json(path: str, text_column: str) -> Iterator[Row | BadRow]:
         raise ValueError(f"{path} is not JSON ({error}).") from error
     rows = _rows_of_columns(path, table, text_column) if isinstance(table, dict) else table
     if not isinstance(rows, list) or not any(isinstance(row, dict) for row in rows or [{}]):
-        raise ValueError(f"{path} must hold a list of JSON objects, an object of columns, or an object a line.")
+        raise ValueError(f"{path} must hold a list of JSON objects, an object of columns, or one object per line.")
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             yield BadRow(number, "must be a JSON object.", "not a JSON object")
@@ -148,7 +148,7 @@ def read_arrow(path: str, text_column: str) -> Iterator[Row]:
 
 
 def missing_column(where: str, text_column: str, columns: list[str] | dict) -> str:
-    """The sentence on it."""
+    """The error message for a text column that does not exist."""
     return f"{where} has no column {text_column!r}; it has {', '.join(columns) or 'none'}: name one by --text_column."
 
 

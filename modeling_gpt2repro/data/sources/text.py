@@ -1,10 +1,11 @@
 """Text files: the lines, pieces or documents that belong to a range of bytes.
 
-Ranges that follow each other give everything exactly once, wherever a file is cut: also in the middle of a line, a word
-or a character. A line belongs to the range that its first byte is in, a piece of text to the one that it was cut in.
-Of a compressed file there is only one range, the whole.
+Adjacent ranges give everything exactly once, wherever a file is cut, even in the middle of a line, a word or a
+character. A line belongs to the range that its first byte is in, a piece of text to the one that it was cut in. A
+compressed file has only one range, all of it.
 
-Line ends of Windows, \\r\\n, and of old Macs, \\r, become \\n, as in Python's text mode; positions are the file's own.
+Line endings of Windows, \\r\\n, and of old Macs, \\r, become \\n, as in Python's text mode; positions count the file's
+own bytes.
 """
 
 import codecs
@@ -19,11 +20,11 @@ from .files import is_compressed, open_bytes
 
 BLOCK_BYTES = 16 * 2**20  # read at a time: some 4 M tokens
 LOOK_AHEAD_BYTES = 2**16  # in which a place to cut a block is looked for
-# A text is given in pieces of at least so many characters, so that some of them can be held out for validation.
+# A text is split into pieces of at least this many characters, so that some of them can be held out for validation.
 PIECE_CHARACTERS = 2_000
-# Longer lines and documents are not read into memory: such a file is hardly one of lines, or of documents.
+# Longer lines and documents are not read into memory: a file that has them is hardly one of lines or documents.
 MAX_LINE_BYTES = 256 * 2**20
-LINE_ENDS = "line_ends"  # counts the blocks or documents whose line ends became \n
+LINE_ENDS = "line_ends"  # counts the blocks or documents whose line endings became \n
 
 # Where a text may be cut: before whitespace that follows something else, preferably at the end of a line. GPT-2's words
 # never continue across such a cut (`GPT2_PATTERN` in gpt2_bpe.py), so the ids of the pieces are those of the whole.
@@ -36,7 +37,7 @@ BETWEEN_LINES = re.compile(rb"(?<![\t\n\v\f\r ])[\t\v\f ]*[\r\n]")
 WHITESPACE = re.compile(rb"(?<!\r)\n|[\t\v\f\r ]")
 CHARACTER = re.compile(rb"(?<!\r)\n|[^\x80-\xbf\n]")
 
-# A line end of any kind, and never a half of \r\n. (Alternatives that begin with a byte each are searched faster.)
+# A line ending of any kind, and never half of \r\n. (Alternatives that begin with a byte each are searched faster.)
 NEWLINE = rb"(?:\r\n|\r(?!\n)|\n(?<!\r\n))"
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 OnBadLine = Callable[[int, int], None]  # called with the position and the value of the line's first bad byte
@@ -47,9 +48,9 @@ WHOLE_FILE = "file"
 def read_lines(
     path: str, start: int, stop: int, max_line_bytes: int = MAX_LINE_BYTES
 ) -> Iterator[tuple[int, bytes | None]]:
-    """Yield the lines that begin inside the range, each after the position of its first byte.
+    """Yield the lines that begin in the range: (position of the first byte, line).
 
-    Of a line of `max_line_bytes` or more there is None. A byte order mark at the beginning of the file is left out.
+    For a line of `max_line_bytes` or more, None takes its place. A byte order mark at the file's beginning is left out.
     """
     with open_bytes(path) as file:
         position = start
@@ -71,7 +72,7 @@ def describe_not_utf8(position: int, byte: int) -> str:
 
 
 def line_number(path: str, position: int) -> int:
-    """The number of the line, from 1 on, that the byte at `position` is in."""
+    """The number, counted from 1, of the line that the byte at `position` is in."""
     number = 1
     with open_bytes(path) as file:
         while position and (data := file.read(min(position, 2**20))):
@@ -88,12 +89,12 @@ def read_pieces(
     on_bad_line: OnBadLine | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[tuple[int, int, str]]:
-    """Yield the text of the range in pieces, each after the start of its block and its number within the block.
+    """Yield the text of the range in pieces: (start of the block, number of the piece in the block, text).
 
-    A block is `block_bytes` of the range, its ends moved on to where the text may be cut.
+    A block is `block_bytes` of the range; both of its ends move forward to where the text may be cut.
 
     Args:
-        counts: LINE_ENDS of it counts the blocks whose line ends were changed.
+        counts: Counts under LINE_ENDS the blocks whose line endings were changed.
         on_bad_line: Called for each line that is not UTF-8, which is then left out.
 
     Raises:
@@ -120,28 +121,28 @@ def read_documents(
     on_bad_line: OnBadLine | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[tuple[int, str]]:
-    """Yield the documents between separators, without whitespace at their ends, each after its position.
+    """Yield the documents between separators, without whitespace at their ends: (position, text).
 
     Args:
         start: Where the file or a separator begins.
         stop: Where the file ends or a separator begins.
         separator: See `compile_separator`.
-        counts: LINE_ENDS of it counts the documents whose line ends were changed.
+        counts: Counts under LINE_ENDS the documents whose line endings were changed.
         on_bad_line: See `read_pieces`.
 
     Raises:
         ValueError: On bytes that are not UTF-8, without `on_bad_line`, or a document of more than MAX_LINE_BYTES.
     """
     for position, data in _split(path, start, _end(path, stop), separator, block_bytes):
-        if data.strip(b"\r\n"):  # a line end between two separators, or after the last one, is no document
+        if data.strip(b"\r\n"):  # a newline between two separators, or after the last one, is not a document
             yield position, _decode_text(data, path, position, counts, on_bad_line).strip(" \t\n")
 
 
 def compile_separator(document_separator: str) -> re.Pattern[bytes]:
     r"""The pattern of what separates documents: BLANK_LINE or a string, in which \n, \r, \t and \\ may be written.
 
-    Separators that touch or overlap are one: with "\n\n", any number of line ends from two on. So what separates two
-    documents does not depend on where one begins to look.
+    Separators that touch or overlap count as one: with "\n\n", any two or more newlines. So what separates two
+    documents does not depend on where the search begins.
 
     Raises:
         ValueError: If the string is empty or has another escape.
@@ -151,29 +152,29 @@ def compile_separator(document_separator: str) -> re.Pattern[bytes]:
     if not re.fullmatch(r"(?:[^\\]|\\[nrt\\])+", document_separator, re.DOTALL):
         raise ValueError(
             f"document_separator ({document_separator}) must be {BLANK_LINE}, {WHOLE_FILE} or the text between two "
-            r"documents, with \n for a line end, \t for a tab and \\ for a backslash."
+            r"documents, with \n for a newline, \t for a tab and \\ for a backslash."
         )
     text = re.sub(r"\\(.)", lambda match: ESCAPES[match[1]], document_separator)
     text = normalize_line_ends(text)
     if text == len(text) * text[0] and text.isascii():
         # The same as below. Of a repeated class, `re` remembers nothing; of a repeated group, 170 bytes each time.
         return re.compile(_pattern(text) + (rb"[\r\n]*" if text[0] == "\n" else re.escape(text[:1].encode()) + b"*"))
-    # What follows where one separator ends and another one has begun within it, or begins at its end.
+    # What completes another separator that begins within this one, or at its end.
     rests = [text[-shift:] for shift in range(1, len(text) + 1) if text.startswith(text[shift:])]
     return re.compile(_pattern(text) + b"(?:" + b"|".join(map(_pattern, rests)) + b")*")
 
 
 def find_document_cut(path: str, position: int, separator: re.Pattern[bytes]) -> int | None:
-    """Where the second separator from `position` on begins; the first one may have begun before.
+    """The byte at which the second separator after `position` begins; the first one may have begun before `position`.
 
-    None if there are not two. Of a file that is not compressed.
+    None if there are not two before the file ends. The file must not be compressed.
 
     Raises:
         ValueError: If there are not two in MAX_LINE_BYTES.
     """
     with open_bytes(path) as file:
         file.seek(position - 1)
-        data = file.read(1)  # the \n of an \r\n is no line end of its own
+        data = file.read(1)  # the \n of \r\n is not a line ending of its own
         while block := file.read(max(LOOK_AHEAD_BYTES, len(data))):
             data += block
             starts = [match.start() for match in islice(separator.finditer(data, 1), 2)]
@@ -184,7 +185,7 @@ def find_document_cut(path: str, position: int, separator: re.Pattern[bytes]) ->
 
 
 def has_separator(path: str, separator: re.Pattern[bytes]) -> bool:
-    """Whether there is one in the first block of the file."""
+    """Whether the separator occurs in the first BLOCK_BYTES of the file."""
     with open_bytes(path) as file:
         return separator.search(file.read(BLOCK_BYTES)) is not None
 
@@ -259,7 +260,7 @@ def _read_blocks(path: str, start: int, stop: int, block_bytes: int) -> Iterator
 
 
 def _next_cut(data: bytes, index: int) -> int:
-    """The first index from this one on before which the text may be cut; the end, if it comes first."""
+    """The first index, not before this one, at which the text may be cut; the end of the data if it comes first."""
     stop = index + LOOK_AHEAD_BYTES
     searches = (pattern.search(data, index, stop) for pattern in (BETWEEN_LINES, WHITESPACE, CHARACTER))
     found = next(filter(None, searches), None)
@@ -279,7 +280,7 @@ def _read_line(file: BinaryIO, max_line_bytes: int) -> tuple[bytes | None, int]:
 
 
 def _end(path: str, stop: int) -> int:
-    """`stop`, or no end, where positions are those of what is decompressed."""
+    """`stop`; no limit for a compressed file, whose size says nothing about positions in the decompressed bytes."""
     return sys.maxsize if is_compressed(path) else stop
 
 

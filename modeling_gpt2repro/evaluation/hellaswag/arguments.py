@@ -49,7 +49,7 @@ class EvalHellaSwagArguments:
     data: str = arg(
         default=HUB_DATASET,
         help="Examples to score: a dataset on the Hub, a local .jsonl file in HellaSwag's schema, or 'official', "
-        "the file of the original repository, which was blocked in 2026 and has to be in the cache.",
+        "the file of the original repository, which can no longer be downloaded and must be in the cache.",
         group="examples and protocol",
     )
     protocol: str = arg(

@@ -49,7 +49,8 @@ def official_file() -> Path:
     Processes that need it at the same time wait for the first of them.
 
     Raises:
-        ConnectionError: It is not in the cache and could not be downloaded: now, or ever again.
+        ConnectionError: It is not in the cache and could not be downloaded; the message says whether trying again can
+            help.
         ValueError: The download is another file, such as an error page; it is deleted.
     """
     path = cached_assets_path("gpt2repro", "hellaswag") / "hellaswag_val.jsonl"
@@ -80,9 +81,9 @@ def download(url: str, path: Path):
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, HTTPError) and error.code in GONE_STATUS:
             raise ConnectionError(
-                f"{url} is no longer available (it answers {error.code}; the original repository is blocked since "
-                f"September 2026) and will not come back by trying again: instead of {OFFICIAL}, give {HUB_DATASET}, "
-                "the same examples on the Hub, or the path of a copy of hellaswag_val.jsonl."
+                f"{url} is no longer available (it answers {error.code}; GitHub blocked the original repository in "
+                f"September 2026), and trying again will not help: instead of {OFFICIAL}, give {HUB_DATASET}, the same "
+                "examples on the Hub, or the path of a copy of hellaswag_val.jsonl."
             ) from error
         raise ConnectionError(
             f"{url} could not be downloaded into {path.parent} ({error}): check the connection and the disk, or name a "
