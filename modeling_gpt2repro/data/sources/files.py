@@ -23,6 +23,7 @@ NOT_COMPRESSED = (".parquet", ".arrow")  # these compress what is in them
 # What `Dataset.save_to_disk` writes beside its .arrow files.
 DATASETS_METADATA = ("state.json", "dataset_info.json", "dataset_dict.json")
 SNIFFED_BYTES = 2**13
+MAX_SPEC_BYTES = 2**26  # a manifest.json of another program may be a data set
 PREPARED = "written by this program"
 SHOWN = 3  # of names or problems, where there are many
 
@@ -175,8 +176,8 @@ def _is_prepared(folder: str) -> bool:
     if os.path.isfile(os.path.join(folder, LOCK_FILE)):
         return True
     for name in (MANIFEST, SPEC_FILE):
-        with suppress(OSError, UnicodeDecodeError):
-            if '"end_of_text_id"' in Path(folder, name).read_text(encoding="utf-8"):  # other programs have such names
+        with suppress(OSError), open(os.path.join(folder, name), "rb") as file:
+            if b'"end_of_text_id"' in file.read(MAX_SPEC_BYTES):  # other programs have files of these names, too
                 return True
     return False
 
