@@ -25,7 +25,7 @@ from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
 from modeling_gpt2repro.data.prepare.assemble import assemble
 from modeling_gpt2repro.data.prepare.local import tokenize_locally, train_tokenizer_on, watch_partitions
 from modeling_gpt2repro.data.prepare.spec import PrepareSpec, make_prepare_spec, read_spec
-from modeling_gpt2repro.data.prepare.token_cache import cached_partitions
+from modeling_gpt2repro.data.prepare.token_cache import cached_partitions, unverified_partitions
 from modeling_gpt2repro.data.prepare.workspace import LOGS, SLURM_JOBS, finish_job, is_prepared, start_job
 from modeling_gpt2repro.data.shards.dataset import MANIFEST, TokenDataset, open_shards
 from modeling_gpt2repro.data.shards.verify import verify_shards
@@ -60,9 +60,10 @@ def main(argv: list[str] | None = None):
                 return print_dry_run(args, spec, folder, workers)
             if not is_prepared(folder, spec):
                 spec = start_job(folder, spec, resume=True)
-                if previous_spec is not None and (changed := spec.changed_files(previous_spec)):
-                    report_changed_files(changed)
-                write_tokenizer(tokenizer, folder / "tokenizer")
+                if previous_spec is not None and unverified_partitions(folder):
+                    report_changed_files(spec.changed_files(previous_spec))
+                if tokenizer.name_or_path != str(folder / "tokenizer"):  # else it was loaded from there
+                    write_tokenizer(tokenizer, folder / "tokenizer")
                 if args.executor == "slurm":
                     from modeling_gpt2repro.data.prepare.cluster import submit_to_slurm
 
@@ -126,7 +127,8 @@ def report_changed_files(names: list[str]):
     """Print that what was made of these files is kept only where their text is unchanged."""
     print(
         f"changed or copied since this preparation was started: {shorten(names)}; what was made of them is kept where "
-        "the text is still the same."
+        "the text is still the same.",
+        file=sys.stderr,
     )
 
 

@@ -40,13 +40,14 @@ class HoldOutCheck:
     """Detects early that ids cannot decide what is held out, such as those of a column with a single value.
 
     It raises if all documents so far fall to the same split, and there are DOCUMENTS_PER_ID times as many of them as of
-    their ids. Pieces of a book that share its id are not so many.
+    their ids. The pieces of a whole file are one document.
 
     Args:
         share: Fraction held out for validation; nothing is checked if it is 0 or 1.
     """
 
     DOCUMENTS_PER_ID = 1_000
+    MAX_IDS = 10_000  # kept: so many different ids are not those of a column with few values
 
     def __init__(self, share: float):
         self.share = share
@@ -62,7 +63,7 @@ class HoldOutCheck:
             ValueError: If their ids put all of them in the same split.
         """
         for document in documents:
-            if not self.is_passed:
+            if not (self.is_passed or document.continues):
                 self._check(document.id)
             yield document
 
@@ -70,13 +71,14 @@ class HoldOutCheck:
         self._documents += 1
         self._ids.add(document_id)
         self._splits.add(is_validation(document_id, self.share))
-        self.is_passed = len(self._splits) > 1
+        self.is_passed = len(self._splits) > 1 or len(self._ids) >= self.MAX_IDS
         if not self.is_passed and self._documents >= self.DOCUMENTS_PER_ID * len(self._ids):
             ids = ", ".join(sorted(self._ids)[:3])
+            counted = "one id" if len(self._ids) == 1 else f"only {len(self._ids)} different ids"
             split = "validation" if self._splits == {True} else "training"
             raise ValueError(
-                f"{self._documents:,} documents have only {len(self._ids)} different ids ({ids}), by which all of them "
-                f"fell to {split}: rename or remove 'id', and each document gets an id from its position instead."
+                f"{self._documents:,} documents have {counted} ({ids}), by which all of them fell to {split}: rename "
+                "or remove 'id', and each document gets an id from its position instead."
             )
 
 

@@ -278,6 +278,20 @@ def test_lines_of_a_text_that_are_not_utf8_are_left_out_alone(tmp_path, document
     assert str(error.value) == sentence
 
 
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b" \r"])
+def test_a_bad_line_is_left_out_as_a_whole_wherever_the_text_is_cut(tmp_path, line_end):
+    lines = [b"%d the cold sea and the land" % number for number in range(9)]
+    bad = [line.replace(b"and", b"caf\xe9 and") if number in (3, 4) else line for number, line in enumerate(lines)]
+    (tmp_path / "a.txt").write_bytes(line_end.join([*bad, b""]))
+    good = b"".join(line for number, line in enumerate(lines) if number not in (3, 4)).decode()
+    for partition_bytes in range(2, 200):
+        partitions = list_partitions([str(tmp_path / "a.txt")], partition_bytes=partition_bytes)
+        bad_lines = BadLines()
+        read = [document.text for part in partitions for document in read_partition(part, bad_lines=bad_lines)]
+        assert re.sub(r" *\n", "", "".join(read)).rstrip() == good
+        assert bad_lines.counts == {"not UTF-8": 2}
+
+
 def test_a_first_line_that_is_bad_is_no_wrong_column_if_others_are_good(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "a"}\n{"text": "b"}\n')

@@ -265,7 +265,7 @@ def test_a_changed_file_loses_only_its_partitions_that_differ(tmp_path, three_fi
     interrupted = tmp_path / "interrupted"
     shutil.copytree(out, interrupted)
     assert tokenized_again(out, three_files, monkeypatch) == [7, 8, 1, 9]
-    assert "changed or copied since this preparation was started: a.parquet, c.parquet; what" in capsys.readouterr().out
+    assert "changed or copied since this preparation was started: a.parquet, c.parquet; what" in capsys.readouterr().err
     prepare(tmp_path / "fresh", three_files)
     assert contents(out) == contents(tmp_path / "fresh")
 
@@ -330,8 +330,8 @@ def test_ids_that_put_all_documents_in_one_split_are_noticed_early(tmp_path, tex
     (tmp_path / "in.jsonl").write_text("\n".join(rows))
     arguments = ["--train_files", str(tmp_path / "in.jsonl"), *texts[0][2:4], "--workers", "1"]
     message = error_of(capsys, tmp_path / "out", arguments)
-    count, ids = len(values), ", ".join(sorted(values))
-    assert f": {1000 * count:,} documents have only {count} different ids ({ids}), by which all of them fell" in message
+    ids = "one id (web)" if len(values) == 1 else "only 3 different ids (book, web, wiki)"
+    assert f": {1000 * len(values):,} documents have {ids}, by which all of them fell to" in message
     assert "to training: rename or remove 'id'" in message
     tokenized = len(finished_partitions(tmp_path / "out"))
     assert 10 < tokenized < 0.2 * (tmp_path / "in.jsonl").stat().st_size / 2000
@@ -367,7 +367,8 @@ def test_text_copied_to_another_folder_is_not_tokenized_again(tmp_path, three_fi
     with pytest.raises(SystemExit):
         prepare(tmp_path / "out", copied)
     monkeypatch.undo()
-    assert (sorted(finished_partitions(tmp_path / "out")), capsys.readouterr().out[:4]) == ([0, 1, 2, 3, 4], "chan")
+    assert sorted(finished_partitions(tmp_path / "out")) == [0, 1, 2, 3, 4]
+    assert "\nchanged or copied since " in capsys.readouterr().err
     assert tokenized_again(tmp_path / "out", copied, monkeypatch) == []
     prepare(tmp_path / "fresh", copied)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
@@ -387,6 +388,50 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, three_files, 
     assert tokenized_again(tmp_path / "out", three_files, monkeypatch) == [6]
     prepare(tmp_path / "fresh", three_files)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_changed_file_of_which_nothing_is_finished_is_not_said_to_be_kept(tmp_path, three_files, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "tokenize_locally", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            prepare(tmp_path / "out", three_files)
+    write_groups(tmp_path / "in/b.parquet", 3, 6)
+    prepare(tmp_path / "out", three_files)
+    assert "changed or copied" not in "".join(capsys.readouterr())
+
+
+def test_a_trained_tokenizer_is_written_once(tmp_path, tiny_texts, monkeypatch):
+    (tmp_path / "a.txt").write_text("\n".join(tiny_texts))
+    arguments = ["--train_files", str(tmp_path / "a.txt"), "--tokenizer", "train", "--vocab_size", "300"]
+    arguments += ["--validation_share", "0.3", "--workers", "1"]
+    interrupt_before_the_shards(tmp_path / "out", arguments, monkeypatch, partitions=1)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/tokenizer").iterdir()}
+    prepare(tmp_path / "out", arguments)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out/tokenizer").iterdir()} == written
+    prepare(tmp_path / "fresh", arguments)
+    assert contents(tmp_path / "fresh") == contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize("at", ["train_tokenizer_on", "make_prepare_spec"])
+def test_a_file_that_grows_while_a_tokenizer_is_trained_on_it_is_noticed(tmp_path, tiny_texts, capsys, monkeypatch, at):
+    file = tmp_path / "a.txt"
+    file.write_text("\n".join(tiny_texts))
+    step = getattr(prepare_data, at)
+
+    def grow_at_step(*args, **options):
+        with file.open("a") as opened:
+            opened.write("\nThe end.")
+        return step(*args, **options)
+
+    monkeypatch.setattr(prepare_data, at, grow_at_step)
+    arguments = ["--train_files", str(file), "--tokenizer", "train", "--vocab_size", "300"]
+    arguments += ["--validation_share", "0.3", "--workers", "1"]
+    message = error_of(capsys, tmp_path / "out", arguments)
+    assert "a.txt changed while it was read: run the same command again" in message
+    monkeypatch.undo()
+    prepare(tmp_path / "out", arguments)
+    totals = open_shards(tmp_path / "out").manifest["splits"].values()
+    assert sum(split["text_bytes"] for split in totals) == file.stat().st_size
 
 
 def test_a_preparation_of_an_older_version_resumes(tmp_path, three_files, monkeypatch):

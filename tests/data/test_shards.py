@@ -212,11 +212,15 @@ def test_ids_that_hold_out_nothing_are_noticed_unless_they_name_pieces_of_docume
     pieces = [name for name in in_training for _ in range(900)]
     assert len(watch(pieces, 0.05)) == len(pieces)
     for ids, share, split in ((in_training[:1], 0.05, "training"), (["id 27"], 0.05, "validation")):
-        with pytest.raises(ValueError, match=f"^1,000 documents have only 1 different ids .* fell to {split}: rename"):
+        with pytest.raises(ValueError, match=f"^1,000 documents have one id .* fell to {split}: rename"):
             watch(ids * 1000, share)
         assert len(watch(ids * 999, share)) == 999
     assert len(watch(["id 27"] * 2000, 0.0)) == 2000  # nothing is to be held out
     assert len(watch([*in_training[:1], "id 27"] * 2000, 0.05)) == 4000  # one in each split
+
+    check = HoldOutCheck(1e-9)  # of which no id falls to validation
+    assert len(list(check.watch(Document(f"id {i}", "the sea") for i in range(20_000)))) == 20_000
+    assert len(check._ids) == 10_000  # of billions of documents, the ids would fill the memory
 
 
 def test_too_little_text_to_split_is_refused(tmp_path, tiny_tokenizer, one_sentence):

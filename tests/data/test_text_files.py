@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import tracemalloc
 from collections import Counter
 from random import Random
 
@@ -97,6 +98,16 @@ def test_documents_are_what_is_between_separators_wherever_the_file_is_cut(tmp_p
             assert [(f"a.txt:{position}", text) for position, text in blocks if text] == [(d.id, d.text) for d in found]
 
 
+@pytest.mark.parametrize(("separator", "repeated"), [("blank_line", b"\n"), (r"\n\n", b"\r\n"), ("-", b"-")])
+def test_many_separators_in_a_row_take_no_memory(separator, repeated):
+    data = b"a" + repeated * 300_000 + b"b"
+    pattern = compile_separator(separator)
+    tracemalloc.start()
+    assert [match.span() for match in pattern.finditer(data)] == [(1, len(data) - 1)]
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
 def test_a_long_file_is_cut_between_documents_into_partitions(tmp_path):
     (tmp_path / "a.txt").write_text("the sea\n\n" * 1_000)
     partitions = list_partitions([str(tmp_path / "a.txt")], partition_bytes=1_000, document_separator="blank_line")
@@ -128,6 +139,19 @@ def test_a_file_as_one_document_is_held_out_as_a_whole(tmp_path, monkeypatch, ti
     assert [document.continues for document in documents] == [False] + [True] * (len(pieces) - 1)
     assert len({block for block, _, _ in pieces}) > 3
     assert len({document.id for document in documents}) == 1
+
+
+def test_a_long_book_as_one_document_is_no_column_of_one_value(tmp_path, monkeypatch, tiny_texts, tiny_tokenizer):
+    monkeypatch.setattr(text_files, "PIECE_CHARACTERS", 5)
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text(f"Book {number}. " + " ".join(tiny_texts))
+    source = local_source([str(tmp_path / "*.txt")], document_separator="file")
+    assert all(len(list(source.read(part))) > 1_000 for part in source.partitions)  # pieces
+    shards = prepare_shards(source, tiny_tokenizer, "tiny", tmp_path / "out", 0.6)
+    assert {split: totals["documents"] for split, totals in shards.manifest["splits"].items()} == {
+        "train": 1,
+        "validation": 1,
+    }
 
 
 def test_a_compressed_text_has_the_pieces_and_the_documents_of_the_text(tmp_path, tiny_texts):

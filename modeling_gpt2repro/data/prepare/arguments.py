@@ -64,9 +64,9 @@ class PrepareArguments:
     text_column: str = arg(default="text", help="Column or field that holds the text.")
     skip_bad_lines: bool = arg(
         default=False,
-        help="Skip lines of text and .jsonl files and rows of .parquet files that are not UTF-8, and lines of .jsonl "
-        "files that are not JSON or have no text; manifest.json counts them. Otherwise the first one ends the "
-        "preparation.",
+        help="Skip lines and rows that are not UTF-8, of .jsonl and .json also those that are not JSON objects or have "
+        "no text, of .csv and .tsv those of another number of fields; manifest.json counts them. Otherwise the first "
+        "one ends the preparation.",
     )
 
     document_separator: str | None = arg(

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.shards.dataset import SPEC_FILE
 from modeling_gpt2repro.data.sources.documents import Partition
+from modeling_gpt2repro.data.sources.files import file_state
 from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.data.tokenizer import save_tokenizer
 from modeling_gpt2repro.storage.atomic import write_json
@@ -39,8 +40,7 @@ class PrepareSpec:
     shard_tokens: int = 100_000_000
     layout: str = "plain"
     skip_bad_lines: bool = False
-    # For each local file [name, bytes, modification time in ns, status change time in ns]. No program can set the last
-    # one, so equal entries mean that the file is unchanged, without reading it. (The first releases wrote only three.)
+    # For each local file its `file_state`. (The first releases wrote all but its last value.)
     files: list[list] | None = None
     # The number of each partition's file in the cache, see `resume_from`; None if it is the partition's index.
     cache_numbers: list[int] | None = None
@@ -128,7 +128,7 @@ def make_prepare_spec(
         if os.path.isfile(partition.path):
             path = os.path.abspath(partition.path)  # workers and later runs may have another working directory
             if path not in files:
-                files[path] = file_state(path)
+                files[path] = source.file_states.get(partition.path) or file_state(path)
             partition = replace(partition, path=path)
         partitions.append(partition)
     with TemporaryDirectory() as folder:
@@ -142,12 +142,6 @@ def make_prepare_spec(
         files=list(files.values()),
         **options,
     )
-
-
-def file_state(path: str) -> list:
-    """What `PrepareSpec.files` holds of a file."""
-    stat = os.stat(path)
-    return [os.path.basename(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def default_validation_share(source: Source, max_tokens: int | None = None) -> float:

@@ -65,6 +65,11 @@ def start_job(folder: Path, spec: PrepareSpec, resume: bool = False) -> PrepareS
     if resume and (cached := cached_partitions(folder)):
         previous_spec = read_spec(folder)
         if names := spec.differences(previous_spec):
+            if names == ["source"] and spec.source == {**previous_spec.source, "line_ends": "LF"}:
+                raise ValueError(
+                    f"{folder} holds an unfinished preparation that an older version began, which left line ends as "
+                    "they are: delete it, or give another --output_dir."
+                )
             differences = ", ".join(_describe_difference(name, previous_spec, spec) for name in names)
             raise ValueError(
                 f"{folder} holds an unfinished preparation with other options ({differences}): give the same options "

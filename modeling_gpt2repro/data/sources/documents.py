@@ -4,6 +4,7 @@ A partition is a row group of a .parquet file (some rows of a large one), 16 MiB
 file that can only be read from its beginning. It gives the same documents whenever and wherever it is read.
 """
 
+import codecs
 import json
 import os
 import re
@@ -17,13 +18,14 @@ from pathlib import Path
 
 from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
 
-from .files import TABLE_KINDS, TEXT_KINDS, file_kind, is_compressed, raise_problems, shorten
+from .files import TABLE_KINDS, TEXT_KINDS, file_kind, is_compressed, open_bytes, raise_problems, shorten
 from .parquet import NOT_UTF8, read_rows, row_ranges
-from .tables import is_json_lines, read_arrow, read_csv, read_json
+from .tables import BadRow, is_json_lines, read_arrow, read_csv, read_json
 from .text import (
     BLOCK_BYTES,
     WHOLE_FILE,
     compile_separator,
+    describe_not_utf8,
     find_document_cut,
     has_separator,
     line_number,
@@ -88,7 +90,9 @@ class BadLine:
     """A line or row that is not a document."""
 
     partition: Partition
-    position: int  # its first byte (in text, its first bad byte), or its number in the row group of a .parquet file
+    # Its first byte (in text, its first bad one; of a row of .csv, that of its last line), or its number (in the row
+    # group of a .parquet file, or in a .json list).
+    position: int
     problem: str  # what is wrong with this one: the end of a sentence
     reason: str = ""  # the kind of problem, a few words that bad lines are counted by
 
@@ -97,6 +101,8 @@ class BadLine:
         """Where it is in the file. Slow: it counts the lines before."""
         if file_kind(self.partition.path) == ".parquet":
             return f"row {self.position} of row group {self.partition.start} (both counted from 0)"
+        if _content_kind(self.partition.path, self.partition.text_column) == ".json":
+            return f"row {self.position} (counted from 0)"
         return f"line {line_number(self.partition.path, self.position):,} (byte {self.position})"
 
     def __str__(self) -> str:
@@ -172,6 +178,8 @@ def _partitions_of(
             replace(partition, first_row=rows.first, stop_row=rows.stop)
             for partition, rows in zip(whole, ranges, strict=True)
         ]
+    if kind in (*TEXT_KINDS, ".jsonl", ".csv", ".tsv"):
+        _check_encoding(path)
     size = Path(path).stat().st_size
     whole = Partition(path, 0, size, text_column, size * (COMPRESSION_RATIO if is_compressed(path) else 1))
     if kind not in TEXT_KINDS:
@@ -193,6 +201,13 @@ def _document_cuts(path: str, size: int, partition_bytes: int, separator: re.Pat
             break
         cuts.append(cut)
     return cuts
+
+
+def _check_encoding(path: str):
+    """Raise on UTF-16, as Windows' programs write it: most of it is UTF-8, too, with a NUL after each letter."""
+    with open_bytes(path) as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError(f"{path} is UTF-16, and only UTF-8 can be read: convert it.")
 
 
 def _check_separator(paths: list[str], document_separator: str):
@@ -241,8 +256,8 @@ def read_partition(
 
     Raises:
         BadLineError: On a line that is not UTF-8 or, in .jsonl, not a JSON object with text in the text column, or a
-            row of .parquet that is not UTF-8; the message has file and place.
-        ValueError: On a damaged file, or tables of other kinds that are not UTF-8; the message has the file.
+            row of .parquet, .csv or .json that is bad; the message has file and place.
+        ValueError: On a damaged file; the message has the file.
         ConnectionError: If the Hub does not answer.
     """
     kind = file_kind(partition.path)
@@ -272,8 +287,12 @@ def _read_table(partition: Partition) -> Iterator[Document | BadLine]:
         yield from _read_json_lines(partition)
     else:
         read = {".json": read_json, ".csv": read_csv, ".tsv": read_csv, ".arrow": read_arrow}[kind]
-        for row, (name, text) in enumerate(read(partition.path, partition.text_column)):
-            yield Document(f"{partition.file_name}:{row}" if name is None else str(name), text or "")
+        for number, row in enumerate(read(partition.path, partition.text_column)):
+            if isinstance(row, BadRow):
+                yield BadLine(partition, *row)
+            else:
+                name, text = row
+                yield Document(f"{partition.file_name}:{number}" if name is None else str(name), text or "")
 
 
 def _read_parquet(partition: Partition) -> Iterator[Document | BadLine]:
@@ -312,7 +331,7 @@ def _json_document(line: bytes | None, partition: Partition, position: int) -> D
         name = row.get("id")
         name = name if name is None else str(name)
     except UnicodeDecodeError as error:
-        return bad(_not_utf8(position + error.start, error.object[error.start]), "not UTF-8")
+        return bad(describe_not_utf8(position + error.start, error.object[error.start]), "not UTF-8")
     except RecursionError:
         return bad("is nested too deeply.", "nested too deeply")
     except KeyError:
@@ -330,7 +349,7 @@ def _read_text(
     partition: Partition, document_separator: str | None, counts: Counter | None, bad_lines: BadLines | None
 ) -> Iterator[Document]:
     def on_bad_line(position: int, byte: int):
-        line = BadLine(partition, position, _not_utf8(position, byte), "not UTF-8")
+        line = BadLine(partition, position, describe_not_utf8(position, byte), "not UTF-8")
         if bad_lines is None:
             raise BadLineError(str(line))
         bad_lines.add(line)
@@ -346,7 +365,3 @@ def _read_text(
         separator = compile_separator(document_separator)
         for position, text in read_documents(path, start, stop, separator, counts, on_bad_line):
             yield Document(f"{partition.file_name}:{position}", text)
-
-
-def _not_utf8(position: int, byte: int) -> str:
-    return f"is not UTF-8 (byte {position} is 0x{byte:02x}): convert it."

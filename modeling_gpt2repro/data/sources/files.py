@@ -2,13 +2,17 @@
 
 import io
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import glob
 from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
+
+from modeling_gpt2repro.data.shards.dataset import MANIFEST, SPEC_FILE
+from modeling_gpt2repro.storage.lock import LOCK_FILE
 
 TEXT_KINDS = (".txt", ".md", "")
 TABLE_KINDS = (".json", ".csv", ".tsv", ".arrow")
@@ -19,6 +23,8 @@ NOT_COMPRESSED = (".parquet", ".arrow")  # these compress what is in them
 # What `Dataset.save_to_disk` writes beside its .arrow files.
 DATASETS_METADATA = ("state.json", "dataset_info.json", "dataset_dict.json")
 SNIFFED_BYTES = 2**13
+MAX_SPEC_BYTES = 2**26  # a manifest.json of another program may be a data set
+PREPARED = "written by this program"
 SHOWN = 3  # of names or problems, where there are many
 
 
@@ -70,7 +76,8 @@ def open_bytes(path: str) -> Iterator[BinaryIO]:
 def find_files(patterns: list[str]) -> tuple[dict[str, str], list[str]]:
     """Expand files, folders, and patterns such as `*.txt`, each in sorted order; every file is taken once.
 
-    A folder stands for all files in it and below it that are not hidden, not empty and of a kind that can be read.
+    A folder stands for all files in it and below it that are not hidden, not empty and of a kind that can be read,
+    without folders of prepared shards and of runs: the output may be below the input.
 
     Returns:
         Path -> "" or, if several files have the same name, the path relative to the folder that holds them all; and a
@@ -83,16 +90,32 @@ def find_files(patterns: list[str]) -> tuple[dict[str, str], list[str]]:
     paths: dict[str, str] = {}  # absolute path -> path as it was given: two patterns may match the same file
     left_out: dict[str, list[str]] = {}
     for pattern in patterns:
-        # A pattern without a match is kept as a path, so that it is reported as a missing file.
-        for match in sorted(glob(pattern, recursive=True)) or [pattern]:
+        # A name such as n[1].txt is no pattern where there is such a file. A pattern without a match is kept as a path,
+        # so that it is reported as a missing file.
+        for match in [pattern] if os.path.lexists(pattern) else sorted(glob(pattern, recursive=True)) or [pattern]:
+            if (folder := _prepared_folder(match, pattern)) is not None:
+                prepared = left_out.setdefault(PREPARED, [])
+                prepared += [folder] if folder not in prepared else []
+                continue
             for path in _files_below(match, left_out) if os.path.isdir(match) else [match]:
                 paths.setdefault(os.path.abspath(path), path)
+    if not paths:
+        raise ValueError(f"there is no text in {shorten(patterns)}, but what this program wrote: give other files.")
     first_paths: dict[object, str] = {}
     links = [path for path in paths.values() if first_paths.setdefault(_identity(path), path) != path]
     if links:
         left_out["linked to a file that is read already"] = links
     not_read = [f"not read, {len(found):,} {reason}: {shorten(found)}" for reason, found in left_out.items()]
     return _with_names(list(first_paths.values())), not_read
+
+
+def file_state(path: str) -> list:
+    """[name, bytes, modification time in ns, status change time in ns]: equal ones mean an equal file.
+
+    No program can set the last one.
+    """
+    stat = os.stat(path)
+    return [os.path.basename(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def shorten(names: list[str]) -> str:
@@ -130,9 +153,33 @@ def _files_below(folder: str, left_out: dict[str, list[str]]) -> list[str]:
             else:
                 found.append(path)
         folders[:] = [name for name in folders if not name.startswith(".")]
+        if prepared := [name for name in folders if _is_prepared(os.path.join(parent, name))]:
+            left_out.setdefault(PREPARED, []).extend(os.path.join(parent, name) for name in prepared)
+            folders[:] = [name for name in folders if name not in prepared]
     if not found:
         raise ValueError(f"there is no file in {folder} that can be read.")
     return sorted(found)
+
+
+def _prepared_folder(match: str, pattern: str) -> str | None:
+    """The folder of prepared shards or of a run that a match is or is in, below the folder that the pattern names."""
+    named = os.path.dirname(re.split(r"[*?[]", pattern)[0]) if match != pattern else os.path.dirname(pattern)
+    while len(match) > len(named):
+        if _is_prepared(match):
+            return match
+        match = os.path.dirname(match)
+    return None
+
+
+def _is_prepared(folder: str) -> bool:
+    """Whether it holds shards or a run, or will."""
+    if os.path.isfile(os.path.join(folder, LOCK_FILE)):
+        return True
+    for name in (MANIFEST, SPEC_FILE):
+        with suppress(OSError), open(os.path.join(folder, name), "rb") as file:
+            if b'"end_of_text_id"' in file.read(MAX_SPEC_BYTES):  # other programs have files of these names, too
+                return True
+    return False
 
 
 def _reason_to_leave_out(path: str) -> str | None:
@@ -168,9 +215,12 @@ def _with_names(paths: list[str]) -> dict[str, str]:
     same_name: dict[str, list[str]] = {}
     for path in paths:
         same_name.setdefault(os.path.basename(path), []).append(path)
-    names = {}
-    for path in paths:
-        others = same_name[os.path.basename(path)]
-        common = os.path.commonpath(map(os.path.abspath, others)) if len(others) > 1 else None
-        names[path] = Path(os.path.relpath(path, common)).as_posix() if common else ""
+    names = dict.fromkeys(paths, "")
+    for others in same_name.values():
+        if len(others) > 1:
+            try:
+                folder = os.path.commonpath(map(os.path.abspath, others))
+                names |= {path: Path(os.path.relpath(path, folder)).as_posix() for path in others}
+            except ValueError:  # they are on several of Windows' drives
+                names |= {path: Path(os.path.abspath(path)).as_posix() for path in others}
     return names

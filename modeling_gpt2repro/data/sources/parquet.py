@@ -69,12 +69,20 @@ def check_text_column(path: str, schema: pa.Schema, text_column: str):
         raise ValueError(
             f"{path} has no column {text_column!r}; it has {', '.join(schema.names)}: name one by --text_column."
         )
+    check_names(path, schema.names, text_column)
     column_type = schema.field(text_column).type
     value_type = column_type.value_type if pa.types.is_dictionary(column_type) else column_type
     if value_type not in (pa.string(), pa.large_string(), pa.string_view()):
         raise ValueError(
             f"column {text_column!r} of {path} holds {column_type}, not text: name another by --text_column."
         )
+
+
+def check_names(path: str, columns: list[str], text_column: str):
+    """Raise a ValueError if there are several columns of the name of the one that is read."""
+    for name in (text_column, "id"):
+        if columns.count(name) > 1:
+            raise ValueError(f"{path} has {columns.count(name)} columns {name!r}: rename all of them but one.")
 
 
 def read_rows(

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFound
 from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
 
 from .documents import BadLines, Document, Partition, list_partitions, read_partition
-from .files import TEXT_KINDS, file_kind, find_files, is_compressed
+from .files import TEXT_KINDS, file_kind, file_state, find_files, is_compressed
 from .hub_rows import is_hub_rows, list_row_partitions, read_row_partition
 from .python_docs import python_prose_documents
 
@@ -25,6 +25,8 @@ class Source:
     partitions: list[Partition]
     description: dict  # JSON; goes into the manifest of prepared shards and into run.json
     remarks: tuple[str, ...] = ()  # sentences on what is read, and how
+    # Of local files, before anything of them was read: by path, see `file_state`.
+    file_states: dict[str, list] = field(default_factory=dict)
 
     @property
     def text_bytes(self) -> int:
@@ -63,10 +65,15 @@ def local_source(
         ValueError: With every problem, one a line, or in one sentence if they are many.
     """
     names, not_read = find_files(patterns)
+    file_states = {path: file_state(path) for path in names if os.path.isfile(path)}  # a missing one is reported below
     partitions = list_partitions(
         list(names), text_column, document_separator=document_separator, skip_bad_lines=skip_bad_lines
     )
     kinds = Counter(file_kind(path) for path in names)
+    if skip_bad_lines and set(kinds) == {".arrow"}:
+        raise ValueError(
+            "skip_bad_lines (True) is not for .arrow files, which are read whole or not at all: leave it out."
+        )
     num_texts = sum(kinds[kind] for kind in TEXT_KINDS)
     num_compressed = sum(map(is_compressed, names))
     counted = ", ".join(f"{number:,} {kind or 'without an extension'}" for kind, number in kinds.items())
@@ -82,7 +89,7 @@ def local_source(
     elif num_texts:
         remarks.append("each text file is one document, in pieces that are held out or not; see --document_separator")
     partitions = [replace(partition, file=names[partition.path]) for partition in partitions]
-    return Source(partitions, description, tuple(remarks))
+    return Source(partitions, description, tuple(remarks), file_states)
 
 
 def hub_source(
