@@ -155,6 +155,7 @@ def readable_bytes(count: float) -> str:
 
 def readable_duration(seconds: float) -> str:
     """95 -> '1 min 35 s'; 10_000_000 -> '116 days'."""
+    seconds = round(seconds)  # or 179.6 would be 2 min 60 s
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < 3600:

@@ -244,12 +244,12 @@ def test_a_preflight_says_whether_the_hub_can_be_written(on_hub, shards, tmp_pat
 
 
 def test_a_training_pushes_its_model_and_a_checkpoint_to_resume_from(on_hub, shards, tmp_path, capsys):
-    run = tmp_path / "trained"
+    run = tmp_path / "talkative"
     assert train_here(run, shards, push_to_hub=True, hub_strategy="checkpoint", train_tokens=20 * 256) == 0
     assert "Training in progress, step 20: pushed to" in capsys.readouterr().out
-    assert f"pushed to {on_hub.endpoint}/user/trained (commit" in (run / "push.log").read_text()
-    assert files_in(on_hub.root / "models/user/trained") == files_in(run / "model")
-    assert files_in(on_hub.root / "branches/models/user/trained/last-checkpoint") == files_in(run / "step-000020")
+    assert f"pushed to {on_hub.endpoint}/user/talkative (commit" in (run / "push.log").read_text()
+    assert files_in(on_hub.root / "models/user/talkative") == files_in(run / "model")
+    assert files_in(on_hub.root / "branches/models/user/talkative/last-checkpoint") == files_in(run / "step-000020")
     for name in ("metrics.jsonl", "loss.png"):
         assert (run / "model" / name).read_bytes()
     card = (run / "model" / "README.md").read_text()

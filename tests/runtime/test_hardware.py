@@ -25,3 +25,18 @@ def test_the_peak_of_a_gpu_is_found_by_a_word_of_its_name(monkeypatch):
     monkeypatch.setattr(hardware, "measured_flops", lambda device, dtype: 7e12)
     assert hardware.peak_flops.__wrapped__(device) == (7e12, "measured")
     assert hardware.peak_flops.__wrapped__(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (95, "1 min 35 s"),
+        (179.6, "3 min 0 s"),
+        (3599.7, "1 h 0 min"),
+        (1e7, "116 days"),
+    ],
+)
+def test_a_duration_never_has_sixty_seconds(seconds, text):
+    assert hardware.readable_duration(seconds) == text
