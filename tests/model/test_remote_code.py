@@ -1,13 +1,10 @@
 """Which code runs when folders of one name ship different modeling files."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from patience import PATIENCE_SECONDS
+from clean_process import run_without_package
 
 PROGRAM = """
 import sys, torch
@@ -31,18 +28,7 @@ def outputs_of(tmp_path):
     """Load folders in one new process, which knows neither the package nor this checkout."""
 
     def run(*folders: Path) -> list[dict[str, torch.Tensor]]:
-        hidden = (
-            "import sys\nsys.meta_path = [finder for finder in sys.meta_path if 'editable' not in str(finder).lower()]"
-        )
-        result = subprocess.run(
-            [sys.executable, "-I", "-c", hidden + PROGRAM, str(tmp_path / "found.pt"), *map(str, folders)],
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_SECONDS,
-        )
-        assert result.returncode == 0, result.stderr
+        run_without_package(PROGRAM, tmp_path / "found.pt", *folders, cwd=tmp_path)
         return torch.load(tmp_path / "found.pt", weights_only=True)
 
     return run

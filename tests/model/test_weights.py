@@ -1,13 +1,10 @@
 """Saving and loading weights: tied, sharded, offloaded, resized, in other dtypes, under other heads."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from patience import PATIENCE_SECONDS
+from clean_process import run_without_package
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -180,8 +177,6 @@ def test_every_auto_class_reloads_and_saves_again_without_our_package(carried, t
     carried.save_pretrained(tmp_path / "0")
     program = """
 import sys, torch, transformers
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
-sys.path = [path for path in sys.path if path.rstrip("/\\\\") != sys.argv[2]]  # not by prefix: a .venv may be inside it
 folder, logits = sys.argv[1], []
 for number in range(2):
     for head in ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"):
@@ -199,16 +194,7 @@ assert torch.equal(*logits)
 assert "modeling_gpt2repro" not in sys.modules
 torch.save(logits[1], f"{folder}/logits.pt")
 """
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", program, str(tmp_path), root],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-    )
-    assert result.returncode == 0, result.stderr
+    run_without_package(program, tmp_path, cwd=tmp_path)
     logits = torch.load(tmp_path / "logits.pt", weights_only=True)
     torch.testing.assert_close(logits, carried(torch.arange(1, 9)[None]).logits, atol=0, rtol=0)
     for folder in ("2", "QuestionAnswering"):

@@ -10,7 +10,6 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,18 +20,15 @@ from modeling_gpt2repro.runs.metrics import MetricsLog, StepMetrics
 from modeling_gpt2repro.runs.read import read_metrics
 
 
+def made_logger(folder, **options) -> RunLogger:
+    log = MetricsLog(folder, resumed_step=None, enabled=True)
+    return RunLogger(Accelerator(cpu=True), log, tokens_per_step=1_000, **options)
+
+
 def test_mfu_is_the_share_of_the_peak_that_training_alone_reaches(tmp_path, monkeypatch):
     clock = iter([0.0, 100.0, 130.0, 134.0])  # the start; an evaluation until 100; a step until 130, two until 134
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    logger = RunLogger(
-        Accelerator(cpu=True),
-        MetricsLog(tmp_path, resumed_step=None, enabled=True),
-        total_steps=3,
-        tokens_per_step=1_000,
-        logging_steps=3,
-        flops_per_token=50,
-        peak_flops=1e6,
-    )
+    logger = made_logger(tmp_path, total_steps=3, logging_steps=3, flops_per_token=50, peak_flops=1e6)
     with logger.untimed():
         pass
     for step in (1, 2, 3):
@@ -48,14 +44,7 @@ def test_mfu_is_the_share_of_the_peak_that_training_alone_reaches(tmp_path, monk
 
 @pytest.mark.parametrize(("first_step", "expected"), [(0, [1, 4, 8, 10]), (5, [6, 8, 10])])
 def test_a_log_has_a_line_for_every_logging_step_and_metrics_for_every_step(tmp_path, capsys, first_step, expected):
-    logger = RunLogger(
-        Accelerator(cpu=True),
-        MetricsLog(tmp_path, resumed_step=None, enabled=True),
-        total_steps=10,
-        tokens_per_step=1_000,
-        logging_steps=4,
-        first_step=first_step,
-    )
+    logger = made_logger(tmp_path, total_steps=10, logging_steps=4, first_step=first_step)
     for step in range(first_step + 1, 11):
         metrics = StepMetrics(torch.tensor(3.0), torch.tensor(1.0), torch.tensor(False))
         logger.log_step(step, metrics, 1e-3, data_seconds=0.0)
@@ -94,19 +83,9 @@ def screen(sent: str) -> list[str]:
     return lines
 
 
-def bar_logger(folder: Path) -> RunLogger:
-    return RunLogger(
-        Accelerator(cpu=True),
-        MetricsLog(folder, resumed_step=None, enabled=True),
-        total_steps=2,
-        tokens_per_step=1_000,
-        logging_steps=1,
-    )
-
-
 def test_a_terminal_has_a_bar_under_what_is_printed_and_no_rest_of_it(tmp_path):
     with terminal() as read:
-        logger = bar_logger(tmp_path)
+        logger = made_logger(tmp_path, total_steps=2, logging_steps=1)
         logger.print("device       CPU\nwriting to   run\n")
         started = read()
         for step in (1, 2):
@@ -123,7 +102,7 @@ def test_a_terminal_has_a_bar_under_what_is_printed_and_no_rest_of_it(tmp_path):
 
 def test_a_log_that_is_a_pipe_has_lines_though_errors_go_to_a_terminal(tmp_path):
     with terminal() as read, open(tmp_path / "log", "w") as log, redirect_stdout(log):
-        logger = bar_logger(tmp_path)
+        logger = made_logger(tmp_path, total_steps=2, logging_steps=1)
         logger.log_step(1, StepMetrics(torch.tensor(3.0), torch.tensor(1.0), torch.tensor(False)), 1e-3, 0.0)
         logger.close()
         shown = read()

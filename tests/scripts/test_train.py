@@ -14,6 +14,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from clean_process import run_without_package
 from keyed_order import shuffled_epoch
 from patience import PATIENCE_SECONDS
 from torch import nn
@@ -220,16 +221,8 @@ def test_a_run_writes_the_files_and_numbers_that_it_prints(finished):
 
 def test_saved_folders_generate_in_a_clean_process_without_our_package(finished, tmp_path):
     program = """
-import sys
-sys.path = [path for path in sys.path if path.rstrip("/\\\\") != sys.argv[2]]  # a .venv may lie below it
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
-try:
-    import modeling_gpt2repro
-    raise SystemExit("our package is there: this would prove nothing")
-except ModuleNotFoundError:
-    pass
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
-for number, folder in enumerate(sys.argv[3:]):
+for number, folder in enumerate(sys.argv[2:]):
     talk = pipeline("text-generation", model=folder, trust_remote_code=True)
     print(repr(talk("the cat", max_new_tokens=8, do_sample=False)[0]["generated_text"]))
     print(type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__)
@@ -241,16 +234,7 @@ for number, folder in enumerate(sys.argv[3:]):
     folders = [finished[0] / "model", finished[0] / "step-000020"]
     for folder in folders:
         assert {path.name for path in folder.glob("*.py")} == {"configuration_gpt2repro.py", "modeling_gpt2repro.py"}
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", program, str(tmp_path), str(ROOT), *map(str, folders)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-    )
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+    lines = run_without_package(program, tmp_path, *folders, cwd=tmp_path).splitlines()
     assert lines[1:3] == lines[4:6] == ["GPT2ReproModel", "GPT2ReproForCausalLM"]
     for text in (lines[0], lines[3]):
         assert text.startswith("'the cat")
