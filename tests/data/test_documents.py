@@ -12,16 +12,17 @@ import pytest
 
 from modeling_gpt2repro.data.prepare.local import prepare_shards
 from modeling_gpt2repro.data.sources import documents
+from modeling_gpt2repro.data.sources import partitions as listing
 from modeling_gpt2repro.data.sources import text as text_files
 from modeling_gpt2repro.data.sources.documents import (
     BadLineError,
     BadLines,
     Document,
     Partition,
-    list_partitions,
     read_partition,
 )
 from modeling_gpt2repro.data.sources.parquet import read_rows, row_ranges
+from modeling_gpt2repro.data.sources.partitions import list_partitions
 from modeling_gpt2repro.data.sources.resolve import local_source
 from modeling_gpt2repro.data.sources.text import read_lines, read_pieces
 from modeling_gpt2repro.data.tokenizer import text_encoder, train_tokenizer
@@ -153,7 +154,7 @@ def test_a_large_row_group_is_cut_into_rows_without_a_change_of_documents(
     assert [document.id for document in whole[-16:]] == (
         [f"id {i}" for i in range(100, 120) if i % 5] if with_ids else [f"a.parquet:1:{i}" for i in range(20) if i % 5]
     )
-    monkeypatch.setattr(documents, "row_ranges", partial(row_ranges, range_bytes=range_bytes))
+    monkeypatch.setattr(listing, "row_ranges", partial(row_ranges, range_bytes=range_bytes))
     monkeypatch.setattr(documents, "read_rows", partial(read_rows, rows_per_batch=rows_per_batch))
     partitions = list_partitions([path])
     size = pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size

@@ -20,7 +20,8 @@ from modeling_gpt2repro.data.batches.build import build_streamed_data
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig
 from modeling_gpt2repro.data.batches.streaming import StreamedBatches
 from modeling_gpt2repro.data.sources import text as text_files
-from modeling_gpt2repro.data.sources.documents import Partition, list_partitions
+from modeling_gpt2repro.data.sources.documents import Partition
+from modeling_gpt2repro.data.sources.partitions import list_partitions
 from modeling_gpt2repro.data.sources.resolve import Source, local_source
 from modeling_gpt2repro.data.tokenizer import text_encoder, train_tokenizer
 

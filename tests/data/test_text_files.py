@@ -11,7 +11,8 @@ import pytest
 from modeling_gpt2repro.data.prepare.local import prepare_shards
 from modeling_gpt2repro.data.sources import documents as document_files
 from modeling_gpt2repro.data.sources import text as text_files
-from modeling_gpt2repro.data.sources.documents import list_partitions, read_partition
+from modeling_gpt2repro.data.sources.documents import read_partition
+from modeling_gpt2repro.data.sources.partitions import list_partitions
 from modeling_gpt2repro.data.sources.resolve import local_source
 from modeling_gpt2repro.data.sources.text import LINE_ENDS, compile_separator, find_document_cut, read_documents
 

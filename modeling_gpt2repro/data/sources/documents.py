@@ -1,42 +1,30 @@
-"""Files of text, on disk or on the Hub, as partitions that are read independently of each other, and their documents.
+"""The documents of a partition: a part of a file, on disk or on the Hub, that is read independently of the others.
 
-A partition is a row group of a .parquet file (some rows of a large one), 16 MiB of a text or .jsonl file, or a whole
-file that can only be read from its beginning. It gives the same documents whenever and wherever it is read.
+It gives the same documents whenever and wherever it is read.
 """
 
-import codecs
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from pathlib import Path
 
 from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
 
-from .files import TABLE_KINDS, TEXT_KINDS, file_kind, is_compressed, open_bytes, raise_problems, shorten
-from .parquet import NOT_UTF8, read_rows, row_ranges
+from .files import TEXT_KINDS, file_kind
+from .parquet import NOT_UTF8, read_rows
 from .tables import BadRow, is_json_lines, read_arrow, read_csv, read_json
 from .text import (
-    BLOCK_BYTES,
     WHOLE_FILE,
     compile_separator,
     describe_not_utf8,
-    find_document_cut,
-    has_separator,
     line_number,
     read_documents,
     read_lines,
     read_pieces,
     replace_lone_surrogates,
 )
-
-COMPRESSION_RATIO = 3  # English text by gzip or zstd, roughly
-LISTING_THREADS = 4  # the footers of parquet files on the Hub are waited for, not computed
 
 
 @dataclass(frozen=True)
@@ -101,7 +89,7 @@ class BadLine:
         """Where it is in the file. Slow: it counts the lines before."""
         if file_kind(self.partition.path) == ".parquet":
             return f"row {self.position} of row group {self.partition.start} (both counted from 0)"
-        if _content_kind(self.partition.path, self.partition.text_column) == ".json":
+        if content_kind(self.partition.path, self.partition.text_column) == ".json":
             return f"row {self.position} (counted from 0)"
         return f"line {line_number(self.partition.path, self.position):,} (byte {self.position})"
 
@@ -126,117 +114,10 @@ class BadLines:
         self.first = self.first or line
 
 
-def list_partitions(
-    paths: list[str],
-    text_column: str = "text",
-    partition_bytes: int = BLOCK_BYTES,
-    document_separator: str | None = None,
-    skip_bad_lines: bool = False,
-) -> list[Partition]:
-    """Cut files (local paths or `hf://` addresses of parquet files) into partitions, in their order.
-
-    Args:
-        text_column: Column or field that holds the text, in all but text files.
-        partition_bytes: Size of a partition of a text or .jsonl file.
-        document_separator: See `read_partition`.
-        skip_bad_lines: Accept a .jsonl file whose first line is bad, if it has a good one.
-
-    Raises:
-        ValueError: With all problems, one per line, or in one sentence if they are many: a file that is missing, of an
-            unknown kind, empty, or without the text column (in a .jsonl file, in its first line); a document separator
-            that occurs in no file.
-    """
-
-    def partitions_or_problem(path: str) -> list[Partition] | str:
-        try:
-            return _partitions_of(path, text_column, partition_bytes, document_separator, skip_bad_lines)
-        except ValueError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        results = list(pool.map(partitions_or_problem, paths))
-    raise_problems([result for result in results if isinstance(result, str)])
-    if document_separator is not None:
-        _check_separator(paths, document_separator)
-    return [partition for partitions in results for partition in partitions]
-
-
-def _partitions_of(
-    path: str, text_column: str, partition_bytes: int, document_separator: str | None, skip_bad_lines: bool
-) -> list[Partition]:
-    file_kind(path)  # raises if it is unknown
-    if not is_on_hub(path):
-        if not Path(path).is_file():
-            raise ValueError(f"there is no file {path}.")
-        if Path(path).stat().st_size == 0:
-            raise ValueError(f"{path} is empty.")
-    kind = _content_kind(path, text_column)
-    if kind == ".parquet":
-        ranges = row_ranges(path, text_column)
-        whole = [Partition(path, rows.row_group, rows.row_group + 1, text_column, rows.text_bytes) for rows in ranges]
-        return [
-            replace(partition, first_row=rows.first, stop_row=rows.stop)
-            for partition, rows in zip(whole, ranges, strict=True)
-        ]
-    if kind in (*TEXT_KINDS, ".jsonl", ".csv", ".tsv"):
-        _check_encoding(path)
-    size = Path(path).stat().st_size
-    whole = Partition(path, 0, size, text_column, size * (COMPRESSION_RATIO if is_compressed(path) else 1))
-    if kind not in TEXT_KINDS:
-        _check_first_row(whole, skip_bad_lines)
-    if is_compressed(path) or kind in TABLE_KINDS or (kind in TEXT_KINDS and document_separator == WHOLE_FILE):
-        return [whole]
-    cuts = list(range(0, size, partition_bytes))
-    if kind in TEXT_KINDS and document_separator is not None:
-        cuts = _document_cuts(path, size, partition_bytes, compile_separator(document_separator))
-    return [Partition(path, start, stop, text_column, stop - start) for start, stop in pairwise([*cuts, size])]
-
-
-def _document_cuts(path: str, size: int, partition_bytes: int, separator: re.Pattern[bytes]) -> list[int]:
-    """The first byte of each partition, chosen so that no document crosses from one to the next."""
-    cuts = [0]
-    while cuts[-1] + partition_bytes < size:
-        cut = find_document_cut(path, cuts[-1] + partition_bytes, separator)
-        if cut is None:
-            break
-        cuts.append(cut)
-    return cuts
-
-
-def _check_encoding(path: str):
-    """Raise on UTF-16, as Windows' programs write it: most of it is UTF-8, too, with a NUL after each letter."""
-    with open_bytes(path) as file:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise ValueError(f"{path} is UTF-16, and only UTF-8 can be read: convert it.")
-
-
-def _check_separator(paths: list[str], document_separator: str):
-    """Raise a ValueError if the separator would not separate anything."""
-    texts = [path for path in paths if file_kind(path) in TEXT_KINDS]
-    if not texts:
-        raise ValueError(f"document_separator ({document_separator}) is for text files only: leave it out.")
-    if document_separator == WHOLE_FILE:
-        return
-    separator = compile_separator(document_separator)
-    if not any(has_separator(path, separator) for path in texts):
-        raise ValueError(
-            f"document_separator ({document_separator}) is nowhere in {shorten(texts)} (the first "
-            f"{BLOCK_BYTES // 2**20} MiB of each): give one that is, or {WHOLE_FILE} for one document per file."
-        )
-
-
-def _content_kind(path: str, text_column: str) -> str:
+def content_kind(path: str, text_column: str) -> str:
     """`file_kind`, but .jsonl for the many .json files that have one object per line."""
     kind = file_kind(path)
     return ".jsonl" if kind == ".json" and is_json_lines(path, text_column) else kind
-
-
-def _check_first_row(partition: Partition, skip_bad_lines: bool):
-    """Raise on a missing text column now, not after hours of work."""
-    rows = _read_table(partition)
-    first = next(rows, None)
-    if isinstance(first, BadLine) and not (skip_bad_lines and any(isinstance(row, Document) for row in rows)):
-        raise BadLineError(str(first))
 
 
 def read_partition(
@@ -265,9 +146,9 @@ def read_partition(
         documents = _read_text(partition, document_separator, skipped, bad_lines)
     elif is_on_hub(partition.path):
         # A read from the Hub is retried as a whole, so it must be complete before its first document is yielded.
-        documents = retry_hub_read(lambda: list(_read_table(partition)))
+        documents = retry_hub_read(lambda: list(read_table(partition)))
     else:
-        documents = _read_table(partition)
+        documents = read_table(partition)
     for document in documents:
         if isinstance(document, BadLine):
             if bad_lines is None:
@@ -279,8 +160,9 @@ def read_partition(
             skipped["whitespace" if document.text else "empty"] += 1
 
 
-def _read_table(partition: Partition) -> Iterator[Document | BadLine]:
-    kind = _content_kind(partition.path, partition.text_column)
+def read_table(partition: Partition) -> Iterator[Document | BadLine]:
+    """Yield what is in a partition of any file but one of text, documents without text included."""
+    kind = content_kind(partition.path, partition.text_column)
     if kind == ".parquet":
         yield from _read_parquet(partition)
     elif kind == ".jsonl":

@@ -10,9 +10,10 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFound
 
 from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
 
-from .documents import BadLines, Document, Partition, list_partitions, read_partition
+from .documents import BadLines, Document, Partition, read_partition
 from .files import TEXT_KINDS, file_kind, file_state, find_files, is_compressed
 from .hub_rows import is_hub_rows, list_row_partitions, read_row_partition
+from .partitions import list_partitions
 from .python_docs import python_prose_documents
 
 PYTHON_PROSE = "python-prose"  # the --dataset_name of the text that every Python carries: nothing to download
