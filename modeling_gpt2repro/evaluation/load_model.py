@@ -13,6 +13,8 @@ from modeling_gpt2repro.data.tokenizer import load_auto_tokenizer
 from modeling_gpt2repro.runs.folder import MODEL_FOLDER
 from modeling_gpt2repro.storage.retry import describe_error
 
+NO_SUCH_FOLDER = "there is no such folder, and a model on the Hub is named owner/name"
+
 
 def load_causal_lm(
     name: str, dtype: str = "float32", device: str | torch.device = "cpu", trust_remote_code: bool = False
@@ -102,8 +104,14 @@ def model_problem(name: str) -> str | None:
             return f"--model {name} has no config.json: give a folder that save_pretrained has written."
     elif os.path.exists(name):
         return f"--model {name} is a file: give the folder it is in."
-    elif name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
-        return f"--model {name}: there is no such folder, and a model on the Hub is named owner/name."
+    elif is_missing_folder(name):
+        return f"--model {name}: {NO_SUCH_FOLDER}."
+
+
+def is_missing_folder(name: str) -> bool:
+    """Whether a name can only be that of a folder, and there is none."""
+    looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name
+    return looks_like_path and not os.path.exists(name)
 
 
 def run_folder_problem(name: str) -> str | None:

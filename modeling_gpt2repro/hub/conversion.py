@@ -26,7 +26,12 @@ from transformers.utils import logging
 
 from modeling_gpt2repro.configuration_gpt2repro import GPT2ReproConfig
 from modeling_gpt2repro.data.tokenizer import LOADING_ERRORS, load_auto_tokenizer, save_tokenizer
-from modeling_gpt2repro.evaluation.load_model import check_tied_weights, run_folder_problem
+from modeling_gpt2repro.evaluation.load_model import (
+    NO_SUCH_FOLDER,
+    check_tied_weights,
+    is_missing_folder,
+    run_folder_problem,
+)
 from modeling_gpt2repro.modeling_gpt2repro import TRANSPOSED_IN_STOCK, GPT2ReproForCausalLM
 
 from .export import save_hub_folder
@@ -127,7 +132,8 @@ def load_gpt2_or_hf(
             raise ValueError(problem) from error
         if (Path(source) / "adapter_config.json").is_file():
             raise ValueError(f"{source} is an adapter: merge it into its base model and save that first.") from error
-        raise ValueError(f"{source} cannot be read as a model: {' '.join(str(error).split())}") from error
+        reason = f"{NO_SUCH_FOLDER}." if is_missing_folder(source) else " ".join(str(error).split())
+        raise ValueError(f"{source} cannot be read as a model: {reason}") from error
     classes = {GPT2Config.model_type: GPT2LMHeadModel, GPT2ReproConfig.model_type: GPT2ReproForCausalLM}
     if config.model_type not in classes:
         raise ValueError(f"{source} is a {config.model_type!r} model: give one of type 'gpt2' or 'gpt2repro'.")

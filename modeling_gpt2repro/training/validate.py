@@ -48,10 +48,10 @@ def check_sizes(args: "TrainArguments") -> Iterator[str]:
             f"try {nearest}."
         )
     if args.train_tokens is not None and 0 < args.train_tokens < args.tokens_per_step:
-        yield (
-            f"train_tokens ({args.train_tokens}) must be at least one step: give more, or fewer --tokens_per_step than "
-            f"{args.tokens_per_step}."
-        )
+        given = f"train_tokens ({args.train_tokens})"
+        if args.num_train_epochs is not None:
+            given = f"num_train_epochs ({args.num_train_epochs:g}, which is {args.train_tokens} tokens)"
+        yield f"{given} must be at least one step: give more, or fewer --tokens_per_step than {args.tokens_per_step}."
 
 
 def check_data(args: "TrainArguments") -> Iterator[str]:

@@ -133,7 +133,7 @@ def test_epochs_that_cannot_be_counted_are_refused(capsys, tmp_path):
         printed = errors_of(capsys, TrainArguments, ["--output_dir", tmp_path, *argv], PRESETS)
         assert f": num_train_epochs ({epochs}) needs data of a known size, which a stream is not: prepare" in printed
     args = parse_command_line(TrainArguments, [*shards, "--num_train_epochs", "1"], PRESETS)
-    expected = r"^train_tokens \(5000\) must be at least one step: .* fewer --tokens_per_step than 524288\.$"
+    expected = r"^num_train_epochs \(1, which is 5000 tokens\) must be at least one step: .* than 524288\.$"
     with pytest.raises(ValueError, match=expected):
         args.set_lengths(tokens_per_epoch=5000)
 

@@ -210,7 +210,7 @@ def test_a_model_to_fine_tune_that_does_not_exist_is_one_sentence(shards, tmp_pa
         train_accelerate.main(as_flags(given))
     torch.use_deterministic_algorithms(False)
     assert end.value.code == 2
-    assert "nowhere cannot be read as a model" in capsys.readouterr().err
+    assert "nowhere cannot be read as a model: there is no such folder, and a model on" in capsys.readouterr().err
 
 
 def test_two_processes_exit_together_on_missing_weights(shards, warm_python, tmp_path):
