@@ -30,7 +30,9 @@ from modeling_gpt2repro.evaluation.validation import validation_loss, validation
 from modeling_gpt2repro.pretrain import setup
 from modeling_gpt2repro.pretrain.batch_size import apply_batch_size_finder
 from modeling_gpt2repro.pretrain.checkpointing import Checkpointer, unsharded_model
+from modeling_gpt2repro.pretrain.initial_weights import check_model, load_initial_weights
 from modeling_gpt2repro.pretrain.messages import end_message, explain_oom, stopped_message, warn_of_slow_cpu
+from modeling_gpt2repro.pretrain.open_data import load_data, set_lengths
 from modeling_gpt2repro.pretrain.preflight import preflight
 from modeling_gpt2repro.runs.config import make_writable
 from modeling_gpt2repro.runs.figures import plot_loss
@@ -82,11 +84,11 @@ def train(args: TrainArguments, lock: FolderLock):
         # Open everything that the arguments name before the first step, and report all problems at once.
         errors = InputErrors()
         uploads = errors.capture(setup.build_upload_queue, args, accelerator)
-        start = errors.capture(setup.load_initial_weights, args, accelerator)  # checkpoint, --init_from, or nothing
+        start = errors.capture(load_initial_weights, args, accelerator)  # checkpoint, --init_from, or nothing
         examples = errors.capture(setup.load_hellaswag_examples, args, accelerator)
-        data = errors.capture(setup.load_data, args, accelerator, start)  # shards, a mix of them, or a stream
+        data = errors.capture(load_data, args, accelerator, start)  # shards, a mix of them, or a stream
         errors.raise_if_any()
-        setup.set_lengths(args, accelerator, data)  # --num_train_epochs, of the data at hand
+        set_lengths(args, accelerator, data)  # --num_train_epochs, of the data at hand
 
         # At initialization every token is about equally likely, so the first loss must be near ln(vocabulary): 10.82.
         torch.manual_seed(args.seed)  # equal weights on every process
@@ -100,7 +102,7 @@ def train(args: TrainArguments, lock: FolderLock):
             eos_token_id=data.tokenizer.eos_token_id,
         )
         model = GPT2ReproForCausalLM(config) if start.model is None else start.model
-        setup.check_model(args, model, data.tokenizer, start.tokenizer)
+        check_model(args, model, data.tokenizer, start.tokenizer)
         optimizer = build_optimizer(  # AdamW; decays matrices and embeddings, not biases and norms
             model,
             args.learning_rate,

@@ -7,7 +7,7 @@ import pytest
 from modeling_gpt2repro.data.batches.build import build_mixed_data, build_shuffled_data
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig
 from modeling_gpt2repro.data.shards.dataset import open_shards
-from modeling_gpt2repro.pretrain import setup
+from modeling_gpt2repro.pretrain import open_data
 from modeling_gpt2repro.pretrain.messages import epochs_line, repetition_warning
 from modeling_gpt2repro.training.arguments import TrainArguments
 
@@ -32,11 +32,11 @@ def test_the_epochs_of_a_mix_are_those_of_each_folder(token_shards, tmp_path):
     mix = f"{token_shards.folder}:3,{other}:1"
     data = build_mixed_data({str(token_shards.folder): 0.75, str(other): 0.25}, CONFIG, 320)
     args = arguments(mix=mix, num_train_epochs=2)
-    setup.set_lengths(args, NoAccelerator(), data)
+    open_data.set_lengths(args, NoAccelerator(), data)
     sequences = len(data.batches.sources[0])
     assert args.train_tokens == 2 * (2 * sequences) * 32  # of both folders together
     seen = Counter(folder for step in range(args.total_steps) for folder, _ in data.batches.sample_ids(step))
-    epochs = setup.epochs_of_run(args, data.batches)
+    epochs = open_data.epochs_of_run(args, data.batches)
     assert list(epochs.values()) == pytest.approx([seen[0] / sequences, seen[1] / sequences], rel=0.02)
     assert epochs_line(epochs) == f"3.00 of {token_shards.folder}, 1.00 of {other}"
 
@@ -44,10 +44,10 @@ def test_the_epochs_of_a_mix_are_those_of_each_folder(token_shards, tmp_path):
 def test_the_epochs_of_a_folder_count_its_sequences(token_shards):
     data = build_shuffled_data(open_shards(token_shards.folder), CONFIG)
     args = arguments(shards=str(token_shards.folder), num_train_epochs=1.5)
-    setup.set_lengths(args, NoAccelerator(), data)
+    open_data.set_lengths(args, NoAccelerator(), data)
     first_steps = [index for step in range(args.total_steps) for index in data.batches.sample_ids(step)]
     assert max(Counter(first_steps).values()) == 2
-    epochs = setup.epochs_of_run(args, data.batches)
+    epochs = open_data.epochs_of_run(args, data.batches)
     assert epochs == {str(token_shards.folder): len(first_steps) / len(data.batches.sequences)}
     assert epochs_line(epochs) == "1.50 of the training data"
 

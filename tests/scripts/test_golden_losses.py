@@ -23,7 +23,7 @@ CASES = [("fp32", 1), ("bf16", 1), ("fp32", 2)]
 PROGRAM = """
 from unittest.mock import patch
 import train_accelerate
-with patch("modeling_gpt2repro.pretrain.setup.data_order", return_value="argsort"):
+with patch("modeling_gpt2repro.pretrain.open_data.data_order", return_value="argsort"):
     train_accelerate.main()
 """
 FP32_INSTEAD = "fp32 is taken"  # what the script prints where the processor emulates bf16

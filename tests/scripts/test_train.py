@@ -33,7 +33,7 @@ from toy_runs import (
     train_here,
 )
 
-from modeling_gpt2repro.pretrain import setup
+from modeling_gpt2repro.pretrain import open_data
 
 
 def plain_start(shards: Path) -> tuple[nn.Module, np.ndarray, list[int]]:
@@ -137,7 +137,7 @@ def test_stop_and_resume_equal_never_stopped(finished, shards, tmp_path, capsys)
 
 def test_a_run_that_began_in_the_order_of_older_versions_keeps_it(finished, shards, tmp_path):
     short = {"hellaswag": "none", "eval_steps": 0, "num_samples": 0}
-    with patch.object(setup, "data_order", return_value="argsort"):
+    with patch.object(open_data, "data_order", return_value="argsort"):
         assert train_here(tmp_path / "run", shards, **short) == 0
     never_stopped = logged_values(tmp_path / "run")
     assert never_stopped != logged_values(finished[0])

@@ -1,0 +1,114 @@
+"""Open the data of a run, and derive from their size how long it is."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from accelerate import Accelerator
+
+from modeling_gpt2repro.data.batches.build import (
+    TrainingBatches,
+    TrainingData,
+    build_mixed_data,
+    build_shuffled_data,
+    build_streamed_data,
+    load_python_prose,
+    saved_order,
+)
+from modeling_gpt2repro.data.batches.mixture import MixedBatches, parse_mix
+from modeling_gpt2repro.data.batches.shuffled import BatchConfig
+from modeling_gpt2repro.data.shards.dataset import open_shards
+from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, hub_source
+from modeling_gpt2repro.data.tokenizer import load_tokenizer, save_tokenizer
+from modeling_gpt2repro.evaluation.generation import check_prompt
+from modeling_gpt2repro.runs.folder import DATA_FOLDER
+from modeling_gpt2repro.runtime.collectives import call_main_process_first
+from modeling_gpt2repro.runtime.command_line import InputErrors
+from modeling_gpt2repro.training import checkpoints
+from modeling_gpt2repro.training.arguments import TrainArguments
+
+from .initial_weights import InitialWeights
+from .messages import (
+    warn_of_slow_cpu,
+)
+
+
+def data_order(start: InitialWeights | None) -> str:
+    """The `BatchConfig.order` of the run: keyed, unless it resumes a run that began in another order."""
+    if start is None or start.checkpoint is None:
+        return BatchConfig.order
+    return saved_order(checkpoints.read_entry(start.checkpoint, "identity"))
+
+
+def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeights | None) -> TrainingData | None:
+    """Open prepared shards, a mix of several folders, the text that Python ships, or a Hub dataset to stream.
+
+    Args:
+        start: What the run starts from, or None if that could not be opened. A checkpoint decides the data's order.
+
+    Returns:
+        The data; None if the context length is that of a model that could not be opened.
+
+    Raises:
+        ValueError: If they cannot be read, or a prompt for samples does not fit into the context.
+    """
+    if args.block_size is None:  # the model could not be opened, which is reported with the other errors
+        return None
+    config = BatchConfig(
+        block_size=args.block_size,
+        sequences_per_step=args.sequences_per_step,
+        micro_batch_size=args.per_device_train_batch_size,
+        seed=args.seed,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        document_mask=args.document_mask,
+        order=data_order(start),
+    )
+    if args.shards is not None:
+        data = build_shuffled_data(open_shards(args.shards), config)
+    elif args.mix is not None:
+        data = build_mixed_data(parse_mix(args.mix), config, args.eval_tokens)
+    elif args.dataset_name == PYTHON_PROSE:
+        folder = Path(args.output_dir) / DATA_FOLDER
+        recipe = (args.tokenizer_vocab_size, args.block_size, args.validation_share)
+        shards = call_main_process_first(accelerator, lambda: load_python_prose(folder, *recipe))
+        data = build_shuffled_data(shards, config)
+    else:
+        source = hub_source(
+            args.dataset_name, args.dataset_config_name, "train", args.dataset_revision, args.text_column
+        )
+        tokenizer = load_tokenizer(args.tokenizer or "gpt2")
+        with TemporaryDirectory() as folder:
+            save_tokenizer(tokenizer, Path(folder))  # if it cannot be saved, the run must not find out at a checkpoint
+        data = build_streamed_data(source, tokenizer, config, args.validation_share, args.eval_tokens)
+    errors = InputErrors()
+    for prompt in args.sample_prompts:
+        errors.capture(check_prompt, prompt, data.tokenizer, args.block_size)
+    errors.raise_if_any()
+    return data
+
+
+def set_lengths(args: TrainArguments, accelerator: Accelerator, data: TrainingData):
+    """Derive from the size of the data what the arguments leave open.
+
+    Raises:
+        ValueError: If the epochs are less than one step.
+    """
+    if args.train_tokens is None:
+        sequences = sum(size for _, size in folder_sizes(args, data.batches).values())
+        args.set_lengths(tokens_per_epoch=sequences * args.block_size)
+    warn_of_slow_cpu(args, accelerator, len(data.tokenizer))
+
+
+def folder_sizes(args: TrainArguments, batches: TrainingBatches) -> dict[str, tuple[float, int]]:
+    """Folder -> (share of the training, number of sequences); empty for a stream, whose size is not known."""
+    if isinstance(batches, MixedBatches):
+        sizes = map(len, batches.sources)
+        return {folder: (share, size) for (folder, share), size in zip(parse_mix(args.mix).items(), sizes, strict=True)}
+    size = batches.sequences_per_epoch
+    return {} if size is None else {args.shards or args.dataset_name: (1.0, size)}
+
+
+def epochs_of_run(args: TrainArguments, batches: TrainingBatches) -> dict[str, float]:
+    """Folder -> how often the whole run reads it; empty for a stream."""
+    sequences = args.total_steps * args.sequences_per_step
+    return {folder: share * sequences / size for folder, (share, size) in folder_sizes(args, batches).items()}
