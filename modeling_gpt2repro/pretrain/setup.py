@@ -189,8 +189,7 @@ def log_run_summary(
             "guessing by frequency, unigram entropy": unigram_entropy(batches, vocab_size),
         }
         if accelerator.is_main_process and not args.preflight:
-            with logger.warn_on_io_error(step, BASELINES_FILE):
-                write_baselines(Path(args.output_dir), baselines, BASELINES)
+            logger.write_file(BASELINES_FILE, lambda: write_baselines(Path(args.output_dir), baselines, BASELINES))
         module = unwrapped_model(accelerator, model)
         shape = data.batches.micro_batch_shape
         epochs = epochs_of_run(args, data.batches)
