@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from modeling_gpt2repro.runtime.hardware import peak_memory_gb, readable_duration
+from modeling_gpt2repro.runtime.progress import SteadyBar
 from modeling_gpt2repro.storage.append import LineAppender
 
 from .folder import METRICS_FILE, SAMPLES_FILE
@@ -50,7 +51,7 @@ class RunLogger:
         has_terminal = sys.stdout.isatty() and sys.stderr.isatty()
         has_terminal = has_terminal and os.get_terminal_size(sys.stderr.fileno()).lines > 1
         self.shows_bar = has_terminal and self.accelerator.is_main_process
-        self.bar = tqdm(
+        self.bar = SteadyBar(
             total=self.total_steps,
             initial=self.first_step,
             unit="step",

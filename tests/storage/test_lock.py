@@ -1,12 +1,14 @@
 """One writer for a folder: who is refused, who waits, who takes over; with locks, and with the heartbeat alone."""
 
 import errno
+import itertools
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -352,6 +354,23 @@ def test_a_disk_that_refuses_the_heartbeat_costs_neither_the_lock_nor_the_progra
         assert first.stderr.read() == ""
         assert first.wait() == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wall_clock_that_jumps_costs_no_lock(tmp_path, monkeypatch):
+    """Of the holder, and of the program that waits for it: an hour or a year, forward and back, at every look at it."""
+    jumps = itertools.cycle([3600.0, -3600.0, 3.2e7, -3.2e7])
+    wall_clock = time.time
+    before = "import itertools\njumps = itertools.cycle([3600.0, -3600.0, 3.2e7, -3.2e7])\n"
+    before += "wall_clock = time.time; time.time = lambda: wall_clock() + next(jumps)"
+    monkeypatch.setattr(time, "time", lambda: wall_clock() + next(jumps))
+    with holder(tmp_path, before=before) as first:
+        assert f"process {first.pid} on" in refused(tmp_path)
+        for moved in (3.2e7, -3.2e7):  # what the file server's clock makes of the file
+            os.utime(tmp_path / LOCK_FILE, (wall_clock() + moved, wall_clock() + moved))
+            assert f"process {first.pid} on" in refused(tmp_path)
+        first.kill()
+        first.wait()
+        acquired(tmp_path)
 
 
 STALE_FILE = """

@@ -334,6 +334,18 @@ def test_checkpoints_are_ordered_by_number(save, tmp_path):
     assert find_resume_checkpoint("latest", tmp_path)[0].name == "step-1000000"
 
 
+def test_checkpoints_are_ordered_by_number_though_the_clock_was_set_back(save, tmp_path):
+    a_year = 365 * 24 * 3600
+    for step, years in ((5, 2), (6, 1), (7, 0)):  # the newer, the older by the clock
+        folder = save(step)
+        for path in [folder, *folder.rglob("*")]:
+            times = path.stat().st_mtime + years * a_year
+            os.utime(path, (times, times))
+    assert find_resume_checkpoint("latest", tmp_path)[0].name == "step-000007"
+    save(8, RetentionPolicy(limit=2))
+    assert names(tmp_path) == ["step-000007", "step-000008"]
+
+
 def test_a_resumed_optimizer_has_the_decay_of_its_arguments(save, tiny_model):
     folder = save(5)
     optimizer = build_optimizer(tiny_model, 1e-3, weight_decay=0.5)
