@@ -3,12 +3,16 @@
 import errno
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_SECONDS
 from refusing_disk import ERRORS, OPERATIONS, READING, RefusingDisk
 from test_fault_tolerance import WEIGHTS
-from toy_runs import STEPS, logged_values, train_here
+from toy_runs import CPU_FP32, ROOT, STEPS, logged_values, toy_flags, train_here
 
 import train_accelerate
 from modeling_gpt2repro.pretrain import checkpointing
@@ -123,3 +127,42 @@ def test_a_final_model_that_cannot_be_written_is_written_by_the_resumed_run(
     assert train_here(run, shards, resume_from_checkpoint="latest") == 0
     assert (run / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
     assert logged_values(run) == logged_values(finished[0])
+
+
+FULL_AT_THE_END = """
+import sys
+from pathlib import Path
+from modeling_gpt2repro.pretrain import checkpointing
+
+original = checkpointing.save_hub_folder
+
+def full(model, tokenizer, folder, *others):
+    if "model" in folder.name:
+        raise OSError(28, "No space left on device")
+    return original(model, tokenizer, folder, *others)
+
+checkpointing.save_hub_folder = full
+checkpointing.FINAL_SAVE_TRIES = 2
+checkpointing.SECONDS_BETWEEN_TRIES = 0
+import train_accelerate
+train_accelerate.main(sys.argv[1:])
+"""
+
+
+def test_all_processes_end_where_the_final_model_cannot_be_written(shards, tmp_path):
+    (tmp_path / "full.py").write_text(FULL_AT_THE_END)
+    flags = toy_flags(tmp_path / "run", shards, eval_steps=0, num_samples=0, hellaswag="none")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    result = subprocess.run(
+        [*launcher, str(tmp_path / "full.py"), *flags],
+        env={**os.environ, **CPU_FP32, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+    )
+    assert result.returncode == 1
+    assert result.stdout.count("The final model cannot be written (No space left on device).") == 2
+    assert result.stderr.count("the final model cannot be written to") >= 1
+    assert "Signal" not in result.stderr  # neither process had to be killed
+    assert (tmp_path / "run/step-000030").exists()
