@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -47,6 +48,8 @@ from .messages import (
     too_many_skipped_message,
 )
 from .open_data import epochs_of_run
+
+REQUEUE_FILE = "GPT2REPRO_REQUEUE_FILE"  # names a file that asks accelerate_configs/slurm.sbatch for another start
 
 
 def lock_output_dir(args: TrainArguments, accelerator: Accelerator, lock: FolderLock):
@@ -133,7 +136,7 @@ def leave_stopped_run(
     """Say why the run stopped after `step`, also in STOPPED_FILE; returns the exit code. All processes must call this.
 
     Args:
-        steps_made: Since this start. Without any, another start would most likely stop at once, too.
+        steps_made: Since this start. Without any, a job that queues again might do so forever.
     """
     problem, by_signal = None, False
     for of_process in gather_object([(stop.problem, stop.signal_name is not None)]):
@@ -145,6 +148,8 @@ def leave_stopped_run(
         marker = {"step": step, "steps_made": steps_made, "by_signal": by_signal, "message": message.strip()}
         with logger.warn_on_io_error(step, STOPPED_FILE):
             write_json(Path(args.output_dir) / STOPPED_FILE, marker)
+        if REQUEUE_FILE in os.environ and steps_made and not by_signal:
+            Path(os.environ[REQUEUE_FILE]).write_text(message, encoding="utf-8")
     accelerator.wait_for_everyone()  # a process that left now would have the launcher end the others
     return EXIT_CODE
 

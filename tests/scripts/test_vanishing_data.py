@@ -3,15 +3,18 @@
 import json
 import os
 import shutil
+import signal
 from random import Random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_fault_tolerance import WEIGHTS, at_step
+from test_fault_tolerance import WEIGHTS, at_step, send_signal
 from test_prepare_from_hub import IMPATIENT
 from toy_runs import CPU_FP32, logged_values, toy_flags, train_here
 
+from modeling_gpt2repro.pretrain import setup
+from modeling_gpt2repro.pretrain.setup import REQUEUE_FILE
 from modeling_gpt2repro.runs.folder import STOPPED_FILE
 
 FILES = 9
@@ -153,6 +156,8 @@ def truncate(shards, pattern):
 def test_truncated_shards_end_a_run_with_a_checkpoint_and_not_by_a_signal(
     finished, own_shards, tmp_path, monkeypatch, capsys
 ):
+    requeue = tmp_path / "requeue"
+    monkeypatch.setenv(REQUEUE_FILE, str(requeue))
     kept = tmp_path / "kept"
     shutil.copytree(own_shards, kept)
     with monkeypatch.context() as patch:
@@ -163,10 +168,33 @@ def test_truncated_shards_end_a_run_with_a_checkpoint_and_not_by_a_signal(
     output = capsys.readouterr().out
     assert f"Stopped after step {marker['step']}: {own_shards}/train_0000" in output
     assert ".npy cannot be read: it has become shorter since the run opened it. When it can be read again" in output
+    assert requeue.read_text() in output
     shutil.copytree(kept, own_shards, dirs_exist_ok=True)
+    requeue.unlink()
     assert train_here(tmp_path / "run", own_shards, resume_from_checkpoint="latest") == 0
+    assert not requeue.exists()
     assert logged_values(tmp_path / "run") == logged_values(finished[0])
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
+
+
+def test_only_a_run_that_made_steps_and_lost_its_data_asks_to_be_queued_again(
+    own_shards, tmp_path, monkeypatch, capsys
+):
+    requeue = tmp_path / "requeue"
+    monkeypatch.setenv(REQUEUE_FILE, str(requeue))
+    with monkeypatch.context() as patch:
+        at_step(patch, 8, send_signal(signal.SIGTERM))
+        assert train_here(tmp_path / "run", own_shards) == 143
+    marker = json.loads((tmp_path / "run" / STOPPED_FILE).read_text())
+    assert (marker["step"], marker["steps_made"], marker["by_signal"]) == (8, 8, True)
+    assert marker["message"] in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        summary = setup.log_run_summary
+        patch.setattr(setup, "log_run_summary", lambda *given: (summary(*given), truncate(own_shards, "train_*.npy")))
+        assert train_here(tmp_path / "run", own_shards, resume_from_checkpoint="latest") == 143
+    marker = json.loads((tmp_path / "run" / STOPPED_FILE).read_text())
+    assert (marker["step"], marker["steps_made"], marker["by_signal"]) == (8, 0, False)
+    assert not requeue.exists()
 
 
 @pytest.mark.parametrize("how", ["deleted", "replaced", "validation truncated"])
