@@ -57,21 +57,23 @@ def test_steps_read_ahead_are_the_same_and_the_state_is_that_of_the_last_step_ta
 class Failing(ShuffledBatches):
     """Batches of which one step cannot be read; `read` has the steps that were asked for."""
 
-    def __init__(self, bad_step: int):
+    def __init__(self, bad_step: int, error: Exception | None = None):
         batches = shuffled()
         super().__init__(batches.sequences, batches.config)
         self.bad_step = bad_step
+        self.error = error
         self.read_steps = []
 
     def read_step(self, step):
         self.read_steps.append(step)
         if step == self.bad_step:
-            raise OSError("the disk is gone.")
+            raise self.error
         return super().read_step(step)
 
 
-def test_a_step_that_cannot_be_read_is_reported_before_the_one_before_it_begins():
-    reader = ReadAhead(Failing(bad_step=5), TOTAL_STEPS)
+@pytest.mark.parametrize("kind", [OSError, ConnectionError, ValueError])  # disk, Hub, damaged file
+def test_a_step_that_cannot_be_read_is_reported_before_the_one_before_it_begins(kind):
+    reader = ReadAhead(Failing(bad_step=5, error=kind("the disk is gone.")), TOTAL_STEPS)
     assert len(list(trained_on(reader, range(4)))) == 4
     assert reader.wait_for(4) == "the disk is gone."
     assert len(list(reader.micro_batches(4))) == 4  # it is in memory

@@ -244,8 +244,9 @@ def test_a_refusal_of_what_was_opened_before_is_asked_again(hub, warm_python, fi
     lines = hub.new_repository("datasets/ns/lines")
     for number in range(2):
         (lines / f"{number}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in tiny_texts[:30]))
+    missing = {"X-Error-Code": "RepoNotFound"}  # which the client remembers
     rules = [
-        {"match": "GET /api/datasets/ns/fineweb", "status": 401, "times": 1},  # which the client remembers
+        {"match": "GET /api/datasets/ns/fineweb", "status": 404, "headers": missing, "times": 1},
         {"match": "GET /lfs/.*parquet", "status": 403, "times": 2},
         {"match": "GET /datasets/.*parquet", "status": 404, "times": 1},
         {"match": "GET /datasets/.*jsonl", "status": 403, "times": 2},
