@@ -146,10 +146,10 @@ def leave_stopped_run(
     report_to_launcher(message)
     if accelerator.is_main_process:
         marker = {"step": step, "steps_made": steps_made, "by_signal": by_signal, "message": message.strip()}
-        with logger.warn_on_io_error(step, STOPPED_FILE):
-            write_json(Path(args.output_dir) / STOPPED_FILE, marker)
+        logger.write_file(STOPPED_FILE, lambda: write_json(Path(args.output_dir) / STOPPED_FILE, marker))
         if REQUEUE_FILE in os.environ and steps_made and not by_signal:
-            Path(os.environ[REQUEUE_FILE]).write_text(message, encoding="utf-8")
+            requeue_file = Path(os.environ[REQUEUE_FILE])
+            logger.write_file(requeue_file.name, lambda: requeue_file.write_text(message, encoding="utf-8"))
     accelerator.wait_for_everyone()  # a process that left now would have the launcher end the others
     return EXIT_CODE
 
