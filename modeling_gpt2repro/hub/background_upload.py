@@ -4,6 +4,7 @@ A thread would share the GIL with the training loop, and could not be killed whe
 happens in the Hub client (out of memory, a crash, a hang) then ends an upload and never the training.
 """
 
+import functools
 import os
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 from modeling_gpt2repro.runs.folder import UPLOAD_LOG, step_of
 
+from .push import END_WITH_STDIN
 from .upload import DEFAULT_PATIENCE_SECONDS, EXIT_CODE_HUB_UNREACHABLE, TRAINING_STATE
 
 LAST_CHECKPOINT_BRANCH = "last-checkpoint"
@@ -75,7 +77,7 @@ class UploadQueue:
             ValueError: If pushing will not work.
         """
         command = self._push_command("--check", patience_seconds=patience_seconds)
-        result = subprocess.run(command, env=upload_environment(), capture_output=True, text=True)
+        result = subprocess.run(command, **child_options(), capture_output=True, text=True)
         if result.returncode == EXIT_CODE_HUB_UNREACHABLE and is_resume:
             return f"{last_line(result.stderr)} The run continues, and pushes once the Hub can be reached again."
         if result.returncode != 0:
@@ -160,7 +162,7 @@ class UploadQueue:
         show(f"Pushing {folder} to {self.repository}.")
         command = self._push_command(str(folder), "--message", "End of training")
         with_patience = [*command, "--patience_seconds", str(FINAL_PATIENCE_SECONDS)]
-        process = subprocess.Popen(with_patience, env=upload_environment())  # its output is the terminal's
+        process = subprocess.Popen(with_patience, **child_options())  # its output is the terminal's
         while process.poll() is None and not should_stop():
             time.sleep(POLL_INTERVAL_SECONDS)
         process.kill()
@@ -198,13 +200,11 @@ class UploadQueue:
             if job.with_training_state:
                 flags.append("--with_training_state")
             command = self._push_command(str(job.folder), *flags, patience_seconds=CHECKPOINT_PATIENCE_SECONDS)
-            environment = {**upload_environment(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
             try:
                 with open(self.output_dir / UPLOAD_LOG, "ab") as log:
                     log_offset = log.tell()
-                    process = subprocess.Popen(
-                        command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-                    )
+                    options = child_options(HF_HUB_DISABLE_PROGRESS_BARS="1")
+                    process = subprocess.Popen(command, **options, stdout=log, stderr=log)
                 self._running = RunningUpload(job, process, log_offset)
             except OSError as error:
                 self._fail(job, error)
@@ -227,6 +227,17 @@ class UploadQueue:
         if patience_seconds is not None:
             command += ["--patience_seconds", str(patience_seconds)]
         return command
+
+
+def child_options(**environment: str) -> dict:
+    """Options of `subprocess` for a push that ends with this process, even if that is killed (see push.py)."""
+    return {"env": {**upload_environment(), END_WITH_STDIN: "1", **environment}, "stdin": silent_pipe()}
+
+
+@functools.cache
+def silent_pipe() -> int:
+    """The read end of a pipe into which nothing is written, and which ends with this process."""
+    return os.pipe()[0]
 
 
 def upload_environment() -> dict[str, str]:
