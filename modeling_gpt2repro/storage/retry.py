@@ -19,22 +19,26 @@ def retry(
     patience_seconds: float,
     errors: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError),
     on_retry: Callable[[str], None] = lambda message: None,
+    sleep: Callable[[float, float], None] = lambda pause, left: time.sleep(pause),
 ) -> Result:
     """Call `attempt` until it succeeds, fails with an error that is not transient, or `patience_seconds` are over.
 
     Args:
         errors: Which errors may be transient at all; others are raised at once.
         on_retry: Receives a sentence before each pause.
+        sleep: Receives the seconds to sleep, and those until `attempt` is given up.
     """
     deadline = time.monotonic() + patience_seconds
     for pause in backoff_seconds():
         try:
             return attempt()
         except errors as error:
-            if not is_transient(error) or time.monotonic() + pause > deadline:
+            left = deadline - time.monotonic()
+            if not is_transient(error) or pause > left:
                 raise
-            on_retry(f"the Hub cannot be reached ({describe_error(error)}); trying again in {pause:.0f} s.")
-            time.sleep(pause)
+            seconds = f"trying again in {pause:.0f} s, giving up in {left:.0f} s."
+            on_retry(f"the Hub cannot be reached ({describe_error(error)}); {seconds}")
+            sleep(pause, left)
 
 
 def backoff_seconds() -> Iterator[float]:
