@@ -15,15 +15,21 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_session, get_token
-from huggingface_hub.constants import is_offline_mode
-from huggingface_hub.errors import HTTPError
+from huggingface_hub import HfApi
 
 from modeling_gpt2repro.storage.lock import LOCK_FILE
-from modeling_gpt2repro.storage.retry import describe_error, http_error, is_transient, retry
 
-EXIT_CODE_REFUSED = 2  # trying again is no use before somebody changes something
-EXIT_CODE_HUB_UNREACHABLE = 3  # the same command may succeed later
+from .client import (
+    DEFAULT_PATIENCE_SECONDS,
+    EXIT_CODE_HUB_UNREACHABLE,
+    EXIT_CODE_REFUSED,
+    HUB_ERRORS,
+    Patience,
+    ask_storage,
+    connect,
+    diagnose_hub_error,
+)
+
 TRAINING_STATE = "training_state/*"
 # Deleted in the commit that pushes new weights, because an earlier model may have had another number of files. Precise
 # names: in the Hub's patterns * matches / as well, and subfolders may hold weights that people have added themselves.
@@ -31,8 +37,7 @@ REPLACED = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safe
 # Downloading creates the folders, which the client skips anyway; the check after a push must skip them, too.
 NEVER_PUSHED = [".git/*", ".cache/*", LOCK_FILE]
 CHECK_BRANCH = "write-check"
-RESPONSE_TIMEOUT_SECONDS = 120.0  # without one, the client waits forever for a Hub that accepts but never answers
-DEFAULT_PATIENCE_SECONDS = 1800.0
+CHECK_FILE = "check.safetensors"  # takes the way of weights, to the storage behind the Hub
 
 
 def main(argv: list[str] | None = None):
@@ -60,7 +65,7 @@ def main(argv: list[str] | None = None):
 
     def attempt() -> str:
         if args.check:
-            return f"can be written: {check_write_access(args.hub_model_id, args.private)}"
+            return f"can be written: {check_write_access(args.hub_model_id, args.private, api)}"
         address = push_folder(
             args.folder,
             args.hub_model_id,
@@ -68,21 +73,24 @@ def main(argv: list[str] | None = None):
             message=args.message,
             private=args.private,
             with_training_state=args.with_training_state,
+            api=api,
         )
         return f"pushed to {address}"
 
+    patience = Patience(args.patience_seconds)
     try:
+        api = connect(patience)
+        diagnose = partial(diagnose_hub_error, repository=args.hub_model_id, endpoint=api.endpoint)
         # Flushed, because the process that started this one may follow its log file.
-        print(retry(attempt, args.patience_seconds, on_retry=partial(print, file=sys.stderr, flush=True)))
-    except (HTTPError, OSError, RuntimeError) as error:
-        if is_transient(error):
-            message = f"the Hub cannot be reached ({describe_error(error)}): try again later."
-            parser.exit(EXIT_CODE_HUB_UNREACHABLE, message + "\n")
-        parser.exit(EXIT_CODE_REFUSED, explain_hub_error(error, args.hub_model_id) + "\n")
+        print(patience.retry(attempt, diagnose, show=partial(print, file=sys.stderr, flush=True)))
+    except HUB_ERRORS as error:
+        message, exit_code, _ = diagnose(error)
+        advice = ": try again later" if exit_code == EXIT_CODE_HUB_UNREACHABLE else ""
+        parser.exit(exit_code, f"{message}{advice}.\n")
     except ValueError as error:
         parser.exit(EXIT_CODE_REFUSED, " ".join(str(error).split()) + "\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"{args.folder} was not pushed: run the same command again to continue.\n")
+        parser.exit(130, f"{args.folder or 'The check'} was interrupted: run the same command again to continue.\n")
 
 
 def push_folder(
@@ -102,49 +110,51 @@ def push_folder(
         with_training_state: Push `training_state/`, too, which resuming needs.
 
     Returns:
-        The address of the branch, and the commit.
+        The address of the branch, the commit, and what is not as the caller may expect.
 
     Raises:
         ValueError: If the push cannot work, however often it is tried.
-        HTTPError, OSError, RuntimeError: From the client, or if what arrived differs from the folder; see
-            `is_transient`.
+        HTTPError, OSError, RuntimeError, JSONDecodeError: From the client; see `diagnose_hub_error`.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a model folder (it has no config.json): give model/ or step-... of a run.")
+    excluded = NEVER_PUSHED if with_training_state else [*NEVER_PUSHED, TRAINING_STATE]
     api = api or connect()
     repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
     if branch != "main":
         api.create_branch(repository, branch=branch, exist_ok=True)
-    ignored = NEVER_PUSHED if with_training_state else [*NEVER_PUSHED, TRAINING_STATE]
+    ask_storage(api, repository, branch)
     commit = api.upload_folder(
         repo_id=repository,
         folder_path=folder,
         revision=branch,
         commit_message=message or f"Push {folder.name}",
-        ignore_patterns=list(ignored),  # a copy, because the client appends to it
+        ignore_patterns=list(excluded),  # a copy, because the client appends to it
         delete_patterns=REPLACED if any(folder.glob("*.safetensors")) else None,
     )
     found = api.verify_repo_checksums(repository, revision=branch, local_dir=folder)
     different = [mismatch["path"] for mismatch in found.mismatches]
-    missing = [path for path in found.extra_paths if not any(fnmatchcase(path, pattern) for pattern in ignored)]
+    missing = [path for path in found.extra_paths if not any(fnmatchcase(path, pattern) for pattern in excluded)]
     if different or missing:
         raise RuntimeError(f"files on the Hub differ from those in {folder}: {', '.join(different + missing)}")
     address = f"{api.endpoint}/{repository}"
     if branch != "main":
         address += f"/tree/{branch}"
-    return f"{address} (commit {commit.oid[:7]})"
+    address += f" (commit {commit.oid[:7]})"
+    return address
 
 
 def check_write_access(repository: str, private: bool | None = None, api: HfApi | None = None) -> str:
-    """Find out whether this token may push, by a commit to a branch that is then deleted.
+    """Find out whether this token may push, by a commit to a branch of its own that is then deleted.
 
-    Nothing less proves it: creating a repository that exists "succeeds" with a read-only token, too.
+    Nothing less proves it: creating a repository that exists "succeeds" with a read-only token, too. The branch has a
+    new name each time, because several runs may check the same repository at once.
 
     Returns:
-        The repository's address; it is created if it does not exist.
+        The repository's address, which is created if it does not exist.
 
     Raises:
-        ValueError, HTTPError, OSError, RuntimeError: As `push_folder`.
+        ValueError, HTTPError, OSError, RuntimeError, JSONDecodeError: As `push_folder`.
     """
     api = api or connect()
     repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
@@ -152,47 +162,14 @@ def check_write_access(repository: str, private: bool | None = None, api: HfApi 
         raise ValueError(
             f"{repository} exists and is public: make it private in its settings, or give another --hub_model_id."
         )
+    content = uuid.uuid4().hex.encode()  # new content, or the Hub would have nothing to commit
+    ask_storage(api, repository, branch="main")
     api.create_branch(repository, branch=CHECK_BRANCH, exist_ok=True)
     try:
-        api.upload_file(
-            path_or_fileobj=uuid.uuid4().hex.encode(),  # new content, or the Hub would have nothing to commit
-            path_in_repo="check.safetensors",  # takes the way of weights, to the storage behind the Hub
-            repo_id=repository,
-            revision=CHECK_BRANCH,
-        )
+        api.upload_file(path_or_fileobj=content, path_in_repo=CHECK_FILE, repo_id=repository, revision=CHECK_BRANCH)
     finally:
         api.delete_branch(repository, branch=CHECK_BRANCH)
     return f"{api.endpoint}/{repository}"
-
-
-def connect(endpoint: str | None = None, timeout_seconds: float = RESPONSE_TIMEOUT_SECONDS) -> HfApi:
-    """Create a Hub client that gives up on a request without an answer.
-
-    Raises:
-        ValueError: If this machine is set to offline mode or has no token.
-    """
-    if is_offline_mode():
-        raise ValueError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it, or do not push.")
-    if get_token() is None:
-        raise ValueError("there is no token to push with: log in with `hf auth login`, or set HF_TOKEN.")
-    get_session().timeout = timeout_seconds
-    return HfApi(endpoint=endpoint)
-
-
-def explain_hub_error(error: BaseException, repository: str) -> str:
-    """Say what has to change, on the Hub or on this machine, before a push can succeed."""
-    answer = http_error(error)
-    if answer is None:
-        return f"a problem on this machine prevents pushing ({describe_error(error)})."
-    status = answer.response.status_code
-    if status == 401:
-        return "the Hub does not accept this token: log in again with `hf auth login`, or set HF_TOKEN."
-    if status in (403, 404):
-        return (
-            f"this token may not write to {repository} ({describe_error(error)}): use a token with the role 'write', "
-            "or another --hub_model_id."
-        )
-    return f"the Hub refuses {repository} ({describe_error(error)})."
 
 
 if __name__ == "__main__":

@@ -3,6 +3,10 @@
 import os
 
 import pytest
+from huggingface_hub import constants, set_client_factory
+from huggingface_hub.utils._http import default_client_factory
+
+from modeling_gpt2repro.storage import retry
 
 
 @pytest.fixture
@@ -14,6 +18,16 @@ def on_hub(hub, tmp_path, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     return hub
+
+
+@pytest.fixture
+def here(on_hub, monkeypatch):
+    """The loopback Hub for code in this process, where the client has been imported already; retries at once."""
+    monkeypatch.setattr(constants, "ENDPOINT", on_hub.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(retry, "FIRST_BACKOFF_SECONDS", 0.01)
+    yield on_hub
+    set_client_factory(default_client_factory)
 
 
 @pytest.fixture

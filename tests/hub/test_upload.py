@@ -2,23 +2,22 @@
 
 import re
 import socket
-import time
-from threading import Timer
-from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import close_session
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from patience import PATIENCE_SECONDS
-from pushing import UNREACHABLE_HUB, files_in, run_push
+from huggingface_hub import constants
+from pushing import UNREACHABLE_HUB, files_in, push_in_process, run_push
 
-from modeling_gpt2repro.hub.upload import check_write_access, connect, explain_hub_error, main, push_folder
+from modeling_gpt2repro.hub import client
+from modeling_gpt2repro.hub.upload import main, push_folder
 from modeling_gpt2repro.storage.lock import FolderLock
-from modeling_gpt2repro.storage.retry import backoff_seconds, is_transient, retry
 
 
 def commits(hub, name: str) -> int:
     return sum(bool(re.search(f"{name}/commit/", line["path"])) and line["status"] == 200 for line in hub.log())
+
+
+def uploads(hub, name: str) -> int:
+    return sum(line["method"] == "PUT" and f"/lfs/{name}/" in line["path"] for line in hub.log())
 
 
 def test_a_push_replaces_earlier_weights_and_keeps_other_files(on_hub, folder):
@@ -93,54 +92,11 @@ def test_a_check_leaves_nothing_but_the_repository(on_hub):
     assert not list((on_hub.root / "branches/models/user/checked").glob("*"))
 
 
-def test_a_public_repository_is_refused_where_a_private_one_is_asked_for():
-    created = []
-
-    class Api:
-        def create_repo(self, name, private, exist_ok):
-            created.append(private)
-            return SimpleNamespace(repo_id=name)
-
-        def repo_info(self, name):
-            return SimpleNamespace(private=False)
-
-    with pytest.raises(ValueError, match="user/any exists and is public"):
-        check_write_access("user/any", private=True, api=Api())
-    assert created == [True]
-
-
-@pytest.mark.parametrize(("status", "transient"), [(400, False), (409, True), (412, True), (429, True), (500, True)])
-def test_some_answers_of_the_hub_are_worth_a_retry(status, transient):
-    error = HfHubHTTPError("no", response=SimpleNamespace(status_code=status, headers={}, request=None))
-    assert is_transient(error) is transient
-
-
 def test_a_folder_without_a_model_is_refused(folder):
     with pytest.raises(ValueError, match="give model/ or step"):
         push_folder(folder.parent, "user/any")
     with pytest.raises(SystemExit, match="2"):
         main(["--hub_model_id", "user/any"])
-
-
-def with_cause(error: BaseException, cause: BaseException | None) -> BaseException:
-    error.__cause__ = cause
-    return error
-
-
-@pytest.mark.parametrize(
-    ("error", "transient"),
-    [
-        (with_cause(RuntimeError("while uploading"), with_cause(HTTPError("failed"), OSError(113, "No route"))), True),
-        (ConnectionError("by Xet"), True),
-        (RuntimeError("by Xet"), True),
-        (PermissionError(13, "Permission denied", "model.safetensors"), False),
-        (with_cause(RuntimeError("while uploading"), OSError(5, "Input/output error")), False),
-    ],
-)
-def test_connection_errors_are_transient_and_errors_of_this_machine_are_not(error, transient):
-    assert is_transient(error) is transient
-    if not transient:
-        assert "a problem on this machine prevents pushing (" in explain_hub_error(error, "user/any")
 
 
 @pytest.mark.parametrize("where", ["repos/create", "validate-yaml", "commit/main", "drop the answer"])
@@ -155,34 +111,6 @@ def test_a_push_is_retried_while_the_hub_is_unavailable(on_hub, folder, where):
     assert commits(on_hub, name) == (0 if where == "drop the answer" else 1)  # a lost answer has no status
 
 
-@pytest.mark.parametrize(
-    ("mismatches", "extra", "reported"),
-    [
-        ([{"path": "model.safetensors"}], [], "model.safetensors"),
-        ([], ["README.md", "training_state/optimizer.safetensors"], "README.md"),
-        ([], ["training_state/optimizer.safetensors", ".cache/huggingface/download/x.lock"], None),
-    ],
-)
-def test_files_that_arrived_damaged_are_reported(folder, mismatches, extra, reported):
-    class Api:
-        endpoint = "https://hub"
-
-        def create_repo(self, name, **options):
-            return SimpleNamespace(repo_id=name)
-
-        def upload_folder(self, **options):
-            return SimpleNamespace(oid="0" * 40)
-
-        def verify_repo_checksums(self, name, **options):
-            return SimpleNamespace(mismatches=mismatches, extra_paths=extra)
-
-    if reported is None:
-        assert push_folder(folder, "user/any", api=Api()) == "https://hub/user/any (commit 0000000)"
-    else:
-        with pytest.raises(RuntimeError, match=f"differ from those in .*: {reported}$"):
-            push_folder(folder, "user/any", api=Api())
-
-
 def test_an_unreachable_hub_has_an_exit_code_of_its_own(folder, on_hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", UNREACHABLE_HUB)
     result = run_push(folder, "--hub_model_id", "user/away", "--patience_seconds", 0)
@@ -190,35 +118,60 @@ def test_an_unreachable_hub_has_an_exit_code_of_its_own(folder, on_hub, monkeypa
     assert "the Hub cannot be reached (" in result.stderr
 
 
-def test_a_hub_that_never_answers_times_out(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        monkeypatch.setenv("HF_TOKEN", "hf_any")
-        later = Timer(PATIENCE_SECONDS, silent.close)  # ends the test whatever the client does, in another error
-        later.start()
-        try:
-            with pytest.raises(HTTPError) as raised:
-                check_write_access("user/any", api=connect(endpoint=address, timeout_seconds=0.1))
-        finally:
-            later.cancel()
-            close_session()
-    assert "Timeout" in type(raised.value).__name__
+def test_an_expired_address_is_asked_for_again(here, folder):
+    with here.faults({"match": "PUT /lfs/", "status": 403, "times": 1}):
+        result = push_in_process(folder, "--hub_model_id", "user/expired")
+    assert result.returncode == 0, result.stderr
+    assert f"{here.cdn.removeprefix('http://')}, where the Hub stores large files, refuses" in result.stderr
+    assert "model.safetensors" in files_in(here.root / "models/user/expired")
 
 
-def test_retries_back_off_until_the_patience_is_over(monkeypatch):
-    now = [0.0]
-    messages = []
-    tried = []
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+def test_a_storage_that_always_refuses_is_named_and_is_no_missing_right(here, folder):
+    with here.faults({"match": "PUT /lfs/", "status": 403}):
+        result = push_in_process(folder, "--hub_model_id", "user/firewall")
+    assert result.returncode == 2
+    assert "refuses an upload with status 403" in result.stderr
+    assert "token" not in result.stderr
+    assert "/lfs/" not in result.stderr.replace("PUT /lfs/", "")
+    assert uploads(here, "user/firewall") == 3
 
-    def attempt():
-        tried.append(now[0])
-        raise ConnectionError("no route")
 
-    with pytest.raises(ConnectionError):
-        retry(attempt, 200, on_retry=messages.append)
-    assert tried == [0, 1, 3, 7, 15, 31, 63, 123, 183]
-    assert len(messages) == len(tried) - 1
-    endless = backoff_seconds()
-    assert [next(endless) for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
+@pytest.mark.parametrize(
+    "where", ["repos/create", "preupload", "validate-yaml", "objects/batch", "PUT /lfs/", "commit/main", "/tree/"]
+)
+def test_a_hub_that_never_answers_is_given_up(here, folder, where, monkeypatch):
+    monkeypatch.setattr(client, "MIN_ANSWER_SECONDS", 0.2)
+    name = f"user/silent-{re.sub('[^a-z]', '', where)}"
+    with here.faults({"match": where, "hang": True}):
+        result = push_in_process(folder, "--hub_model_id", name, "--patience_seconds", 0.2)
+    assert result.returncode == 3
+    who = f"{here.cdn.removeprefix('http://')}, where the Hub stores large files," if "PUT" in where else "the Hub"
+    assert f"{who} does not answer (" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("is_check", [True, False])
+def test_a_silent_storage_is_noticed_before_xet_uploads_to_it(here, folder, is_check, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr(client, "MIN_ANSWER_SECONDS", 0.2)
+    with socket.create_server(("localhost", 0)) as silent:
+        host = f"localhost:{silent.getsockname()[1]}"
+        token = {"casUrl": f"http://{host}", "accessToken": "any", "exp": 4102444800}
+        with here.faults({"match": "xet-write-token", "status": 200, "body": token}):
+            words = ["--check" if is_check else folder, "--hub_model_id", "user/silent-xet", "--patience_seconds", 0.2]
+            result = push_in_process(*words)
+    assert result.returncode == 3
+    assert f"{host}, where the Hub stores large files, does not answer (" in result.stderr
+
+
+def test_a_hub_without_xet_is_named_as_such(here, folder, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    result = push_in_process(folder, "--hub_model_id", "user/without-xet")
+    assert result.returncode == 2
+    assert "set HF_HUB_DISABLE_XET=1" in result.stderr
+
+
+def test_an_answer_that_is_not_from_the_hub_is_retried(here, folder):
+    with here.faults({"match": "validate-yaml", "status": 503, "body": "<html>busy</html>", "times": 1}):
+        result = push_in_process(folder, "--hub_model_id", "user/behind-a-proxy")
+    assert result.returncode == 0, result.stderr
+    assert "the Hub cannot be reached (the answer is not JSON)" in result.stderr
