@@ -11,11 +11,13 @@ process (see background_upload.py).
 import argparse
 import sys
 import uuid
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 
 from modeling_gpt2repro.storage.lock import LOCK_FILE
 
@@ -36,7 +38,7 @@ TRAINING_STATE = "training_state/*"
 REPLACED = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", TRAINING_STATE]
 # Downloading creates the folders, which the client skips anyway; the check after a push must skip them, too.
 NEVER_PUSHED = [".git/*", ".cache/*", LOCK_FILE]
-CHECK_BRANCH = "write-check"
+CHECK_BRANCH_PREFIX = "write-check-"
 CHECK_FILE = "check.safetensors"  # takes the way of weights, to the storage behind the Hub
 
 
@@ -162,14 +164,22 @@ def check_write_access(repository: str, private: bool | None = None, api: HfApi 
         raise ValueError(
             f"{repository} exists and is public: make it private in its settings, or give another --hub_model_id."
         )
+    branch = CHECK_BRANCH_PREFIX + uuid.uuid4().hex
     content = uuid.uuid4().hex.encode()  # new content, or the Hub would have nothing to commit
-    ask_storage(api, repository, branch="main")
-    api.create_branch(repository, branch=CHECK_BRANCH, exist_ok=True)
     try:
-        api.upload_file(path_or_fileobj=content, path_in_repo=CHECK_FILE, repo_id=repository, revision=CHECK_BRANCH)
-    finally:
-        api.delete_branch(repository, branch=CHECK_BRANCH)
-    return f"{api.endpoint}/{repository}"
+        api.create_branch(repository, branch=branch)
+        ask_storage(api, repository, branch)
+        api.upload_file(path_or_fileobj=content, path_in_repo=CHECK_FILE, repo_id=repository, revision=branch)
+    except BaseException:  # also Ctrl-C
+        with suppress(HTTPError, OSError):  # the first error is the one to report
+            api.delete_branch(repository, branch=branch)
+        raise
+    address = f"{api.endpoint}/{repository}"
+    try:
+        api.delete_branch(repository, branch=branch)
+    except (HTTPError, OSError):  # the right to push is proven all the same
+        address += f"; its branch {branch} could not be deleted, so delete it yourself"
+    return address
 
 
 if __name__ == "__main__":

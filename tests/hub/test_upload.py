@@ -2,13 +2,14 @@
 
 import re
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from huggingface_hub import constants
 from pushing import UNREACHABLE_HUB, files_in, push_in_process, run_push
 
 from modeling_gpt2repro.hub import client
-from modeling_gpt2repro.hub.upload import main, push_folder
+from modeling_gpt2repro.hub.upload import check_write_access, connect, main, push_folder
 from modeling_gpt2repro.storage.lock import FolderLock
 
 
@@ -18,6 +19,10 @@ def commits(hub, name: str) -> int:
 
 def uploads(hub, name: str) -> int:
     return sum(line["method"] == "PUT" and f"/lfs/{name}/" in line["path"] for line in hub.log())
+
+
+def check_branches(hub, name: str) -> list[str]:
+    return [branch.name for branch in (hub.root / "branches/models" / name).glob("*")]
 
 
 def test_a_push_replaces_earlier_weights_and_keeps_other_files(on_hub, folder):
@@ -90,6 +95,60 @@ def test_a_check_leaves_nothing_but_the_repository(on_hub):
     with on_hub.faults({"match": "commit/write-check", "status": 403}):
         assert run_push("--check", "--hub_model_id", "checked").returncode == 2
     assert not list((on_hub.root / "branches/models/user/checked").glob("*"))
+
+
+def test_checks_at_the_same_time_all_succeed_and_leave_no_branch(here):
+    api = connect(client.Patience(), here.endpoint)
+    name = "user/checked-by-many"
+    with ThreadPoolExecutor(max_workers=3) as threads:
+        for _ in range(8):
+            checks = [threads.submit(check_write_access, name, api=api) for _ in range(3)]
+            assert {check.result() for check in checks} == {f"{here.endpoint}/{name}"}
+    assert check_branches(here, name) == []
+    assert commits(here, name) == 3 * 8
+
+
+def test_a_check_leaves_a_branch_that_somebody_else_made(here):
+    here.new_repository("models/user/with-branches")
+    kept = here.root / "branches/models/user/with-branches/write-check"
+    kept.mkdir(parents=True)
+    (kept / "config.json").write_text("mine")
+    assert push_in_process("--check", "--hub_model_id", "user/with-branches").returncode == 0
+    assert files_in(kept) == {"config.json": b"mine"}
+    assert check_branches(here, "user/with-branches") == ["write-check"]
+
+
+def test_a_branch_that_a_check_cannot_delete_is_named(here):
+    with here.faults({"match": "DELETE .*/branch/", "status": 503}):
+        result = push_in_process("--check", "--hub_model_id", "user/undeleted")
+    (branch,) = check_branches(here, "user/undeleted")
+    assert result.returncode == 0
+    assert f"its branch {branch} could not be deleted, so delete it yourself" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "conflict",
+    [
+        {"status": 409},
+        {"status": 412},
+        {"status": 404, "headers": {"X-Error-Code": "RevisionNotFound"}},
+        {"status": 404, "headers": {"X-Error-Code": "EntryNotFound"}},
+    ],
+)
+@pytest.mark.parametrize("is_check", [True, False])
+def test_a_change_at_the_same_time_is_no_missing_right_and_is_retried(here, folder, conflict, is_check):
+    words = ["--check" if is_check else folder, "--hub_model_id", "user/busy"]
+    here.new_repository("models/user/busy")
+    with here.faults({"match": "POST .*/commit/", **conflict, "times": 1}):
+        result = push_in_process(*words)
+    assert result.returncode == 0, result.stderr
+    assert "user/busy is being changed by someone else (" in result.stderr
+    here.new_repository("models/user/busy")
+    with here.faults({"match": "POST .*/commit/", **conflict}):
+        result = push_in_process(*words, "--patience_seconds", 0)
+    assert result.returncode == 3
+    assert "may not write" not in result.stderr
+    assert check_branches(here, "user/busy") == []
 
 
 def test_a_folder_without_a_model_is_refused(folder):
