@@ -24,11 +24,16 @@ from modeling_gpt2repro.storage.retry import (
 
 EXIT_CODE_REFUSED = 2  # trying again is no use before somebody changes something
 EXIT_CODE_HUB_UNREACHABLE = 3  # the same command may succeed later
+EXIT_CODE_FILES_DIFFER = 4  # the push went through, but other files arrived
 
 DEFAULT_PATIENCE_SECONDS = 1800.0
 MAX_ANSWER_SECONDS = 120.0  # storing a file of many GB takes the Hub's storage some time after its last byte
 MIN_ANSWER_SECONDS = 10.0  # with less patience than this, a busy Hub could not be pushed to at all
 LIMITED_ATTEMPTS = 3  # for what another attempt may mend, but ten would not
+
+
+class FilesDiffer(RuntimeError):
+    """A push went through, but the repository does not hold the folder's files."""
 
 
 # What a request to the Hub may end in. JSON is missing where something else answers, such as a proxy's error page.
@@ -158,6 +163,8 @@ def ask_storage(api: HfApi, repository: str, branch: str):
 
 def diagnose_hub_error(error: Exception, repository: str, endpoint: str) -> Diagnosis:
     """Say what has failed, whether trying again may help, and if not, what has to change."""
+    if isinstance(error, FilesDiffer):
+        return Diagnosis(str(error), EXIT_CODE_FILES_DIFFER, LIMITED_ATTEMPTS)
     answer = http_error(error)
     if answer is None:
         return diagnose_missing_answer(error, endpoint)

@@ -12,32 +12,28 @@ import argparse
 import sys
 import uuid
 from contextlib import suppress
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
-from modeling_gpt2repro.storage.lock import LOCK_FILE
-
 from .client import (
     DEFAULT_PATIENCE_SECONDS,
     EXIT_CODE_HUB_UNREACHABLE,
     EXIT_CODE_REFUSED,
     HUB_ERRORS,
+    FilesDiffer,
     Patience,
     ask_storage,
     connect,
     diagnose_hub_error,
 )
+from .pushed_files import NEVER_PUSHED, TRAINING_STATE, files_to_push, ignored_by_repository
 
-TRAINING_STATE = "training_state/*"
 # Deleted in the commit that pushes new weights, because an earlier model may have had another number of files. Precise
 # names: in the Hub's patterns * matches / as well, and subfolders may hold weights that people have added themselves.
 REPLACED = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", TRAINING_STATE]
-# Downloading creates the folders, which the client skips anyway; the check after a push must skip them, too.
-NEVER_PUSHED = [".git/*", ".cache/*", LOCK_FILE]
 CHECK_BRANCH_PREFIX = "write-check-"
 CHECK_FILE = "check.safetensors"  # takes the way of weights, to the storage behind the Hub
 
@@ -116,6 +112,7 @@ def push_folder(
 
     Raises:
         ValueError: If the push cannot work, however often it is tried.
+        FilesDiffer: If what arrived differs from the folder.
         HTTPError, OSError, RuntimeError, JSONDecodeError: From the client; see `diagnose_hub_error`.
     """
     if not (folder / "config.json").is_file():
@@ -125,6 +122,8 @@ def push_folder(
     repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
     if branch != "main":
         api.create_branch(repository, branch=branch, exist_ok=True)
+    names = files_to_push(folder, excluded)
+    left_out = ignored_by_repository(api, repository, branch, ((name, folder / name) for name in names))
     ask_storage(api, repository, branch)
     commit = api.upload_folder(
         repo_id=repository,
@@ -134,15 +133,17 @@ def push_folder(
         ignore_patterns=list(excluded),  # a copy, because the client appends to it
         delete_patterns=REPLACED if any(folder.glob("*.safetensors")) else None,
     )
-    found = api.verify_repo_checksums(repository, revision=branch, local_dir=folder)
-    different = [mismatch["path"] for mismatch in found.mismatches]
-    missing = [path for path in found.extra_paths if not any(fnmatchcase(path, pattern) for pattern in excluded)]
-    if different or missing:
-        raise RuntimeError(f"files on the Hub differ from those in {folder}: {', '.join(different + missing)}")
+    # Compared at the commit, not on the branch: someone else may have pushed to it since.
+    found = api.verify_repo_checksums(repository, revision=commit.oid, local_dir=folder)
+    different = {mismatch["path"] for mismatch in found.mismatches} | set(found.extra_paths)
+    if different := sorted(different & set(names) - set(left_out)):
+        raise FilesDiffer(f"files in {repository} differ from those in {folder}: {', '.join(different)}")
     address = f"{api.endpoint}/{repository}"
     if branch != "main":
         address += f"/tree/{branch}"
     address += f" (commit {commit.oid[:7]})"
+    if left_out:
+        address += f"; left out, because .gitignore in the repository names them: {', '.join(left_out)}"
     return address
 
 
@@ -153,7 +154,7 @@ def check_write_access(repository: str, private: bool | None = None, api: HfApi 
     new name each time, because several runs may check the same repository at once.
 
     Returns:
-        The repository's address, which is created if it does not exist.
+        The repository's address, and what is not as the caller may expect. It is created if it does not exist.
 
     Raises:
         ValueError, HTTPError, OSError, RuntimeError, JSONDecodeError: As `push_folder`.
@@ -168,6 +169,8 @@ def check_write_access(repository: str, private: bool | None = None, api: HfApi 
     content = uuid.uuid4().hex.encode()  # new content, or the Hub would have nothing to commit
     try:
         api.create_branch(repository, branch=branch)
+        names = ("config.json", "model.safetensors", "tokenizer.json", "modeling_gpt2repro.py", CHECK_FILE)
+        ignored_by_repository(api, repository, branch, ((name, content) for name in names))
         ask_storage(api, repository, branch)
         api.upload_file(path_or_fileobj=content, path_in_repo=CHECK_FILE, repo_id=repository, revision=branch)
     except BaseException:  # also Ctrl-C

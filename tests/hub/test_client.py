@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import close_session, get_session
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-from modeling_gpt2repro.hub.client import Diagnosis, Patience, connect, diagnose_hub_error
+from modeling_gpt2repro.hub.client import Diagnosis, FilesDiffer, Patience, connect, diagnose_hub_error
 from modeling_gpt2repro.storage.retry import backoff_seconds, is_transient, retry
 
 HUB = "https://hub.test"
@@ -56,6 +56,7 @@ def test_some_answers_of_the_hub_are_worth_a_retry(status, transient):
         (answer(404), 2, 1, "the Hub refuses user/any (no)"),
         (answer(403, "https://s3.test/x?signature=1"), 2, 3, "s3.test, where the Hub stores large files, refuses"),
         (answer(503, "https://s3.test/x?signature=1"), 3, float("inf"), "the Hub cannot be reached (no)"),
+        (FilesDiffer("files in user/any differ from those in model: a, b"), 4, 3, "files in user/any differ"),
     ],
 )
 def test_an_error_has_its_sentence_exit_code_and_number_of_attempts(error, exit_code, attempts, message):
@@ -193,3 +194,15 @@ def test_a_long_upload_does_not_use_up_the_patience(clock):
         return "pushed"
 
     assert patience.retry(attempt, diagnose_transient, show=lambda message: None) == "pushed"
+
+
+def test_what_another_attempt_may_mend_is_tried_three_times(clock):
+    tried = []
+
+    def attempt():
+        tried.append(clock[0])
+        raise FilesDiffer("a, b")
+
+    with pytest.raises(FilesDiffer):
+        Patience(600).retry(attempt, lambda error: Diagnosis(str(error), 4, 3), show=lambda message: None)
+    assert tried == [0, 1, 3]

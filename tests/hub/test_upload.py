@@ -5,7 +5,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from pushing import UNREACHABLE_HUB, files_in, push_in_process, run_push
 
 from modeling_gpt2repro.hub import client
@@ -151,6 +151,62 @@ def test_a_change_at_the_same_time_is_no_missing_right_and_is_retried(here, fold
     assert check_branches(here, "user/busy") == []
 
 
+@pytest.mark.parametrize("rules", ["*.txt\n*.png\n", "figures/loss.png\nnotes.txt\n"])
+def test_what_a_gitignore_leaves_out_is_named_and_the_rest_is_pushed(here, folder, rules):
+    repository = here.new_repository("models/user/ignoring")
+    (repository / ".gitignore").write_text(rules)
+    (repository / "notes.txt").write_text("from before .gitignore")
+    (folder / "notes.txt").write_text("notes")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "loss.png").write_bytes(b"curve")
+    expected = files_in(folder) | files_in(repository)
+    del expected["figures/loss.png"], expected["training_state/optimizer.safetensors"]
+    result = push_in_process(folder, "--hub_model_id", "user/ignoring")
+    assert (result.returncode, result.stderr.count("trying again")) == (0, 0)
+    assert result.stdout.endswith(
+        "; left out, because .gitignore in the repository names them: figures/loss.png, notes.txt\n"
+    )
+    assert files_in(repository) == expected
+
+
+@pytest.mark.parametrize(
+    ("rules", "named"),
+    [
+        ("*.json", "config.json"),
+        ("*.safetensors", "model.safetensors, training_state/optimizer.safetensors"),
+        ("model*", "model.safetensors"),
+        ("training_state/*", "training_state/optimizer.safetensors"),
+        ("*", "config.json, model.safetensors, training_state/optimizer.safetensors"),
+    ],
+)
+def test_a_gitignore_that_leaves_out_what_a_model_needs_is_refused(here, folder, rules, named):
+    repository = here.new_repository("models/user/ignoring-models")
+    (repository / ".gitignore").write_text(rules)
+    before = files_in(repository)
+    committed, uploaded = commits(here, "user/ignoring-models"), uploads(here, "user/ignoring-models")
+    result = push_in_process(folder, "--hub_model_id", "user/ignoring-models", "--with_training_state")
+    assert result.returncode == 2
+    assert f"such as {named}: remove the patterns that match from it" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert push_in_process("--check", "--hub_model_id", "user/ignoring-models").returncode == (
+        0 if rules.startswith("training_state") else 2
+    )
+    assert files_in(repository) == before
+    assert check_branches(here, "user/ignoring-models") == []
+    if not rules.startswith("training_state"):
+        assert commits(here, "user/ignoring-models") == committed
+        assert uploads(here, "user/ignoring-models") == uploaded
+
+
+def test_a_gitignore_in_the_folder_replaces_the_one_in_the_repository(here, folder):
+    repository = here.new_repository("models/user/other-rules")
+    (repository / ".gitignore").write_text("*.json")
+    (folder / ".gitignore").write_text("*.md")
+    result = push_in_process(folder, "--hub_model_id", "user/other-rules")
+    assert "names them: README.md\n" in result.stdout
+    assert files_in(repository).keys() == {".gitignore", "config.json", "model.safetensors"}
+
+
 def test_a_folder_without_a_model_is_refused(folder):
     with pytest.raises(ValueError, match="give model/ or step"):
         push_folder(folder.parent, "user/any")
@@ -234,3 +290,31 @@ def test_an_answer_that_is_not_from_the_hub_is_retried(here, folder):
         result = push_in_process(folder, "--hub_model_id", "user/behind-a-proxy")
     assert result.returncode == 0, result.stderr
     assert "the Hub cannot be reached (the answer is not JSON)" in result.stderr
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_files_that_did_not_arrive_are_named(here, folder, times):
+    """A Hub that reports a commit which it did not make."""
+    here.new_repository("models/user/never-arrived")
+    before = {
+        "commitOid": HfApi(here.endpoint).repo_info("user/never-arrived").sha,
+        "commitUrl": f"{here.endpoint}/user/never-arrived/commit/0",
+    }
+    with here.faults({"match": "commit/main", "status": 200, "body": before, "times": times}):
+        result = push_in_process(folder, "--hub_model_id", "user/never-arrived")
+    message = f"files in user/never-arrived differ from those in {folder}: README.md, config.json, model.safetensors"
+    assert message in result.stderr
+    assert "cannot be reached" not in result.stderr
+    assert result.returncode == (0 if times == 1 else 4)
+
+
+def test_a_push_that_is_overtaken_by_another_has_arrived(here, folder):
+    class Overtaken(HfApi):
+        def upload_folder(self, **options):
+            commit = super().upload_folder(**options)
+            self.upload_file(repo_id=options["repo_id"], path_or_fileobj=b"other", path_in_repo="config.json")
+            return commit
+
+    address = push_folder(folder, "user/overtaken", api=Overtaken(here.endpoint))
+    assert address.startswith(f"{here.endpoint}/user/overtaken (commit ")
+    assert files_in(here.root / "models/user/overtaken")["config.json"] == b"other"
