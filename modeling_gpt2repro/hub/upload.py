@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--hub_model_id", required=True, help="owner/name, or a name alone for one of your own.")
     parser.add_argument("--branch", default="main", help="Created from main if it does not exist.")
     parser.add_argument("--message", help="Commit message.")
-    parser.add_argument("--private", action=argparse.BooleanOptionalAction, help="If the repository must be created.")
+    parser.add_argument(
+        "--private", action=argparse.BooleanOptionalAction, help="Of a new repository; one that is public is refused."
+    )
     parser.add_argument("--with_training_state", action="store_true", help="Push a checkpoint that can be resumed.")
     parser.add_argument("--check", action="store_true", help="Push nothing, only find out whether pushing would work.")
     parser.add_argument(
@@ -119,7 +121,7 @@ def push_folder(
         raise ValueError(f"{folder} is not a model folder (it has no config.json): give model/ or step-... of a run.")
     excluded = NEVER_PUSHED if with_training_state else [*NEVER_PUSHED, TRAINING_STATE]
     api = api or connect()
-    repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+    repository, notes = open_repository(api, repository, private)
     if branch != "main":
         api.create_branch(repository, branch=branch, exist_ok=True)
     names = files_to_push(folder, excluded)
@@ -141,10 +143,9 @@ def push_folder(
     address = f"{api.endpoint}/{repository}"
     if branch != "main":
         address += f"/tree/{branch}"
-    address += f" (commit {commit.oid[:7]})"
     if left_out:
-        address += f"; left out, because .gitignore in the repository names them: {', '.join(left_out)}"
-    return address
+        notes.append(f"left out, because .gitignore in the repository names them: {', '.join(left_out)}")
+    return "; ".join([f"{address} (commit {commit.oid[:7]})", *notes])
 
 
 def check_write_access(repository: str, private: bool | None = None, api: HfApi | None = None) -> str:
@@ -160,11 +161,7 @@ def check_write_access(repository: str, private: bool | None = None, api: HfApi 
         ValueError, HTTPError, OSError, RuntimeError, JSONDecodeError: As `push_folder`.
     """
     api = api or connect()
-    repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
-    if private and not api.repo_info(repository).private:
-        raise ValueError(
-            f"{repository} exists and is public: make it private in its settings, or give another --hub_model_id."
-        )
+    repository, notes = open_repository(api, repository, private)
     branch = CHECK_BRANCH_PREFIX + uuid.uuid4().hex
     content = uuid.uuid4().hex.encode()  # new content, or the Hub would have nothing to commit
     try:
@@ -177,12 +174,28 @@ def check_write_access(repository: str, private: bool | None = None, api: HfApi 
         with suppress(HTTPError, OSError):  # the first error is the one to report
             api.delete_branch(repository, branch=branch)
         raise
-    address = f"{api.endpoint}/{repository}"
     try:
         api.delete_branch(repository, branch=branch)
     except (HTTPError, OSError):  # the right to push is proven all the same
-        address += f"; its branch {branch} could not be deleted, so delete it yourself"
-    return address
+        notes.append(f"its branch {branch} could not be deleted, so delete it yourself")
+    return "; ".join([f"{api.endpoint}/{repository}", *notes])
+
+
+def open_repository(api: HfApi, repository: str, private: bool | None) -> tuple[str, list[str]]:
+    """Create a repository unless it exists, and refuse a public one where a private one is asked for.
+
+    Returns:
+        'owner/name', and a note if it is private although a public one is asked for.
+    """
+    repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+    # Looked up even if it is new: its owner's settings may overrule the request.
+    if private is None or private == (is_private := api.repo_info(repository).private):
+        return repository, []
+    if not is_private:
+        raise ValueError(
+            f"{repository} exists and is public: make it private in its settings, or give another --hub_model_id."
+        )
+    return repository, ["the repository is private, and stays so"]
 
 
 if __name__ == "__main__":

@@ -207,6 +207,35 @@ def test_a_gitignore_in_the_folder_replaces_the_one_in_the_repository(here, fold
     assert files_in(repository).keys() == {".gitignore", "config.json", "model.safetensors"}
 
 
+def test_a_private_push_to_a_public_repository_is_refused_before_anything_is_uploaded(here, folder):
+    repository = here.new_repository("models/user/public")
+    for words in (["--check"], [folder]):
+        result = push_in_process(*words, "--hub_model_id", "user/public", "--private")
+        assert (result.returncode, result.stdout) == (2, "")
+        assert "user/public exists and is public: make it private" in result.stderr
+    assert files_in(repository) == {}
+    assert (commits(here, "user/public"), uploads(here, "user/public")) == (0, 0)
+
+
+def test_a_new_repository_is_private_where_that_is_asked_for(here, folder):
+    assert push_in_process(folder, "--hub_model_id", "user/hidden", "--private").returncode == 0
+    assert HfApi(here.endpoint).repo_info("user/hidden").private
+    result = push_in_process(folder, "--hub_model_id", "user/hidden", "--private")
+    assert (result.returncode, result.stdout.count("private")) == (0, 0)
+    result = push_in_process(folder, "--hub_model_id", "user/hidden", "--no-private")
+    assert (result.returncode, result.stdout.endswith("; the repository is private, and stays so\n")) == (0, True)
+
+
+def test_a_private_repository_that_the_owners_settings_make_public_is_refused(here, folder):
+    class PublicOnly(HfApi):
+        def create_repo(self, name, private, **options):
+            return super().create_repo(name, private=False, **options)
+
+    with pytest.raises(ValueError, match="user/open exists and is public"):
+        push_folder(folder, "user/open", private=True, api=PublicOnly(here.endpoint))
+    assert uploads(here, "user/open") == 0
+
+
 def test_a_folder_without_a_model_is_refused(folder):
     with pytest.raises(ValueError, match="give model/ or step"):
         push_folder(folder.parent, "user/any")
