@@ -12,8 +12,8 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from modeling_gpt2repro.storage.lock import LOCK_FILE
 
 TRAINING_STATE = "training_state/*"
-# Downloading creates the folders, which the client skips anyway; the check after a push must skip them, too.
-NEVER_PUSHED = [".git/*", ".cache/*", LOCK_FILE]
+# The Hub takes no .git and no .cache, which downloading creates, at any depth; the client skips only some of them.
+NEVER_PUSHED = [".git", ".git/*", "*/.git", "*/.git/*", ".cache/*", "*/.cache/*", LOCK_FILE]
 # What programs read: without these a model or a checkpoint does not load, so a .gitignore must not leave them out.
 NEEDED = ["*.json", "*.safetensors", "*.py", "*.jinja", "merges.txt", TRAINING_STATE]
 FILES_PER_QUESTION = 256  # as the client asks
@@ -64,6 +64,33 @@ def ignored_by_repository(
             "remove the patterns that match from it, and push again."
         )
     return ignored
+
+
+def refuse_links(folder: Path, excluded: list[str]):
+    """Refuse a folder from which a push would follow a link to elsewhere, or leave out what a link points to.
+
+    The Hub's cache is made of links to blobs/ beside its snapshots: those are followed.
+
+    Raises:
+        ValueError: If there is such a link.
+    """
+    root = folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append((root.parents[1] / "blobs").resolve())
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if not path.is_symlink() or matches_any(name, excluded) or matches_any(f"{name}/", excluded):
+            continue
+        if not path.is_file():
+            raise ValueError(
+                f"{folder / name} is a link to a folder or to nothing: put files in its place, or delete it."
+            )
+        if not any(path.resolve().is_relative_to(place) for place in allowed):
+            raise ValueError(
+                f"{folder / name} is a link out of the folder, to {path.resolve()}: to push that file, put a copy in "
+                "the link's place."
+            )
 
 
 def matches_any(name: str, patterns: list[str]) -> bool:

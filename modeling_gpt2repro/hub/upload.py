@@ -29,7 +29,7 @@ from .client import (
     connect,
     diagnose_hub_error,
 )
-from .pushed_files import NEVER_PUSHED, TRAINING_STATE, files_to_push, ignored_by_repository
+from .pushed_files import NEVER_PUSHED, TRAINING_STATE, files_to_push, ignored_by_repository, refuse_links
 
 # Deleted in the commit that pushes new weights, because an earlier model may have had another number of files. Precise
 # names: in the Hub's patterns * matches / as well, and subfolders may hold weights that people have added themselves.
@@ -120,6 +120,7 @@ def push_folder(
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a model folder (it has no config.json): give model/ or step-... of a run.")
     excluded = NEVER_PUSHED if with_training_state else [*NEVER_PUSHED, TRAINING_STATE]
+    refuse_links(folder, excluded)
     api = api or connect()
     repository, notes = open_repository(api, repository, private)
     if branch != "main":

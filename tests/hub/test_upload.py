@@ -347,3 +347,64 @@ def test_a_push_that_is_overtaken_by_another_has_arrived(here, folder):
     address = push_folder(folder, "user/overtaken", api=Overtaken(here.endpoint))
     assert address.startswith(f"{here.endpoint}/user/overtaken (commit ")
     assert files_in(here.root / "models/user/overtaken")["config.json"] == b"other"
+
+
+@pytest.mark.parametrize("link", ["key.txt", "figures/key.txt", "figures"])
+def test_a_link_out_of_the_folder_is_refused(here, folder, tmp_path, link):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "key.txt").write_text("secret")
+    if "/" in link:
+        (folder / link).parent.mkdir()
+    (folder / link).symlink_to(outside if link == "figures" else outside / "key.txt")
+    result = push_in_process(folder, "--hub_model_id", "user/linked")
+    assert result.returncode == 2
+    assert f"{folder / link} is a link " in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (here.root / "models/user/linked").exists()
+
+
+def test_a_link_to_nothing_is_refused_because_its_file_would_be_left_out(here, folder):
+    (folder / "tokenizer.json").symlink_to(folder / "gone.json")
+    assert push_in_process(folder, "--hub_model_id", "user/broken").returncode == 2
+
+
+def test_links_within_the_folder_and_those_that_are_not_pushed_are_allowed(here, folder, tmp_path):
+    (folder / "LICENSE.md").symlink_to("README.md")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "elsewhere").symlink_to(tmp_path)
+    moments = (folder / "training_state").rename(tmp_path / "moments")
+    (folder / "training_state").symlink_to(moments)
+    result = push_in_process(folder, "--hub_model_id", "user/inside")
+    assert result.returncode == 0, result.stderr
+    assert files_in(here.root / "models/user/inside") == {
+        name: (folder / name).read_bytes() for name in ("LICENSE.md", "README.md", "config.json", "model.safetensors")
+    }
+    assert push_in_process(folder, "--hub_model_id", "user/inside", "--with_training_state").returncode == 2
+
+
+def test_a_snapshot_in_the_hubs_cache_is_pushed_but_no_link_to_elsewhere(here, tmp_path):
+    cached = tmp_path / "models--owner--name"
+    snapshot = cached / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (cached / "blobs").mkdir()
+    (cached / "blobs" / "1234").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/1234")
+    result = push_in_process(snapshot, "--hub_model_id", "user/from-cache")
+    assert result.returncode == 0, result.stderr
+    assert files_in(here.root / "models/user/from-cache") == {"config.json": b"{}"}
+    (tmp_path / "token").write_text("secret")
+    (snapshot / "token").symlink_to(tmp_path / "token")
+    assert push_in_process(snapshot, "--hub_model_id", "user/from-cache").returncode == 2
+
+
+def test_git_and_cache_folders_are_not_pushed_at_any_depth(here, folder):
+    pushed = {name for name in files_in(folder) if not name.startswith("training_state")} | {"lora/adapter.bin"}
+    for place in (folder, folder / "lora"):
+        for name in (".git/config", ".cache/other/x", ".cache/huggingface/x"):
+            (place / name).parent.mkdir(parents=True)
+            (place / name).write_text("not for the Hub")
+    (folder / "lora" / "adapter.bin").write_bytes(b"1")
+    result = push_in_process(folder, "--hub_model_id", "user/clean")
+    assert result.returncode == 0, result.stderr
+    assert files_in(here.root / "models/user/clean").keys() == pushed
