@@ -179,14 +179,15 @@ def test_a_client_that_starts_anew_after_a_refused_connection_keeps_to_the_patie
     assert get_session().event_hooks["response"] == [patience.note]
 
 
-def test_a_long_upload_does_not_use_up_the_patience(clock):
-    """An hour of sending, then a Hub that is busy for eight seconds."""
+def test_a_long_upload_renews_the_patience(clock):
+    """A Hub that is busy for a moment, an hour of sending, then a Hub that is busy again."""
     patience = Patience(20)
     fake = FakeClient(clock, patience)
-    answers = iter([503, 503, 503, 503, 200])
+    answers = iter([503, 200, 503, 503, 200, 200])
     sent = []
 
     def attempt() -> str:
+        fake.request(next(answers), attempts=1)
         if not sent:
             fake.request(200, seconds=3600, method="PUT")
             sent.append(True)
