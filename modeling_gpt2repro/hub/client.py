@@ -26,7 +26,7 @@ EXIT_CODE_REFUSED = 2  # trying again is no use before somebody changes somethin
 EXIT_CODE_HUB_UNREACHABLE = 3  # the same command may succeed later
 EXIT_CODE_FILES_DIFFER = 4  # the push went through, but other files arrived
 
-DEFAULT_PATIENCE_SECONDS = 1800.0
+DEFAULT_HUB_WAIT_SECONDS = 300.0
 MAX_ANSWER_SECONDS = 120.0  # storing a file of many GB takes the Hub's storage some time after its last byte
 MIN_ANSWER_SECONDS = 10.0  # with less patience than this, a busy Hub could not be pushed to at all
 LIMITED_ATTEMPTS = 3  # for what another attempt may mend, but ten would not
@@ -56,7 +56,7 @@ class Patience:
     Sending a large file does not use it up: only silence does, and attempts that fail.
     """
 
-    def __init__(self, seconds: float = DEFAULT_PATIENCE_SECONDS):
+    def __init__(self, seconds: float = DEFAULT_HUB_WAIT_SECONDS):
         self.seconds = seconds
         self._seconds_for_an_answer = max(seconds, MIN_ANSWER_SECONDS)
         self._failing_since: float | None = None  # attempts have failed since then, and no file has arrived
@@ -88,12 +88,17 @@ class Patience:
             self._failing_since = None
 
     def retry(
-        self, attempt: Callable[[], str], diagnose: Callable[[Exception], Diagnosis], show: Callable[[str], None]
+        self,
+        attempt: Callable[[], str],
+        diagnose: Callable[[Exception], Diagnosis],
+        show: Callable[[str], None],
+        sleep: Callable[[float, float], None] = lambda pause, left: time.sleep(pause),
     ) -> str:
         """Call `attempt` until it succeeds, another attempt makes no sense, or the patience is over.
 
         Args:
             show: Receives a sentence before each pause.
+            sleep: Receives the seconds to sleep, and those until `attempt` is given up.
 
         Raises:
             HTTPError, OSError, RuntimeError, JSONDecodeError: From the last attempt.
@@ -108,10 +113,11 @@ class Patience:
                 now = time.monotonic()
                 if self._failing_since is None:
                     self._failing_since = now if self._waiting_since() is None else self._waiting_since()
-                if limited_failures >= attempts or now + pause > self._failing_since + self.seconds:
+                left = self._failing_since + self.seconds - now
+                if limited_failures >= attempts or pause > left:
                     raise
-                show(f"{message}; trying again in {pause:.0f} s.")
-                time.sleep(pause)
+                show(f"{message}; trying again in {pause:.0f} s, giving up in {left:.0f} s.")
+                sleep(pause, left)
 
     def _waiting_since(self) -> float | None:
         """When this thread sent the first of the requests that have not been answered properly since."""

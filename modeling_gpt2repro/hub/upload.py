@@ -18,8 +18,10 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
+from modeling_gpt2repro.runtime.progress import count_down
+
 from .client import (
-    DEFAULT_PATIENCE_SECONDS,
+    DEFAULT_HUB_WAIT_SECONDS,
     EXIT_CODE_HUB_UNREACHABLE,
     EXIT_CODE_REFUSED,
     HUB_ERRORS,
@@ -54,14 +56,18 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--with_training_state", action="store_true", help="Push a checkpoint that can be resumed.")
     parser.add_argument("--check", action="store_true", help="Push nothing, only find out whether pushing would work.")
     parser.add_argument(
-        "--patience_seconds",
+        "--hub_wait_seconds",
         type=float,
-        default=DEFAULT_PATIENCE_SECONDS,
-        help="How long to retry while the Hub is unreachable.",
+        default=DEFAULT_HUB_WAIT_SECONDS,
+        help="How long to retry while the Hub is away (default: %(default)g).",
     )
+    older_name = {"dest": "hub_wait_seconds", "type": float, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument("--patience_seconds", **older_name)
     args = parser.parse_args(argv)
     if (args.folder is None) != args.check:
         parser.error("give either a folder or --check")
+    if not args.hub_wait_seconds >= 0:  # not a number either
+        parser.error(f"--hub_wait_seconds ({args.hub_wait_seconds}) must be at least 0")
 
     def attempt() -> str:
         if args.check:
@@ -77,12 +83,13 @@ def main(argv: list[str] | None = None):
         )
         return f"pushed to {address}"
 
-    patience = Patience(args.patience_seconds)
+    patience = Patience(args.hub_wait_seconds)
     try:
         api = connect(patience)
         diagnose = partial(diagnose_hub_error, repository=args.hub_model_id, endpoint=api.endpoint)
         # Flushed, because the process that started this one may follow its log file.
-        print(patience.retry(attempt, diagnose, show=partial(print, file=sys.stderr, flush=True)))
+        show = partial(print, file=sys.stderr, flush=True)
+        print(patience.retry(attempt, diagnose, show, sleep=count_down))
     except HUB_ERRORS as error:
         message, exit_code, _ = diagnose(error)
         advice = ": try again later" if exit_code == EXIT_CODE_HUB_UNREACHABLE else ""

@@ -192,7 +192,7 @@ numbers      {output_dir / METRICS_FILE}
 Make it talk:
 
     from transformers import pipeline
-    talk = pipeline("text-generation", model="{model_folder.as_posix()}", trust_remote_code=True)
+    talk = pipeline("text-generation", model={model_folder.as_posix()!r}, trust_remote_code=True)
     print(talk({args.sample_prompts[0]!r}, max_new_tokens=40, do_sample=True, top_k=50)[0]["generated_text"])
 """
 

@@ -77,7 +77,9 @@ def build_upload_queue(args: TrainArguments, accelerator: Accelerator) -> Upload
     if not args.push_to_hub or not accelerator.is_main_process:
         uploads = UploadQueue(None, "end", output_dir)
     else:
-        uploads = UploadQueue(args.hub_repository, args.hub_strategy, output_dir, args.hub_private_repo)
+        uploads = UploadQueue(
+            args.hub_repository, args.hub_strategy, output_dir, args.hub_private_repo, args.hub_wait_seconds
+        )
     if args.push_to_hub:
         is_resume = (output_dir / RUN_CONFIG_FILE).exists()
         message = run_on_main_and_broadcast(accelerator, lambda: uploads.check_access(is_resume))

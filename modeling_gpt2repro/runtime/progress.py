@@ -1,6 +1,7 @@
-"""Progress bars: of tokens, and of text."""
+"""Progress bars, of tokens and of text; and a countdown."""
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
@@ -46,3 +47,15 @@ class TextBar(tqdm):
             self.update(len(text.encode("utf-8", "replace")))
         self.total = self.n  # the total was an estimate
         self.set_description(then)
+
+
+def count_down(pause: float, left: float):
+    """Sleep for `pause` of the seconds that are `left` until something is given up; a terminal shows both."""
+    if not sys.stderr.isatty():
+        time.sleep(pause)
+        return
+    for passed in range(round(pause)):
+        line = f"trying again in {pause - passed:.0f} s, giving up in {left - passed:.0f} s"
+        print(f"\r{line:<60}", end="", file=sys.stderr, flush=True)
+        time.sleep(1)
+    print(f"\r{'':<60}\r", end="", file=sys.stderr, flush=True)

@@ -257,7 +257,7 @@ def test_a_push_is_retried_while_the_hub_is_unavailable(on_hub, folder, where):
 
 def test_an_unreachable_hub_has_an_exit_code_of_its_own(folder, on_hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", UNREACHABLE_HUB)
-    result = run_push(folder, "--hub_model_id", "user/away", "--patience_seconds", 0)
+    result = run_push(folder, "--hub_model_id", "user/away", "--patience_seconds", 0)  # the older name
     assert result.returncode == 3
     assert "the Hub cannot be reached (" in result.stderr
 

@@ -7,8 +7,8 @@
 
 A rule is {"match": regular expression on "METHOD path?query"} with "times" (default: always) and one of "status" (with
 "headers" and "body"), sent instead of the answer; "drop": the connection closes before the answer (0) or after so many
-bytes of its body; "hang": true: nothing is done, and no answer ever comes. Replace the file as a whole, not in place; a
-new file counts from zero.
+bytes of its body; "hang": true: nothing is done, and no answer ever comes; "until": the answer is late, and comes when
+DIR has a file of that name. Replace the file as a whole, not in place; a new file counts from zero.
 
 The commit of main, or of another branch, is a hash of what it holds now; of earlier ones, only those that were pushed
 can still be read. A repository is private if DIR/private/models/<namespace>/<name> exists. Files that the Hub keeps in
@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from patience import wait_until
 
 WRITE_TOKEN = "hf_writer"
 READ_TOKEN = "hf_reader"
@@ -102,6 +104,9 @@ class Handler(BaseHTTPRequestHandler):
     def handle_request(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.server.state.next_fault(f"{self.command} {self.path}")
+        if "until" in fault:
+            self.server.state.log(self, "late")
+            wait_until((self.server.state.root / fault["until"]).exists)
         try:
             if "hang" in fault:
                 self.rfile.read(1)  # returns when the client gives up
@@ -298,7 +303,7 @@ class State:
                     return fault
         return {}
 
-    def log(self, handler: Handler, status: int | None) -> None:
+    def log(self, handler: Handler, status: int | str | None) -> None:
         line = {"origin": handler.origin, "method": handler.command, "path": handler.path, "status": status}
         line |= {"range": handler.headers.get("Range"), "auth": "Authorization" in handler.headers}
         with self.lock, (self.root / "log.jsonl").open("a") as log:
