@@ -20,7 +20,7 @@ from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import HTTPError
 
 from modeling_gpt2repro.storage.lock import LOCK_FILE
-from modeling_gpt2repro.storage.retry import describe_error, http_error, is_transient, retry
+from modeling_gpt2repro.storage.retry import XET_TOKEN_REFUSED, describe_error, http_status, is_transient, retry
 
 EXIT_CODE_REFUSED = 2  # trying again is no use before somebody changes something
 EXIT_CODE_HUB_UNREACHABLE = 3  # the same command may succeed later
@@ -181,10 +181,11 @@ def connect(endpoint: str | None = None, timeout_seconds: float = RESPONSE_TIMEO
 
 def explain_hub_error(error: BaseException, repository: str) -> str:
     """Say what has to change, on the Hub or on this machine, before a push can succeed."""
-    answer = http_error(error)
-    if answer is None:
+    status = http_status(error)
+    if status is None:
         return f"a problem on this machine prevents pushing ({describe_error(error)})."
-    status = answer.response.status_code
+    if status == 404 and XET_TOKEN_REFUSED.search(str(error)):
+        return "this Hub does not speak Xet, the protocol that its client uploads by: set HF_HUB_DISABLE_XET=1."
     if status == 401:
         return "the Hub does not accept this token: log in again with `hf auth login`, or set HF_TOKEN."
     if status in (403, 404):

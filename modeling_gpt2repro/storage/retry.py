@@ -1,5 +1,6 @@
 """Retry with exponential backoff, and which errors of the Hub are transient."""
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -12,6 +13,8 @@ FIRST_BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 60.0
 # Timeout, concurrent commit (conflict, precondition), too early, rate limit, and every fault of the server itself.
 TRANSIENT_STATUS = {408, 409, 412, 425, 429, *range(500, 600)}
+# Before it uploads, the Xet client asks the Hub for a token; a refusal is a ConnectionError with nothing but this text.
+XET_TOKEN_REFUSED = re.compile(r"HTTP status client error \((\d{3}) .*/xet-(?:read|write)-token")
 
 
 def retry(
@@ -47,11 +50,10 @@ def backoff_seconds() -> Iterator[float]:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later: the connection or the server failed, not this machine."""
+    status = http_status(error)
+    if status is not None:
+        return status in TRANSIENT_STATUS
     chain = exception_chain(error)
-    for cause in chain:
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        if status is not None:
-            return status in TRANSIENT_STATUS
     if any(isinstance(cause, HTTPError | ConnectionError | TimeoutError) for cause in chain):
         return True
     return not any(isinstance(cause, OSError) for cause in chain)
@@ -63,6 +65,17 @@ def exception_chain(error: BaseException) -> list[BaseException]:
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
     return chain
+
+
+def http_status(error: BaseException) -> int | None:
+    """The status of the Hub's answer among an error's causes; None if the Hub did not answer."""
+    for cause in exception_chain(error):
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status is not None:
+            return status
+        if refused := XET_TOKEN_REFUSED.search(str(cause)):
+            return int(refused[1])
+    return None
 
 
 def http_error(error: BaseException) -> HfHubHTTPError | None:
