@@ -9,6 +9,7 @@ process (see background_upload.py).
 """
 
 import argparse
+import os
 import sys
 import uuid
 from fnmatch import fnmatchcase
@@ -33,6 +34,9 @@ NEVER_PUSHED = [".git/*", ".cache/*", LOCK_FILE]
 CHECK_BRANCH = "write-check"
 RESPONSE_TIMEOUT_SECONDS = 120.0  # without one, the client waits forever for a Hub that accepts but never answers
 DEFAULT_PATIENCE_SECONDS = 1800.0
+# By itself, Xet's client repeats a request five times, which takes five minutes or more and shows nothing. Twice takes
+# some 15 seconds, and then the push is retried as a whole, with a message.
+XET_RETRIES = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"}
 
 
 def main(argv: list[str] | None = None):
@@ -176,6 +180,8 @@ def connect(endpoint: str | None = None, timeout_seconds: float = RESPONSE_TIMEO
     if get_token() is None:
         raise ValueError("there is no token to push with: log in with `hf auth login`, or set HF_TOKEN.")
     get_session().timeout = timeout_seconds
+    for name, value in XET_RETRIES.items():  # read when the first upload begins
+        os.environ.setdefault(name, value)
     return HfApi(endpoint=endpoint)
 
 
