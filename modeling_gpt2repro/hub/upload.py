@@ -191,7 +191,7 @@ def explain_hub_error(error: BaseException, repository: str) -> str:
     if status is None:
         return f"a problem on this machine prevents pushing ({describe_error(error)})."
     if status == 404 and XET_TOKEN_REFUSED.search(str(error)):
-        return "this Hub does not speak Xet, the protocol that its client uploads by: set HF_HUB_DISABLE_XET=1."
+        return "this Hub does not know Xet, which its client uploads by: set HF_HUB_DISABLE_XET=1."
     if status == 401:
         return "the Hub does not accept this token: log in again with `hf auth login`, or set HF_TOKEN."
     if status in (403, 404):
