@@ -229,6 +229,10 @@ def test_a_stream_gives_the_same_ids_over_either_protocol_and_asks_no_storage_of
         for kind in ("parquet", "jsonl")
         for fault in ({"status": 503}, {"drop": 700}, {"status": 429}, {"drop": 0})
     ]
+    # When both footers have been read: an address that has expired.
+    faults += [
+        {"match": "GET /lfs/.*parquet", **fault} for fault in ({"drop": 10**9, "times": 2}, {"status": 403, "times": 1})
+    ]
     with on_xet_hub.faults({"match": " /v1/", "status": 503}, *faults):
         run_program(STREAM, tmp_path / "xet", shards / "tokenizer")
     log = on_xet_hub.log()[seen:]
@@ -236,4 +240,5 @@ def test_a_stream_gives_the_same_ids_over_either_protocol_and_asks_no_storage_of
     for kind in ("parquet", "jsonl"):
         statuses = [line["status"] for line in log if line["origin"] == "cdn" and line["path"].endswith(kind)]
         assert {503, 429, 206, None} <= set(statuses)
+        assert (403 in statuses) is (kind == "parquet")
         assert logged_values(tmp_path / "xet" / kind) == logged_values(tmp_path / "lfs" / kind) != []
