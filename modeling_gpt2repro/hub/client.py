@@ -1,6 +1,7 @@
 """A client of the Hub that waits no longer than it may, and what its errors mean for a push."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,9 @@ EXIT_CODE_FILES_DIFFER = 4  # the push went through, but other files arrived
 DEFAULT_HUB_WAIT_SECONDS = 300.0
 MAX_ANSWER_SECONDS = 120.0  # storing a file of many GB takes the Hub's storage some time after its last byte
 MIN_ANSWER_SECONDS = 10.0  # with less patience than this, a busy Hub could not be pushed to at all
+# By itself, Xet's client repeats a request five times, which takes five minutes or more and shows nothing. Twice takes
+# some 15 seconds, and then the push is retried as a whole, with a message.
+XET_RETRIES = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"}
 LIMITED_ATTEMPTS = 3  # for what another attempt may mend, but ten would not
 
 
@@ -147,6 +151,8 @@ def connect(patience: Patience | None = None, endpoint: str | None = None) -> Hf
     hooks = {"request": [*hooks, patience.limit], "response": [patience.note]}
     # Not just set on the session: after a refused connection, the client makes itself another one.
     set_client_factory(lambda: client_class(follow_redirects=True, event_hooks=hooks))
+    for name, value in XET_RETRIES.items():  # read when the first upload begins
+        os.environ.setdefault(name, value)
     return HfApi(endpoint=endpoint)
 
 

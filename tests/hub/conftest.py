@@ -10,13 +10,23 @@ from modeling_gpt2repro.storage import retry
 
 
 @pytest.fixture
-def on_hub(hub, tmp_path, monkeypatch):
-    """The loopback Hub; processes started by the test talk to it, with a token that may write."""
-    environment = {**hub.environment(tmp_path / "home"), "HF_TOKEN": hub.token}
-    for name in os.environ.keys() - environment:  # such as HF_HUB_OFFLINE
-        monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def point_to_hub(tmp_path, monkeypatch):
+    """point_to_hub(hub): processes started by the test talk to it, with a token that may write."""
+
+    def point(hub):
+        environment = {**hub.environment(tmp_path / "home"), "HF_TOKEN": hub.token}
+        for name in os.environ.keys() - environment:  # such as HF_HUB_OFFLINE
+            monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+
+    return point
+
+
+@pytest.fixture
+def on_hub(hub, point_to_hub):
+    """The loopback Hub, which processes started by the test talk to."""
+    point_to_hub(hub)
     return hub
 
 

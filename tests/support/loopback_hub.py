@@ -284,6 +284,7 @@ class State:
         self.root = root
         self.endpoint = ""
         self.cdn = ""
+        self.cas = ""  # where Xet stores chunks (loopback_xet.py)
         self.handed_out: dict[str, Path] = {}  # in place of a signature: "METHOD address", and what file it is about
         self.faults = []
         self.faults_version = (0, 0)
@@ -317,13 +318,17 @@ def start_server(handler: type[Handler], state: State) -> str:
     return f"http://127.0.0.1:{server.server_port}"
 
 
-def main(hub: type[HubHandler] = HubHandler, cdn: type[CdnHandler] = CdnHandler) -> None:
+def main(
+    hub: type[HubHandler] = HubHandler, cdn: type[CdnHandler] = CdnHandler, cas: type[Handler] | None = None
+) -> None:
     parser = argparse.ArgumentParser(description="A Hub on 127.0.0.1.")
     parser.add_argument("--root", type=Path, required=True)
     state = State(parser.parse_args().root)
     # The CDN has a host name of its own, as in reality: huggingface_hub 1.33 takes a redirect to another port of the
     # same host for one that stays on the Hub, and brings its token along.
     state.cdn = start_server(cdn, state).replace("127.0.0.1", "localhost")
+    if cas:
+        state.cas = start_server(cas, state)
     state.endpoint = start_server(hub, state)
     tokens = {"token": WRITE_TOKEN, "read_only_token": READ_TOKEN}
     print(json.dumps({"endpoint": state.endpoint, "cdn": state.cdn} | tokens), flush=True)
