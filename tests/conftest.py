@@ -37,6 +37,7 @@ class LoopbackHub:
     token: str
     read_only_token: str
     root: Path
+    xet: bool = False  # whether it speaks Xet as well (`loopback_xet.py`)
 
     def new_repository(self, path: str) -> Path:
         """An empty folder for `datasets/ns/name` or `models/ns/name`; files of earlier tests are deleted."""
@@ -47,7 +48,7 @@ class LoopbackHub:
         return folder
 
     def log(self) -> list[dict]:
-        """Every request since the start: origin (hub, cdn), method, path, status (null: dropped), range, auth."""
+        """Every request since the start: origin (hub, cdn, cas), method, path, status (null: dropped), range, auth."""
         log = self.root / "log.jsonl"
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
@@ -71,25 +72,42 @@ class LoopbackHub:
             for name, value in os.environ.items()
             if not name.startswith(foreign) and not name.lower().endswith("_proxy")
         }
-        return kept | {
-            "HF_ENDPOINT": self.endpoint,
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_XET": "1",  # the server does not speak Xet
-            "HF_HUB_DOWNLOAD_TIMEOUT": str(PATIENCE_SECONDS),  # else 10, and this Hub is one busy process
-            "HF_HUB_ETAG_TIMEOUT": str(PATIENCE_SECONDS),
-            "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # else datasets asks S3, up to 3 seconds where there is no network
-        }
+        protocol = {"HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"} if self.xet else {"HF_HUB_DISABLE_XET": "1"}
+        return (
+            kept
+            | protocol
+            | {
+                "HF_ENDPOINT": self.endpoint,
+                "HF_HOME": str(home),
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "HF_HUB_DOWNLOAD_TIMEOUT": str(PATIENCE_SECONDS),  # else 10, and this Hub is one busy process
+                "HF_HUB_ETAG_TIMEOUT": str(PATIENCE_SECONDS),
+                "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # else datasets asks S3, up to 3 seconds where there is no network
+            }
+        )
+
+
+@contextlib.contextmanager
+def start_hub(root: Path, program: str, **options) -> Iterator[LoopbackHub]:
+    command = [sys.executable, str(Path(__file__).with_name("support") / program), "--root", str(root)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        yield LoopbackHub(**json.loads(server.stdout.readline()), root=root, **options)
+        server.stdin.close()  # the server exits
 
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory) -> Iterator[LoopbackHub]:
     """One loopback Hub for all tests."""
-    root = tmp_path_factory.mktemp("hub")
-    command = [sys.executable, str(Path(__file__).with_name("support") / "loopback_hub_writes.py"), "--root", str(root)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        yield LoopbackHub(**json.loads(server.stdout.readline()), root=root)
-        server.stdin.close()  # the server exits
+    with start_hub(tmp_path_factory.mktemp("hub"), "loopback_hub_writes.py") as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def xet_hub(tmp_path_factory) -> Iterator[LoopbackHub]:
+    """Another one, which speaks Xet as well."""
+    pytest.importorskip("hf_xet")
+    with start_hub(tmp_path_factory.mktemp("xet_hub"), "loopback_xet.py", xet=True) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

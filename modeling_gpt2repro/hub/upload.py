@@ -11,29 +11,33 @@ process (see background_upload.py).
 import argparse
 import sys
 import uuid
-from fnmatch import fnmatchcase
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_session, get_token
-from huggingface_hub.constants import is_offline_mode
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
 from modeling_gpt2repro.runtime.progress import count_down
-from modeling_gpt2repro.storage.lock import LOCK_FILE
-from modeling_gpt2repro.storage.retry import describe_error, http_error, is_transient, retry
 
-EXIT_CODE_REFUSED = 2  # trying again is no use before somebody changes something
-EXIT_CODE_HUB_UNREACHABLE = 3  # the same command may succeed later
-TRAINING_STATE = "training_state/*"
+from .client import (
+    DEFAULT_HUB_WAIT_SECONDS,
+    EXIT_CODE_HUB_UNREACHABLE,
+    EXIT_CODE_REFUSED,
+    HUB_ERRORS,
+    FilesDiffer,
+    Patience,
+    ask_storage,
+    connect,
+    diagnose_hub_error,
+)
+from .pushed_files import NEVER_PUSHED, TRAINING_STATE, files_to_push, ignored_by_repository, refuse_links
+
 # Deleted in the commit that pushes new weights, because an earlier model may have had another number of files. Precise
 # names: in the Hub's patterns * matches / as well, and subfolders may hold weights that people have added themselves.
 REPLACED = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", TRAINING_STATE]
-# Downloading creates the folders, which the client skips anyway; the check after a push must skip them, too.
-NEVER_PUSHED = [".git/*", ".cache/*", LOCK_FILE]
-CHECK_BRANCH = "write-check"
-RESPONSE_TIMEOUT_SECONDS = 120.0  # without one, the client waits forever for a Hub that accepts but never answers
-DEFAULT_HUB_WAIT_SECONDS = 300.0
+CHECK_BRANCH_PREFIX = "write-check-"
+CHECK_FILE = "check.safetensors"  # takes the way of weights, to the storage behind the Hub
 
 
 def main(argv: list[str] | None = None):
@@ -46,7 +50,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--hub_model_id", required=True, help="owner/name, or a name alone for one of your own.")
     parser.add_argument("--branch", default="main", help="Created from main if it does not exist.")
     parser.add_argument("--message", help="Commit message.")
-    parser.add_argument("--private", action=argparse.BooleanOptionalAction, help="If the repository must be created.")
+    parser.add_argument(
+        "--private", action=argparse.BooleanOptionalAction, help="Of a new repository; one that is public is refused."
+    )
     parser.add_argument("--with_training_state", action="store_true", help="Push a checkpoint that can be resumed.")
     parser.add_argument("--check", action="store_true", help="Push nothing, only find out whether pushing would work.")
     parser.add_argument(
@@ -65,7 +71,7 @@ def main(argv: list[str] | None = None):
 
     def attempt() -> str:
         if args.check:
-            return f"can be written: {check_write_access(args.hub_model_id, args.private)}"
+            return f"can be written: {check_write_access(args.hub_model_id, args.private, api)}"
         address = push_folder(
             args.folder,
             args.hub_model_id,
@@ -73,22 +79,25 @@ def main(argv: list[str] | None = None):
             message=args.message,
             private=args.private,
             with_training_state=args.with_training_state,
+            api=api,
         )
         return f"pushed to {address}"
 
+    patience = Patience(args.hub_wait_seconds)
     try:
+        api = connect(patience)
+        diagnose = partial(diagnose_hub_error, repository=args.hub_model_id, endpoint=api.endpoint)
         # Flushed, because the process that started this one may follow its log file.
         show = partial(print, file=sys.stderr, flush=True)
-        print(retry(attempt, args.hub_wait_seconds, on_retry=show, sleep=count_down))
-    except (HTTPError, OSError, RuntimeError) as error:
-        if is_transient(error):
-            message = f"the Hub cannot be reached ({describe_error(error)}): try again later."
-            parser.exit(EXIT_CODE_HUB_UNREACHABLE, message + "\n")
-        parser.exit(EXIT_CODE_REFUSED, explain_hub_error(error, args.hub_model_id) + "\n")
+        print(patience.retry(attempt, diagnose, show, sleep=count_down))
+    except HUB_ERRORS as error:
+        message, exit_code, _ = diagnose(error)
+        advice = ": try again later" if exit_code == EXIT_CODE_HUB_UNREACHABLE else ""
+        parser.exit(exit_code, f"{message}{advice}.\n")
     except ValueError as error:
         parser.exit(EXIT_CODE_REFUSED, " ".join(str(error).split()) + "\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"{args.folder} was not pushed: run the same command again to continue.\n")
+        parser.exit(130, f"{args.folder or 'The check'} was interrupted: run the same command again to continue.\n")
 
 
 def push_folder(
@@ -108,97 +117,93 @@ def push_folder(
         with_training_state: Push `training_state/`, too, which resuming needs.
 
     Returns:
-        The address of the branch, and the commit.
+        The address of the branch, the commit, and what is not as the caller may expect.
 
     Raises:
         ValueError: If the push cannot work, however often it is tried.
-        HTTPError, OSError, RuntimeError: From the client, or if what arrived differs from the folder; see
-            `is_transient`.
+        FilesDiffer: If what arrived differs from the folder.
+        HTTPError, OSError, RuntimeError, JSONDecodeError: From the client; see `diagnose_hub_error`.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a model folder (it has no config.json): give model/ or step-... of a run.")
+    excluded = NEVER_PUSHED if with_training_state else [*NEVER_PUSHED, TRAINING_STATE]
+    refuse_links(folder, excluded)
     api = api or connect()
-    repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+    repository, notes = open_repository(api, repository, private)
     if branch != "main":
         api.create_branch(repository, branch=branch, exist_ok=True)
-    ignored = NEVER_PUSHED if with_training_state else [*NEVER_PUSHED, TRAINING_STATE]
+    names = files_to_push(folder, excluded)
+    left_out = ignored_by_repository(api, repository, branch, ((name, folder / name) for name in names))
+    ask_storage(api, repository, branch)
     commit = api.upload_folder(
         repo_id=repository,
         folder_path=folder,
         revision=branch,
         commit_message=message or f"Push {folder.name}",
-        ignore_patterns=list(ignored),  # a copy, because the client appends to it
+        ignore_patterns=list(excluded),  # a copy, because the client appends to it
         delete_patterns=REPLACED if any(folder.glob("*.safetensors")) else None,
     )
-    found = api.verify_repo_checksums(repository, revision=branch, local_dir=folder)
-    different = [mismatch["path"] for mismatch in found.mismatches]
-    missing = [path for path in found.extra_paths if not any(fnmatchcase(path, pattern) for pattern in ignored)]
-    if different or missing:
-        raise RuntimeError(f"files on the Hub differ from those in {folder}: {', '.join(different + missing)}")
+    # Compared at the commit, not on the branch: someone else may have pushed to it since.
+    found = api.verify_repo_checksums(repository, revision=commit.oid, local_dir=folder)
+    different = {mismatch["path"] for mismatch in found.mismatches} | set(found.extra_paths)
+    if different := sorted(different & set(names) - set(left_out)):
+        raise FilesDiffer(f"files in {repository} differ from those in {folder}: {', '.join(different)}")
     address = f"{api.endpoint}/{repository}"
     if branch != "main":
         address += f"/tree/{branch}"
-    return f"{address} (commit {commit.oid[:7]})"
+    if left_out:
+        notes.append(f"left out, because .gitignore in the repository names them: {', '.join(left_out)}")
+    return "; ".join([f"{address} (commit {commit.oid[:7]})", *notes])
 
 
 def check_write_access(repository: str, private: bool | None = None, api: HfApi | None = None) -> str:
-    """Find out whether this token may push, by a commit to a branch that is then deleted.
+    """Find out whether this token may push, by a commit to a branch of its own that is then deleted.
 
-    Nothing less proves it: creating a repository that exists "succeeds" with a read-only token, too.
+    Nothing less proves it: creating a repository that exists "succeeds" with a read-only token, too. The branch has a
+    new name each time, because several runs may check the same repository at once.
 
     Returns:
-        The repository's address; it is created if it does not exist.
+        The repository's address, and what is not as the caller may expect. It is created if it does not exist.
 
     Raises:
-        ValueError, HTTPError, OSError, RuntimeError: As `push_folder`.
+        ValueError, HTTPError, OSError, RuntimeError, JSONDecodeError: As `push_folder`.
     """
     api = api or connect()
+    repository, notes = open_repository(api, repository, private)
+    branch = CHECK_BRANCH_PREFIX + uuid.uuid4().hex
+    content = uuid.uuid4().hex.encode()  # new content, or the Hub would have nothing to commit
+    try:
+        api.create_branch(repository, branch=branch)
+        names = ("config.json", "model.safetensors", "tokenizer.json", "modeling_gpt2repro.py", CHECK_FILE)
+        ignored_by_repository(api, repository, branch, ((name, content) for name in names))
+        ask_storage(api, repository, branch)
+        api.upload_file(path_or_fileobj=content, path_in_repo=CHECK_FILE, repo_id=repository, revision=branch)
+    except BaseException:  # also Ctrl-C
+        with suppress(HTTPError, OSError):  # the first error is the one to report
+            api.delete_branch(repository, branch=branch)
+        raise
+    try:
+        api.delete_branch(repository, branch=branch)
+    except (HTTPError, OSError):  # the right to push is proven all the same
+        notes.append(f"its branch {branch} could not be deleted, so delete it yourself")
+    return "; ".join([f"{api.endpoint}/{repository}", *notes])
+
+
+def open_repository(api: HfApi, repository: str, private: bool | None) -> tuple[str, list[str]]:
+    """Create a repository unless it exists, and refuse a public one where a private one is asked for.
+
+    Returns:
+        'owner/name', and a note if it is private although a public one is asked for.
+    """
     repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
-    if private and not api.repo_info(repository).private:
+    # Looked up even if it is new: its owner's settings may overrule the request.
+    if private is None or private == (is_private := api.repo_info(repository).private):
+        return repository, []
+    if not is_private:
         raise ValueError(
             f"{repository} exists and is public: make it private in its settings, or give another --hub_model_id."
         )
-    api.create_branch(repository, branch=CHECK_BRANCH, exist_ok=True)
-    try:
-        api.upload_file(
-            path_or_fileobj=uuid.uuid4().hex.encode(),  # new content, or the Hub would have nothing to commit
-            path_in_repo="check.safetensors",  # takes the way of weights, to the storage behind the Hub
-            repo_id=repository,
-            revision=CHECK_BRANCH,
-        )
-    finally:
-        api.delete_branch(repository, branch=CHECK_BRANCH)
-    return f"{api.endpoint}/{repository}"
-
-
-def connect(endpoint: str | None = None, timeout_seconds: float = RESPONSE_TIMEOUT_SECONDS) -> HfApi:
-    """Create a Hub client that gives up on a request without an answer.
-
-    Raises:
-        ValueError: If this machine is set to offline mode or has no token.
-    """
-    if is_offline_mode():
-        raise ValueError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it, or do not push.")
-    if get_token() is None:
-        raise ValueError("there is no token to push with: log in with `hf auth login`, or set HF_TOKEN.")
-    get_session().timeout = timeout_seconds
-    return HfApi(endpoint=endpoint)
-
-
-def explain_hub_error(error: BaseException, repository: str) -> str:
-    """Say what has to change, on the Hub or on this machine, before a push can succeed."""
-    answer = http_error(error)
-    if answer is None:
-        return f"a problem on this machine prevents pushing ({describe_error(error)})."
-    status = answer.response.status_code
-    if status == 401:
-        return "the Hub does not accept this token: log in again with `hf auth login`, or set HF_TOKEN."
-    if status in (403, 404):
-        return (
-            f"this token may not write to {repository} ({describe_error(error)}): use a token with the role 'write', "
-            "or another --hub_model_id."
-        )
-    return f"the Hub refuses {repository} ({describe_error(error)})."
+    return repository, ["the repository is private, and stays so"]
 
 
 if __name__ == "__main__":

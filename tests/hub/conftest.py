@@ -3,17 +3,41 @@
 import os
 
 import pytest
+from huggingface_hub import constants, set_client_factory
+from huggingface_hub.utils._http import default_client_factory
+
+from modeling_gpt2repro.storage import retry
 
 
 @pytest.fixture
-def on_hub(hub, tmp_path, monkeypatch):
-    """The loopback Hub; processes started by the test talk to it, with a token that may write."""
-    environment = {**hub.environment(tmp_path / "home"), "HF_TOKEN": hub.token}
-    for name in os.environ.keys() - environment:  # such as HF_HUB_OFFLINE
-        monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def point_to_hub(tmp_path, monkeypatch):
+    """point_to_hub(hub): processes started by the test talk to it, with a token that may write."""
+
+    def point(hub):
+        environment = {**hub.environment(tmp_path / "home"), "HF_TOKEN": hub.token}
+        for name in os.environ.keys() - environment:  # such as HF_HUB_OFFLINE
+            monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+
+    return point
+
+
+@pytest.fixture
+def on_hub(hub, point_to_hub):
+    """The loopback Hub, which processes started by the test talk to."""
+    point_to_hub(hub)
     return hub
+
+
+@pytest.fixture
+def here(on_hub, monkeypatch):
+    """The loopback Hub for code in this process, where the client has been imported already; retries at once."""
+    monkeypatch.setattr(constants, "ENDPOINT", on_hub.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(retry, "FIRST_BACKOFF_SECONDS", 0.01)
+    yield on_hub
+    set_client_factory(default_client_factory)
 
 
 @pytest.fixture

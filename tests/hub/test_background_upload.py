@@ -235,7 +235,7 @@ def test_a_preflight_says_whether_the_hub_can_be_written(on_hub, shards, tmp_pat
     assert f"Hub          can be written: {on_hub.endpoint}/user/preflight" in capsys.readouterr().out
     assert files_in(on_hub.root / "models/user/preflight") == {}
     assert train_here(tmp_path / "run", shards, **given, hub_private_repo=True) == 2
-    assert "push_to_hub: the Hub refuses user/preflight (The loopback Hub creates public" in capsys.readouterr().err
+    assert "push_to_hub: user/preflight exists and is public: make it private" in capsys.readouterr().err
     monkeypatch.setenv("HF_TOKEN", on_hub.read_only_token)
     assert train_here(tmp_path / "run", shards, **given) == 2
     assert "push_to_hub: this token may not write to user/preflight" in capsys.readouterr().err

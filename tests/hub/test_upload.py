@@ -2,23 +2,27 @@
 
 import re
 import socket
-import time
-from threading import Timer
-from types import SimpleNamespace
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from huggingface_hub import close_session
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from patience import PATIENCE_SECONDS
-from pushing import UNREACHABLE_HUB, files_in, run_push
+from huggingface_hub import HfApi, constants
+from pushing import UNREACHABLE_HUB, files_in, push_in_process, run_push
 
-from modeling_gpt2repro.hub.upload import check_write_access, connect, explain_hub_error, main, push_folder
+from modeling_gpt2repro.hub import client
+from modeling_gpt2repro.hub.upload import check_write_access, connect, main, push_folder
 from modeling_gpt2repro.storage.lock import FolderLock
-from modeling_gpt2repro.storage.retry import backoff_seconds, is_transient, retry
 
 
 def commits(hub, name: str) -> int:
     return sum(bool(re.search(f"{name}/commit/", line["path"])) and line["status"] == 200 for line in hub.log())
+
+
+def uploads(hub, name: str) -> int:
+    return sum(line["method"] == "PUT" and f"/lfs/{name}/" in line["path"] for line in hub.log())
+
+
+def check_branches(hub, name: str) -> list[str]:
+    return [branch.name for branch in (hub.root / "branches/models" / name).glob("*")]
 
 
 def test_a_push_replaces_earlier_weights_and_keeps_other_files(on_hub, folder):
@@ -93,26 +97,143 @@ def test_a_check_leaves_nothing_but_the_repository(on_hub):
     assert not list((on_hub.root / "branches/models/user/checked").glob("*"))
 
 
-def test_a_public_repository_is_refused_where_a_private_one_is_asked_for():
-    created = []
-
-    class Api:
-        def create_repo(self, name, private, exist_ok):
-            created.append(private)
-            return SimpleNamespace(repo_id=name)
-
-        def repo_info(self, name):
-            return SimpleNamespace(private=False)
-
-    with pytest.raises(ValueError, match="user/any exists and is public"):
-        check_write_access("user/any", private=True, api=Api())
-    assert created == [True]
+def test_checks_at_the_same_time_all_succeed_and_leave_no_branch(here):
+    api = connect(client.Patience(), here.endpoint)
+    name = "user/checked-by-many"
+    with ThreadPoolExecutor(max_workers=3) as threads:
+        for _ in range(8):
+            checks = [threads.submit(check_write_access, name, api=api) for _ in range(3)]
+            assert {check.result() for check in checks} == {f"{here.endpoint}/{name}"}
+    assert check_branches(here, name) == []
+    assert commits(here, name) == 3 * 8
 
 
-@pytest.mark.parametrize(("status", "transient"), [(400, False), (409, True), (412, True), (429, True), (500, True)])
-def test_some_answers_of_the_hub_are_worth_a_retry(status, transient):
-    error = HfHubHTTPError("no", response=SimpleNamespace(status_code=status, headers={}, request=None))
-    assert is_transient(error) is transient
+def test_a_check_leaves_a_branch_that_somebody_else_made(here):
+    here.new_repository("models/user/with-branches")
+    kept = here.root / "branches/models/user/with-branches/write-check"
+    kept.mkdir(parents=True)
+    (kept / "config.json").write_text("mine")
+    assert push_in_process("--check", "--hub_model_id", "user/with-branches").returncode == 0
+    assert files_in(kept) == {"config.json": b"mine"}
+    assert check_branches(here, "user/with-branches") == ["write-check"]
+
+
+def test_a_branch_that_a_check_cannot_delete_is_named(here):
+    with here.faults({"match": "DELETE .*/branch/", "status": 503}):
+        result = push_in_process("--check", "--hub_model_id", "user/undeleted")
+    (branch,) = check_branches(here, "user/undeleted")
+    assert result.returncode == 0
+    assert f"its branch {branch} could not be deleted, so delete it yourself" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "conflict",
+    [
+        {"status": 409},
+        {"status": 412},
+        {"status": 404, "headers": {"X-Error-Code": "RevisionNotFound"}},
+        {"status": 404, "headers": {"X-Error-Code": "EntryNotFound"}},
+    ],
+)
+@pytest.mark.parametrize("is_check", [True, False])
+def test_a_change_at_the_same_time_is_no_missing_right_and_is_retried(here, folder, conflict, is_check):
+    words = ["--check" if is_check else folder, "--hub_model_id", "user/busy"]
+    here.new_repository("models/user/busy")
+    with here.faults({"match": "POST .*/commit/", **conflict, "times": 1}):
+        result = push_in_process(*words)
+    assert result.returncode == 0, result.stderr
+    assert "user/busy is being changed by someone else (" in result.stderr
+    here.new_repository("models/user/busy")
+    with here.faults({"match": "POST .*/commit/", **conflict}):
+        result = push_in_process(*words, "--patience_seconds", 0)
+    assert result.returncode == 3
+    assert "may not write" not in result.stderr
+    assert check_branches(here, "user/busy") == []
+
+
+@pytest.mark.parametrize("rules", ["*.txt\n*.png\n", "figures/loss.png\nnotes.txt\n"])
+def test_what_a_gitignore_leaves_out_is_named_and_the_rest_is_pushed(here, folder, rules):
+    repository = here.new_repository("models/user/ignoring")
+    (repository / ".gitignore").write_text(rules)
+    (repository / "notes.txt").write_text("from before .gitignore")
+    (folder / "notes.txt").write_text("notes")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "loss.png").write_bytes(b"curve")
+    expected = files_in(folder) | files_in(repository)
+    del expected["figures/loss.png"], expected["training_state/optimizer.safetensors"]
+    result = push_in_process(folder, "--hub_model_id", "user/ignoring")
+    assert (result.returncode, result.stderr.count("trying again")) == (0, 0)
+    assert result.stdout.endswith(
+        "; left out, because .gitignore in the repository names them: figures/loss.png, notes.txt\n"
+    )
+    assert files_in(repository) == expected
+
+
+@pytest.mark.parametrize(
+    ("rules", "named"),
+    [
+        ("*.json", "config.json"),
+        ("*.safetensors", "model.safetensors, training_state/optimizer.safetensors"),
+        ("model*", "model.safetensors"),
+        ("training_state/*", "training_state/optimizer.safetensors"),
+        ("*", "config.json, model.safetensors, training_state/optimizer.safetensors"),
+    ],
+)
+def test_a_gitignore_that_leaves_out_what_a_model_needs_is_refused(here, folder, rules, named):
+    repository = here.new_repository("models/user/ignoring-models")
+    (repository / ".gitignore").write_text(rules)
+    before = files_in(repository)
+    committed, uploaded = commits(here, "user/ignoring-models"), uploads(here, "user/ignoring-models")
+    result = push_in_process(folder, "--hub_model_id", "user/ignoring-models", "--with_training_state")
+    assert result.returncode == 2
+    assert f"such as {named}: remove the patterns that match from it" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert push_in_process("--check", "--hub_model_id", "user/ignoring-models").returncode == (
+        0 if rules.startswith("training_state") else 2
+    )
+    assert files_in(repository) == before
+    assert check_branches(here, "user/ignoring-models") == []
+    if not rules.startswith("training_state"):
+        assert commits(here, "user/ignoring-models") == committed
+        assert uploads(here, "user/ignoring-models") == uploaded
+
+
+def test_a_gitignore_in_the_folder_replaces_the_one_in_the_repository(here, folder):
+    repository = here.new_repository("models/user/other-rules")
+    (repository / ".gitignore").write_text("*.json")
+    (folder / ".gitignore").write_text("*.md")
+    result = push_in_process(folder, "--hub_model_id", "user/other-rules")
+    assert "names them: README.md\n" in result.stdout
+    assert files_in(repository).keys() == {".gitignore", "config.json", "model.safetensors"}
+
+
+def test_a_private_push_to_a_public_repository_is_refused_before_anything_is_uploaded(here, folder):
+    repository = here.new_repository("models/user/public")
+    for words in (["--check"], [folder]):
+        result = push_in_process(*words, "--hub_model_id", "user/public", "--private")
+        assert (result.returncode, result.stdout) == (2, "")
+        assert "user/public exists and is public: make it private" in result.stderr
+    assert files_in(repository) == {}
+    assert (commits(here, "user/public"), uploads(here, "user/public")) == (0, 0)
+
+
+def test_a_new_repository_is_private_where_that_is_asked_for(here, folder):
+    assert push_in_process(folder, "--hub_model_id", "user/hidden", "--private").returncode == 0
+    assert HfApi(here.endpoint).repo_info("user/hidden").private
+    result = push_in_process(folder, "--hub_model_id", "user/hidden", "--private")
+    assert (result.returncode, result.stdout.count("private")) == (0, 0)
+    result = push_in_process(folder, "--hub_model_id", "user/hidden", "--no-private")
+    assert (result.returncode, result.stdout.endswith("; the repository is private, and stays so\n")) == (0, True)
+
+
+def test_a_private_repository_that_the_owners_settings_make_public_is_refused(here, folder):
+    class PublicOnly(HfApi):
+        def create_repo(self, name, private, **options):
+            return super().create_repo(name, private=False, **options)
+
+    with pytest.raises(ValueError, match="user/open exists and is public"):
+        push_folder(folder, "user/open", private=True, api=PublicOnly(here.endpoint))
+    assert uploads(here, "user/open") == 0
 
 
 def test_a_folder_without_a_model_is_refused(folder):
@@ -120,27 +241,6 @@ def test_a_folder_without_a_model_is_refused(folder):
         push_folder(folder.parent, "user/any")
     with pytest.raises(SystemExit, match="2"):
         main(["--hub_model_id", "user/any"])
-
-
-def with_cause(error: BaseException, cause: BaseException | None) -> BaseException:
-    error.__cause__ = cause
-    return error
-
-
-@pytest.mark.parametrize(
-    ("error", "transient"),
-    [
-        (with_cause(RuntimeError("while uploading"), with_cause(HTTPError("failed"), OSError(113, "No route"))), True),
-        (ConnectionError("by Xet"), True),
-        (RuntimeError("by Xet"), True),
-        (PermissionError(13, "Permission denied", "model.safetensors"), False),
-        (with_cause(RuntimeError("while uploading"), OSError(5, "Input/output error")), False),
-    ],
-)
-def test_connection_errors_are_transient_and_errors_of_this_machine_are_not(error, transient):
-    assert is_transient(error) is transient
-    if not transient:
-        assert "a problem on this machine prevents pushing (" in explain_hub_error(error, "user/any")
 
 
 @pytest.mark.parametrize("where", ["repos/create", "validate-yaml", "commit/main", "drop the answer"])
@@ -155,34 +255,6 @@ def test_a_push_is_retried_while_the_hub_is_unavailable(on_hub, folder, where):
     assert commits(on_hub, name) == (0 if where == "drop the answer" else 1)  # a lost answer has no status
 
 
-@pytest.mark.parametrize(
-    ("mismatches", "extra", "reported"),
-    [
-        ([{"path": "model.safetensors"}], [], "model.safetensors"),
-        ([], ["README.md", "training_state/optimizer.safetensors"], "README.md"),
-        ([], ["training_state/optimizer.safetensors", ".cache/huggingface/download/x.lock"], None),
-    ],
-)
-def test_files_that_arrived_damaged_are_reported(folder, mismatches, extra, reported):
-    class Api:
-        endpoint = "https://hub"
-
-        def create_repo(self, name, **options):
-            return SimpleNamespace(repo_id=name)
-
-        def upload_folder(self, **options):
-            return SimpleNamespace(oid="0" * 40)
-
-        def verify_repo_checksums(self, name, **options):
-            return SimpleNamespace(mismatches=mismatches, extra_paths=extra)
-
-    if reported is None:
-        assert push_folder(folder, "user/any", api=Api()) == "https://hub/user/any (commit 0000000)"
-    else:
-        with pytest.raises(RuntimeError, match=f"differ from those in .*: {reported}$"):
-            push_folder(folder, "user/any", api=Api())
-
-
 def test_an_unreachable_hub_has_an_exit_code_of_its_own(folder, on_hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", UNREACHABLE_HUB)
     result = run_push(folder, "--hub_model_id", "user/away", "--patience_seconds", 0)  # the older name
@@ -190,35 +262,149 @@ def test_an_unreachable_hub_has_an_exit_code_of_its_own(folder, on_hub, monkeypa
     assert "the Hub cannot be reached (" in result.stderr
 
 
-def test_a_hub_that_never_answers_times_out(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        monkeypatch.setenv("HF_TOKEN", "hf_any")
-        later = Timer(PATIENCE_SECONDS, silent.close)  # ends the test whatever the client does, in another error
-        later.start()
-        try:
-            with pytest.raises(HTTPError) as raised:
-                check_write_access("user/any", api=connect(endpoint=address, timeout_seconds=0.1))
-        finally:
-            later.cancel()
-            close_session()
-    assert "Timeout" in type(raised.value).__name__
+def test_an_expired_address_is_asked_for_again(here, folder):
+    with here.faults({"match": "PUT /lfs/", "status": 403, "times": 1}):
+        result = push_in_process(folder, "--hub_model_id", "user/expired")
+    assert result.returncode == 0, result.stderr
+    assert f"{here.cdn.removeprefix('http://')}, where the Hub stores large files, refuses" in result.stderr
+    assert "model.safetensors" in files_in(here.root / "models/user/expired")
 
 
-def test_retries_back_off_until_the_patience_is_over(monkeypatch):
-    now = [0.0]
-    messages = []
-    tried = []
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+def test_a_storage_that_always_refuses_is_named_and_is_no_missing_right(here, folder):
+    with here.faults({"match": "PUT /lfs/", "status": 403}):
+        result = push_in_process(folder, "--hub_model_id", "user/firewall")
+    assert result.returncode == 2
+    assert "refuses an upload with status 403" in result.stderr
+    assert "token" not in result.stderr
+    assert "/lfs/" not in result.stderr.replace("PUT /lfs/", "")
+    assert uploads(here, "user/firewall") == 3
 
-    def attempt():
-        tried.append(now[0])
-        raise ConnectionError("no route")
 
-    with pytest.raises(ConnectionError):
-        retry(attempt, 200, on_retry=messages.append)
-    assert tried == [0, 1, 3, 7, 15, 31, 63, 123, 183]
-    assert len(messages) == len(tried) - 1
-    endless = backoff_seconds()
-    assert [next(endless) for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
+@pytest.mark.parametrize(
+    "where", ["repos/create", "preupload", "validate-yaml", "objects/batch", "PUT /lfs/", "commit/main", "/tree/"]
+)
+def test_a_hub_that_never_answers_is_given_up(here, folder, where, monkeypatch):
+    monkeypatch.setattr(client, "MIN_ANSWER_SECONDS", 0.2)
+    name = f"user/silent-{re.sub('[^a-z]', '', where)}"
+    with here.faults({"match": where, "hang": True}):
+        result = push_in_process(folder, "--hub_model_id", name, "--patience_seconds", 0.2)
+    assert result.returncode == 3
+    who = f"{here.cdn.removeprefix('http://')}, where the Hub stores large files," if "PUT" in where else "the Hub"
+    assert f"{who} does not answer (" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("is_check", [True, False])
+def test_a_silent_storage_is_noticed_before_xet_uploads_to_it(here, folder, is_check, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr(client, "MIN_ANSWER_SECONDS", 0.2)
+    with socket.create_server(("localhost", 0)) as silent:
+        host = f"localhost:{silent.getsockname()[1]}"
+        token = {"casUrl": f"http://{host}", "accessToken": "any", "exp": 4102444800}
+        with here.faults({"match": "xet-write-token", "status": 200, "body": token}):
+            words = ["--check" if is_check else folder, "--hub_model_id", "user/silent-xet", "--patience_seconds", 0.2]
+            result = push_in_process(*words)
+    assert result.returncode == 3
+    assert f"{host}, where the Hub stores large files, does not answer (" in result.stderr
+
+
+def test_a_hub_without_xet_is_named_as_such(here, folder, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    result = push_in_process(folder, "--hub_model_id", "user/without-xet")
+    assert result.returncode == 2
+    assert "set HF_HUB_DISABLE_XET=1" in result.stderr
+
+
+def test_an_answer_that_is_not_from_the_hub_is_retried(here, folder):
+    with here.faults({"match": "validate-yaml", "status": 503, "body": "<html>busy</html>", "times": 1}):
+        result = push_in_process(folder, "--hub_model_id", "user/behind-a-proxy")
+    assert result.returncode == 0, result.stderr
+    assert "the Hub cannot be reached (the answer is not JSON)" in result.stderr
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_files_that_did_not_arrive_are_named(here, folder, times):
+    """A Hub that reports a commit which it did not make."""
+    here.new_repository("models/user/never-arrived")
+    before = {
+        "commitOid": HfApi(here.endpoint).repo_info("user/never-arrived").sha,
+        "commitUrl": f"{here.endpoint}/user/never-arrived/commit/0",
+    }
+    with here.faults({"match": "commit/main", "status": 200, "body": before, "times": times}):
+        result = push_in_process(folder, "--hub_model_id", "user/never-arrived")
+    message = f"files in user/never-arrived differ from those in {folder}: README.md, config.json, model.safetensors"
+    assert message in result.stderr
+    assert "cannot be reached" not in result.stderr
+    assert result.returncode == (0 if times == 1 else 4)
+
+
+def test_a_push_that_is_overtaken_by_another_has_arrived(here, folder):
+    class Overtaken(HfApi):
+        def upload_folder(self, **options):
+            commit = super().upload_folder(**options)
+            self.upload_file(repo_id=options["repo_id"], path_or_fileobj=b"other", path_in_repo="config.json")
+            return commit
+
+    address = push_folder(folder, "user/overtaken", api=Overtaken(here.endpoint))
+    assert address.startswith(f"{here.endpoint}/user/overtaken (commit ")
+    assert files_in(here.root / "models/user/overtaken")["config.json"] == b"other"
+
+
+@pytest.mark.parametrize("link", ["key.txt", "figures/key.txt", "figures"])
+def test_a_link_out_of_the_folder_is_refused(here, folder, tmp_path, link):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "key.txt").write_text("secret")
+    if "/" in link:
+        (folder / link).parent.mkdir()
+    (folder / link).symlink_to(outside if link == "figures" else outside / "key.txt")
+    result = push_in_process(folder, "--hub_model_id", "user/linked")
+    assert result.returncode == 2
+    assert f"{folder / link} is a link " in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (here.root / "models/user/linked").exists()
+
+
+def test_a_link_to_nothing_is_refused_because_its_file_would_be_left_out(here, folder):
+    (folder / "tokenizer.json").symlink_to(folder / "gone.json")
+    assert push_in_process(folder, "--hub_model_id", "user/broken").returncode == 2
+
+
+def test_links_within_the_folder_and_those_that_are_not_pushed_are_allowed(here, folder, tmp_path):
+    (folder / "LICENSE.md").symlink_to("README.md")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "elsewhere").symlink_to(tmp_path)
+    moments = (folder / "training_state").rename(tmp_path / "moments")
+    (folder / "training_state").symlink_to(moments)
+    result = push_in_process(folder, "--hub_model_id", "user/inside")
+    assert result.returncode == 0, result.stderr
+    assert files_in(here.root / "models/user/inside") == {
+        name: (folder / name).read_bytes() for name in ("LICENSE.md", "README.md", "config.json", "model.safetensors")
+    }
+    assert push_in_process(folder, "--hub_model_id", "user/inside", "--with_training_state").returncode == 2
+
+
+def test_a_snapshot_in_the_hubs_cache_is_pushed_but_no_link_to_elsewhere(here, tmp_path):
+    cached = tmp_path / "models--owner--name"
+    snapshot = cached / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (cached / "blobs").mkdir()
+    (cached / "blobs" / "1234").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/1234")
+    result = push_in_process(snapshot, "--hub_model_id", "user/from-cache")
+    assert result.returncode == 0, result.stderr
+    assert files_in(here.root / "models/user/from-cache") == {"config.json": b"{}"}
+    (tmp_path / "token").write_text("secret")
+    (snapshot / "token").symlink_to(tmp_path / "token")
+    assert push_in_process(snapshot, "--hub_model_id", "user/from-cache").returncode == 2
+
+
+def test_git_and_cache_folders_are_not_pushed_at_any_depth(here, folder):
+    pushed = {name for name in files_in(folder) if not name.startswith("training_state")} | {"lora/adapter.bin"}
+    for place in (folder, folder / "lora"):
+        for name in (".git/config", ".cache/other/x", ".cache/huggingface/x"):
+            (place / name).parent.mkdir(parents=True)
+            (place / name).write_text("not for the Hub")
+    (folder / "lora" / "adapter.bin").write_bytes(b"1")
+    result = push_in_process(folder, "--hub_model_id", "user/clean")
+    assert result.returncode == 0, result.stderr
+    assert files_in(here.root / "models/user/clean").keys() == pushed

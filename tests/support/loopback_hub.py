@@ -5,14 +5,15 @@
     DIR/log.jsonl                         written here: one line a request
     DIR/faults.json                       read from here: a list of rules, of which the first that matches is applied
 
-A rule is {"match": regular expression on "METHOD path?query"} with "times" (default: always) and either "status" (with
-"headers"), sent instead of the answer, "drop": the connection closes before the answer (0) or after so many bytes of
-its body, or "until": the answer is late, and comes when DIR has a file of that name. Replace the file as a whole, not
-in place; a new file counts from zero.
+A rule is {"match": regular expression on "METHOD path?query"} with "times" (default: always) and one of "status" (with
+"headers" and "body"), sent instead of the answer; "drop": the connection closes before the answer (0) or after so many
+bytes of its body; "hang": true: nothing is done, and no answer ever comes; "until": the answer is late, and comes when
+DIR has a file of that name. Replace the file as a whole, not in place; a new file counts from zero.
 
-A repository has no history: the commit of main, or of another branch, is a hash of what it holds now. Files that the
-Hub keeps in LFS come from a second origin, as they do in reality: it refuses a client that brings its token along. The
-server ends when its standard input does, so it cannot outlive the test run. `loopback_hub_writes.py` takes pushes too.
+The commit of main, or of another branch, is a hash of what it holds now; of earlier ones, only those that were pushed
+can still be read. A repository is private if DIR/private/models/<namespace>/<name> exists. Files that the Hub keeps in
+LFS come from a second origin, as they do in reality: it refuses a client that brings its token along. The server ends
+when its standard input does, so it cannot outlive the test run. `loopback_hub_writes.py` takes pushes too.
 """
 
 import argparse
@@ -56,7 +57,7 @@ class Reply(Exception):
     """A response to the client; raised from wherever it is known."""
 
     status: int
-    body: bytes | list | dict = b""
+    body: bytes | str | list | dict = b""
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -107,12 +108,18 @@ class Handler(BaseHTTPRequestHandler):
             self.server.state.log(self, "late")
             wait_until((self.server.state.root / fault["until"]).exists)
         try:
+            if "hang" in fault:
+                self.rfile.read(1)  # returns when the client gives up
+                self.close_connection = True
+                return
             if "status" in fault:
-                raise Reply(fault["status"], {"error": "injected fault"}, fault.get("headers", {}))
+                raise Reply(fault["status"], fault.get("body", {"error": "injected fault"}), fault.get("headers", {}))
             with self.server.state.lock:  # one at a time: no request sees half of what another does
                 self.answer()
         except Reply as reply:
             self.send(reply, drop=fault.get("drop"))
+        except ConnectionError:
+            self.close_connection = True
         except Exception:
             self.send(Reply(500, {"error": traceback.format_exc()}))
 
@@ -123,8 +130,9 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = self.close_connection or drop is not None
         if drop == 0:
             return
-        is_bytes = isinstance(reply.body, bytes)
-        body = reply.body if is_bytes else json.dumps(reply.body).encode()
+        body = reply.body.encode() if isinstance(reply.body, str) else reply.body  # a fault's, such as HTML
+        is_bytes = isinstance(body, bytes)
+        body = body if is_bytes else json.dumps(body).encode()
         headers = {"Content-Type": "application/octet-stream" if is_bytes else "application/json"}
         self.send_response(reply.status)
         for name, value in (headers | {"Content-Length": str(len(body))} | reply.headers).items():
@@ -190,14 +198,22 @@ class HubHandler(Handler):
         others = sorted((root / "branches" / self.kind / self.name).glob("*"))
         return {"main": root / self.kind / self.name} | {unquote(folder.name): folder for folder in others}
 
+    def is_private(self) -> bool:
+        return (self.server.state.root / "private" / self.kind / self.name).exists()
+
+    def history(self) -> Path:
+        return self.server.state.root / "history" / self.kind / self.name
+
     def find_repository(self, revision: str) -> Repository:
         branches = self.branches()
-        if not branches["main"].is_dir():
+        if not branches["main"].is_dir() or (self.is_private() and not self.role):
             raise refusal(404 if self.role else 401, "Repository not found", "RepoNotFound")
         for branch, folder in branches.items():
             repository = Repository(folder)
             if revision in (branch, repository.commit):
                 return repository
+        if (self.history() / revision).is_dir():
+            return Repository(self.history() / revision)
         raise refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def entry_not_found(self) -> Reply:
@@ -205,7 +221,8 @@ class HubHandler(Handler):
         return refusal(404, f"{self.path_in_repository} does not exist", "EntryNotFound", headers)
 
     def info(self) -> None:
-        about = {"id": self.name, "sha": self.repository.commit, "lastModified": DATE, "private": False, "tags": []}
+        about = {"id": self.name, "sha": self.repository.commit, "lastModified": DATE, "tags": []}
+        about["private"] = self.is_private()
         siblings = []
         for entry in self.repository.entries.values():
             if entry["type"] == "file":
@@ -267,6 +284,7 @@ class State:
         self.root = root
         self.endpoint = ""
         self.cdn = ""
+        self.cas = ""  # where Xet stores chunks (loopback_xet.py)
         self.handed_out: dict[str, Path] = {}  # in place of a signature: "METHOD address", and what file it is about
         self.faults = []
         self.faults_version = (0, 0)
@@ -300,13 +318,17 @@ def start_server(handler: type[Handler], state: State) -> str:
     return f"http://127.0.0.1:{server.server_port}"
 
 
-def main(hub: type[HubHandler] = HubHandler, cdn: type[CdnHandler] = CdnHandler) -> None:
+def main(
+    hub: type[HubHandler] = HubHandler, cdn: type[CdnHandler] = CdnHandler, cas: type[Handler] | None = None
+) -> None:
     parser = argparse.ArgumentParser(description="A Hub on 127.0.0.1.")
     parser.add_argument("--root", type=Path, required=True)
     state = State(parser.parse_args().root)
     # The CDN has a host name of its own, as in reality: huggingface_hub 1.33 takes a redirect to another port of the
     # same host for one that stays on the Hub, and brings its token along.
     state.cdn = start_server(cdn, state).replace("127.0.0.1", "localhost")
+    if cas:
+        state.cas = start_server(cas, state)
     state.endpoint = start_server(hub, state)
     tokens = {"token": WRITE_TOKEN, "read_only_token": READ_TOKEN}
     print(json.dumps({"endpoint": state.endpoint, "cdn": state.cdn} | tokens), flush=True)

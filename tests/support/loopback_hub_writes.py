@@ -5,12 +5,15 @@ What is committed lies where the reading half (`loopback_hub.py`) looks for it, 
     DIR/models/<namespace>/<name>/...                     main
     DIR/branches/models/<namespace>/<name>/<branch>/...   another branch, its name quoted
     DIR/lfs/models/<namespace>/<name>/<sha256>            what was uploaded to LFS, whether or not a commit names it
+    DIR/history/models/<namespace>/<name>/<commit>/...    every commit
 
-There is one user, who writes to public model repositories of their own, over classic LFS: the client needs
-HF_HUB_DISABLE_XET=1. A fault's "status" comes instead of the work; a "drop" loses the answer to work that was done.
+There is one user, who writes to model repositories of their own, over classic LFS: the client needs
+HF_HUB_DISABLE_XET=1. Of a repository's .gitignore, patterns of file names and of whole paths are understood. A fault's
+"status" comes instead of the work; a "drop" loses the answer to work that was done.
 """
 
 import base64
+import fnmatch
 import hashlib
 import json
 import re
@@ -84,8 +87,8 @@ class WritableHub(HubHandler):
         form = json.loads(self.body)
         name = f"{form.get('organization') or USER}/{form['name']}"
         self.require_write(name)
-        if form.get("type", "model") != "model" or form.get("visibility", "public") != "public":
-            raise refusal(400, "The loopback Hub creates public model repositories only")
+        if form.get("type", "model") != "model":
+            raise refusal(400, "The loopback Hub creates model repositories only")
         folder = self.server.state.root / "models" / name
         about = {"url": f"{self.server.state.endpoint}/{name}", "name": name}
         if folder.is_dir():
@@ -93,6 +96,10 @@ class WritableHub(HubHandler):
         folder.mkdir(parents=True)
         attributes = [f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in sorted(LFS_SUFFIXES)]
         (folder / ".gitattributes").write_text("".join(attributes))
+        if form.get("visibility") == "private":
+            marker = self.server.state.root / "private" / "models" / name
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
         raise Reply(200, about)
 
     def create_branch(self) -> None:
@@ -114,13 +121,19 @@ class WritableHub(HubHandler):
         raise Reply(200, {})
 
     def preupload(self) -> None:
+        """How each file is to be sent, and whether it is to be left out, which the Hub leaves to the client to do."""
         self.require_write(self.name)
+        request = json.loads(self.body)
+        hosted = self.repository.folder / ".gitignore"
+        rules = request.get("gitIgnore", hosted.read_text() if hosted.exists() else "").split()
         files = []
-        for file in json.loads(self.body)["files"]:
+        for file in request["files"]:
+            names = (file["path"], Path(file["path"]).name)
+            ignore = any(fnmatch.fnmatchcase(name, rule) for name in names for rule in rules)
             present = self.repository.entries.get(file["path"], {})
             mode = "lfs" if is_lfs(file["path"], file["size"]) else "regular"
             oid = present.get("lfs", present).get("oid")
-            files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": ignore, "oid": oid})
         raise Reply(200, {"files": files})
 
     def lfs_batch(self) -> None:
@@ -160,6 +173,7 @@ class WritableHub(HubHandler):
             folder.rename(Path(beside) / "before")
             changed.rename(folder)
         oid = Repository(folder).commit
+        shutil.copytree(folder, self.history() / oid, dirs_exist_ok=True)
         raise Reply(200, {"commitOid": oid, "commitUrl": f"{self.server.state.endpoint}/{self.name}/commit/{oid}"})
 
     def apply(self, operation: str, value: dict, folder: Path) -> None:

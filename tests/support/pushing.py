@@ -1,5 +1,7 @@
-"""The push command, and the files that arrived."""
+"""The push command, in a process of its own or in this one, and the files that arrived."""
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from patience import PATIENCE_SECONDS
 from toy_runs import ROOT
 
 from modeling_gpt2repro.hub.background_upload import upload_environment
+from modeling_gpt2repro.hub.upload import main
 
 UNREACHABLE_HUB = "http://127.0.0.1:9"  # the discard port: nothing listens there
 
@@ -17,6 +20,18 @@ def run_push(*words) -> subprocess.CompletedProcess:
     return subprocess.run(
         command, env=upload_environment(), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS
     )
+
+
+def push_in_process(*words) -> subprocess.CompletedProcess:
+    """The same without the seconds that a process takes to start; the fixture `here` must be used."""
+    words = list(map(str, words))
+    code = 0
+    with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
+        try:
+            main(words)
+        except SystemExit as ended:
+            code = ended.code
+    return subprocess.CompletedProcess(words, code, stdout.getvalue(), stderr.getvalue())
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
