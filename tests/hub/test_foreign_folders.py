@@ -164,6 +164,9 @@ def test_a_config_that_describes_no_gpt2_is_refused_before_weights_are_read(fold
     assert "cannot be read" in refusal("--init_from", folder)
     if name in SIZES:
         assert refusal("--model", folder)
+    if value in (2**24, 2**12):
+        for loader in ("--init_from", "--model"):
+            assert "parameters, and its weights have" in refusal(loader, folder)
 
 
 def test_an_empty_config_is_refused(folder_of):
