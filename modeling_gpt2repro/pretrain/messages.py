@@ -226,6 +226,14 @@ def cannot_save_message(args: TrainArguments, problem: str) -> str:
     )
 
 
+def cannot_export_message(args: TrainArguments, problem: str) -> str:
+    """Why a run that has all its steps ends without its final model, and how to get it."""
+    return (
+        f"the final model cannot be written to {args.output_dir} ({problem}): free some space there, then give the "
+        "same command with --resume_from_checkpoint latest, which writes it from the last checkpoint."
+    )
+
+
 @contextmanager
 def explain_oom(args: TrainArguments) -> Iterator[None]:
     """Where memory runs out in training or evaluation, exit with code 1 and one sentence on what to try."""

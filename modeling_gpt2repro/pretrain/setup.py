@@ -146,10 +146,10 @@ def leave_stopped_run(
     report_to_launcher(message)
     if accelerator.is_main_process:
         marker = {"step": step, "steps_made": steps_made, "by_signal": by_signal, "message": message.strip()}
-        with logger.warn_on_io_error(step, STOPPED_FILE):
-            write_json(Path(args.output_dir) / STOPPED_FILE, marker)
+        logger.write_file(STOPPED_FILE, lambda: write_json(Path(args.output_dir) / STOPPED_FILE, marker))
         if REQUEUE_FILE in os.environ and steps_made and not by_signal:
-            Path(os.environ[REQUEUE_FILE]).write_text(message, encoding="utf-8")
+            requeue_file = Path(os.environ[REQUEUE_FILE])
+            logger.write_file(requeue_file.name, lambda: requeue_file.write_text(message, encoding="utf-8"))
     accelerator.wait_for_everyone()  # a process that left now would have the launcher end the others
     return EXIT_CODE
 
@@ -217,8 +217,7 @@ def log_run_summary(
             "guessing by frequency, unigram entropy": unigram_entropy(batches, vocab_size),
         }
         if accelerator.is_main_process and not args.preflight:
-            with logger.warn_on_io_error(step, BASELINES_FILE):
-                write_baselines(Path(args.output_dir), baselines, BASELINES)
+            logger.write_file(BASELINES_FILE, lambda: write_baselines(Path(args.output_dir), baselines, BASELINES))
         module = unwrapped_model(accelerator, model)
         shape = data.batches.micro_batch_shape
         epochs = epochs_of_run(args, data.batches)
