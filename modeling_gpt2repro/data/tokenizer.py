@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from modeling_gpt2repro.storage.atomic import write_json
+from modeling_gpt2repro.storage.model_files import LoadingError, check_json_files, find_file, loading_problem
 
 from .gpt2_bpe import END_OF_TEXT, as_gpt2_tokenizer, gpt2_tokenizer, tiktoken_encoding
 
@@ -20,7 +21,6 @@ from .gpt2_bpe import END_OF_TEXT, as_gpt2_tokenizer, gpt2_tokenizer, tiktoken_e
 GPT2_SHA256 = "806c1981ba8dd4262ce8b78d4438dde0c11d8e1b8b968233ef44fb06a38b336a"
 MAX_VOCAB_SIZE = 2**16  # shards hold 16 bits an id
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # two names of one class, the second new in 5
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError)  # from transformers, where a file is missing or damaged
 MIN_VOCAB_SIZE = 257  # a byte-level BPE begins with the 256 bytes; one more for end-of-text
 
 
@@ -34,9 +34,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         return gpt2_tokenizer()
     try:
         tokenizer = load_auto_tokenizer(name)
-    except LOADING_ERRORS as error:
+    except ValueError as error:
         raise ValueError(
-            f"tokenizer {name!r} is neither 'gpt2' nor a folder or Hub id that loads ({' '.join(str(error).split())})."
+            f"tokenizer {name!r} is neither 'gpt2' nor a folder or Hub id that loads ({str(error).rstrip('.')})."
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name!r} must be a fast tokenizer with an end-of-text (eos) token.")
@@ -53,24 +53,19 @@ def load_auto_tokenizer(
     tokenizer.json: if that splits digits, "2023" then becomes one token where every other reader of the file gets four.
 
     Raises:
-        ValueError: If the settings beside tokenizer.json change its ids, or the tokenizer has code of its own and
-            `trust_remote_code` is False.
-        LOADING_ERRORS: If there is no tokenizer, or a damaged one.
+        LoadingError: If there is no tokenizer or a damaged one, the settings beside tokenizer.json change
+            its ids, or it has code of its own and `trust_remote_code` is False.
     """
-    # False and not the default, None, with which it stops and asks the user whether to run the code of such a model.
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with only_errors(), explain_rust_errors():
+    with only_errors(), loading_errors_in_one_line():
+        check_json_files(name, revision)
+        # False and not the default, None, with which it stops and asks the user whether to run such code.
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
         tokenizer = tokenizer_class(name).from_pretrained(name, **options)
-        # None, too, without a network: AutoTokenizer has just found the file if there is one, so it would be cached.
-        missing_is_none = {
-            "_raise_exceptions_for_missing_entries": False,
-            "_raise_exceptions_for_connection_errors": False,
-        }
-        file = cached_file(name, "tokenizer.json", revision=revision, **missing_is_none)
+        file = find_file(name, "tokenizer.json", revision)
         is_remote_code = type(tokenizer).__module__.startswith("transformers_modules")
         if file is None or is_remote_code or not isinstance(tokenizer, PreTrainedTokenizerFast):
             return tokenizer
-        expected = Tokenizer.from_file(file)
+        expected = Tokenizer.from_file(str(file))
         if not gives_ids_of(expected, tokenizer):
             # The class may know of special tokens that tokenizer_config.json does not name.
             known = {
@@ -78,7 +73,7 @@ def load_auto_tokenizer(
                 for role, token in tokenizer.special_tokens_map.items()
                 if expected.token_to_id(str(token)) is not None
             }
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision, **known)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **options, **known)
         if not gives_ids_of(expected, tokenizer):
             raise ValueError(
                 "its tokenizer_config.json changes the ids that its tokenizer.json gives: correct one of them"
@@ -122,6 +117,18 @@ def explain_rust_errors() -> Iterator[None]:
         raise (OSError if "os error" in str(error) else ValueError)(str(error)) from error
 
 
+@contextmanager
+def loading_errors_in_one_line() -> Iterator[None]:
+    """Around loading files that somebody else wrote: whatever a library raises there becomes a LoadingError.
+
+    There is no list of what they raise: a damaged file ends in a KeyError, an AttributeError, a bare Exception, ...
+    """
+    try:
+        yield
+    except Exception as error:
+        raise LoadingError(loading_problem(error)) from error
+
+
 def tokenizer_class(name: str) -> type:
     """The class that loads a tokenizer: AutoTokenizer, or PreTrainedTokenizerFast if the folder names that one.
 
@@ -152,12 +159,10 @@ def load_tokenizer_folder(folder: Path) -> PreTrainedTokenizerFast:
         ValueError: If it is missing or damaged.
     """
     try:
-        with explain_rust_errors():
-            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except LOADING_ERRORS as error:
-        raise ValueError(
-            f"tokenizer {folder} does not load ({' '.join(str(error).split())}): prepare the data again."
-        ) from error
+        with loading_errors_in_one_line():
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(f"tokenizer {folder} does not load ({error}): prepare the data again.") from error
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int = 1024) -> PreTrainedTokenizerFast:
@@ -268,8 +273,10 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, max_length
         tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    for local in ("is_local", "local_files_only"):  # of the machine that saves, not of the tokenizer
-        config.pop(local, None)
+    # The first two are of the machine that saves. The last names Python code of the folder it was loaded from, which is
+    # not copied, or code of somebody else's repository, and would run it for all who trust this folder.
+    for foreign in ("is_local", "local_files_only", "auto_map"):
+        config.pop(foreign, None)
     # transformers 4 does not know TokenizersBackend, the name of this class in 5, and 5 drops the pre-tokenizer of a
     # GPT2Tokenizer. It takes additional_special_tokens for 4's extra_special_tokens, which is something else there.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"

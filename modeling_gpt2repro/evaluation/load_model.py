@@ -1,17 +1,24 @@
 """Load any causal language model by folder or Hub name, and check a command's --model, --device and --output."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gpt2repro.data.tokenizer import load_auto_tokenizer
 from modeling_gpt2repro.runs.folder import MODEL_FOLDER
-from modeling_gpt2repro.storage.retry import describe_error
+from modeling_gpt2repro.storage.model_files import (
+    NEEDS_CODE,
+    LoadingError,
+    check_is_no_adapter,
+    find_weights,
+    loading_problem,
+)
+from modeling_gpt2repro.storage.retry import describe_error, exception_chain
 
 NO_SUCH_FOLDER = "there is no such folder, and a model on the Hub is named owner/name"
 
@@ -21,26 +28,37 @@ def load_causal_lm(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model, from a folder or the Hub, in eval mode on its device, and its tokenizer.
 
+    Unless `trust_remote_code`, none of its code runs, and no attention kernel that its config.json names is downloaded.
+
     Raises:
         ValueError: If either cannot be loaded, weights are missing or not tied as the config says, or the tokenizer has
             more tokens than the model.
     """
     loading = "tokenizer"
     try:
+        check_is_no_adapter(name)
         tokenizer = load_auto_tokenizer(name, trust_remote_code=trust_remote_code)
         loading = "model"
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        options = {"config": config, "trust_remote_code": trust_remote_code}
+        if not trust_remote_code:
+            config._attn_implementation = None  # the default, and not what config.json says
+            with torch.device("meta"):
+                described = AutoModelForCausalLM.from_config(**options)
+            check_parameter_count(described.num_parameters(), find_weights(name), bits=1)
         model, loading_info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=trust_remote_code
+            name, dtype=getattr(torch, dtype), output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, KeyError, TypeError) as error:
-        if isinstance(error.__cause__, LocalEntryNotFoundError | RepositoryNotFoundError):
-            is_unreachable = isinstance(error.__cause__, LocalEntryNotFoundError)  # and names a flag that is not here
-            reason = str(error).strip().splitlines()[0] if is_unreachable else describe_error(error)
+    except Exception as error:  # whatever a library raises over a damaged file
+        reason = loading_problem(error)
+        if any(isinstance(each, LocalEntryNotFoundError | RepositoryNotFoundError) for each in exception_chain(error)):
             raise ValueError(
                 f"--model {name}: there is no folder {name} here, and the Hub has no such model or cannot be reached "
-                f"({reason.rstrip('.')})."
+                f"({reason})."
             ) from error
-        raise ValueError(f"--model {name}: its {loading} could not be loaded: {describe_error(error)}") from error
+        if reason == NEEDS_CODE:
+            reason += ": give --trust_remote_code if you have read that code"
+        raise ValueError(f"--model {name}: its {loading} could not be loaded: {reason}.") from error
     if loading_info["missing_keys"]:
         missing = sorted(loading_info["missing_keys"])
         raise ValueError(
@@ -55,6 +73,20 @@ def load_causal_lm(
             "tokenizer that it was trained with."
         )
     return model.to(device), tokenizer
+
+
+def check_parameter_count(parameters: int, weights: Iterable[Path], bits: int = 8):
+    """Raise LoadingError if a config describes more parameters than its weights can hold.
+
+    The missing ones would be allocated and filled with random numbers, before anybody is told: a config of a few bytes
+    could take all memory.
+
+    Args:
+        bits: Of a parameter, at least. A byte is the smallest type of torch; quantized models pack several into one.
+    """
+    available = sum(path.stat().st_size for path in weights)
+    if parameters * bits > available * 8:
+        raise LoadingError(f"its config describes {parameters:,} parameters, and its weights have {available:,} bytes")
 
 
 def check_tied_weights(model: PreTrainedModel, source: str):

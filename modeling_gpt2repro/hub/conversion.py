@@ -10,12 +10,11 @@ are transposed, because OpenAI's code stores them (in, out), as Conv1D does, and
 """
 
 import argparse
+import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedConfig,
@@ -25,14 +24,22 @@ from transformers import (
 from transformers.utils import logging
 
 from modeling_gpt2repro.configuration_gpt2repro import GPT2ReproConfig
-from modeling_gpt2repro.data.tokenizer import LOADING_ERRORS, load_auto_tokenizer, save_tokenizer
+from modeling_gpt2repro.data.tokenizer import load_auto_tokenizer, save_tokenizer
 from modeling_gpt2repro.evaluation.load_model import (
     NO_SUCH_FOLDER,
+    check_parameter_count,
     check_tied_weights,
     is_missing_folder,
     run_folder_problem,
 )
 from modeling_gpt2repro.modeling_gpt2repro import TRANSPOSED_IN_STOCK, GPT2ReproForCausalLM
+from modeling_gpt2repro.storage.model_files import (
+    check_is_no_adapter,
+    check_json_files,
+    find_file,
+    find_weights,
+    loading_problem,
+)
 
 from .export import save_hub_folder
 from .model_card import derived_origin
@@ -57,6 +64,12 @@ SUPPORTED_OPTIONS = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
+MODEL_CLASSES = {"gpt2": GPT2LMHeadModel, "gpt2repro": GPT2ReproForCausalLM}  # by `model_type`
+# What is read of a config.json; the rest is dropout, which is off, and what no GPT-2 of ours follows.
+OUR_FIELDS = (*SHARED_FIELDS, "position_initializer_range", "tie_word_embeddings")
+HF_FIELDS = (*SHARED_FIELDS, *SUPPORTED_OPTIONS, "n_inner")
+FLOATS = ("layer_norm_epsilon", "initializer_range", "position_initializer_range")
+MISSING_CONFIG = "it has no config.json, or the Hub has no such model or cannot be reached"
 # What our model does and GPT2Config's defaults do not.
 OUR_OPTIONS = {"activation_function": "gelu_pytorch_tanh", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
@@ -125,39 +138,89 @@ def load_gpt2_or_hf(
         ValueError: If it cannot be read, is another kind of model, computes something that our model does not, lacks
             tensors (with their names), or has no tokenizer or one of another size.
     """
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        if problem := run_folder_problem(source):
-            raise ValueError(problem) from error
-        if (Path(source) / "adapter_config.json").is_file():
-            raise ValueError(f"{source} is an adapter: merge it into its base model and save that first.") from error
-        reason = f"{NO_SUCH_FOLDER}." if is_missing_folder(source) else " ".join(str(error).split())
-        raise ValueError(f"{source} cannot be read as a model: {reason}") from error
-    classes = {GPT2Config.model_type: GPT2LMHeadModel, GPT2ReproConfig.model_type: GPT2ReproForCausalLM}
-    if config.model_type not in classes:
-        raise ValueError(f"{source} is a {config.model_type!r} model: give one of type 'gpt2' or 'gpt2repro'.")
-    if config.model_type == GPT2Config.model_type:
+    config = load_gpt2_config(source, revision)
+    if isinstance(config, GPT2Config):
         convert_config(config)  # raises before the weights are downloaded
     tokenizer = load_matching_tokenizer(source, revision, config)
-    return load_strict(classes[config.model_type], source, revision), tokenizer
+    return load_strict(config, source, revision), tokenizer
 
 
-def load_strict(model_class: type[PreTrainedModel], source: str, revision: str | None) -> PreTrainedModel:
+def load_checkpoint(folder: Path) -> GPT2ReproForCausalLM:
+    """Load the model in a checkpoint of ours, from safetensors only; raises ValueError as `load_gpt2_or_hf`."""
+    config = load_gpt2_config(str(folder))
+    if isinstance(config, GPT2Config):
+        raise ValueError(f"{folder} holds a GPT-2 of transformers and no checkpoint: start from it with --init_from.")
+    return load_strict(config, str(folder), pickled=False)
+
+
+def load_gpt2_config(source: str, revision: str | None = None) -> GPT2Config | GPT2ReproConfig:
+    """Read what matters to a GPT-2 from the config.json of a folder or Hub id, and nothing else.
+
+    A config.json may also name code to run, attention kernels to download, a quantization, or weights of another name;
+    transformers would follow it.
+
+    Raises:
+        ValueError: If a JSON file of the model is damaged, or config.json is that of another kind of model, lacks a
+            valid shape, or the model is an adapter.
+    """
+    try:
+        if is_missing_folder(source):
+            raise ValueError(NO_SUCH_FOLDER)
+        check_is_no_adapter(source, revision)
+        if find_file(source, "config.json", revision) is None:
+            raise ValueError(MISSING_CONFIG)
+        values = check_json_files(source, revision)
+        kind = str(values.get("model_type"))
+        if kind not in MODEL_CLASSES:
+            raise ValueError(f"it is a {kind[:40]!r} model: give one of type 'gpt2' or 'gpt2repro'.")
+        if values.get("quantization_config"):
+            raise ValueError("its weights are quantized: give one in 16 or 32 bits.")
+        config_class = MODEL_CLASSES[kind].config_class
+        values = {config_class.attribute_map.get(name, name): value for name, value in values.items()}
+        ours = GPT2ReproConfig(**{name: values[name] for name in OUR_FIELDS if name in values})  # checks each field
+        for name in FLOATS:
+            if not 0 <= getattr(ours, name) < math.inf:
+                raise ValueError(f"its config.json has {name} {getattr(ours, name)}: give a finite number.")
+        if config_class is GPT2ReproConfig:
+            return ours
+        return GPT2Config(**{name: values[name] for name in HF_FIELDS if name in values})
+    except Exception as error:  # of a config class, over a value of another type
+        reason = f"{source} cannot be read as a model: {loading_problem(error)}."
+        raise ValueError(run_folder_problem(source) or reason) from error
+
+
+def load_strict(
+    config: GPT2Config | GPT2ReproConfig, source: str, revision: str | None = None, pickled: bool = True
+) -> PreTrainedModel:
     """Load a model whose file has exactly its tensors: `from_pretrained` would fill in missing ones with random values.
+
+    Args:
+        pickled: Whether pytorch_model.bin is read where there are no safetensors, without the code in it.
 
     Raises:
         ValueError: With the names of the tensors that are missing, unknown, of another shape, or not tied as the
-            config says; or if the file is missing or damaged.
+            config says; or if a file is missing or damaged.
     """
+    model_class = MODEL_CLASSES[config.model_type]
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # transformers would print a table of what the ValueError says
     try:
+        weights = find_weights(source, revision, pickled)
+        blocks = 12 * config.n_layer * config.n_embd**2  # without biases and LayerNorms
+        check_parameter_count(blocks + (config.vocab_size + config.n_positions) * config.n_embd, weights)
         model, loaded = model_class.from_pretrained(
-            source, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True
+            source,
+            revision=revision,
+            config=config,
+            attn_implementation="sdpa",
+            use_safetensors=weights[0].suffix == ".safetensors",
+            weights_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{source} has weights that cannot be read: {' '.join(str(error).split())}") from error
+    except Exception as error:  # whatever a library raises over a damaged file
+        raise ValueError(f"{source} has weights that cannot be read: {loading_problem(error)}.") from error
     finally:
         logging.set_verbosity(verbosity)
     problems = {
@@ -182,8 +245,8 @@ def load_matching_tokenizer(source: str, revision: str | None, config: PreTraine
     """
     try:
         tokenizer = load_auto_tokenizer(source, revision)
-    except LOADING_ERRORS as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+    except ValueError as error:
+        reason = str(error).rstrip(".")
         raise ValueError(
             f"{source} has no tokenizer that can be loaded ({reason}): save the model's tokenizer there."
         ) from error

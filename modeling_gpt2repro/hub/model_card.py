@@ -1,20 +1,30 @@
 """The model card: what the model is, how to use it, its results and how it was trained, read from the run's folder."""
 
+import re
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-import yaml
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
 from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
 from modeling_gpt2repro.runs.folder import LOSS_PICTURE, METRICS_FILE
-from modeling_gpt2repro.runs.read import FINEWEB_EDU, HELLASWAG_METRICS, Run, read_run
+from modeling_gpt2repro.runs.read import FINEWEB_EDU, HELLASWAG_METRICS, HUB_ID, Run, read_run
+from modeling_gpt2repro.storage.model_files import find_file, loading_problem
 
-INHERITED = ("license", "license_name", "license_link", "language", "base_model")
+# Metadata that a card takes from another -> what a value must look like, so that it can be nothing but that.
+INHERITED = {
+    "license": r"[\w.+-]{1,96}",
+    "license_name": r"[\w .+-]{1,96}",
+    "license_link": r"https://[\w./%~+-]{1,300}|[\w.-]{1,96}",
+    "language": r"[A-Za-z0-9-]{1,40}",
+    "base_model": rf"{HUB_ID}|[\w.-]{{1,96}}",
+}
+MAX_VALUES = 100  # of one of them, such as languages
+MAX_TEXT = 300  # characters of a line in the card that somebody else has chosen
+MAX_CARD_BYTES = 2**20
 HELLASWAG_DATASET = "Rowan/hellaswag"
 TASK = {"task_type": "text-generation", "task_name": "Text Generation"}
 CARD = """---
@@ -41,7 +51,7 @@ class Origin:
     """Where weights come from: the first sentence of their card, and the metadata that it inherits."""
 
     sentence: str
-    metadata: dict = field(default_factory=dict)  # name in INHERITED -> value
+    metadata: dict = field(default_factory=dict)  # see `inherited_metadata`, which every card applies
 
 
 FROM_SCRATCH = Origin("A GPT-2 trained from scratch.", {"license": "mit"})
@@ -58,19 +68,49 @@ def derived_origin(verb: str, source: str, revision: str | None = None) -> Origi
         ValueError: If the card there has metadata that cannot be read.
     """
     is_local = Path(source).exists()
-    # None if there is no card or it cannot be reached now: weights that are at hand can be used all the same.
-    missing_is_none = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    card = cached_file(source, "README.md", revision=revision, **missing_is_none)
     try:
+        # None if there is no card or it cannot be reached now: weights that are at hand can be used all the same.
+        card = find_file(source, "README.md", revision)
+        if card and card.stat().st_size > MAX_CARD_BYTES:
+            raise ValueError(f"it has more than {MAX_CARD_BYTES:,} bytes")
         metadata = (metadata_load(card) if card else None) or {}
-    except (ValueError, yaml.YAMLError) as error:
+    except Exception as error:  # of YAML, which raises many kinds
         raise ValueError(
-            f"{source}: the metadata of its README.md cannot be read ({' '.join(str(error).split())}): correct it."
+            f"{source}: the metadata of its README.md cannot be read ({loading_problem(error)}): correct it."
         ) from error
-    metadata = {name: metadata[name] for name in INHERITED if metadata.get(name)}
+    metadata = inherited_metadata(metadata)
     if not is_local:
         metadata["base_model"] = source
     return Origin(f"{verb} {Path(source).name if is_local else source}.", metadata)
+
+
+def inherited_metadata(metadata: dict) -> dict[str, str | list[str]]:
+    """What a card may take from another one's metadata: values of INHERITED, each a word or a list of them.
+
+    {"license": "mit", "language": ["en", 7], "base_model": "[x](http://x)"} -> {"license": "mit", "language": ["en"]}
+    A license that is something else becomes "other", and not none at all.
+    """
+    kept = {}
+    for name, pattern in INHERITED.items():
+        value = metadata.get(name)
+        values = value[:MAX_VALUES] if isinstance(value, list) else [value]
+        fit = [word for word in values if isinstance(word, str) and re.fullmatch(pattern, word, re.ASCII)]
+        if fit:
+            kept[name] = fit if isinstance(value, list) else fit[0]
+        elif value and name == "license":
+            kept[name] = "other"
+    return kept
+
+
+def plain_text(text: object) -> str:
+    """One line of at most MAX_TEXT printable characters in which nothing is Markdown or HTML.
+
+    Names in a card may be somebody else's, and whoever pushes it answers for what it shows.
+    """
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)[: 4 * MAX_TEXT]).split())
+    line = line if len(line) <= MAX_TEXT else line[:MAX_TEXT] + "..."
+    line = re.sub(r"([^\w\s.,+/'-]|(?<![^\W_])_|_(?![^\W_])|^[-+]|(?<=^\d)\.)", r"\\\1", line)  # not the _ of my_model
+    return re.sub(r"(?i)(www)\.", r"\1\.", line)  # which would become a link
 
 
 def model_card(model: PreTrainedModel, origin: Origin = FROM_SCRATCH, run_folder: Path | None = None) -> str:
@@ -82,7 +122,7 @@ def model_card(model: PreTrainedModel, origin: Origin = FROM_SCRATCH, run_folder
     results = hub_results(run, evaluations[-1]) if evaluations else []
     dataset = run.dataset() if run else None
     metadata = ModelCardData(
-        **{"language": "en" if run and trained_on_english(run) else None, **origin.metadata},
+        **{"language": "en" if run and trained_on_english(run) else None, **inherited_metadata(origin.metadata)},
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "gpt2repro"],
@@ -93,7 +133,7 @@ def model_card(model: PreTrainedModel, origin: Origin = FROM_SCRATCH, run_folder
     text = CARD.format(
         metadata=metadata.to_yaml(),
         parameters=model.num_parameters(),
-        description=origin.sentence,
+        description=plain_text(origin.sentence),
         config=model.config,
         trust=", trust_remote_code=True" if isinstance(model, GPT2ReproForCausalLM) else "",
     )
@@ -149,14 +189,15 @@ def training_lines(run: Run) -> dict[str, str]:
         data = "the English prose in Python's documentation"
     fingerprint = run.config["data"]["data"]
     if isinstance(fingerprint, str):  # of shards; a streamed dataset is described by a dict
-        data += f", shards with fingerprint {fingerprint[:12]}"
+        data += f", shards with fingerprint {plain_text(fingerprint[:12])}"
     return {
         "data": data,
         **stretched_lines(run),
-        "seed": str(arguments["seed"]),
-        "hardware": f"{hardware['processes']} x {hardware['device']}, {precision}; {hours:.2f} hours of training",
-        "software": ", ".join(f"{name} {version}" for name, version in run.config["versions"].items()),
-        "code": f"gpt2repro, commit {run.config['commit'] or 'unknown'}",
+        "seed": plain_text(arguments["seed"]),
+        "hardware": f"{hardware['processes']} x {plain_text(hardware['device'])}, {plain_text(precision)}; "
+        f"{hours:.2f} hours of training",
+        "software": plain_text(", ".join(f"{name} {version}" for name, version in run.config["versions"].items())),
+        "code": f"gpt2repro, commit {plain_text(run.config['commit'] or 'unknown')}",
     }
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2repro.data.tokenizer import tokenizer_sha256
 from modeling_gpt2repro.evaluation.load_model import check_tied_weights
-from modeling_gpt2repro.hub.conversion import load_gpt2
+from modeling_gpt2repro.hub.conversion import load_checkpoint, load_gpt2
 from modeling_gpt2repro.hub.model_card import FROM_SCRATCH, Origin, derived_origin
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
 from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
@@ -40,8 +40,7 @@ def load_initial_weights(args: TrainArguments, accelerator: Accelerator) -> Init
     checkpoint = find_checkpoint(args, accelerator)
     model, tokenizer, origin = None, None, FROM_SCRATCH
     if checkpoint is not None:
-        with checkpoints.raise_if_corrupt(checkpoint):
-            model = GPT2ReproForCausalLM.from_pretrained(checkpoint)
+        model = load_checkpoint(checkpoint)
     elif args.init_from:
         model, tokenizer = call_main_process_first(accelerator, lambda: load_gpt2(args.init_from))
         origin = derived_origin("A GPT-2 fine-tuned from", args.init_from)

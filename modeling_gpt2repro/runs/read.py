@@ -1,6 +1,7 @@
 """Read a run's folder: records of metrics.jsonl, resume points, configuration, and the baselines to compare with."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from modeling_gpt2repro.storage.atomic import write_json
 from .folder import BASELINES_FILE, METRICS_FILE, RUN_CONFIG_FILE
 
 OLD_BASELINES_FILE = "yardsticks.json"  # its keys end in _yardsticks; still read, never written
+HUB_ID = r"[\w.-]{1,96}/[\w.-]{1,96}"  # owner/name, with re.ASCII
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 # HellaSwag protocol -> the name of its accuracy in metrics.jsonl; its 95 % interval has the suffixes _low and _high.
 HELLASWAG_METRICS = {
@@ -77,7 +79,8 @@ class Run:
             tokenizer = manifest.get("tokenizer", {}).get("name")
             if not manifest and any(folder.glob("edufineweb_val_*.npy")):  # written by build-nanogpt's fineweb.py
                 dataset = FINEWEB_EDU
-        is_hub_id = "/" in (dataset or "")
+        # The manifest may be somebody else's, and the model card names the dataset.
+        is_hub_id = isinstance(dataset, str) and re.fullmatch(HUB_ID, dataset, re.ASCII)
         return dataset if is_hub_id else None, tokenizer
 
     def _skipped_steps(self) -> set[int]:

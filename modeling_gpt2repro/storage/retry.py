@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from huggingface_hub.errors import HfHubHTTPError, HTTPError  # httpx's HTTPError: base of the Hub's errors, too
+# httpx's HTTPError is the base of the Hub's errors, too.
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
 Result = TypeVar("Result")
 
@@ -89,4 +90,7 @@ def describe_error(error: BaseException) -> str:
     message = (answer is not None and answer.server_message) or str(root_cause)
     if isinstance(root_cause, KeyError):  # its message is a bare key
         message = f"{type(root_cause).__name__}: {message}"
-    return next(iter(message.strip().splitlines()), type(root_cause).__name__)
+    line = next(iter(message.strip().splitlines()), type(root_cause).__name__)
+    if isinstance(answer, RepositoryNotFoundError):  # or gated; without a token the Hub does not say which
+        line = f"{line.rstrip('.')}; if it is private or gated, log in with hf auth login"
+    return line

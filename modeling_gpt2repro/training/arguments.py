@@ -77,7 +77,9 @@ class TrainArguments:
         "not given, weights are random.",
     )
     attn_implementation: str = arg(
-        default="sdpa", help="Attention implementation: 'eager', 'sdpa', 'flash_attention_2', ..."
+        default="sdpa",
+        choices=("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"),
+        help="Attention implementation. Kernels of other names on the Hub, code to download and run, are not accepted.",
     )
     document_mask: bool = arg(
         default=False,

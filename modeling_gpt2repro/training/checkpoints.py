@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from modeling_gpt2repro.runs.folder import MODEL_FOLDER, step_of
 from modeling_gpt2repro.storage.atomic import delete_dir, recover_interrupted_replace, remove_abandoned, replace_dir
 from modeling_gpt2repro.storage.checksums import verify_checksums, write_checksums
+from modeling_gpt2repro.storage.model_files import loading_problem
 from modeling_gpt2repro.storage.retry import describe_error
 
 from .optimizer_state import OPTIMIZER_FILE, RANDOM_FILE, save_tensors
@@ -91,7 +92,7 @@ def open_named_checkpoint(name: str) -> Path:
         try:
             checkpoint = Path(snapshot_download(on_hub["repository"], revision=on_hub["revision"]))
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = loading_problem(error)
             raise ValueError(f"{name} is not a folder, and the Hub does not provide it ({reason}).") from error
     if not (checkpoint / CHECKSUMS_FILE).is_file():
         raise ValueError(f"{name} is not a checkpoint (no {CHECKSUMS_FILE}): give a step-... folder or 'latest'.")
