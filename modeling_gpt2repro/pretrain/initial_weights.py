@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
+from modeling_gpt2repro.configuration_gpt2repro import GPT2ReproConfig
 from modeling_gpt2repro.data.tokenizer import tokenizer_sha256
 from modeling_gpt2repro.evaluation.load_model import check_tied_weights
 from modeling_gpt2repro.hub.conversion import load_gpt2
@@ -13,8 +17,11 @@ from modeling_gpt2repro.hub.model_card import FROM_SCRATCH, Origin, derived_orig
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
 from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.command_line import InputErrors
+from modeling_gpt2repro.storage.json_files import read_json_object, require, shown
+from modeling_gpt2repro.storage.retry import describe_error
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
+from modeling_gpt2repro.training.checkpoint_checks import CONFIG_FILE, WEIGHTS_FILE
 from modeling_gpt2repro.training.validate import check_sizes
 
 SHAPE = ("n_layer", "n_head", "n_embd")
@@ -40,8 +47,7 @@ def load_initial_weights(args: TrainArguments, accelerator: Accelerator) -> Init
     checkpoint = find_checkpoint(args, accelerator)
     model, tokenizer, origin = None, None, FROM_SCRATCH
     if checkpoint is not None:
-        with checkpoints.raise_if_corrupt(checkpoint):
-            model = GPT2ReproForCausalLM.from_pretrained(checkpoint)
+        model = load_checkpoint_model(checkpoint)
     elif args.init_from:
         model, tokenizer = call_main_process_first(accelerator, lambda: load_gpt2(args.init_from))
         origin = derived_origin("A GPT-2 fine-tuned from", args.init_from)
@@ -50,6 +56,35 @@ def load_initial_weights(args: TrainArguments, accelerator: Accelerator) -> Init
         take_shape(args, model, source=str(checkpoint or args.init_from))
         model = model.float()  # whatever it was saved in: bf16 has 8 bits, too few to add a small update to a weight
     return InitialWeights(checkpoint, model, tokenizer, origin)
+
+
+def load_checkpoint_model(checkpoint: Path) -> GPT2ReproForCausalLM:
+    """The model of a checkpoint, from its config and its weights alone: whatever else lies in the folder, such as an
+    adapter or a config that names a repository with kernels, is not looked at, as `from_pretrained` would.
+
+    Raises:
+        ValueError: If the config is not one of our models, or the weights are not its tensors.
+    """
+    with checkpoints.raise_if_corrupt(checkpoint):
+        values = read_json_object(checkpoint / CONFIG_FILE)
+        fields = {name: values[name] for name in GPT2ReproConfig.__annotations__ if name in values}
+        try:
+            config = GPT2ReproConfig(**fields)
+        except StrictDataclassError as error:
+            raise ValueError(f"{CONFIG_FILE}: {describe_error(error)}") from None
+        with torch.device("meta"):  # without values: all of them are loaded
+            model = GPT2ReproForCausalLM(config)
+        model.to_empty(device="cpu")
+        model.tie_weights()  # which were separated by `to_empty`
+        weights = load_file(checkpoint / WEIGHTS_FILE)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        for name in [*shapes, *weights]:
+            require(name in weights, f"{WEIGHTS_FILE} has no {name}")
+            require(name in shapes, f"{WEIGHTS_FILE} has {shown(name)}, and the model of its {CONFIG_FILE} does not")
+            found, shape = tuple(weights[name].shape), tuple(shapes[name])
+            require(found == shape, f"{WEIGHTS_FILE} has {name} of the shape {found}, not {shape}")
+        model.load_state_dict(weights, strict=False)  # a tied tensor is in the file once
+    return model
 
 
 def find_checkpoint(args: TrainArguments, accelerator: Accelerator) -> Path | None:

@@ -41,10 +41,16 @@ def save(tiny_model, optimizer, tmp_path):
         problem = checkpoints.save_checkpoint(
             accelerator,
             folder / checkpoint_name(step),
-            write_model or (lambda temporary: (temporary / "model.safetensors").write_bytes(b"weights" * 100)),
+            write_model or (lambda temporary: tiny_model.save_pretrained(temporary)),
             optimizer=optimizer_tensors(tiny_model, optimizer, keep=True),
             random=random_tensors(accelerator),
-            state={"progress": {"step": step}, "data": {"next_step": step}, "identity": IDENTITY},
+            state={
+                "progress": {"step": step, "tokens": 100 * step},
+                "data": {"next_step": step, "lanes": {"0": [0, step]}},
+                "guard": {},
+                "origin": "A GPT-2 trained from scratch.",
+                "identity": IDENTITY,
+            },
             policy=keep,
         )
         return problem or folder / checkpoint_name(step)
@@ -63,7 +69,7 @@ def test_loading_a_checkpoint_restores_what_was_saved(save, tiny_model, optimize
     assert folder.name == "step-000003"
     state = checkpoints.read_state(folder, IDENTITY)
     assert state["progress"]["step"] == 3
-    assert state["data"] == {"next_step": 3}
+    assert state["data"] == {"next_step": 3, "lanes": {"0": [0, 3]}}
     fresh = build_optimizer(tiny_model, 1e-3)
     load_optimizer(folder / "training_state", tiny_model, fresh)
     assert len(fresh.state) == len(list(tiny_model.parameters()))
@@ -77,7 +83,7 @@ def test_loading_a_checkpoint_restores_what_was_saved(save, tiny_model, optimize
 
 def test_nothing_in_a_checkpoint_can_run_code(save):
     kinds = {path.suffix for path in save(3).rglob("*") if path.is_file()}
-    assert kinds == {".safetensors", ".json"}
+    assert kinds == {".safetensors", ".json", ".py"}  # .py: the model's code, which no checkpoint is read with
 
 
 def test_every_file_is_listed_with_its_size_and_hash(save):
@@ -85,7 +91,7 @@ def test_every_file_is_listed_with_its_size_and_hash(save):
     listed = json.loads((folder / checkpoints.CHECKSUMS_FILE).read_text())
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert set(listed) == files - {checkpoints.CHECKSUMS_FILE}
-    assert listed["model.safetensors"]["bytes"] == 700
+    assert listed["model.safetensors"]["bytes"] == (folder / "model.safetensors").stat().st_size
     assert all(re.fullmatch("[0-9a-f]{64}", entry["sha256"]) for entry in listed.values())
 
 
@@ -162,7 +168,8 @@ def test_a_half_written_folder_is_not_a_checkpoint(save, tmp_path):
     (tmp_path / ".step-000006.partial" / "training_state").mkdir(parents=True)
     shutil.copytree(tmp_path / "step-000005", tmp_path / "step-000007")
     (tmp_path / "step-000007" / checkpoints.CHECKSUMS_FILE).unlink()
-    assert find_resume_checkpoint("latest", tmp_path) == (tmp_path / "step-000005", [])
+    sentence = f"{tmp_path / 'step-000007'} has no training_state/files.json (an unfinished copy?) and is passed over."
+    assert find_resume_checkpoint("latest", tmp_path) == (tmp_path / "step-000005", [sentence])
     with pytest.raises(ValueError, match="step-000007 is not a checkpoint"):
         find_resume_checkpoint(str(tmp_path / "step-000007"), tmp_path)
 
@@ -199,16 +206,16 @@ def test_a_damaged_newest_checkpoint_is_reported_and_passed_over(save, tmp_path,
     checkpoint, passed_over = find_resume_checkpoint("latest", tmp_path)
     assert checkpoint == tmp_path / "step-000004"
     assert len(passed_over) == 1
-    assert re.search(rf"step-000005 is damaged \(.*{name.split('/')[-1]}.*\) and passed over\.$", passed_over[0])
+    assert re.search(rf"step-000005 is damaged \(.*{name.split('/')[-1]}.*\) and is passed over\.$", passed_over[0])
     with pytest.raises(ValueError, match=r"step-000005 is damaged \(.*\): resume from another one"):
         find_resume_checkpoint(str(tmp_path / "step-000005"), tmp_path)
 
 
 def test_no_run_starts_anew_where_all_checkpoints_are_damaged(save, tmp_path):
     truncate(save(5) / "model.safetensors")
-    with pytest.raises(ValueError, match=r"model\.safetensors has 699 of 700 bytes") as error:
+    with pytest.raises(ValueError, match=r"model\.safetensors has [\d,]+ of [\d,]+ bytes") as error:
         find_resume_checkpoint("latest", tmp_path)
-    assert "has no checkpoint left" in str(error.value)
+    assert "has no other checkpoint" in str(error.value)
 
 
 def test_a_damaged_later_checkpoint_does_not_displace_a_good_one(save, tmp_path):
@@ -220,9 +227,9 @@ def test_a_damaged_later_checkpoint_does_not_displace_a_good_one(save, tmp_path)
     assert len(names(save(6, RetentionPolicy(limit=1)).parent)) == 1
 
 
-def test_an_edited_model_card_is_no_damage(save, tmp_path):
+def test_an_edited_model_card_is_no_damage(save, tiny_model, tmp_path):
     def write(temporary):
-        (temporary / "model.safetensors").write_bytes(b"weights")
+        tiny_model.save_pretrained(temporary)
         (temporary / "README.md").write_text("A card.")
 
     (save(5, write_model=write) / "README.md").write_text("A better card.")
