@@ -11,6 +11,7 @@ import shutil
 import pytest
 import torch
 from accelerate import Accelerator
+from damage import NOT_OBJECTS, random_bytes, random_json
 from safetensors.torch import load_file, save_file
 
 from modeling_gpt2repro.pretrain.initial_weights import load_checkpoint_model
@@ -25,22 +26,8 @@ from modeling_gpt2repro.training.state import TrainState
 
 CONFIG, WEIGHTS, OPTIMIZER, RANDOM, STATE = REQUIRED
 WEIGHT = "transformer.h.0.mlp.c_fc.weight"
+MUTATIONS = 200
 JSON_FILES = (CHECKSUMS_FILE, STATE, CONFIG)
-NOT_OBJECTS = {
-    "empty": b"",
-    "a list": b"[]",
-    "null": b"null",
-    "a string": b'"x"',
-    "a number": b"3",
-    "NaN": b'{"progress": NaN}',
-    "infinity": b'{"progress": 1e999}',
-    "a huge number": b'{"progress": ' + b"9" * 5000 + b"}",
-    "brackets": b"[" * 100_000,
-    "braces": b'{"a":' * 100_000,
-    "not UTF-8": b'{"progress": "\xff"}',
-    "cut": b'{"progress": {"step": 3',
-    "empty object": b"{}",
-}
 
 
 @pytest.fixture
@@ -367,40 +354,6 @@ def test_a_checkpoint_under_another_step_is_passed_over(finished, tmp_path):
     assert "step-000100 is damaged (training_state/state.json: it is of step 10) and is passed over." in passed_over[0]
     elsewhere = shutil.copytree(run / "step-000010", tmp_path / "mine")  # as in the Hub's cache, whose names are hashes
     assert find_resume_checkpoint(str(elsewhere), run)[0] == elsewhere
-
-
-# Random mutations
-
-MUTATIONS = 200
-
-NUMBERS = (-1, 0, 1, 2**53, 10**25, 0.5, -2.5)
-OTHER_VALUES = (None, True, *NUMBERS, "", "x", "30", "\ud800", "a\nb", [], {}, [1], {"a": 1}, [[]])
-
-
-def random_json(draw, value):
-    """A JSON value in which one node, wherever it is, is replaced, renamed or deleted."""
-    if isinstance(value, dict | list) and value and draw.random() < 0.85:
-        key = draw.choice(list(value)) if isinstance(value, dict) else draw.randrange(len(value))
-        choice = draw.random()
-        if choice < 0.15:
-            del value[key]
-        elif choice < 0.25 and isinstance(value, dict):
-            value["".join(draw.choices("a./\n\\", k=5))] = value.pop(key)
-        else:
-            value[key] = random_json(draw, value[key])
-        return value
-    return draw.choice(OTHER_VALUES)
-
-
-def random_bytes(draw, data):
-    """Bytes of which some are flipped, most of them in the header, or the rest is cut off."""
-    if draw.random() < 0.2:
-        return data[: draw.randrange(len(data))]
-    data = bytearray(data)
-    for _ in range(draw.randint(1, 4)):
-        end = len(data) if draw.random() < 0.3 else min(len(data), 600)
-        data[draw.randrange(end)] = draw.randrange(256)
-    return bytes(data)
 
 
 def test_random_damage_loads_or_is_one_sentence(checkpoint):
