@@ -3,6 +3,7 @@
 import hashlib
 import re
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -74,15 +75,23 @@ def open_npy(path: Path) -> np.ndarray:
         raise ValueError("it is not a file")
     try:
         with open(path, "rb") as file:
-            version, _ = np.lib.format.read_magic(file)
-            length = int.from_bytes(file.read(2 if version == 1 else 4), "little")
-            # numpy parses it as a Python expression, with every error that one can have.
-            require(NPY_HEADER.fullmatch(file.read(min(length, 2**16))) is not None, "it has no header of an array")
+            check_npy_header(file)
         return np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ValueError(error.strerror) from error
+
+
+def check_npy_header(file: BinaryIO):
+    """Raise ValueError unless the file begins as numpy writes an array.
+
+    numpy parses the header as a Python expression, with every error that one can have.
+    """
+    version, _ = np.lib.format.read_magic(file)
+    length = int.from_bytes(file.read(2 if version == 1 else 4), "little")
+    header = file.read(min(length, 2**16))
+    require(len(header) == length and NPY_HEADER.fullmatch(header) is not None, "it has no header of an array")
 
 
 def _manifest_entry(path: Path) -> dict:
