@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file, logging
 
 from modeling_gpt2repro.storage.atomic import write_json
+from modeling_gpt2repro.storage.json_files import parse_json
 
 from .gpt2_bpe import END_OF_TEXT, as_gpt2_tokenizer, gpt2_tokenizer, tiktoken_encoding
 
@@ -20,7 +21,8 @@ from .gpt2_bpe import END_OF_TEXT, as_gpt2_tokenizer, gpt2_tokenizer, tiktoken_e
 GPT2_SHA256 = "806c1981ba8dd4262ce8b78d4438dde0c11d8e1b8b968233ef44fb06a38b336a"
 MAX_VOCAB_SIZE = 2**16  # shards hold 16 bits an id
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # two names of one class, the second new in 5
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError)  # from transformers, where a file is missing or damaged
+# From transformers, where a file is missing or damaged.
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 MIN_VOCAB_SIZE = 257  # a byte-level BPE begins with the 256 bytes; one more for end-of-text
 
 
@@ -128,7 +130,7 @@ def tokenizer_class(name: str) -> type:
     The result is the same, but AutoTokenizer imports torch, which takes 2 seconds in every process of a preparation.
     """
     try:
-        config = json.loads((Path(name) / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = parse_json((Path(name) / "tokenizer_config.json").read_text(encoding="utf-8"))
         if config["tokenizer_class"] in PLAIN_CLASSES and "auto_map" not in config:
             return PreTrainedTokenizerFast
     except (OSError, ValueError, LookupError, TypeError):

@@ -67,6 +67,15 @@ def test_a_manifest_that_no_preparation_writes(folder, kind, one_sentence):
     assert f"is damaged ({sentence}" in refusal(folder, one_sentence)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("kind", [kind for kind in NOT_OBJECTS if kind != "empty object"])
+def test_a_tokenizer_whose_json_is_damaged(folder, name, kind, one_sentence):
+    (folder / "tokenizer" / name).write_bytes(NOT_OBJECTS[kind])
+    with pytest.raises(ValueError, match=r"tokenizer (does not load|is not the tokenizer that)") as error:
+        open_shards(folder)
+    assert str(folder / "tokenizer") in one_sentence(error)
+
+
 def header(text: str) -> bytes:
     """The beginning of an .npy file with this text in place of its description."""
     data = text.encode()
