@@ -19,6 +19,8 @@ from warm_python import ROOT, WarmPython
 # The clients read these when they are imported. No test needs the network; one about offline mode sets them itself.
 for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ.pop(switch, None)
+# Read when torch is imported. More threads slow a tiny model down, by far where other programs use the cores, too.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @dataclass(frozen=True)
@@ -96,17 +98,6 @@ def warm_python(hub, tmp_path_factory) -> WarmPython:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
     environment = hub.environment(tmp_path_factory.mktemp("home"))
     return WarmPython(environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """One thread for torch: more of them slow a tiny model down, by far where other programs use the cores too."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

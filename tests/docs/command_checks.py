@@ -144,7 +144,7 @@ def check_pytest(arguments: list[str]):
     for word in arguments:
         if previous == "-m":
             assert re.search(rf'^    "{word}: ', project, re.MULTILINE), f"the marker {word} is not declared"
-        elif previous != "-k" and not word.startswith("-"):
+        elif previous not in ("-k", "-n") and not word.startswith("-"):
             assert (ROOT / word).exists(), f"there is no {word}"
         previous = word
 

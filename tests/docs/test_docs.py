@@ -106,7 +106,7 @@ def test_the_readme_is_short_and_begins_with_two_commands():
     begin = "python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt -e "
     launch = "accelerate launch --config_file accelerate_configs/cpu.yaml train_accelerate.py --preset quickstart"
     assert first == f"{begin}. && {launch}"
-    assert second == f'{begin}".[test]" && pytest'
+    assert second == f'{begin}".[test]" && pytest -n 2'
     # The continuous integration takes the second line that begins so (.ci/run).
     assert [line.strip() for line in lines if line.strip().startswith("python3 -m venv")] == [first, second]
 

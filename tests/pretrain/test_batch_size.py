@@ -13,8 +13,6 @@ from modeling_gpt2repro.pretrain import batch_size
 from modeling_gpt2repro.pretrain.batch_size import apply_batch_size_finder, find_batch_size, largest
 from modeling_gpt2repro.training.arguments import TrainArguments
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 5, 7, 8, 31, 96, 100, 512, 900])
 def test_the_largest_that_fits_is_found_to_within_an_eighth(limit):

@@ -1,5 +1,6 @@
 """What the machine can do: emulated bf16, and the peak of a GPU by its name."""
 
+import itertools
 import platform
 
 import pytest
@@ -25,6 +26,15 @@ def test_the_peak_of_a_gpu_is_found_by_a_word_of_its_name(monkeypatch):
     monkeypatch.setattr(hardware, "measured_flops", lambda device, dtype: 7e12)
     assert hardware.peak_flops.__wrapped__(device) == (7e12, "measured")
     assert hardware.peak_flops.__wrapped__(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(("seconds_each", "most"), [(0.001, 10), (3, 1)])
+def test_a_slow_processor_is_measured_by_fewer_products(seconds_each, most, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(clock) * seconds_each)
+    flops = hardware.measured_flops(torch.device("cpu"), torch.float32, side=8)
+    assert flops == pytest.approx(2 * 8**3 / seconds_each)
+    assert next(clock) == 2 * most  # two looks at the clock for each product
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,6 @@ from modeling_gpt2repro.training.outliers import OutlierDetector
 from modeling_gpt2repro.training.state import TimedIterator
 from train_accelerate import step_unless, train_step
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("small", [2, 3, 5])
 def test_micro_batches_of_two_three_or_five_sequences_equal_one_of_eight(tiny_config, small):

@@ -104,18 +104,16 @@ def logged_values(output_dir: Path, name: str = "loss") -> list[float]:
 
 
 def train_here(output_dir: Path, shards: Path, **overrides) -> int:
-    """Run the script in this process, in fp32 on one thread, which saves seconds of imports; returns the exit code."""
+    """Run the script in this process, in fp32, which saves seconds of imports; returns the exit code."""
     import torch
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     import train_accelerate
 
-    threads = torch.get_num_threads()
     before = {name: os.environ.get(name) for name in CPU_FP32}
     os.environ.update(CPU_FP32)
     gc.freeze()  # the script looks for garbage twice, and need not search all that the tests have imported
     try:
-        torch.set_num_threads(1)
         train_accelerate.main(toy_flags(output_dir, shards, **overrides))
     except SystemExit as end:
         if isinstance(end.code, str):  # as the interpreter does
@@ -124,7 +122,6 @@ def train_here(output_dir: Path, shards: Path, **overrides) -> int:
         return end.code
     finally:
         gc.unfreeze()
-        torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
         for state in (AcceleratorState, PartialState, GradientState):
             state._shared_state.clear()
