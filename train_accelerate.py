@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.data.batches.build import TrainingData
+from modeling_gpt2repro.data.batches.read_ahead import ReadAhead
 from modeling_gpt2repro.evaluation.generation import sample_continuations
 from modeling_gpt2repro.evaluation.hellaswag.metrics import evaluate_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag.samples import write_scores
@@ -31,7 +32,7 @@ from modeling_gpt2repro.pretrain import setup
 from modeling_gpt2repro.pretrain.batch_size import apply_batch_size_finder
 from modeling_gpt2repro.pretrain.checkpointing import Checkpointer, unsharded_model
 from modeling_gpt2repro.pretrain.initial_weights import check_model, load_initial_weights
-from modeling_gpt2repro.pretrain.messages import end_message, explain_oom, stopped_message, warn_of_slow_cpu
+from modeling_gpt2repro.pretrain.messages import end_message, explain_oom, warn_of_slow_cpu
 from modeling_gpt2repro.pretrain.open_data import load_data, set_lengths
 from modeling_gpt2repro.pretrain.preflight import preflight
 from modeling_gpt2repro.runs.config import make_writable
@@ -45,16 +46,15 @@ from modeling_gpt2repro.runtime.command_line import (
     exit_message_to_launcher,
     exit_on_input_error,
     parse_command_line,
-    report_to_launcher,
 )
 from modeling_gpt2repro.runtime.fsdp import full_tensor
-from modeling_gpt2repro.runtime.signals import EXIT_CODE, StopSignal
+from modeling_gpt2repro.runtime.signals import StopSignal
 from modeling_gpt2repro.storage.lock import FolderLock
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.optimization import build_optimizer, learning_rate_at, set_learning_rate
 from modeling_gpt2repro.training.outliers import OutlierDetector
 from modeling_gpt2repro.training.presets import PRESETS
-from modeling_gpt2repro.training.state import TimedIterator, TrainState, is_due
+from modeling_gpt2repro.training.state import TrainState, is_due
 
 
 def main(argv: list[str] | None = None):
@@ -120,7 +120,9 @@ def train(args: TrainArguments, lock: FolderLock):
 
         state = TrainState()
         detector = OutlierDetector(accelerator.device, args.skip_outliers)
-        stateful = {"progress": state, "data": data.batches, "guard": detector}
+        stop = StopSignal(on_stop=lock.announce_stop)
+        reader = ReadAhead(data.batches, args.total_steps, is_stopping=stop.is_requested)
+        stateful = {"progress": state, "data": reader, "guard": detector}
         checkpointer = Checkpointer(args, accelerator, model, optimizer, data, stateful, origin=start.origin)
         if start.checkpoint is not None:
             checkpointer.restore(start.checkpoint)
@@ -138,11 +140,13 @@ def train(args: TrainArguments, lock: FolderLock):
         del model, optimizer, checkpointer
         return setup.shutdown(accelerator, exit_code)
 
-    stop = StopSignal(on_stop=lock.announce_stop)
-    with closing(data.batches), closing(logger), closing(uploads), stop, explain_oom(args):
+    with closing(reader), closing(logger), closing(uploads), stop, explain_oom(args):
         bytes_per_token = setup.validation_bytes_per_token(args, data)
         setup.log_run_summary(args, accelerator, model, data, state.step, logger)
-        while state.step < args.total_steps and not stop.should_stop():
+        first_step = state.step
+        # What this step and the next train on must be in memory: a process that met an error in the middle of a step
+        # would leave the others waiting. They all stop after this step instead.
+        while state.step < args.total_steps and not stop.should_stop(reader.wait_for(state.step)):
             # Once in a while: how good is it on text that it has not seen, and what does it write?
             if is_due(state.step, args.eval_steps):
                 evaluate(args, accelerator, model, data, hellaswag, bytes_per_token, state.step, logger, stop)
@@ -152,18 +156,17 @@ def train(args: TrainArguments, lock: FolderLock):
                 state.step, args.total_steps, args.warmup_steps, args.learning_rate, args.final_learning_rate_ratio
             )
             set_learning_rate(optimizer, learning_rate)
-            micro_batches = TimedIterator(data.batches.micro_batches(state.step))
             metrics = train_step(
                 accelerator,
                 model,
                 optimizer,
-                micro_batches,
+                reader.micro_batches(state.step),
                 tokens_per_step=args.tokens_per_step,
                 max_grad_norm=args.max_grad_norm,
                 detector=detector,
             )
             state.advance(args.tokens_per_step)
-            logger.log_step(state.step, metrics, learning_rate, data_seconds=micro_batches.seconds)
+            logger.log_step(state.step, metrics, learning_rate, data_seconds=reader.waited_seconds)
             for message in uploads.poll():
                 logger.print(message)
 
@@ -173,10 +176,7 @@ def train(args: TrainArguments, lock: FolderLock):
 
         checkpointer.save(logger, uploads, final=True)
         if state.step < args.total_steps:
-            logger.print(stopped_message(stop, state.step))
-            report_to_launcher(stopped_message(stop, state.step))
-            accelerator.wait_for_everyone()  # a process that left now would have the launcher end the others
-            exit_code = EXIT_CODE
+            exit_code = setup.leave_stopped_run(args, accelerator, stop, state.step, state.step - first_step, logger)
         else:
             evaluate(args, accelerator, model, data, hellaswag, bytes_per_token, state.step, logger, stop)
             model_folder = checkpointer.export()

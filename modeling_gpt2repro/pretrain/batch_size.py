@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import is_compiled_module
 from torch import nn
 
-from modeling_gpt2repro.data.batches.build import TrainingBatches
+from modeling_gpt2repro.data.batches.shuffled import TrainingBatches
 from modeling_gpt2repro.runtime.fsdp import is_sharded
 from modeling_gpt2repro.runtime.hardware import is_out_of_memory, peak_memory_gb
 from modeling_gpt2repro.training.arguments import TrainArguments

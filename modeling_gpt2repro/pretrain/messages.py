@@ -197,10 +197,13 @@ Make it talk:
 """
 
 
-def stopped_message(stop: StopSignal, step: int) -> str:
-    """Why the run stopped early, and the command that resumes it."""
-    reason = stop.signal_name or "a signal to another process"
-    return f"\nStopped by {reason} after step {step}. Resume with:\n\n    {stop.resume_command}\n"
+def stopped_message(stop: StopSignal, problem: str | None, step: int) -> str:
+    """Why the run stopped early, and the command that resumes it; `problem` is that of any process."""
+    if problem is not None:
+        reason = f"Stopped after step {step}: {problem} When it can be read again, resume with:"
+    else:
+        reason = f"Stopped by {stop.signal_name or 'a signal to another process'} after step {step}. Resume with:"
+    return f"\n{reason}\n\n    {stop.resume_command}\n"
 
 
 def too_many_skipped_message(args: TrainArguments, state: TrainState) -> str:

@@ -6,7 +6,6 @@ from tempfile import TemporaryDirectory
 from accelerate import Accelerator
 
 from modeling_gpt2repro.data.batches.build import (
-    TrainingBatches,
     TrainingData,
     build_mixed_data,
     build_shuffled_data,
@@ -15,7 +14,7 @@ from modeling_gpt2repro.data.batches.build import (
     saved_order,
 )
 from modeling_gpt2repro.data.batches.mixture import MixedBatches, parse_mix
-from modeling_gpt2repro.data.batches.shuffled import BatchConfig
+from modeling_gpt2repro.data.batches.shuffled import BatchConfig, TrainingBatches
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, hub_source
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, save_tokenizer
@@ -27,9 +26,7 @@ from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
 
 from .initial_weights import InitialWeights
-from .messages import (
-    warn_of_slow_cpu,
-)
+from .messages import warn_of_slow_cpu
 
 
 def data_order(start: InitialWeights | None) -> str:
@@ -64,14 +61,14 @@ def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeig
         order=data_order(start),
     )
     if args.shards is not None:
-        data = build_shuffled_data(open_shards(args.shards), config)
+        data = build_shuffled_data(open_shards(args.shards), config, args.eval_tokens)
     elif args.mix is not None:
         data = build_mixed_data(parse_mix(args.mix), config, args.eval_tokens)
     elif args.dataset_name == PYTHON_PROSE:
         folder = Path(args.output_dir) / DATA_FOLDER
         recipe = (args.tokenizer_vocab_size, args.block_size, args.validation_share)
         shards = call_main_process_first(accelerator, lambda: load_python_prose(folder, *recipe))
-        data = build_shuffled_data(shards, config)
+        data = build_shuffled_data(shards, config, args.eval_tokens)
     else:
         source = hub_source(
             args.dataset_name, args.dataset_config_name, "train", args.dataset_revision, args.text_column

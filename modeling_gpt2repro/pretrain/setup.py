@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -13,9 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from modeling_gpt2repro.data.batches.build import (
-    TrainingData,
-)
+from modeling_gpt2repro.data.batches.build import TrainingData
 from modeling_gpt2repro.data.batches.sequences import validation_batches
 from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS, Example, load_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag.metrics import BASELINES
@@ -25,14 +24,15 @@ from modeling_gpt2repro.evaluation.validation import unigram_entropy
 from modeling_gpt2repro.evaluation.validation_text import bytes_per_token
 from modeling_gpt2repro.hub.background_upload import UploadQueue
 from modeling_gpt2repro.runs.config import diff_arguments, write_run_config
-from modeling_gpt2repro.runs.folder import BASELINES_FILE, METRICS_FILE, MODEL_FOLDER, RUN_CONFIG_FILE
+from modeling_gpt2repro.runs.folder import BASELINES_FILE, METRICS_FILE, MODEL_FOLDER, RUN_CONFIG_FILE, STOPPED_FILE
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog
 from modeling_gpt2repro.runs.read import write_baselines
 from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
-from modeling_gpt2repro.runtime.command_line import InputErrors
+from modeling_gpt2repro.runtime.command_line import InputErrors, report_to_launcher
 from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record
-from modeling_gpt2repro.runtime.signals import StopSignal
+from modeling_gpt2repro.runtime.signals import EXIT_CODE, StopSignal
+from modeling_gpt2repro.storage.atomic import write_json
 from modeling_gpt2repro.storage.lock import FolderLock
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
@@ -44,9 +44,12 @@ from .messages import (
     finished_message,
     learning_rate_message,
     start_message,
+    stopped_message,
     too_many_skipped_message,
 )
 from .open_data import epochs_of_run
+
+REQUEUE_FILE = "GPT2REPRO_REQUEUE_FILE"  # names a file that asks accelerate_configs/slurm.sbatch for another start
 
 
 def lock_output_dir(args: TrainArguments, accelerator: Accelerator, lock: FolderLock):
@@ -127,6 +130,30 @@ def leave_finished_run(
         return uploads.push_final(model_folder, accelerator.print, lambda: stop.signal_name is not None)
 
 
+def leave_stopped_run(
+    args: TrainArguments, accelerator: Accelerator, stop: StopSignal, step: int, steps_made: int, logger: RunLogger
+) -> int:
+    """Say why the run stopped after `step`, also in STOPPED_FILE; returns the exit code. All processes must call this.
+
+    Args:
+        steps_made: Since this start. Without any, a job that queues again might do so forever.
+    """
+    problem, by_signal = None, False
+    for of_process in gather_object([(stop.problem, stop.signal_name is not None)]):
+        problem, by_signal = problem or of_process[0], by_signal or of_process[1]
+    message = stopped_message(stop, None if by_signal else problem, step)
+    logger.print(message)
+    report_to_launcher(message)
+    if accelerator.is_main_process:
+        marker = {"step": step, "steps_made": steps_made, "by_signal": by_signal, "message": message.strip()}
+        with logger.warn_on_io_error(step, STOPPED_FILE):
+            write_json(Path(args.output_dir) / STOPPED_FILE, marker)
+        if REQUEUE_FILE in os.environ and steps_made and not by_signal:
+            Path(os.environ[REQUEUE_FILE]).write_text(message, encoding="utf-8")
+    accelerator.wait_for_everyone()  # a process that left now would have the launcher end the others
+    return EXIT_CODE
+
+
 def build_logger(
     args: TrainArguments,
     accelerator: Accelerator,
@@ -151,6 +178,7 @@ def build_logger(
         accelerator.init_trackers("gpt2repro", config=scalars)
     if accelerator.is_main_process and not args.preflight:
         checkpoints.remove_stale_files(output_dir)
+        (output_dir / STOPPED_FILE).unlink(missing_ok=True)
         write_run_config(output_dir, asdict(args), hardware_record(accelerator), data.data_fingerprint)
 
     def on_skipped(step: int):

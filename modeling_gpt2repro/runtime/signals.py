@@ -1,4 +1,4 @@
-"""Stop when a signal asks for it: finish the step, write a checkpoint, show the command that resumes the run.
+"""Stop when a signal asks for it, or data cannot be read: write a checkpoint, show the command that resumes the run.
 
 SIGTERM is what schedulers, containers and launchers send before they kill; SIGUSR1 is the warning that Slurm can be
 asked for; SIGHUP means that the terminal is gone; Ctrl-C sends SIGINT.
@@ -29,6 +29,7 @@ class StopSignal:
 
     Attributes:
         signal_name: The signal that this process received, such as "SIGTERM"; None while there is none.
+        problem: Why this process cannot continue, a sentence; None while it can.
         resume_command: The shell command that resumes the run.
     """
 
@@ -36,6 +37,7 @@ class StopSignal:
         """`on_stop` is called once this process knows that the run has to stop, possibly from a signal handler."""
         self._on_stop = on_stop
         self.signal_name: str | None = None
+        self.problem: str | None = None
         self.resume_command = resume_command()  # read now, while the launcher is alive
         self._received_at = 0.0
         self._previous_handlers: dict[int, object] = {}
@@ -59,23 +61,35 @@ class StopSignal:
         if self._all_reduce is not None and exception[0] is None:
             self._all_reduce.wait()
 
-    def should_stop(self) -> bool:
+    def is_requested(self) -> bool:
+        """Whether this process has a reason to stop."""
+        return self.signal_name is not None or self.problem is not None
+
+    def should_stop(self, problem: str | None = None) -> bool:
         """Whether to stop now. With several processes this is a collective: all must call it equally often.
 
         The all-reduce of the flags runs while the processes train, and its result is read one call later: so nothing
-        waits for it, and all processes see it at the same step.
+        waits for it, and all processes see it at the same step. Only the first call waits for its own.
+
+        Args:
+            problem: Why this process cannot continue, if so, after the step that follows the call (the first call:
+                before it).
         """
-        if self._group is None:
-            return self.signal_name is not None
-        stop = False
-        if self._all_reduce is not None:
+        self.problem = self.problem or problem
+        stop = self.is_requested()
+        if self._group is not None:
+            if self._all_reduce is None:
+                self._start_all_reduce(stop)
             self._all_reduce.wait()
             stop = bool(self._flag)
+            self._start_all_reduce(stop or self.is_requested())
         if stop:
             self._on_stop()
-        self._flag = torch.tensor(float(self.signal_name is not None or stop))
-        self._all_reduce = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return stop
+
+    def _start_all_reduce(self, flag: bool):
+        self._flag = torch.tensor(float(flag))
+        self._all_reduce = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def _record(self, number: int, frame: FrameType | None):
         is_repeated = self.signal_name is not None and time.monotonic() - self._received_at > SAME_CTRL_C_SECONDS

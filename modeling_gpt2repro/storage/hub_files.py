@@ -6,7 +6,7 @@ from typing import BinaryIO, TypeVar
 from huggingface_hub import HfFileSystem
 from huggingface_hub.errors import HTTPError
 
-from .retry import describe_error, is_transient, retry
+from .retry import describe_error, http_error, is_refusal, is_transient, retry
 
 Result = TypeVar("Result")
 
@@ -25,18 +25,51 @@ def open_hub_file(path: str) -> BinaryIO:
     return HfFileSystem().open(path, "rb", cache_type="none")
 
 
-def retry_hub_read(work: Callable[[], Result], patience_seconds: float | None = None) -> Result:
+def retry_hub_read(work: Callable[[], Result], patience_seconds: float | None = None, is_known: bool = False) -> Result:
     """Call `work`, and call it again while the Hub is busy or unreachable; READ_PATIENCE_SECONDS by default.
+
+    Args:
+        is_known: What `work` opens has been opened before. Then a refusal (401, 403, 404) is no wrong name, but may be
+            a signature that has expired or a firewall, and is tried again, too: `work` must open the file anew, which
+            asks the Hub for its present address.
 
     Raises:
         ConnectionError: If it still is when the patience is over.
     """
+
     patience = READ_PATIENCE_SECONDS if patience_seconds is None else patience_seconds
+    errors = (HTTPError, FileNotFoundError) if is_known else (HTTPError,)
+
+    def may_pass(error: BaseException) -> bool:
+        return is_transient(error) or (is_known and is_refusal(error))
+
+    def attempt() -> Result:
+        try:
+            return work()
+        except errors as error:
+            if is_refusal(error):
+                HfFileSystem.clear_instance_cache()  # which remembers that something does not exist
+            raise
+
     try:
-        return retry(work, patience, errors=(HTTPError,))
-    except HTTPError as error:
-        if not is_transient(error):
+        return retry(attempt, patience, errors, may_pass=may_pass)
+    except errors as error:
+        if not may_pass(error):
             raise  # a refusal: the next answer would be the same
+        if is_refusal(error):
+            raise ConnectionError(
+                f"{describe_refusal(error)} for {patience:.0f} s, however often it was asked."
+            ) from error
         raise ConnectionError(
             f"the Hub did not answer for {patience:.0f} s ({describe_error(error)}): try again later."
         ) from error
+
+
+def describe_refusal(error: BaseException) -> str:
+    """'cdn.hf.co answered 403 Forbidden to https://hf.co/datasets/.../file' without the signature of its address."""
+    answer = http_error(error)
+    if answer is None:
+        return f"the Hub did not find it ({error})"
+    response = answer.response
+    asked = response.history[0].url if response.history else response.url  # redirects go to a signed address
+    return f"{response.url.host} answered {response.status_code} {response.reason_phrase} to {asked}"

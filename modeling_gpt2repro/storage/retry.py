@@ -12,6 +12,7 @@ FIRST_BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 60.0
 # Timeout, concurrent commit (conflict, precondition), too early, rate limit, and every fault of the server itself.
 TRANSIENT_STATUS = {408, 409, 412, 425, 429, *range(500, 600)}
+REFUSED_STATUS = {401, 403, 404}
 
 
 def retry(
@@ -19,19 +20,22 @@ def retry(
     patience_seconds: float,
     errors: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError),
     on_retry: Callable[[str], None] = lambda message: None,
+    may_pass: Callable[[BaseException], bool] | None = None,
 ) -> Result:
-    """Call `attempt` until it succeeds, fails with an error that is not transient, or `patience_seconds` are over.
+    """Call `attempt` until it succeeds, fails with an error that will not pass, or `patience_seconds` are over.
 
     Args:
-        errors: Which errors may be transient at all; others are raised at once.
+        errors: Which errors may pass at all; others are raised at once.
         on_retry: Receives a sentence before each pause.
+        may_pass: Which of them may; `is_transient` by default.
     """
+    may_pass = may_pass or is_transient
     deadline = time.monotonic() + patience_seconds
     for pause in backoff_seconds():
         try:
             return attempt()
         except errors as error:
-            if not is_transient(error) or time.monotonic() + pause > deadline:
+            if not may_pass(error) or time.monotonic() + pause > deadline:
                 raise
             on_retry(f"the Hub cannot be reached ({describe_error(error)}); trying again in {pause:.0f} s.")
             time.sleep(pause)
@@ -55,6 +59,14 @@ def is_transient(error: BaseException) -> bool:
     if any(isinstance(cause, HTTPError | ConnectionError | TimeoutError) for cause in chain):
         return True
     return not any(isinstance(cause, OSError) for cause in chain)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the Hub, or the host that it sent the client to, says that there is no such file, or not for us."""
+    answer = http_error(error)
+    if answer is None:
+        return isinstance(error, FileNotFoundError)  # the Hub's file system says so
+    return answer.response.status_code in REFUSED_STATUS
 
 
 def exception_chain(error: BaseException) -> list[BaseException]:

@@ -201,7 +201,7 @@ def test_positions_start_again_at_each_document(token_shards):
     batch = as_batch(ids, end_of_text=0)
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 1, 2, 3, 4, 5, 6]]
     assert "position_ids" not in as_batch(ids)
-    data = build_shuffled_data(token_shards, replace(config(block_size=64), document_mask=True))
+    data = build_shuffled_data(token_shards, replace(config(block_size=64), document_mask=True), 10_000)
     for batch in (next(data.batches.micro_batches(0)), next(data.validation_batches(640, 4))):
         starts = batch["input_ids"] == token_shards.tokenizer.eos_token_id
         assert (batch["position_ids"][starts] == 0).all()
@@ -216,14 +216,17 @@ def test_too_little_text_for_one_sequence_is_an_error_of_each_split(token_shards
     one_sentence(error)
     assert len(made_sequences(tokens=11)) == 1
     with pytest.raises(ValueError, match=r"the training split .*\nthe validation split .*--block_size\.$"):
-        build_shuffled_data(token_shards, config(block_size=100_000))
+        build_shuffled_data(token_shards, config(block_size=100_000), 10_000)
 
 
 def test_the_fingerprint_depends_on_the_seed_and_not_on_the_processes(token_shards):
-    data = build_shuffled_data(token_shards, config(block_size=64))
+    data = build_shuffled_data(token_shards, config(block_size=64), 10_000)
     again = build_shuffled_data(
-        open_shards(token_shards.folder), config(block_size=64, process_index=1, num_processes=2)
+        open_shards(token_shards.folder), config(block_size=64, process_index=1, num_processes=2), 10_000
     )
     assert data.data_fingerprint == again.data_fingerprint
-    assert data.data_fingerprint != build_shuffled_data(token_shards, config(block_size=64, seed=2)).data_fingerprint
+    assert (
+        data.data_fingerprint
+        != build_shuffled_data(token_shards, config(block_size=64, seed=2), 10_000).data_fingerprint
+    )
     assert sum(len(batch["input_ids"]) for batch in data.validation_batches(640, 4)) == 10

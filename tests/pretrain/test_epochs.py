@@ -42,7 +42,7 @@ def test_the_epochs_of_a_mix_are_those_of_each_folder(token_shards, tmp_path):
 
 
 def test_the_epochs_of_a_folder_count_its_sequences(token_shards):
-    data = build_shuffled_data(open_shards(token_shards.folder), CONFIG)
+    data = build_shuffled_data(open_shards(token_shards.folder), CONFIG, 1_000)
     args = arguments(shards=str(token_shards.folder), num_train_epochs=1.5)
     open_data.set_lengths(args, NoAccelerator(), data)
     first_steps = [index for step in range(args.total_steps) for index in data.batches.sample_ids(step)]

@@ -175,6 +175,17 @@ def test_a_warned_job_saves_on_all_machines_and_is_requeued_once(cluster):
     assert lines(cluster / "requeued") == ["17"]
 
 
+def test_a_job_that_lost_its_data_after_some_steps_is_requeued_once(cluster, monkeypatch):
+    monkeypatch.setenv("ENDS_WITH", "1")
+    monkeypatch.setenv("TMPDIR", str(cluster / "temporary"))
+    (cluster / "temporary").mkdir()
+    lost = 'echo "Stopped after step 9" > "$GPT2REPRO_REQUEUE_FILE"\n'  # what the first process does
+    (cluster / "accelerate").write_text(ACCELERATE.replace("[ -n", lost + "[ -n"), encoding="utf-8")
+    assert start_job(cluster).wait(PATIENCE_SECONDS) == 1
+    assert lines(cluster / "requeued") == ["17"]
+    assert not list((cluster / "temporary").iterdir())
+
+
 @pytest.mark.parametrize("status", [0, 1, 143])
 def test_a_job_that_was_not_warned_is_not_requeued(cluster, monkeypatch, status):
     monkeypatch.setenv("ENDS_WITH", str(status))  # finished, failed, cancelled

@@ -14,6 +14,8 @@ from patience import PATIENCE_SECONDS
 import prepare_data
 from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
 from modeling_gpt2repro.data.shards.dataset import open_shards
+from modeling_gpt2repro.data.sources.hub_rows import _rows
+from modeling_gpt2repro.storage import retry
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -219,6 +221,61 @@ def test_a_hub_dataset_that_is_not_parquet_gives_the_same_ids_as_its_files(
     assert from_hub.fingerprint == local.fingerprint
     assert from_hub.manifest["skipped"] == local.manifest["skipped"] == {"empty": 2, "whitespace": 1}
     assert local.manifest["splits"]["validation"]["documents"] > 10
+
+
+# Reads a partition of each data set undisturbed, and again as a worker that has just started, while the Hub fails.
+READ_AGAIN = """
+import sys
+from pathlib import Path
+from huggingface_hub import HfFileSystem
+from modeling_gpt2repro.data.sources.resolve import hub_source
+for name, config in (("ns/fineweb", "sample-10BT"), ("ns/lines", None)):
+    source = hub_source(name, config)
+    documents = list(source.read(source.partitions[1]))
+    HfFileSystem.clear_instance_cache()
+    Path(sys.argv[1] + ".new").write_text(sys.argv[2])
+    Path(sys.argv[1] + ".new").replace(sys.argv[1])
+    print(len(documents), list(source.read(source.partitions[1])) == documents)
+    Path(sys.argv[1]).unlink()
+"""
+
+
+def test_a_refusal_of_what_was_opened_before_is_asked_again(hub, warm_python, fineweb, tiny_texts):
+    lines = hub.new_repository("datasets/ns/lines")
+    for number in range(2):
+        (lines / f"{number}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in tiny_texts[:30]))
+    missing = {"X-Error-Code": "RepoNotFound"}  # which the client remembers
+    rules = [
+        {"match": "GET /api/datasets/ns/fineweb", "status": 404, "headers": missing, "times": 1},
+        {"match": "GET /lfs/.*parquet", "status": 403, "times": 2},
+        {"match": "GET /datasets/.*parquet", "status": 404, "times": 1},
+        {"match": "GET /datasets/.*jsonl", "status": 403, "times": 2},
+        {"match": "GET /datasets/.*jsonl", "status": 404, "times": 1},
+    ]
+    seen = len(hub.log())
+    done = warm_python.run("-c", IMPATIENT + READ_AGAIN, hub.root / "faults.json", json.dumps(rules))
+    assert done.stdout.splitlines() == ["100 True", "30 True"]
+    refused = [line["path"] for line in hub.log()[seen:] if line["status"] in (401, 403, 404)]
+    assert sum("parquet" in path for path in refused) == 3
+    assert sum("jsonl" in path for path in refused) == 3
+    assert sum(path.startswith("/api/datasets/ns/fineweb") for path in refused) == 1
+
+
+def test_rows_that_were_read_before_a_refusal_are_not_given_twice(monkeypatch):
+    class Shard:
+        opened = 0
+
+        def __iter__(self):
+            self.opened += 1
+            for number in range(6):
+                if number == 2 * self.opened:
+                    raise FileNotFoundError("part.jsonl")
+                yield {"text": number}
+
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
+    shard = Shard()
+    assert [row["text"] for row in _rows(shard)] == [0, 1, 2, 3, 4, 5]
+    assert shard.opened == 3
 
 
 # Pauses take no time; their seconds are printed.

@@ -14,14 +14,9 @@ from modeling_gpt2repro.data.tokenizer import tokenizer_sha256
 from modeling_gpt2repro.runtime.command_line import InputErrors
 
 from .mixture import MixedBatches, load_mixture, mixed_validation
-from .sequences import TokenSequences, validation_batches
-from .shuffled import BatchConfig, ShuffledBatches
+from .sequences import TokenSequences, first_tokens, validation_batches
+from .shuffled import BatchConfig, ShuffledBatches, TrainingBatches
 from .streaming import StreamedBatches
-
-# The same methods: `micro_batches(step)`, `micro_batch_shape`, `sequences_per_epoch`, `sample_ids(step)`, `state_dict`,
-# `load_state_dict` and `close`. What a step trains on depends on `config.seed` and the step alone, so before the first
-# step `config.micro_batch_size` may be replaced: it changes how a step is cut, not what is in it.
-TrainingBatches = ShuffledBatches | StreamedBatches  # MixedBatches are ShuffledBatches
 
 
 @dataclass
@@ -49,23 +44,24 @@ class TrainingData:
         )
 
 
-def build_shuffled_data(dataset: TokenDataset, config: BatchConfig) -> TrainingData:
-    """Train on one prepared folder, shuffled anew in each epoch.
+def build_shuffled_data(dataset: TokenDataset, config: BatchConfig, validation_tokens: int) -> TrainingData:
+    """Train on one prepared folder, shuffled anew in each epoch; validation tokens are held in memory.
 
     Raises:
         ValueError: If a split holds less than one sequence; a line for each that does.
     """
     errors = InputErrors()
-    train = errors.capture(TokenSequences, dataset.shards("train"), config.block_size, "training")
-    validation = errors.capture(TokenSequences, dataset.shards("validation"), config.block_size, "validation")
+    train = errors.capture(TokenSequences, dataset.shard_files("train"), config.block_size, "training")
+    held_out = first_tokens(dataset.shard_files("validation"), validation_tokens + config.block_size + 1)
+    validation = errors.capture(TokenSequences, held_out, config.block_size, "validation")
     errors.raise_if_any()
-    train_tokens, validation_tokens = (dataset.manifest["splits"][split]["tokens"] for split in SPLITS)
+    train_total, validation_total = (dataset.manifest["splits"][split]["tokens"] for split in SPLITS)
     return TrainingData(
         tokenizer=dataset.tokenizer,
         batches=ShuffledBatches(train, config, dataset.manifest["end_of_text_id"]),
         validation=validation,
         data_fingerprint={"data": dataset.fingerprint, **order_fingerprint(config)},
-        summary=f"{train_tokens:,} training tokens in {dataset.folder}, {validation_tokens:,} for validation",
+        summary=f"{train_total:,} training tokens in {dataset.folder}, {validation_total:,} for validation",
     )
 
 
@@ -78,7 +74,7 @@ def build_mixed_data(shares: dict[str, float], config: BatchConfig, validation_t
     datasets = load_mixture(shares)
     weights = list(shares.values())
     sources = [
-        TokenSequences(dataset.shards("train"), config.block_size, name=f"training ({dataset.folder})")
+        TokenSequences(dataset.shard_files("train"), config.block_size, name=f"training ({dataset.folder})")
         for dataset in datasets
     ]
     weighted = list(zip(datasets, weights, strict=True))

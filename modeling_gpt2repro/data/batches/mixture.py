@@ -128,7 +128,7 @@ def load_mixture(shares: dict[str, float]) -> list[TokenDataset]:
 
 
 def mixed_validation(datasets: list[TokenDataset], shares: list[float], block_size: int, tokens: int) -> TokenSequences:
-    """The beginnings of the validation splits, in the proportions of the mix, as one split.
+    """The beginnings of the validation splits, in the proportions of the mix, as one split, in memory.
 
     Raises:
         ValueError: If they are too short for one sequence.
@@ -136,5 +136,5 @@ def mixed_validation(datasets: list[TokenDataset], shares: list[float], block_si
     parts = []
     for dataset, share in zip(datasets, shares, strict=True):
         # One sequence more than its share, because one that begins in this folder may end in the next.
-        parts += first_tokens(dataset.shards("validation"), int(share * tokens) + block_size + 1)
+        parts += first_tokens(dataset.shard_files("validation"), int(share * tokens) + block_size + 1)
     return TokenSequences(parts, block_size, "validation")

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from modeling_gpt2repro.data.shards.shard_file import ShardFile
+
 IGNORE_INDEX = -100  # torch's cross_entropy leaves out targets of this value: its default `ignore_index`
 
 
@@ -19,16 +21,16 @@ class TokenSequences:
     """Sequences of T + 1 ids, read from several shards as if they were one; a sequence may cross into the next shard.
 
     Args:
-        shards: Token ids, (n,) each; memory maps are read where they are used only.
+        shards: Token ids, (n,) each; memory maps and `ShardFile`s are read where they are used only.
 
     Raises:
         ValueError: If the shards hold less than one sequence.
     """
 
-    def __init__(self, shards: list[np.ndarray], block_size: int, name: str = "training"):
+    def __init__(self, shards: list[np.ndarray | ShardFile], block_size: int, name: str = "training"):
         # Plain views of the same mapped memory: each slice of an `np.memmap` builds another memmap object, and copying
         # 1,025 ids takes 7 microseconds instead of 2.
-        self.shards = [np.asarray(shard) for shard in shards]
+        self.shards = [shard.view(np.ndarray) if isinstance(shard, np.memmap) else shard for shard in shards]
         self.block_size = block_size
         self.offsets = np.cumsum([0, *map(len, shards)])  # where each shard begins in the split; its end comes last
         tokens = int(self.offsets[-1])
@@ -55,7 +57,8 @@ class TokenSequences:
             shard = int(np.searchsorted(self.offsets, position, side="right")) - 1
             filled = 0
             while filled < len(sequence):  # more than once only where the sequence crosses into the next shard
-                part = self.shards[shard][position - self.offsets[shard] :][: len(sequence) - filled]
+                first = position - int(self.offsets[shard])
+                part = self.shards[shard][first : first + len(sequence) - filled]  # less at the end of a shard
                 sequence[filled : filled + len(part)] = part
                 filled += len(part)
                 position += len(part)
@@ -72,8 +75,8 @@ class TokenSequences:
         return np.concatenate(parts).astype(np.int64)
 
 
-def first_tokens(shards: Sequence[np.ndarray], tokens: int) -> list[np.ndarray]:
-    """The first `tokens` ids of a split, or all if it has fewer, as views of its shards.
+def first_tokens(shards: Sequence[np.ndarray | ShardFile], tokens: int) -> list[np.ndarray]:
+    """The first `tokens` ids of a split, or all if it has fewer: views of its shards, or what is read of the files.
 
     Example: shards of 5, 5 and 5 ids, 7 tokens -> views of 5 and 2 ids.
     """

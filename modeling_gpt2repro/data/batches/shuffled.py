@@ -142,7 +142,35 @@ def split_into_micro_batches(sequences: int, max_size: int) -> tuple[int, int]:
     return num_micro_batches, -(-sequences // num_micro_batches)
 
 
-class ShuffledBatches:
+class TrainingBatches:
+    """What one process trains on, step by step; a subclass says which sequences those of a step are.
+
+    It depends on `config.seed` and the step alone, so before the first step `config.micro_batch_size` may be replaced:
+    it changes how a step is cut, not what is in it. Besides what is here, each has `micro_batch_shape`,
+    `sequences_per_epoch`, `sample_ids(step)`, `state_dict`, `load_state_dict` and `close`.
+    """
+
+    config: BatchConfig
+    end_of_text: int | None  # the id before each document; needed for a document mask only
+    micro_batch_shape: tuple[int, int]
+
+    def read_step(self, step: int) -> list[np.ndarray]:
+        """The ids of each of the step's micro-batches: (at most B, T + 1) int64, none left for some processes."""
+        raise NotImplementedError
+
+    def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the step's micro-batches on the CPU, see `as_batch`: of one shape for every step and process."""
+        return self.as_micro_batches(self.read_step(step))
+
+    def as_micro_batches(self, step_ids: list[np.ndarray]) -> Iterator[dict[str, torch.Tensor]]:
+        """The same out of what `read_step` returned."""
+        end_of_text = self.end_of_text if self.config.document_mask else None
+        _, size = self.micro_batch_shape
+        for ids in step_ids:
+            yield as_batch(ids, end_of_text, pad_to=size)
+
+
+class ShuffledBatches(TrainingBatches):
     """The training batches of one process; any step can be asked for at any time.
 
     Nothing has to divide evenly. All processes of a step do the same number of micro-batches of the same size, because
@@ -153,7 +181,7 @@ class ShuffledBatches:
     def __init__(self, sequences: TokenSequences, config: BatchConfig, end_of_text: int | None = None):
         self.sequences = sequences
         self.config = config
-        self.end_of_text = end_of_text  # the id before each document; needed for a document mask only
+        self.end_of_text = end_of_text
         self.shuffle = SHUFFLES[config.order](len(sequences), [config.seed])
 
     @property
@@ -180,14 +208,11 @@ class ShuffledBatches:
         """Sample indices (n,) -> ids (n, T + 1) int64."""
         return self.sequences.read(self.shuffle.indices(sample_indices))
 
-    def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the step's micro-batches on the CPU, see `as_batch`: of one shape for every step and process."""
-        end_of_text = self.end_of_text if self.config.document_mask else None
+    def read_step(self, step: int) -> list[np.ndarray]:
+        """The ids of each of the step's micro-batches."""
         sample_indices = self.sample_indices(step)
         num_micro_batches, size = self.micro_batch_shape
-        for first in range(0, num_micro_batches * size, size):
-            ids = self.read(sample_indices[first : first + size])  # (at most B, T + 1), none left for some processes
-            yield as_batch(ids, end_of_text, pad_to=size)
+        return [self.read(sample_indices[first : first + size]) for first in range(0, num_micro_batches * size, size)]
 
     def sample_ids(self, step: int) -> list:
         """What this process takes in a step, so that it can be found again: sequence indices."""

@@ -18,12 +18,10 @@ state has two numbers for each logical shard, the partition that it has come to 
 """
 
 import hashlib
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.sources.documents import Partition
@@ -31,8 +29,8 @@ from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.data.tokenize import tokenize_documents
 from modeling_gpt2repro.data.tokenizer import text_encoder
 
-from .sequences import TokenSequences, as_batch
-from .shuffled import SHUFFLES, BatchConfig, seeded_permutation, split_into_micro_batches
+from .sequences import TokenSequences
+from .shuffled import SHUFFLES, BatchConfig, TrainingBatches, seeded_permutation, split_into_micro_batches
 
 MAX_LOGICAL_SHARDS = 64  # most processes a stream is read by; each keeps up to two tokenized partitions in memory
 REMEMBERED_STEPS = 4096  # whose sequences can still be named: 50 MB where a process takes 512 of a step
@@ -45,7 +43,7 @@ class Position(NamedTuple):
     token: int  # which of the partition's tokens
 
 
-class StreamedBatches:
+class StreamedBatches(TrainingBatches):
     """The training batches of one process, from step `next_step` on, and the validation sequences beside them.
 
     Args:
@@ -115,8 +113,8 @@ class StreamedBatches:
         """Not known: it takes all tokens of the source to count them."""
         return None
 
-    def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the step's micro-batches, see `as_batch`."""
+    def read_step(self, step: int) -> list[np.ndarray]:
+        """The ids of each of the step's micro-batches; the positions move on."""
         assert step == self.next_step, "a stream is read in order; load_state_dict sets its step"
         first_sample = step * self.config.sequences_per_step
         samples = range(first_sample, first_sample + self.config.sequences_per_step)
@@ -125,19 +123,19 @@ class StreamedBatches:
         for logical_shard, position in self.positions.items():
             if not self._is_open(logical_shard, position.turn):
                 self._start_reading(logical_shard, position.turn)
-        end_of_text = self.end_of_text if self.config.document_mask else None
         sample_ids = []
+        step_ids = []
         num_micro_batches, size = self.micro_batch_shape
         for first in range(0, num_micro_batches * size, size):
             sequences = []
             for logical_shard in mine[first : first + size]:
                 sample_ids.append([logical_shard, *self.positions[logical_shard]])
                 sequences.append(self._next_sequence(logical_shard))
-            ids = np.array(sequences, dtype=np.int64).reshape(-1, self.config.block_size + 1)  # (at most B, T + 1)
-            yield as_batch(ids, end_of_text, pad_to=size)
+            step_ids.append(np.array(sequences, dtype=np.int64).reshape(-1, self.config.block_size + 1))
         self._sample_ids[step] = np.array(sample_ids, dtype=np.int64).reshape(-1, 3)
         self._sample_ids.pop(step - REMEMBERED_STEPS, None)
         self.next_step += 1
+        return step_ids
 
     def sample_ids(self, step: int) -> list:
         """What this process took in a recent step: [partition, its token] where each sequence begins."""
@@ -213,7 +211,10 @@ class StreamedBatches:
 
     def _read(self, logical_shard: int, turn: int) -> np.ndarray:
         partition, document_seed = self._partition(logical_shard, turn)
-        return self._tokenize(partition, document_seed)
+        try:
+            return self._tokenize(partition, document_seed)
+        except OSError as error:
+            raise OSError(f"{partition.location} cannot be read: {error}") from error
 
     def _partition(self, logical_shard: int, turn: int) -> tuple[Partition, tuple[int, int, int]]:
         """The partition that the logical shard reads at this turn, and what seeds the order of its documents."""

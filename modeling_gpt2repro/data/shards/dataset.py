@@ -12,6 +12,7 @@ from modeling_gpt2repro.storage.checksums import SHA256
 from modeling_gpt2repro.storage.json_files import is_count, is_size, read_json_object, require, shown
 
 from .nanogpt_format import SHARD_NAME, find_nanogpt_shards, nanogpt_manifest, open_npy
+from .shard_file import ShardFile
 
 MANIFEST = "manifest.json"
 SPEC_FILE = "plan.json"  # there while a preparation is unfinished, see prepare/spec.py
@@ -30,6 +31,14 @@ class TokenDataset:
     def shards(self, split: str) -> list[np.ndarray]:
         """Memory maps (n,) uint16 of the split's shards, in order; the disk is read only where they are indexed."""
         return [_open_shard(self.folder / file, tokens) for file, tokens, _ in _shard_entries(self.manifest, split)]
+
+    def shard_files(self, split: str) -> list[ShardFile]:
+        """The same for training, which must outlive files that vanish: see `ShardFile`."""
+        entries = _shard_entries(self.manifest, split)
+        offsets = [_open_shard(self.folder / file, tokens).offset for file, tokens, _ in entries]
+        return [
+            ShardFile(self.folder / file, at, tokens) for (file, tokens, _), at in zip(entries, offsets, strict=True)
+        ]
 
     @property
     def fingerprint(self) -> str:
@@ -151,7 +160,7 @@ def _shard_entries(manifest: dict, split: str) -> list[tuple[str, int, str]]:
     return [(entry["file"], entry["tokens"], entry["sha256"]) for entry in manifest["splits"][split]["shards"]]
 
 
-def _open_shard(path: Path, tokens: int) -> np.ndarray:
+def _open_shard(path: Path, tokens: int) -> np.memmap:
     try:
         ids = open_npy(path)
     except FileNotFoundError:

@@ -139,14 +139,14 @@ def read_partition(
         BadLineError: On a line that is not UTF-8 or, in .jsonl, not a JSON object with text in the text column, or a
             row of .parquet, .csv or .json that is bad; the message has file and place.
         ValueError: On a damaged file; the message has the file.
-        ConnectionError: If the Hub does not answer.
+        ConnectionError: If the Hub does not answer, or refuses the file for minutes.
     """
     kind = file_kind(partition.path)
     if kind in TEXT_KINDS:
         documents = _read_text(partition, document_separator, skipped, bad_lines)
     elif is_on_hub(partition.path):
         # A read from the Hub is retried as a whole, so it must be complete before its first document is yielded.
-        documents = retry_hub_read(lambda: list(read_table(partition)))
+        documents = retry_hub_read(lambda: list(read_table(partition)), is_known=True)
     else:
         documents = read_table(partition)
     for document in documents:

@@ -4,8 +4,13 @@ A partition is one of the shards that `datasets` sees, usually a file.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import islice
+
+from huggingface_hub.errors import HTTPError
+
+from modeling_gpt2repro.storage.hub_files import retry_hub_read
 
 from .documents import Document, Partition
 
@@ -44,13 +49,32 @@ def read_row_partition(partition: Partition, skipped: Counter | None = None) -> 
     """
     dataset, config, split, commit = partition.path.removeprefix(SCHEME).split("|")
     stream = _stream(dataset, config or None, split, commit)
-    for number, row in enumerate(stream.shard(num_shards=stream.num_shards, index=partition.start)):
+    shard = stream.shard(num_shards=stream.num_shards, index=partition.start)
+    for number, row in enumerate(_rows(shard)):
         text = row[partition.text_column] or ""
         name = row.get("id")
         if text and not text.isspace():
             yield Document(f"{split}:{partition.start}:{number}" if name is None else str(name), text)
         elif skipped is not None:
             skipped["whitespace" if text else "empty"] += 1
+
+
+def _rows(shard: Iterable[dict]) -> Iterator[dict]:
+    """Yield the rows; where reading fails, open the shard anew and skip those that were read before."""
+    num_read = 0
+    rows = iter(shard)
+
+    def read_row() -> dict | None:
+        nonlocal rows
+        try:
+            return next(rows, None)
+        except (OSError, HTTPError):
+            rows = islice(shard, num_read, None)  # a generator that has raised is at its end
+            raise
+
+    while (row := retry_hub_read(read_row, is_known=True)) is not None:
+        num_read += 1
+        yield row
 
 
 @lru_cache(maxsize=4)

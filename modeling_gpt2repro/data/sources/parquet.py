@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from huggingface_hub.errors import HTTPError
 
 from modeling_gpt2repro.storage.hub_files import is_on_hub, open_hub_file, retry_hub_read
+from modeling_gpt2repro.storage.retry import is_refusal
 
 ROWS_PER_BATCH = 1_000  # held as Python strings at a time: a row group may be as large as the file
 # Read from disk at a time. By default, pyarrow reads the whole column of a row group into memory, which is right for
@@ -156,4 +157,6 @@ def _opened(path: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.P
     except HTTPError:
         raise  # the connection failed, not the file; some of these are OSErrors, too
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if is_on_hub(path) and is_refusal(error):
+            raise  # the Hub's answer, as the error of a file system
         raise ValueError(f"{path} is not a whole parquet file ({' '.join(str(error).split())}).") from error

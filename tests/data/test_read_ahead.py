@@ -1,0 +1,116 @@
+"""Steps that are read ahead: the same sequences, positions that a run can resume from, and errors before the step."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from batches import config
+from patience import PATIENCE_SECONDS, wait_until
+
+from modeling_gpt2repro.data.batches.read_ahead import ReadAhead
+from modeling_gpt2repro.data.batches.sequences import TokenSequences
+from modeling_gpt2repro.data.batches.shuffled import ShuffledBatches
+from modeling_gpt2repro.data.batches.streaming import StreamedBatches
+from modeling_gpt2repro.data.shards.shard_file import ShardFile
+from modeling_gpt2repro.data.sources.resolve import local_source
+
+TOTAL_STEPS = 20
+
+
+def shuffled(**more):
+    return ShuffledBatches(TokenSequences([np.arange(2_001) % 97], 10), config(**more), end_of_text=0)
+
+
+@pytest.fixture
+def streamed(tmp_path, tiny_texts, tiny_tokenizer):
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text(tiny_texts[number] * 3)
+    source = local_source([str(tmp_path / "*.txt")])
+    return lambda **more: StreamedBatches(source, tiny_tokenizer, config(**more))
+
+
+def trained_on(reader, steps):
+    for step in steps:
+        assert reader.wait_for(step) is None
+        yield torch.cat([batch["input_ids"] for batch in reader.micro_batches(step)])
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "streamed"])
+def test_steps_read_ahead_are_the_same_and_the_state_is_that_of_the_last_step_taken(kind, streamed):
+    build = {"shuffled": shuffled, "streamed": streamed}[kind]
+    plain = build()
+    expected = [torch.cat([batch["input_ids"] for batch in plain.micro_batches(step)]) for step in range(TOTAL_STEPS)]
+    reader = ReadAhead(build(), TOTAL_STEPS)
+    first = list(trained_on(reader, range(7)))
+    state = reader.state_dict()
+    wait_until(lambda: reader._steps[8].done())  # it has read further
+    rest = list(trained_on(reader, range(7, TOTAL_STEPS)))
+    assert all(map(torch.equal, first + rest, expected))
+    resumed = ReadAhead(build(), TOTAL_STEPS)
+    resumed.load_state_dict(state)
+    assert all(map(torch.equal, trained_on(resumed, range(7, TOTAL_STEPS)), expected[7:]))
+    for batches in (plain, reader, resumed):
+        batches.close()
+
+
+class Failing(ShuffledBatches):
+    """Batches of which one step cannot be read; `read` has the steps that were asked for."""
+
+    def __init__(self, bad_step: int, error: Exception | None = None):
+        batches = shuffled()
+        super().__init__(batches.sequences, batches.config)
+        self.bad_step = bad_step
+        self.error = error
+        self.read_steps = []
+
+    def read_step(self, step):
+        self.read_steps.append(step)
+        if step == self.bad_step:
+            raise self.error
+        return super().read_step(step)
+
+
+@pytest.mark.parametrize("kind", [OSError, ConnectionError, ValueError])  # disk, Hub, damaged file
+def test_a_step_that_cannot_be_read_is_reported_before_the_one_before_it_begins(kind):
+    reader = ReadAhead(Failing(bad_step=5, error=kind("the disk is gone.")), TOTAL_STEPS)
+    assert len(list(trained_on(reader, range(4)))) == 4
+    assert reader.wait_for(4) == "the disk is gone."
+    assert len(list(reader.micro_batches(4))) == 4  # it is in memory
+    assert reader.wait_for(5) == "the disk is gone."
+    reader.close()
+
+
+def test_nothing_is_read_beyond_the_last_step():
+    batches = Failing(bad_step=3)
+    reader = ReadAhead(batches, total_steps=3)
+    assert len(list(trained_on(reader, range(3)))) == 3
+    assert batches.read_steps == [0, 1, 2]
+    reader.close()
+
+
+def test_a_run_that_is_to_stop_does_not_wait_for_data():
+    may_read = threading.Event()
+    batches = shuffled()
+    batches.read_step = lambda step: may_read.wait(PATIENCE_SECONDS)
+    asked = threading.Event()
+    reader = ReadAhead(batches, TOTAL_STEPS, is_stopping=lambda: asked.is_set() or asked.set())
+    assert reader.wait_for(0) is None
+    assert not may_read.is_set()
+    assert reader.waited_seconds > 0
+    may_read.set()
+    reader.close()
+
+
+def test_a_shard_file_gives_what_a_memory_map_gives(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 2**16, 1_000, dtype=np.uint16)
+    np.save(tmp_path / "a.npy", ids)
+    shard = ShardFile(tmp_path / "a.npy", np.lib.format.open_memmap(tmp_path / "a.npy", mode="r").offset, 1_000)
+    for part in (slice(0, 3), slice(990, 2_000), slice(1_000, 1_005), slice(7, 7), slice(None, 12), slice(None)):
+        assert np.array_equal(shard[part], ids[part])
+        assert shard[part].dtype == np.uint16
+    assert len(shard) == 1_000
+    (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-1])
+    assert shard[998:999] == ids[998:999]
+    with pytest.raises(OSError, match=r"a\.npy cannot be read: it has become shorter since the run opened it\.$"):
+        shard[998:1000]
