@@ -72,6 +72,17 @@ def test_the_package_holds_the_model_and_the_rooms_and_no_folder_is_crowded():
         assert len(files) <= 12, folder
 
 
+def test_no_code_reads_pickle():
+    """Which runs whatever a stranger's file names. numpy reads it by `allow_pickle` only, and torch by `torch.load`."""
+    readers = re.compile(
+        r"\btorch\.load\(|^\s*(import|from) (pickle|dill|joblib|cloudpickle)\b|allow_pickle|read_pickle", re.M
+    )
+    for path in [*ROOT.glob("*.py"), *PACKAGE.rglob("*.py")]:
+        assert not readers.search(path.read_text(encoding="utf-8")), path
+    for reader in ("state = torch.load(file)", "import pickle", "np.load(file, allow_pickle=True)"):
+        assert readers.search(reader)
+
+
 def test_product_code_patches_nothing():
     for path in [*ROOT.glob("*.py"), *PACKAGE.rglob("*.py")]:
         assert "unittest" not in path.read_text(encoding="utf-8"), path

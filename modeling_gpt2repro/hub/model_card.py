@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
+from modeling_gpt2repro.runs.config import is_complete
 from modeling_gpt2repro.runs.folder import LOSS_PICTURE, METRICS_FILE
 from modeling_gpt2repro.runs.read import FINEWEB_EDU, HELLASWAG_METRICS, HUB_ID, Run, read_run
 from modeling_gpt2repro.storage.model_files import find_file, loading_problem
@@ -118,7 +119,7 @@ def model_card(model: PreTrainedModel, origin: Origin = FROM_SCRATCH, run_folder
     run = None
     if run_folder and (run_folder / METRICS_FILE).is_file():
         run = read_run(run_folder)
-    evaluations = [record for record in run.records if "validation_loss" in record] if run else []
+    evaluations = run.evaluations() if run else []
     results = hub_results(run, evaluations[-1]) if evaluations else []
     dataset = run.dataset() if run else None
     metadata = ModelCardData(
@@ -141,7 +142,7 @@ def model_card(model: PreTrainedModel, origin: Origin = FROM_SCRATCH, run_folder
         text += f"\n## Results\n\n{table(result_lines(run, evaluations[-1]))}"
         if (run.folder / LOSS_PICTURE).is_file():
             text += f"\n![loss over training tokens]({LOSS_PICTURE})\n"
-    if run and run.config:
+    if run and is_complete(run.config):
         text += f"\n## Training\n\n{table(training_lines(run))}"
     return text
 
@@ -167,7 +168,7 @@ def result_lines(run: Run, evaluation: dict) -> dict[str, str]:
         if name not in evaluation:
             continue
         line = f"{evaluation[name]:.4f}"
-        if f"{name}_low" in evaluation:  # records of early versions have no interval
+        if {f"{name}_low", f"{name}_high"} <= evaluation.keys():  # records of early versions have no interval
             low = evaluation[f"{name}_low"]
             high = evaluation[f"{name}_high"]
             line += f" (95 %: {low:.4f} to {high:.4f})"
@@ -183,7 +184,7 @@ def training_lines(run: Run) -> dict[str, str]:
     arguments = run.config["arguments"]
     hardware = run.config["hardware"]
     precision = "fp32" if hardware["precision"] == "no" else hardware["precision"]
-    hours = sum(record.get("step_seconds", 0.0) for record in run.records) / 3600
+    hours = sum(record.get("step_seconds") or 0.0 for record in run.records) / 3600
     data = run.dataset() or "private"
     if trained_on_python_prose(run):
         data = "the English prose in Python's documentation"

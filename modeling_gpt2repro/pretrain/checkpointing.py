@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from modeling_gpt2repro.data.batches.build import TrainingData
 from modeling_gpt2repro.hub.background_upload import UploadQueue
 from modeling_gpt2repro.hub.export import save_hub_folder
-from modeling_gpt2repro.hub.model_card import FROM_SCRATCH, Origin
+from modeling_gpt2repro.hub.model_card import FROM_SCRATCH, INHERITED, Origin
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
 from modeling_gpt2repro.runs.folder import METRICS_FILE, MODEL_FOLDER, checkpoint_name
 from modeling_gpt2repro.runs.logger import RunLogger
@@ -25,6 +25,7 @@ from modeling_gpt2repro.runs.read import HELLASWAG_METRICS, read_metrics
 from modeling_gpt2repro.runtime.collectives import run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.fsdp import is_sharded, load_full_state_dict
 from modeling_gpt2repro.storage.atomic import replace_dir
+from modeling_gpt2repro.storage.json_files import is_text
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.optimization import SCHEDULE
@@ -69,10 +70,13 @@ class Checkpointer:
         """
         state = checkpoints.read_state(checkpoint, self.data.data_fingerprint)
         old_metadata = FROM_SCRATCH.metadata if state["origin"] == FROM_SCRATCH.sentence else {}
-        self.origin = Origin(state["origin"], state.get("card", old_metadata))
-        for name, stateful in self.stateful.items():
-            stateful.load_state_dict(state[name])
+        card = old_metadata if state["card"] is None else state["card"]
+        self.origin = Origin(
+            state["origin"], {name: card[name] for name in INHERITED if is_text_or_texts(card.get(name))}
+        )
         with checkpoints.raise_if_corrupt(checkpoint):
+            for name, stateful in self.stateful.items():
+                stateful.load_state_dict(state[name])
             folder = checkpoint / checkpoints.STATE_FOLDER
             load_optimizer(folder, unwrapped_model(self.accelerator, self.model), self.optimizer)
             load_random(folder, self.accelerator)
@@ -211,6 +215,11 @@ class Checkpointer:
     def model_to_save(self) -> GPT2ReproForCausalLM:
         """The model with full parameters, on the process that writes it, without taking memory from the training."""
         return unsharded_model(self.accelerator, self.model, device="cpu", keep=self.accelerator.is_main_process)
+
+
+def is_text_or_texts(value: object) -> bool:
+    """Whether a card's metadata may have it: a licence, or several languages."""
+    return all(map(is_text, value)) if type(value) is list else is_text(value)
 
 
 def unwrapped_model(accelerator: Accelerator, model: nn.Module) -> GPT2ReproForCausalLM:

@@ -33,7 +33,7 @@ def data_order(start: InitialWeights | None) -> str:
     """The `BatchConfig.order` of the run: keyed, unless it resumes a run that began in another order."""
     if start is None or start.checkpoint is None:
         return BatchConfig.order
-    return saved_order(checkpoints.read_entry(start.checkpoint, "identity"))
+    return saved_order(checkpoints.read_state(start.checkpoint)["identity"])
 
 
 def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeights | None) -> TrainingData | None:

@@ -169,7 +169,7 @@ def build_logger(
     changed = diff_arguments(output_dir, asdict(args))
     for name, (then, now) in changed.items():
         accelerator.print(f"This run began with {name} {then} and continues with {now}.")
-    schedule = checkpoints.read_entry(checkpoint, "schedule", {}) if checkpoint is not None else {}
+    schedule = checkpoints.read_state(checkpoint)["schedule"] if checkpoint is not None else {}
     if message := learning_rate_message(schedule, asdict(args), state.step):
         accelerator.print(message)
     resumed_step = state.step if args.resume_from_checkpoint and not args.preflight else None

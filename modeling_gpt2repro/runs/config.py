@@ -8,10 +8,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 from modeling_gpt2repro.storage.atomic import write_json
+from modeling_gpt2repro.storage.json_files import is_size, is_text, read_json_object, require, shown
 
 from .folder import RUN_CONFIG_FILE
 
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers", "tiktoken", "safetensors")
+# The arguments that plots and model cards show.
+NUMBERS = ("train_tokens", "tokens_per_step", "learning_rate", "warmup_tokens", "final_learning_rate_ratio", "seed")
+NUMBERS += ("adam_beta1", "adam_beta2", "weight_decay", "max_grad_norm")
+TEXTS = ("shards", "mix", "dataset_name", "tokenizer", "hellaswag")
 # Where things are and what is shown may change without changing the run.
 NOT_COMPARED = ("output_dir", "resume_from_checkpoint", "report_to", "shards", "mix")
 
@@ -44,13 +49,49 @@ def write_run_config(output_dir: Path, arguments: dict, hardware: dict, data_fin
     write_json(output_dir / RUN_CONFIG_FILE, config)
 
 
+def read_run_config(folder: Path) -> dict:
+    """Read run.json; {} if there is none.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    path = folder / RUN_CONFIG_FILE
+    try:
+        config = read_json_object(path)
+        require("arguments" in config, "it has no arguments")
+        for name in ("arguments", "hardware", "data", "versions"):
+            require(type(config.get(name, {})) is dict, f"{name} is {shown(config.get(name))}")
+        shown_in_cards = [config.get(name) for name in ("hardware", "data", "versions", "commit")]
+        json.dumps(shown_in_cards, ensure_ascii=False).encode()  # a ValueError for half a character
+        check_argument_types(config["arguments"])
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or delete it to go without it.") from error
+    return config
+
+
+def check_argument_types(arguments: dict):
+    """Raise ValueError if an argument that plots and cards show is not of its type; old runs may lack some."""
+    for name in (*NUMBERS, *TEXTS):
+        value = arguments.get(name)
+        fits = is_size(value) if name in NUMBERS else is_text(value)
+        require(value is None or fits, f"{name} is {shown(value)}")
+
+
+def is_complete(config: dict) -> bool:
+    """Whether it has all that a model card shows; an edited run.json may not."""
+    has_hardware = {"device", "processes", "precision"} <= set(config.get("hardware", {}))
+    has_arguments = all(config.get("arguments", {}).get(name) is not None for name in NUMBERS)
+    return has_hardware and has_arguments and {"commit", "versions"} <= set(config) and "data" in config.get("data", {})
+
+
 def diff_arguments(output_dir: Path, arguments: dict) -> dict[str, tuple]:
-    """Which arguments differ from those that the run began with: name -> (then, now).
+    """Which arguments differ from those that the run began with: name -> (then, now); see `read_run_config`.
 
     Of files only the names are kept: metrics.jsonl, where the difference is recorded, is published with the model.
     """
-    path = output_dir / RUN_CONFIG_FILE
-    saved = json.loads(path.read_text(encoding="utf-8"))["arguments"] if path.exists() else {}
+    saved = read_run_config(output_dir).get("arguments", {})
     return {
         name: (without_folder(saved[name]), without_folder(value))
         for name, value in arguments.items()

@@ -8,6 +8,7 @@ published HellaSwag accuracies of GPT-2 and GPT-3.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from .folder import LOSS_PICTURE, METRICS_FILE
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None):
     try:
         runs = [read_run(folder) for folder in args.runs]
         for run in runs:
+            if run.unreadable_lines:
+                print(f"{run.folder / METRICS_FILE}: {run.unreadable_lines} damaged lines left out.", file=sys.stderr)
             if not available_panels([run]):
                 raise ValueError(f"{run.folder} has no numbers yet: plot it after its first evaluation.")
         paths = output_paths(args.output or args.runs[0], stem="figures" if len(runs) == 1 else "comparison")

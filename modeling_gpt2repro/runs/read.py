@@ -1,6 +1,6 @@
 """Read a run's folder: records of metrics.jsonl, resume points, configuration, and the baselines to compare with."""
 
-import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from modeling_gpt2repro.storage.atomic import write_json
+from modeling_gpt2repro.storage.json_files import is_count, is_size, parse_json, read_json_object, require, shown
 
-from .folder import BASELINES_FILE, METRICS_FILE, RUN_CONFIG_FILE
+from .config import check_argument_types, read_run_config
+from .folder import BASELINES_FILE, METRICS_FILE
 
 OLD_BASELINES_FILE = "yardsticks.json"  # its keys end in _yardsticks; still read, never written
 HUB_ID = r"[\w.-]{1,96}/[\w.-]{1,96}"  # owner/name, with re.ASCII
@@ -20,6 +22,8 @@ HELLASWAG_METRICS = {
     "completion": "hellaswag_completion_acc_norm",
     "lm-eval": "hellaswag_lm_eval_acc_norm",
 }
+
+NOT_NUMBERS = {"step", "tokens", "event", "changed", "rows_by_process"}  # all other values of a record are numbers
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Run:
     loss_baselines: dict[str, float] = field(default_factory=dict)
     # Protocol -> model -> published acc_norm.
     hellaswag_baselines: dict[str, dict[str, float]] = field(default_factory=dict)
+    unreadable_lines: int = 0  # of metrics.jsonl, such as one that a crash cut off
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (n,) and finite values (n,) of one metric, without the steps whose update was skipped."""
@@ -43,11 +48,23 @@ class Run:
         pairs = [
             (record["tokens"], record[name])
             for record in self.records
-            if name in record and record["step"] not in skipped
+            if name in record and "tokens" in record and record["step"] not in skipped
         ]
         tokens, values = np.array(pairs, dtype=float).reshape(-1, 2).T  # null in the file, NaN here
         finite = np.isfinite(values)
         return tokens[finite], values[finite]
+
+    def evaluations(self) -> list[dict]:
+        """The records of evaluations that have all their numbers; a loss that is not a number is None."""
+        complete = []
+        for record in self.records:
+            needed = {"tokens", "validation_tokens"}
+            if record.get("validation_loss") is not None:
+                needed.add("validation_perplexity")
+            numbers = {name: value for name, value in record.items() if value is not None}
+            if "validation_loss" in record and needed <= numbers.keys():
+                complete.append({"validation_loss": None, **numbers})
+        return complete
 
     def resumed_tokens(self) -> np.ndarray:
         """Tokens (n,) at which training was resumed."""
@@ -74,7 +91,7 @@ class Run:
         tokenizer = arguments.get("tokenizer")
         if arguments.get("shards"):
             folder = Path(arguments["shards"])
-            manifest = _read_json(folder / "manifest.json")
+            manifest = _read_manifest(folder)
             dataset = manifest.get("source", {}).get("dataset")
             tokenizer = manifest.get("tokenizer", {}).get("name")
             if not manifest and any(folder.glob("edufineweb_val_*.npy")):  # written by build-nanogpt's fineweb.py
@@ -94,13 +111,15 @@ def read_run(folder: Path) -> Run:
     """Read whatever a run has written so far.
 
     Raises:
-        ValueError: If the folder has no metrics.jsonl.
+        ValueError: If the folder has no metrics.jsonl, or another file is damaged. A damaged line of metrics.jsonl is
+            left out, and counted.
     """
     if not (folder / METRICS_FILE).is_file():
         raise ValueError(f"{folder} is not a run: it has no {METRICS_FILE}; give the --output_dir of a training.")
-    lines = (folder / METRICS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-    records, resumes = drop_undone_records(lines)
-    config = _read_json(folder / RUN_CONFIG_FILE)
+    lines = [line for line in (folder / METRICS_FILE).read_bytes().split(b"\n") if line]
+    readable = [record for record in map(parse_record, lines) if record is not None]
+    records, resumes = drop_undone_records(readable)
+    config = read_run_config(folder)
     stretches = []
     if config:
         starts = {0: {}, **resumes}
@@ -113,7 +132,16 @@ def read_run(folder: Path) -> Run:
             if last > first:
                 stretches.append((first + 1, last, config["arguments"]))
     resumed_steps = [step for step in resumes if step > 0]
-    return Run(folder, records, resumed_steps, config, stretches, **read_baselines(folder))
+    unreadable_lines = len(lines) - len(readable)
+    return Run(
+        folder,
+        records,
+        resumed_steps,
+        config,
+        stretches,
+        **read_baselines(folder),
+        unreadable_lines=unreadable_lines,
+    )
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -121,11 +149,34 @@ def read_metrics(folder: Path) -> list[dict]:
     return read_run(folder).records if (folder / METRICS_FILE).is_file() else []
 
 
-def drop_undone_records(lines: Iterable[str]) -> tuple[list[dict], dict[int, dict[str, list]]]:
-    """Parse metrics.jsonl and drop what was undone by resuming from an earlier step.
+def parse_record(line: str | bytes) -> dict | None:
+    """A line of metrics.jsonl; None if it is damaged: cut off, not an object, or without a step that is a number.
+
+    NaN and infinity, which other programs write into JSON, become None, as our own are.
+    """
+    try:
+        record = parse_json(line)
+        require(type(record) is dict and is_count(record.get("step")), "it has no step")
+        require(is_count(record.get("tokens", 0)), "tokens is no number")
+        require(type(record.get("event", "")) is str, "event is no name")
+        changed = record.get("changed", {})
+        require(type(changed) is dict, "changed is no object")
+        require(all(type(pair) is list and len(pair) == 2 for pair in changed.values()), "changed has no pairs")
+        check_argument_types({name: now for name, (_, now) in changed.items()})
+        for name in record.keys() - NOT_NUMBERS:
+            value = record[name]
+            require(value is None or isinstance(value, int | float), f"{name} is no number")
+            record[name] = value if value is not None and abs(value) < math.inf else None
+            require(not isinstance(value, int) or abs(value) < 2**64, f"{name} is too large")
+    except ValueError:
+        return None
+    return record
+
+
+def drop_undone_records(written: Iterable[dict]) -> tuple[list[dict], dict[int, dict[str, list]]]:
+    """Drop what was undone by resuming from an earlier step.
 
     Steps 1 2 3 4, resume at 2, steps 3 4 5 -> steps 1 2 3 4 5, where 3 and 4 are those of the second attempt.
-    What is no record, such as a line that a crash cut off, is dropped, too.
 
     Returns:
         The records, and for each step at which the run was resumed the arguments that differ from run.json:
@@ -133,13 +184,7 @@ def drop_undone_records(lines: Iterable[str]) -> tuple[list[dict], dict[int, dic
     """
     records: list[dict] = []
     resumes: dict[int, dict[str, list]] = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(record, dict) or "step" not in record:
-            continue
+    for record in written:
         if record.get("event") != "resume":
             records.append(record)
             continue
@@ -168,10 +213,34 @@ def write_baselines(
 
 
 def read_baselines(folder: Path) -> dict[str, dict]:
-    """{"loss_baselines": ..., "hellaswag_baselines": ...} of a run's folder; {} if there are none."""
-    stored = _read_json(folder / BASELINES_FILE) or _read_json(folder / OLD_BASELINES_FILE)
-    return {name.replace("_yardsticks", "_baselines"): baselines for name, baselines in stored.items()}
+    """{"loss_baselines": ..., "hellaswag_baselines": ...} of a run's folder; {} if there are none.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    for path in (folder / BASELINES_FILE, folder / OLD_BASELINES_FILE):
+        if not path.exists():
+            continue
+        try:
+            stored = read_json_object(path)
+            baselines = {name.replace("_yardsticks", "_baselines"): stored[name] for name in stored}
+            for name, value in baselines.items():
+                require(name in ("loss_baselines", "hellaswag_baselines"), f"it has {shown(name)}")
+                require(type(value) is dict, f"{name} is {shown(value)}")
+            for numbers in (baselines.get("loss_baselines", {}), *baselines.get("hellaswag_baselines", {}).values()):
+                require(type(numbers) is dict, f"it has {shown(numbers)}")
+                for label, value in numbers.items():
+                    require(is_size(value), f"{shown(label)} is {shown(value)}")
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it; a run writes it when it starts.") from error
+        return baselines
+    return {}
 
 
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _read_manifest(shards: Path) -> dict:
+    """Source and tokenizer by the manifest of the shards; {} if they are gone, or other files are there by now."""
+    try:
+        manifest = read_json_object(shards / "manifest.json")
+    except (OSError, ValueError):
+        return {}
+    return {name: value for name, value in manifest.items() if type(value) is dict}

@@ -2,9 +2,15 @@
 
 import hashlib
 import json
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
+from .json_files import is_count, read_json_object, require, shown
+
+LISTED_NAME = re.compile(r"[\w.+-]+(/[\w.+-]+)*")  # relative, with / on every system
+SHA256 = re.compile(r"[0-9a-f]{64}")
 READ_BYTES = 2**20  # held in memory at a time
 
 
@@ -34,10 +40,19 @@ def write_checksums(folder: Path, listing: str):
         shutil.copymode(folder / listing, path)
 
 
-def verify_checksums(folder: Path, listing: str) -> str | None:
-    """Describe the first file of a folder that differs from its listing; None if all are as they were written."""
+def verify_checksums(folder: Path, listing: str, required: Iterable[str] = ()) -> str | None:
+    """Describe the first file of a folder that differs from its listing; None if all are as they were written.
+
+    Args:
+        required: Names that the listing must have: whatever it leaves out is not compared.
+    """
     try:
-        checksums = json.loads((folder / listing).read_text(encoding="utf-8"))
+        checksums = read_listing(folder / listing)
+    except (OSError, ValueError) as error:
+        return f"{listing} cannot be read: {error}"
+    if missing := [name for name in required if name not in checksums]:
+        return f"{listing} does not list {missing[0]}"
+    try:
         for name, expected in checksums.items():
             path = folder / name
             if not path.is_file():
@@ -46,8 +61,24 @@ def verify_checksums(folder: Path, listing: str) -> str | None:
                 return f"{name} has {path.stat().st_size:,} of {expected['bytes']:,} bytes"
             if sha256_of(path) != expected["sha256"]:
                 return f"{name} has changed since it was written"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{listing} cannot be read"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
     return None
+
+
+def read_listing(path: Path) -> dict[str, dict]:
+    """File name -> bytes and sha256, as `write_checksums` wrote them.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+        ValueError: If it is damaged, empty, or names a file outside of its folder.
+    """
+    checksums = read_json_object(path)
+    require(bool(checksums), "it lists no file")
+    for name, expected in checksums.items():
+        is_inside = LISTED_NAME.fullmatch(name) is not None and ".." not in name.split("/")
+        require(is_inside, f"{shown(name)} is not the name of a file in this folder")
+        require(type(expected) is dict and is_count(expected.get("bytes")), f"it has no size of {name}")
+        sha256 = expected.get("sha256")
+        require(type(sha256) is str and SHA256.fullmatch(sha256) is not None, f"it has no SHA-256 of {name}")
+    return checksums

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
+from .json_files import parse_json
+
 LOCK_FILE = "run.lock"
 RECORD_BYTES = 512  # always padded to this, so that one write replaces a record
 LOCKED_BYTE = 2**30  # the byte that Windows locks: beyond the record, because a locked byte cannot be read there
@@ -275,7 +277,7 @@ def try_lock(file: BinaryIO) -> bool | None:
 def parse_record(record: bytes) -> dict:
     """'{"pid": 7}' -> {"pid": 7}; empty if it is not whole."""
     try:
-        holder = json.loads(record)
+        holder = parse_json(record)
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}

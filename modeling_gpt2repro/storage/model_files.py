@@ -3,7 +3,6 @@
 The errors begin with "it" or "its", so that the caller can say whose: a flag's, a folder's, a Hub id's.
 """
 
-import json
 import os
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+from .json_files import parse_json
 from .retry import describe_error, exception_chain
 
 ADAPTER_FILE = "adapter_config.json"
@@ -66,10 +66,8 @@ def read_json(path: Path) -> dict:
         LoadingError: If it is damaged, nested too deeply, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise LoadingError(f"its {path.name} is nested too deeply.") from error
-    except (OSError, ValueError) as error:  # not readable, no JSON, or no UTF-8
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # not readable, no JSON or nested too deeply, or no UTF-8
         raise LoadingError(f"its {path.name} cannot be read ({describe_error(error)}).") from error
     if not isinstance(content, dict):
         raise LoadingError(f"its {path.name} holds no JSON object: give the file that save_pretrained wrote.")

@@ -1,6 +1,7 @@
 """Checkpoints: a Hub folder with the training state in a subfolder, written under a temporary name, then renamed."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,15 +16,21 @@ from safetensors import SafetensorError
 
 from modeling_gpt2repro.runs.folder import MODEL_FOLDER, step_of
 from modeling_gpt2repro.storage.atomic import delete_dir, recover_interrupted_replace, remove_abandoned, replace_dir
-from modeling_gpt2repro.storage.checksums import verify_checksums, write_checksums
+from modeling_gpt2repro.storage.checksums import write_checksums
+from modeling_gpt2repro.storage.json_files import shown
 from modeling_gpt2repro.storage.model_files import loading_problem
 from modeling_gpt2repro.storage.retry import describe_error
 
+from .checkpoint_checks import (
+    CHECKSUMS_FILE,
+    STATE_FILE,
+    STATE_FOLDER,
+    STEP_FOLDER,
+    checkpoint_problem,
+    read_checked_state,
+)
 from .optimizer_state import OPTIMIZER_FILE, RANDOM_FILE, save_tensors
 
-STATE_FOLDER = "training_state"
-STATE_FILE = f"{STATE_FOLDER}/state.json"
-CHECKSUMS_FILE = f"{STATE_FOLDER}/files.json"  # written last: its presence means that all files are there
 PREFLIGHT_NAME = "step-preflight"  # a trial that nothing resumes from
 # What a killed process may leave: saves, replacements and deletions under way, snapshots for an upload.
 STALE_FOLDERS = (
@@ -38,17 +45,21 @@ STALE_FOLDERS = (
 HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
+def step_folders(output_dir: Path) -> list[Path]:
+    """All that is named like a checkpoint, finished or not, the oldest first."""
+    return sorted((path for path in output_dir.glob("step-*") if STEP_FOLDER.fullmatch(path.name)), key=step_of)
+
+
 def find_checkpoints(output_dir: Path) -> list[Path]:
     """All finished checkpoints, the oldest first. A folder gets its name only when everything is in it."""
-    named = [path for path in output_dir.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted((path for path in named if (path / CHECKSUMS_FILE).is_file()), key=step_of)
+    return [path for path in step_folders(output_dir) if (path / CHECKSUMS_FILE).is_file()]
 
 
 def find_resume_checkpoint(resume_from: str | None, output_dir: Path) -> tuple[Path | None, list[str]]:
     """Resolve `--resume_from_checkpoint`: None, 'latest' (None if there is none yet), a folder, or a Hub repository.
 
     Returns:
-        The checkpoint, every file of which has been verified, and a sentence on each newer one that is damaged.
+        The checkpoint, checked by `checkpoint_problem`, and a sentence on each newer one that is damaged or unfinished.
 
     Raises:
         ValueError: If the folder is not a checkpoint, or damaged, or all are.
@@ -56,19 +67,20 @@ def find_resume_checkpoint(resume_from: str | None, output_dir: Path) -> tuple[P
     if resume_from is None:
         return None, []
     recover_interrupted_replace(output_dir, "step-*")
-    found = find_checkpoints(output_dir)
+    found = step_folders(output_dir)
     if resume_from == "latest":
-        damaged = []
+        passed_over = []
         for checkpoint in reversed(found):
-            problem = verify_checksums(checkpoint, CHECKSUMS_FILE)
+            problem = checkpoint_problem(checkpoint)
             if problem is None:
-                return checkpoint, damaged
-            damaged.append(f"{checkpoint} is damaged ({problem}) and passed over.")
-        if damaged:
-            raise ValueError("\n".join([*damaged, f"{output_dir} has no checkpoint left: give another --output_dir."]))
+                return checkpoint, passed_over
+            passed_over.append(f"{checkpoint} {problem} and is passed over.")
+        if passed_over:
+            nothing_left = f"{output_dir} has no other checkpoint: give a new --output_dir."
+            raise ValueError("\n".join([*passed_over, nothing_left]))
         return None, []
     checkpoint = open_named_checkpoint(resume_from)
-    is_here = checkpoint.resolve() in [path.resolve() for path in found]
+    is_here = os.path.realpath(checkpoint) in map(os.path.realpath, found)
     later = [path.name for path in found if is_here and step_of(path) > step_of(checkpoint)]
     if later:
         raise ValueError(
@@ -82,7 +94,7 @@ def open_named_checkpoint(name: str) -> Path:
     """A checkpoint by its folder, or downloaded from the Hub by `owner/name` or `owner/name@revision`.
 
     Raises:
-        ValueError: If there is none, or a file differs from what was written.
+        ValueError: If there is none, or it is damaged, see `checkpoint_problem`.
     """
     checkpoint = Path(name)
     if not checkpoint.is_dir() and (on_hub := HUB_NAME.fullmatch(name)):
@@ -96,8 +108,8 @@ def open_named_checkpoint(name: str) -> Path:
             raise ValueError(f"{name} is not a folder, and the Hub does not provide it ({reason}).") from error
     if not (checkpoint / CHECKSUMS_FILE).is_file():
         raise ValueError(f"{name} is not a checkpoint (no {CHECKSUMS_FILE}): give a step-... folder or 'latest'.")
-    if problem := verify_checksums(checkpoint, CHECKSUMS_FILE):
-        raise ValueError(f"{name} is damaged ({problem}): resume from another one, or move this one away.")
+    if problem := checkpoint_problem(checkpoint):
+        raise ValueError(f"{name} {problem}: resume from another one, or move this one away.")
     return checkpoint
 
 
@@ -194,33 +206,30 @@ def raise_if_corrupt(checkpoint: Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise  # a RuntimeError, but not the file's fault
-    except (RuntimeError, SafetensorError, json.JSONDecodeError, KeyError, EOFError) as error:
+    except (OSError, RuntimeError, SafetensorError, ValueError, KeyError) as error:
         raise ValueError(
             f"{checkpoint} is damaged ({describe_error(error)}): resume from another step-... folder, or move this one "
             "away."
         ) from error
 
 
-def read_entry(checkpoint: Path, name: str, default: dict | None = None) -> dict:
-    """One entry of the checkpoint's state.json; `default` where an older version, which did not know it, wrote that."""
-    with raise_if_corrupt(checkpoint):
-        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        return state[name] if default is None else state.get(name, default)
+def read_state(checkpoint: Path, data_fingerprint: dict | None = None) -> dict:
+    """The checkpoint's state.json, see `read_checked_state`.
 
-
-def read_state(checkpoint: Path, data_fingerprint: dict) -> dict:
-    """The checkpoint's state.json.
+    Args:
+        data_fingerprint: The data of the run that continues, to be compared with the checkpoint's.
 
     Raises:
-        ValueError: If it belongs to a run on other data or in another order: every difference, one a line.
+        ValueError: If it is damaged, or belongs to a run on other data or in another order: every difference, one a
+            line.
     """
     with raise_if_corrupt(checkpoint):
-        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        state = read_checked_state(checkpoint)
     saved = state["identity"]
     differences = [
-        f"{checkpoint} was made with {name} {saved.get(name)}, not {value}: give the same, or start a new run in "
-        "another --output_dir."
-        for name, value in data_fingerprint.items()
+        f"{checkpoint} was made with {name} {shown(saved.get(name), 1000)}, not {shown(value, 1000)}: give the same, "
+        "or start a new run in another --output_dir."
+        for name, value in (data_fingerprint or {}).items()
         if saved.get(name) != value
     ]
     if differences:

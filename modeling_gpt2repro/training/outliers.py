@@ -51,5 +51,5 @@ class OutlierDetector:
     def load_state_dict(self, state: dict):
         """Continue from what a checkpoint kept; a run that skipped no outliers has kept nothing."""
         if state and self.skip_outliers:
-            self.window = torch.tensor(state["window"], device=self.window.device)
+            self.window = self.window.new_tensor(state["window"])
             self.good_steps.fill_(state["good_steps"])

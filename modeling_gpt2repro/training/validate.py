@@ -1,5 +1,6 @@
 """Checks of a training run's arguments before anything is read: limits, sizes, data, output folder, Hub, tracker."""
 
+import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,7 +89,8 @@ def check_output_dir(args: "TrainArguments") -> Iterator[str]:
     output_dir = Path(args.output_dir)
     is_run = (output_dir / RUN_CONFIG_FILE).exists()
     resume = args.resume_from_checkpoint
-    resumes_here = resume == "latest" or (resume and Path(resume).resolve().parent == output_dir.resolve())
+    folder = resume and os.path.dirname(os.path.realpath(resume))  # unlike `resolve`, it takes a loop of links
+    resumes_here = resume == "latest" or (folder and folder == os.path.realpath(output_dir))
     if output_dir.exists() and not output_dir.is_dir():
         yield f"output_dir ({output_dir}) is a file: give a folder."
     elif is_run and not resumes_here:

@@ -254,7 +254,7 @@ DAMAGE = {
     ),
     "list": (lambda folder: (folder / "manifest.json").write_text("[1]"), r"manifest\.json is damaged"),
     "format": (lambda folder: edit_manifest(folder, lambda m: m.update(format=2)), r"it is of format 2, and this"),
-    "no splits": (lambda folder: edit_manifest(folder, lambda m: m.pop("splits")), r"is damaged \('splits'\)"),
+    "no splits": (lambda folder: edit_manifest(folder, lambda m: m.pop("splits")), r"is damaged \(splits is None\)"),
     "no hash": (
         lambda folder: edit_manifest(folder, lambda m: m["tokenizer"].update(sha256="")),
         r"no hash of the tok",

@@ -182,6 +182,15 @@ def test_a_stream_can_be_set_back(streamed):
     assert torch.equal(torch.cat([step_sequences(batches, step) for step in range(9)]), torch.cat(expected))
 
 
+def test_positions_of_another_number_of_logical_shards_are_refused(streamed):
+    batches = streamed()
+    state = batches.state_dict()
+    for lanes in ({"0": [0, 0]}, {**state["lanes"], "4": [0, 0]}):
+        with pytest.raises(ValueError, match=rf"it has {len(lanes)} logical shards, and this stream 4"):
+            batches.load_state_dict({"next_step": 0, "lanes": lanes})
+    assert batches.state_dict() == state
+
+
 def test_sequences_of_a_stream_overlap_by_one_token(tmp_path, tiny_texts, tiny_tokenizer):
     """In one logical shard a sequence begins with the last token of the one before, across documents, partitions and
     epochs."""

@@ -58,6 +58,7 @@ def test_the_examples_of_a_file_are_read_in_order(tmp_path, hellaswag_rows):
         (json.dumps(GOOD | {"label": ""}), "label is ''; it must be 0, 1, 2 or 3. The test split has no labels"),
         (json.dumps([GOOD]), "not an object with the fields ind,"),
         (json.dumps(GOOD)[:50], "is not JSON"),
+        ("[" * 100_000, "is nested too deeply"),
         (json.dumps(GOOD).encode() + b"\xff", "byte 0xff at column .* is not UTF-8"),
     ],
 )

@@ -96,7 +96,18 @@ THREE_ENDINGS = '{"row": 0, "question": "6a", "protocol": "completion", "label":
 
 
 @pytest.mark.parametrize(
-    "line", ["{}", "[1]", "<html>", '{"row": 0', "", "\xff", THREE_ENDINGS + '"lengths": [1, 1, 1]}']
+    "line",
+    [
+        "{}",
+        "[1]",
+        "[" * 100_000,
+        '{"row": 1e999}',
+        "<html>",
+        '{"row": 0',
+        "",
+        "\xff",
+        THREE_ENDINGS + '"lengths": [1, 1, 1]}',
+    ],
 )
 def test_a_file_that_holds_no_scores_is_refused(tmp_path, line, one_sentence):
     (tmp_path / "a.jsonl").write_text(line + "\n")

@@ -16,8 +16,19 @@ import pytest
 import torch
 from accelerate import Accelerator
 from patience import PATIENCE_SECONDS, wait_until
+from safetensors.torch import load_file, save_file
 from test_train import plain_start
-from toy_runs import CPU_FP32, RECIPE, SCRIPT, SEQUENCES_PER_STEP, TOKENS_PER_STEP, as_flags, logged_values, train_here
+from toy_runs import (
+    CPU_FP32,
+    RECIPE,
+    SCRIPT,
+    SEQUENCES_PER_STEP,
+    TOKENS_PER_STEP,
+    as_flags,
+    logged_values,
+    train,
+    train_here,
+)
 
 import train_accelerate
 from modeling_gpt2repro.pretrain import checkpointing, setup
@@ -25,6 +36,9 @@ from modeling_gpt2repro.runs.read import read_metrics
 from modeling_gpt2repro.runtime import signals
 from modeling_gpt2repro.runtime.accelerator import MAX_SAVE_TIME
 from modeling_gpt2repro.runtime.signals import requested_num_processes
+from modeling_gpt2repro.storage.checksums import write_checksums
+from modeling_gpt2repro.storage.lock import LOCK_FILE
+from modeling_gpt2repro.training.checkpoint_checks import CHECKSUMS_FILE, STATE_FILE
 
 WEIGHTS = "model/model.safetensors"
 
@@ -263,6 +277,46 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(finished, shards
     assert "step-000030 is damaged (model.safetensors has 1,000 of" in output
     assert "resuming from step 20" in output
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["no listing", "state", "NaN"])
+def test_latest_resumes_from_the_checkpoint_before_one_that_is_none(finished, shards, tmp_path, damage, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run, ignore=shutil.ignore_patterns("model"))
+    newest = run / "step-000030"
+    (newest / CHECKSUMS_FILE).unlink()
+    sentence = "has no training_state/files.json (an unfinished copy?) and is passed over."
+    if damage == "state":
+        (newest / STATE_FILE).write_text("[" * 100_000)
+        write_checksums(newest, CHECKSUMS_FILE)
+        sentence = "is damaged (training_state/state.json: it is nested too deeply) and is passed over."
+    elif damage == "NaN":
+        weights = load_file(newest / "model.safetensors")
+        weights["transformer.wpe.weight"][3, 2] = float("nan")
+        save_file(weights, newest / "model.safetensors", {"format": "pt"})
+        write_checksums(newest, CHECKSUMS_FILE)
+        sentence = "is damaged ('transformer.wpe.weight' in model.safetensors has NaN or infinity) and is passed over."
+    assert train_here(run, shards, resume_from_checkpoint="latest") == 0
+    output = capsys.readouterr().out
+    assert f"{newest} {sentence}\n" in output
+    assert "resuming from step 20" in output
+    assert (run / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
+
+
+def test_a_run_whose_checkpoints_are_all_unfinished_does_not_start_anew(finished, shards, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run, ignore=shutil.ignore_patterns("model"))
+    for checkpoint in run.glob("step-*"):
+        (checkpoint / CHECKSUMS_FILE).unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        train(run, shards, resume_from_checkpoint="latest")
+    assert error.value.returncode == 2
+    assert error.value.stderr.count("has no training_state/files.json (an unfinished copy?) and is passed over.") == 3
+    assert "has no other checkpoint: give a new --output_dir." in error.value.stderr
+    assert "Traceback" not in error.value.stderr
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != LOCK_FILE}
+    assert after == {path: data for path, data in before.items() if path.name != LOCK_FILE}
 
 
 def start(output_dir, shards, processes: int, launcher: tuple[str, ...] = (), **overrides) -> subprocess.Popen:

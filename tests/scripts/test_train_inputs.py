@@ -199,9 +199,14 @@ def test_untied_weights_whose_config_says_tied_are_refused(finished, shards, tmp
     shutil.copytree(finished[0], tmp_path / "run")  # of a version that did not refuse such weights
     checkpoint = tmp_path / "run" / "step-000030"
     untie(checkpoint)
+    optimizer = load_file(checkpoint / "training_state" / "optimizer.safetensors")
+    for kind in ("step", "exp_avg", "exp_avg_sq"):
+        optimizer[f"lm_head.weight.{kind}"] = optimizer[f"transformer.wte.weight.{kind}"].clone()
+    save_file(optimizer, checkpoint / "training_state" / "optimizer.safetensors")
     (checkpoint / CHECKSUMS_FILE).unlink()
     write_checksums(checkpoint, CHECKSUMS_FILE)
-    assert sentence in refused(capsys, tmp_path / "run", shards, resume_from_checkpoint="latest")
+    printed = refused(capsys, tmp_path / "run", shards, resume_from_checkpoint="latest")
+    assert "model.safetensors has 'lm_head.weight', and the model of its config.json does not" in printed
 
 
 def test_a_model_to_fine_tune_that_does_not_exist_is_one_sentence(shards, tmp_path, capsys):

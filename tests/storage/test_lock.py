@@ -285,6 +285,10 @@ def test_a_record_that_a_crash_cut_off_holds_nothing(tmp_path, content):
     acquired(tmp_path, patience_seconds=0)
 
 
+def test_a_record_of_brackets_names_no_holder():
+    assert lock.parse_record(b"[" * 100_000) == {}
+
+
 def test_a_holder_that_was_taken_for_dead_ends_when_it_wakes(tmp_path, monkeypatch):
     without_locks(monkeypatch)
     monkeypatch.setattr(lock, "DEAD_SECONDS", 0.5)

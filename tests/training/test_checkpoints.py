@@ -9,6 +9,7 @@ import shutil
 import stat
 
 import pytest
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from refusing_disk import ERRORS, RefusingDisk
@@ -44,10 +45,16 @@ def save(tiny_model, optimizer, tmp_path):
         problem = checkpoints.save_checkpoint(
             accelerator,
             folder / checkpoint_name(step),
-            write_model or (lambda temporary: (temporary / "model.safetensors").write_bytes(b"weights" * 100)),
+            write_model or (lambda temporary: tiny_model.save_pretrained(temporary)),
             optimizer=optimizer_tensors(tiny_model, optimizer, keep=True),
             random=random_tensors(accelerator),
-            state={"progress": {"step": step}, "data": {"next_step": step}, "identity": IDENTITY},
+            state={
+                "progress": {"step": step, "tokens": 100 * step},
+                "data": {"next_step": step, "lanes": {"0": [0, step]}},
+                "guard": {},
+                "origin": "A GPT-2 trained from scratch.",
+                "identity": IDENTITY,
+            },
             policy=keep,
         )
         return problem or folder / checkpoint_name(step)
@@ -66,7 +73,7 @@ def test_loading_a_checkpoint_restores_what_was_saved(save, tiny_model, optimize
     assert folder.name == "step-000003"
     state = checkpoints.read_state(folder, IDENTITY)
     assert state["progress"]["step"] == 3
-    assert state["data"] == {"next_step": 3}
+    assert state["data"] == {"next_step": 3, "lanes": {"0": [0, 3]}}
     fresh = build_optimizer(tiny_model, 1e-3)
     load_optimizer(folder / "training_state", tiny_model, fresh)
     assert len(fresh.state) == len(list(tiny_model.parameters()))
@@ -80,7 +87,7 @@ def test_loading_a_checkpoint_restores_what_was_saved(save, tiny_model, optimize
 
 def test_nothing_in_a_checkpoint_can_run_code(save):
     kinds = {path.suffix for path in save(3).rglob("*") if path.is_file()}
-    assert kinds == {".safetensors", ".json"}
+    assert kinds == {".safetensors", ".json", ".py"}  # .py: the model's code, which no checkpoint is read with
 
 
 def test_every_file_is_listed_with_its_size_and_hash(save):
@@ -88,7 +95,7 @@ def test_every_file_is_listed_with_its_size_and_hash(save):
     listed = json.loads((folder / checkpoints.CHECKSUMS_FILE).read_text())
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert set(listed) == files - {checkpoints.CHECKSUMS_FILE}
-    assert listed["model.safetensors"]["bytes"] == 700
+    assert listed["model.safetensors"]["bytes"] == (folder / "model.safetensors").stat().st_size
     assert all(re.fullmatch("[0-9a-f]{64}", entry["sha256"]) for entry in listed.values())
 
 
@@ -165,7 +172,8 @@ def test_a_half_written_folder_is_not_a_checkpoint(save, tmp_path):
     (tmp_path / ".step-000006.partial" / "training_state").mkdir(parents=True)
     shutil.copytree(tmp_path / "step-000005", tmp_path / "step-000007")
     (tmp_path / "step-000007" / checkpoints.CHECKSUMS_FILE).unlink()
-    assert find_resume_checkpoint("latest", tmp_path) == (tmp_path / "step-000005", [])
+    sentence = f"{tmp_path / 'step-000007'} has no training_state/files.json (an unfinished copy?) and is passed over."
+    assert find_resume_checkpoint("latest", tmp_path) == (tmp_path / "step-000005", [sentence])
     with pytest.raises(ValueError, match="step-000007 is not a checkpoint"):
         find_resume_checkpoint(str(tmp_path / "step-000007"), tmp_path)
 
@@ -202,16 +210,16 @@ def test_a_damaged_newest_checkpoint_is_reported_and_passed_over(save, tmp_path,
     checkpoint, passed_over = find_resume_checkpoint("latest", tmp_path)
     assert checkpoint == tmp_path / "step-000004"
     assert len(passed_over) == 1
-    assert re.search(rf"step-000005 is damaged \(.*{name.split('/')[-1]}.*\) and passed over\.$", passed_over[0])
+    assert re.search(rf"step-000005 is damaged \(.*{name.split('/')[-1]}.*\) and is passed over\.$", passed_over[0])
     with pytest.raises(ValueError, match=r"step-000005 is damaged \(.*\): resume from another one"):
         find_resume_checkpoint(str(tmp_path / "step-000005"), tmp_path)
 
 
 def test_no_run_starts_anew_where_all_checkpoints_are_damaged(save, tmp_path):
     truncate(save(5) / "model.safetensors")
-    with pytest.raises(ValueError, match=r"model\.safetensors has 699 of 700 bytes") as error:
+    with pytest.raises(ValueError, match=r"model\.safetensors has [\d,]+ of [\d,]+ bytes") as error:
         find_resume_checkpoint("latest", tmp_path)
-    assert "has no checkpoint left" in str(error.value)
+    assert "has no other checkpoint" in str(error.value)
 
 
 def test_a_damaged_later_checkpoint_does_not_displace_a_good_one(save, tmp_path):
@@ -223,9 +231,9 @@ def test_a_damaged_later_checkpoint_does_not_displace_a_good_one(save, tmp_path)
     assert len(names(save(6, RetentionPolicy(limit=1)).parent)) == 1
 
 
-def test_an_edited_model_card_is_no_damage(save, tmp_path):
+def test_an_edited_model_card_is_no_damage(save, tiny_model, tmp_path):
     def write(temporary):
-        (temporary / "model.safetensors").write_bytes(b"weights")
+        tiny_model.save_pretrained(temporary)
         (temporary / "README.md").write_text("A card.")
 
     (save(5, write_model=write) / "README.md").write_text("A better card.")
@@ -245,12 +253,20 @@ def test_a_failed_save_changes_nothing(save, tmp_path):
     assert names(tmp_path) == ["step-000005"]
 
 
-def write_a_model(temporary):
-    (temporary / "model.safetensors").write_bytes(b"weights" * 100)
-    (temporary / "config.json").write_text("{}")
+@pytest.fixture
+def write_a_model(tiny_model):
+    """write_a_model(folder), in the fewest operations of the disk."""
+    weights = safetensors.torch.save({name: tensor.data for name, tensor in tiny_model.named_parameters()})
+    config = tiny_model.config.to_json_string()
+
+    def write(temporary):
+        (temporary / "model.safetensors").write_bytes(weights)
+        (temporary / "config.json").write_text(config)
+
+    return write
 
 
-def count_operations(save, disk) -> int:
+def count_operations(save, disk, write_a_model) -> int:
     """How often a save that deletes an old checkpoint asks the disk for something."""
     counted = disk.refuse_nth(0, n=-1, and_later=False)
     save(6, RetentionPolicy(limit=1), write_a_model)
@@ -259,11 +275,13 @@ def count_operations(save, disk) -> int:
 
 
 @pytest.mark.parametrize("and_later", [False, True])
-def test_whatever_the_disk_refuses_in_a_save_costs_at_most_this_checkpoint(save, tmp_path, monkeypatch, and_later):
+def test_whatever_the_disk_refuses_in_a_save_costs_at_most_this_checkpoint(
+    save, write_a_model, tmp_path, monkeypatch, and_later
+):
     """Each operation in turn is refused: alone, as by a network disk, or with all later ones, as by a dying disk."""
     disk = RefusingDisk(monkeypatch, tmp_path)
     save(5, write_model=write_a_model)
-    total = count_operations(save, disk)
+    total = count_operations(save, disk, write_a_model)
     assert total > 60
     assert names(tmp_path) == ["step-000006"]
     for n, error in zip(range(total), itertools.cycle(ERRORS.values()), strict=False):

@@ -162,6 +162,8 @@ class StreamedBatches(TrainingBatches):
 
     def load_state_dict(self, state: dict):
         """Resume from a state that holds all logical shards, saved by any number of processes."""
+        if len(state["lanes"]) != self.num_logical_shards:
+            raise ValueError(f"it has {len(state['lanes'])} logical shards, and this stream {self.num_logical_shards}")
         self.next_step = state["next_step"]
         self.positions = {shard: Position(*state["lanes"][str(shard)]) for shard in self.positions}
         self._read_ahead.clear()  # it belongs to other positions

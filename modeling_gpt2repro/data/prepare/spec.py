@@ -12,11 +12,13 @@ from tempfile import TemporaryDirectory
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.shards.dataset import SPEC_FILE
+from modeling_gpt2repro.data.shards.nanogpt_format import LAYOUTS
 from modeling_gpt2repro.data.sources.documents import Partition
 from modeling_gpt2repro.data.sources.files import file_state
 from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.data.tokenizer import save_tokenizer
 from modeling_gpt2repro.storage.atomic import write_json
+from modeling_gpt2repro.storage.json_files import is_count, is_size, read_json_object, require, shown
 
 # Shares of the documents that are held out by default.
 HUB_SHARE = 0.001
@@ -25,6 +27,9 @@ MAX_SHARE = 0.05
 VALIDATION_TOKENS = 10_000_000  # about one evaluation of the lecture: 20 batches of 2**19 tokens
 # English has some 4.5 bytes per GPT-2 token; rounded up, so that estimates of tokens are rather too low.
 BYTES_PER_TOKEN = 5
+
+
+PARTITION_FIELDS = {field.name for field in fields(Partition)}
 
 
 @dataclass(frozen=True)
@@ -188,13 +193,52 @@ def read_spec(folder: Path) -> PrepareSpec | None:
     """
     path = folder / SPEC_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        if not folder.is_dir():
+            return None
+        values = read_json_object(path)
+        _check_spec(values)
         values["partitions"] = [Partition(**partition) for partition in values.pop("units")]
         return PrepareSpec(**values)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError) as error:  # TypeError: a field that is missing, or of another version
         raise ValueError(f"{path} is not of this version ({error}): delete {folder} to start again.") from error
+
+
+def _check_spec(values: dict):
+    """Raise ValueError with the first value of a plan.json that this version does not write."""
+    units = values.get("units")
+    require(type(units) is list and all(type(unit) is dict for unit in units), "units is no list of objects")
+    known = {field.name for field in fields(PrepareSpec)} | {"units"}
+    unknown = [name for name in values if name not in known]
+    for unit in units:
+        unknown += [name for name in unit if name not in PARTITION_FIELDS]
+    require(not unknown, f"it has {shown(unknown)}")
+    for unit in units:
+        for name in ("path", "text_column", "file"):
+            require(type(unit.get(name, "")) is str, f"{name} of a unit is {shown(unit.get(name))}")
+        for name in ("start", "stop", "text_bytes", "first_row"):
+            require(is_count(unit.get(name, 0)), f"{name} of a unit is {shown(unit.get(name))}")
+        stop_row = unit.get("stop_row")
+        require(stop_row is None or is_count(stop_row), f"stop_row of a unit is {shown(stop_row)}")
+    for name in ("source", "tokenizer"):
+        require(type(values.get(name)) is dict, f"{name} is {shown(values.get(name))}")
+    checks = {
+        "end_of_text_id": is_count,
+        "validation_share": is_size,
+        "max_tokens": lambda value: value is None or is_count(value),
+        "shard_tokens": lambda value: is_count(value, minimum=1),
+        "layout": lambda value: value in LAYOUTS,
+        "skip_bad_lines": lambda value: type(value) is bool,
+    }
+    for name, fits in checks.items():
+        require(name not in values or fits(values[name]), f"{name} is {shown(values.get(name))}")
+    files = values.get("files")
+    are_states = files is None or (type(files) is list and all(type(state) is list and state for state in files))
+    require(are_states and all(type(state[0]) is str for state in files or ()), "files is no list of states")
+    numbers = values.get("cache_numbers")
+    are_numbers = type(numbers) is list and all(map(is_count, numbers)) and len(set(numbers)) == len(units)
+    require(numbers is None or (are_numbers and len(numbers) == len(units)), "cache_numbers is not one for each unit")
 
 
 def _unique_names(names: Iterable[str]) -> list[tuple[str, int]]:

@@ -5,19 +5,26 @@ Files are written atomically, so an interrupted preparation resumes with the par
 
 import json
 import os
+import re
 import zipfile
+import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from modeling_gpt2repro.data.shards.nanogpt_format import check_npy_header
 from modeling_gpt2repro.data.tokenize import TokenizedPartition
 from modeling_gpt2repro.storage.atomic import atomic_write, fsync_dir, remove_abandoned
+from modeling_gpt2repro.storage.json_files import is_count, parse_json, require, shown
 
 CACHE_DIR = "units"  # the name on disk since the first release; it must stay, so that older preparations resume
 UNVERIFIED_SUFFIX = ".unverified"
 ERROR_SUFFIX = ".problem"
+FILE_NAME = re.compile(r"([0-9]{1,18})-([0-9]{1,18})")  # before the suffix
+# Of a damaged archive: also encrypted (RuntimeError) or compressed in an unknown way, by a flipped bit.
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
 
 def write_partition(folder: Path, number: int, partition: TokenizedPartition):
@@ -35,12 +42,34 @@ def read_partition_file(path: Path) -> TokenizedPartition:
         ValueError: If it is damaged.
     """
     try:
-        with np.load(path) as arrays:
-            about = json.loads(str(arrays["about"]))
-            ids = {split: arrays[split] for split in about["text_bytes"]}
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+        require(path.is_file(), "it is not a file")
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # before numpy parses anything
+            require(damaged is None, f"Bad CRC-32 in {shown(damaged)}")
+            for name in archive.namelist():
+                with archive.open(name) as member:
+                    check_npy_header(member)
+        with np.load(path) as arrays:  # without pickle, which is numpy's default
+            about = parse_json(str(arrays["about"]))
+            require(type(about) is dict and type(about.get("text_bytes")) is dict, "it has no text_bytes")
+            partition = TokenizedPartition({split: arrays[split] for split in about["text_bytes"]}, **about)
+        _check_partition(partition, path.name)
+    except (*ZIP_ERRORS, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and run the same command again.") from error
-    return TokenizedPartition(ids, **about)
+    return partition
+
+
+def _check_partition(partition: TokenizedPartition, name: str):
+    require(set(partition.ids) == {"train", "validation"}, f"it has the splits {shown(sorted(partition.ids))}")
+    for ids in partition.ids.values():
+        require(ids.dtype == np.uint16 and ids.ndim == 1, f"it holds an array {ids.shape} of {ids.dtype}")
+    tokens = FILE_NAME.match(name)
+    require(tokens is None or int(tokens[2]) == len(partition.ids["train"]), "it has other tokens than its name says")
+    for counts in (partition.text_bytes, partition.skipped, partition.bad_lines):
+        require(type(counts) is dict and all(map(is_count, counts.values())), f"it counts {shown(counts)}")
+    first = partition.first_bad_line
+    require(first is None or (type(first) is list and len(first) == 2), f"first_bad_line is {shown(first)}")
+    require(type(partition.source_sha256) is str, f"source_sha256 is {shown(partition.source_sha256)}")
 
 
 def finished_partitions(folder: Path, numbers: list[int] | None = None) -> dict[int, tuple[int, Path]]:
@@ -82,9 +111,9 @@ def _partition_files(folder: Path, suffix: str) -> dict[int, tuple[int, Path]]:
     found = {}
     if (folder / CACHE_DIR).is_dir():
         for entry in os.scandir(folder / CACHE_DIR):
-            if entry.name.endswith(suffix):
-                number, tokens = entry.name.removesuffix(suffix).split("-")
-                found[int(number)] = (int(tokens), Path(entry.path))
+            # A file of another name is not ours, such as a copy that somebody made.
+            if (name := FILE_NAME.match(entry.name)) and entry.name[name.end() :] == suffix:
+                found[int(name[1])] = (int(name[2]), Path(entry.path))
     return found
 
 
@@ -97,7 +126,10 @@ def write_error(folder: Path, number: int, message: str):
 
 def read_errors(folder: Path) -> list[str]:
     """Return the messages that `write_error` recorded."""
-    return [path.read_text(encoding="utf-8") for path in sorted((folder / CACHE_DIR).glob(f"*{ERROR_SUFFIX}"))]
+    return [
+        path.read_text(encoding="utf-8", errors="replace")
+        for path in sorted((folder / CACHE_DIR).glob(f"*{ERROR_SUFFIX}"))
+    ]
 
 
 def clear_unfinished_partitions(folder: Path, numbers: list[int]):

@@ -36,7 +36,7 @@ def find_partial_output(folder: Path) -> list[Path]:
     if folder / MANIFEST in content and not is_unfinished:
         raise ValueError(ALREADY_PREPARED.format(folder))
     if (jobs := folder / SLURM_JOBS) in content:
-        ids = " ".join(jobs.read_text(encoding="ascii").split())
+        ids = " ".join(jobs.read_text(encoding="ascii", errors="replace").split())
         raise ValueError(
             f"{folder} is being prepared by Slurm's jobs {ids or '(being submitted)'}: wait until they have ended, or, "
             f"to start again, end them by 'scancel {ids or 'ID'}' and delete {jobs}."

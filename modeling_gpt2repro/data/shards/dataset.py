@@ -1,7 +1,6 @@
 """Open prepared token shards: 16-bit ids in .npy files, and a manifest with their source, tokenizer and checksums."""
 
 import hashlib
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, tokenizer_sha256
+from modeling_gpt2repro.storage.checksums import SHA256
+from modeling_gpt2repro.storage.json_files import is_count, is_size, read_json_object, require, shown
 
-from .nanogpt_format import find_nanogpt_shards, nanogpt_manifest
+from .nanogpt_format import SHARD_NAME, find_nanogpt_shards, nanogpt_manifest, open_npy
 from .shard_file import ShardFile
 
 MANIFEST = "manifest.json"
@@ -108,21 +109,52 @@ def read_manifest(folder: Path) -> dict:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"it is of format {manifest['format']}, and this version reads {FORMAT}")
-        if len(manifest["tokenizer"]["sha256"]) != 64:
-            raise ValueError("it has no hash of the tokenizer")
-        for split in SPLITS:
-            if sum(tokens for _, tokens, _ in _shard_entries(manifest, split)) != manifest["splits"][split]["tokens"]:
-                raise ValueError(f"the shards of {split} do not add up")
+        manifest = read_json_object(path)
+        _check_manifest(manifest)
     except FileNotFoundError:
         raise ValueError(
             f"{folder} has no {MANIFEST}: its preparation was not finished; run prepare_data.py again."
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): prepare the data again.") from error
     return manifest
+
+
+def _check_manifest(manifest: dict):
+    """Raise ValueError with the first entry that is not what readers rely on; optional ones may be missing."""
+    version = manifest.get("format")
+    require(version == FORMAT, f"it is of format {shown(version)}, and this version reads {FORMAT}")
+    for name in ("source", "tokenizer", "splits"):
+        require(type(manifest.get(name)) is dict, f"{name} is {shown(manifest.get(name))}")
+    tokenizer = manifest["tokenizer"]
+    require(_is_sha256(tokenizer.get("sha256")), "it has no hash of the tokenizer")
+    size, end_of_text = tokenizer.get("vocab_size"), manifest.get("end_of_text_id")
+    require(is_count(size, minimum=1), f"vocab_size is {shown(size)}")
+    require(is_count(end_of_text) and end_of_text < size, f"end_of_text_id is {shown(end_of_text)}")
+    files = set()
+    for split in SPLITS:
+        totals = manifest["splits"].get(split)
+        require(type(totals) is dict and type(totals.get("shards")) is list, f"it has no shards of {split}")
+        require(is_count(totals.get("documents", 0)), f"documents of {split} is {shown(totals.get('documents'))}")
+        require(is_size(totals.get("text_bytes", 0)), f"text_bytes of {split} is {shown(totals.get('text_bytes'))}")
+        for entry in totals["shards"]:
+            require(type(entry) is dict, f"a shard of {split} is {shown(entry)}")
+            file = entry.get("file")
+            # A name, never a path: nothing outside of the folder is read.
+            is_name = type(file) is str and SHARD_NAME.fullmatch(file) is not None
+            require(is_name and file not in files, f"{shown(file)} is not the name of one more shard")
+            files.add(file)
+            for name, value in (("tokens", entry.get("tokens")), ("documents", entry.get("documents", 0))):
+                require(is_count(value), f"{name} of {file} is {shown(value)}")
+            require(_is_sha256(entry.get("sha256")), f"it has no hash of {file}")
+        tokens = sum(entry["tokens"] for entry in totals["shards"])
+        require(totals.get("tokens") == tokens, f"the shards of {split} do not add up")
+        if "units" in manifest:
+            require("documents" in totals, f"it has no documents of {split}")
+
+
+def _is_sha256(value: object) -> bool:
+    return type(value) is str and SHA256.fullmatch(value) is not None
 
 
 def _shard_entries(manifest: dict, split: str) -> list[tuple[str, int, str]]:
@@ -132,7 +164,7 @@ def _shard_entries(manifest: dict, split: str) -> list[tuple[str, int, str]]:
 
 def _open_shard(path: Path, tokens: int) -> np.memmap:
     try:
-        ids = np.lib.format.open_memmap(path, mode="r")
+        ids = open_npy(path)
     except FileNotFoundError:
         raise ValueError(f"shard {path} is missing: prepare the data again, or copy all of it.") from None
     except ValueError as error:

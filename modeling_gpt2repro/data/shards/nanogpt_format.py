@@ -3,10 +3,12 @@
 import hashlib
 import re
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from modeling_gpt2repro.data.tokenizer import GPT2_SHA256
+from modeling_gpt2repro.storage.json_files import require
 
 # plain: train_000000.npy. karpathy: what build-nanogpt's fineweb.py writes and its train_gpt2.py finds by name.
 LAYOUTS = ("plain", "karpathy")
@@ -14,6 +16,8 @@ KARPATHY_SPLITS = {"train": "train", "validation": "val"}
 SHARD_NAME = re.compile(r"(?:(?:train|validation)|edufineweb_(?:train|val))_\d{6,}\.npy")
 
 END_OF_TEXT_ID = 50256  # GPT-2's, and the largest of its ids
+# As numpy writes it: the type, the order of two dimensions, and the shape.
+NPY_HEADER = re.compile(rb"\{'descr': '[\w<>|=]+', 'fortran_order': \w+, 'shape': \((\d{1,15}, ?)*\d{0,15}\), \}\s*")
 # Read from both ends of a shard to tell it from others: reading all of it would take minutes.
 SAMPLE_TOKENS = 2**18
 
@@ -60,10 +64,40 @@ def nanogpt_manifest(folder: Path) -> dict:
     }
 
 
+def open_npy(path: Path) -> np.ndarray:
+    """Memory-map an array; arrays of Python objects, which only pickle can read, are refused.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+        ValueError: If it is not such a file, or shorter than its header says.
+    """
+    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer forever
+        raise ValueError("it is not a file")
+    try:
+        with open(path, "rb") as file:
+            check_npy_header(file)
+        return np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+
+
+def check_npy_header(file: BinaryIO):
+    """Raise ValueError unless the file begins as numpy writes an array.
+
+    numpy parses the header as a Python expression, with every error that one can have.
+    """
+    version, _ = np.lib.format.read_magic(file)
+    length = int.from_bytes(file.read(2 if version == 1 else 4), "little")
+    header = file.read(min(length, 2**16))
+    require(len(header) == length and NPY_HEADER.fullmatch(header) is not None, "it has no header of an array")
+
+
 def _manifest_entry(path: Path) -> dict:
     try:
-        ids = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
+        ids = open_npy(path)
+    except ValueError as error:
         raise ValueError(f"shard {path} is truncated or damaged ({error}): copy it again.") from error
     if ids.dtype != np.uint16 or ids.ndim != 1 or not len(ids):
         raise ValueError(f"shard {path} holds an array {ids.shape} of {ids.dtype}, not (n,) of uint16.")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from .dataset import MANIFEST, SPLITS, open_tokenizer, read_manifest, shard_problems
-from .nanogpt_format import SHARD_NAME
+from .nanogpt_format import SHARD_NAME, open_npy
 
 CHUNK_TOKENS = 2**22  # held in memory at a time
 
@@ -74,8 +74,8 @@ def _content_problems(folder: Path, manifest: dict, entries: list[dict]) -> Iter
 
 def _chunks(path: Path) -> Iterator[np.ndarray]:
     """Yield the shard's ids in pieces; a memory map would count as memory of this process."""
+    header_bytes = open_npy(path).offset
     with open(path, "rb") as file:
-        np.lib.format.read_magic(file)
-        np.lib.format.read_array_header_1_0(file)
+        file.seek(header_bytes)
         while data := file.read(2 * CHUNK_TOKENS):
             yield np.frombuffer(data, dtype="<u2")

@@ -103,6 +103,10 @@ def _read_file(path: str) -> Iterator[tuple[str, object]]:
             except UnicodeDecodeError as error:
                 found = f"byte 0x{error.object[error.start]:02x} at column {error.start + 1}"
                 raise ValueError(f"{location}: {found} is not UTF-8; is this the jsonl, unpacked?") from error
+            except RecursionError:
+                raise ValueError(
+                    f"{location}: this is nested too deeply, and every line must be one example."
+                ) from None
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{location}: {text[:40]!r} is not JSON ({error.msg}, column {error.colno}); every line must be "

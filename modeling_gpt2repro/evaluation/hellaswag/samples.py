@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from modeling_gpt2repro.storage.atomic import atomic_write
+from modeling_gpt2repro.storage.json_files import parse_json
 
 from .examples import Example
 from .score import ExampleScores
@@ -67,7 +68,7 @@ def read_scores(path: str | Path) -> list[SavedScores]:
         for number, line in enumerate(file, start=1):
             try:
                 saved.append(_parse_line(line))
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, OverflowError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{path}, line {number}: {line.strip()[:40]!r} is not the scores of an example: give the .jsonl "
                     "that eval_hellaswag.py has written beside its .json."
@@ -78,7 +79,7 @@ def read_scores(path: str | Path) -> list[SavedScores]:
 
 
 def _parse_line(line: str) -> SavedScores:
-    record = json.loads(line)
+    record = parse_json(line)
     scores = ExampleScores(
         index=int(record["row"]),
         protocol=str(record["protocol"]),
