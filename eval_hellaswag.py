@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import PartialState
-from tqdm import tqdm
 
 import modeling_gpt2repro  # noqa: F401 - registers our model, so that its folders need no remote code
 from modeling_gpt2repro.evaluation.hellaswag import report
@@ -32,6 +31,7 @@ from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask, prep
 from modeling_gpt2repro.evaluation.load_model import load_causal_lm
 from modeling_gpt2repro.runtime.collectives import call_main_process_first
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
+from modeling_gpt2repro.runtime.progress import SteadyBar
 from modeling_gpt2repro.storage.atomic import write_json
 
 
@@ -74,7 +74,7 @@ def load_examples(args: EvalHellaSwagArguments, state: PartialState) -> list[Exa
 def score(args: EvalHellaSwagArguments, model: torch.nn.Module, task: HellaSwagTask) -> list[ExampleScores]:
     """Score this process's share of the examples, and gather the scores of all processes."""
     num_examples = len(task.lengths) // len(args.protocols)
-    with tqdm(total=num_examples, unit="example", disable=not PartialState().is_main_process) as bar:
+    with SteadyBar(total=num_examples, unit="example", disable=not PartialState().is_main_process) as bar:
         try:
             scores = gather_scores(score_task(model, task, report.progress_callback(bar, args.protocols)))
         except torch.OutOfMemoryError as error:

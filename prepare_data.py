@@ -12,6 +12,7 @@ when the same command is run again.
 """
 
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -170,9 +171,8 @@ def report(shards: TokenDataset, seconds: float):
         print(f"bad lines  {sum(bad_lines['counts'].values()):,} left out ({reasons}); the first: {bad_lines['first']}")
     tokenizer = shards.manifest["tokenizer"]
     print(f"tokenizer  {tokenizer['name']}, {tokenizer['vocab_size']:,} ids, sha256 {tokenizer['sha256'][:12]}")
-    print(
-        f"written to {shards.folder} in {seconds:.1f} s; train on it with train_accelerate.py --shards {shards.folder}"
-    )
+    command = f"train_accelerate.py --shards {shlex.quote(str(shards.folder))}"
+    print(f"written to {shards.folder} in {seconds:.1f} s; train on it with {command}")
 
 
 if __name__ == "__main__":

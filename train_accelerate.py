@@ -179,7 +179,7 @@ def train(args: TrainArguments, lock: FolderLock):
             exit_code = setup.leave_stopped_run(args, accelerator, stop, state.step, state.step - first_step, logger)
         else:
             evaluate(args, accelerator, model, data, hellaswag, bytes_per_token, state.step, logger, stop)
-            model_folder = checkpointer.export()
+            model_folder = checkpointer.export(logger, uploads)
             logger.print(end_message(args, state, model_folder))
             exit_code = uploads.push_final(model_folder, logger.print, lambda: stop.signal_name is not None)
     del model, optimizer, checkpointer
@@ -275,8 +275,8 @@ def evaluate(
             accuracies, scores = evaluate_hellaswag(module, hellaswag)
             numbers |= accuracies
             if accelerator.is_main_process:
-                with logger.warn_on_io_error(step, HELLASWAG_FILE):
-                    write_scores(output_dir / HELLASWAG_FILE, scores, hellaswag.examples)
+                path = output_dir / HELLASWAG_FILE
+                logger.write_file(HELLASWAG_FILE, lambda: write_scores(path, scores, hellaswag.examples))
         numbers["evaluation_seconds"] = time.perf_counter() - started
         logger.log_evaluation(step, numbers)
         if args.num_samples and accelerator.is_main_process and stop.signal_name is None:
@@ -292,8 +292,7 @@ def evaluate(
             for prompt, texts in zip(args.sample_prompts, samples, strict=True):
                 logger.log_samples(step, prompt, texts)
         if accelerator.is_main_process:
-            with logger.warn_on_io_error(step, LOSS_PICTURE):
-                plot_loss(output_dir)
+            logger.write_file(LOSS_PICTURE, lambda: plot_loss(output_dir))
         accelerator.wait_for_everyone()
 
 

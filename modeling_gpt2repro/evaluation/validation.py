@@ -19,13 +19,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.tokenizer import tokenizer_sha256
 from modeling_gpt2repro.runtime.collectives import call_main_process_first
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
+from modeling_gpt2repro.runtime.progress import SteadyBar
 from modeling_gpt2repro.storage.atomic import write_json
 
 from .load_model import load_causal_lm, max_context
@@ -90,7 +90,7 @@ def score_text(model: nn.Module, text: ValidationText, batch_size: int, device: 
         ValueError: If memory runs out.
     """
     state = PartialState()
-    with tqdm(total=text.tokens, unit="token", unit_scale=True, disable=not state.is_main_process) as bar:
+    with SteadyBar(total=text.tokens, unit="token", unit_scale=True, disable=not state.is_main_process) as bar:
 
         def with_progress() -> Iterator[dict[str, torch.Tensor]]:
             for batch in text_batches(text, batch_size, state.process_index, state.num_processes):

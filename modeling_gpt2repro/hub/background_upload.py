@@ -4,7 +4,9 @@ A thread would share the GIL with the training loop, and could not be killed whe
 happens in the Hub client (out of memory, a crash, a hang) then ends an upload and never the training.
 """
 
+import functools
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,16 +18,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from modeling_gpt2repro.runs.folder import UPLOAD_LOG, step_of
+from modeling_gpt2repro.storage.retry import MAX_BACKOFF_SECONDS
 
-from .upload import DEFAULT_PATIENCE_SECONDS, EXIT_CODE_HUB_UNREACHABLE, TRAINING_STATE
+from .push import END_WITH_STDIN
+from .upload import DEFAULT_HUB_WAIT_SECONDS, EXIT_CODE_HUB_UNREACHABLE, TRAINING_STATE
 
 LAST_CHECKPOINT_BRANCH = "last-checkpoint"
 SNAPSHOT_PREFIX = ".push-"  # folders that begin so are deleted when a run starts (training/checkpoints.py)
 PUSH_COMMAND = (sys.executable, "-m", "modeling_gpt2repro.hub.push")
-CHECK_PATIENCE_SECONDS = 20  # the training waits for the check
-CHECKPOINT_PATIENCE_SECONDS = 600  # the next checkpoint makes up for one that was not pushed
-FINAL_PATIENCE_SECONDS = DEFAULT_PATIENCE_SECONDS  # nothing makes up for the final model
+CHECK_WAIT_SECONDS = 20  # at most, because the training waits for the check
+AWAY_PAUSE_SECONDS = 4  # the pause after the third failure in a row: by then the Hub is away, not busy for a moment
 POLL_INTERVAL_SECONDS = 0.05
+SECONDS_BETWEEN_REMINDERS = 30
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class RunningUpload(NamedTuple):
     job: UploadJob
     process: subprocess.Popen
     log_offset: int
+    started: float  # by time.monotonic()
 
 
 @dataclass(eq=False)
@@ -57,6 +62,7 @@ class UploadQueue:
     strategy: str
     output_dir: Path  # the run's folder; the output of uploads is appended to its push.log
     private: bool | None = None  # visibility of a new repository; None takes the default of its owner's settings
+    hub_wait_seconds: float = DEFAULT_HUB_WAIT_SECONDS  # how long a push retries while the Hub is away
     command: Sequence[str] = PUSH_COMMAND  # the program that pushes a folder
 
     def __post_init__(self):
@@ -65,7 +71,7 @@ class UploadQueue:
         self._messages: list[str] = []
         self._hub_is_unreachable = False  # according to the last upload
 
-    def check_access(self, is_resume: bool, patience_seconds: float = CHECK_PATIENCE_SECONDS) -> str:
+    def check_access(self, is_resume: bool) -> str:
         """Find out before the first step whether pushing will work; returns a sentence that says so.
 
         Args:
@@ -74,8 +80,8 @@ class UploadQueue:
         Raises:
             ValueError: If pushing will not work.
         """
-        command = self._push_command("--check", patience_seconds=patience_seconds)
-        result = subprocess.run(command, env=upload_environment(), capture_output=True, text=True)
+        command = self._push_command("--check", wait_seconds=min(CHECK_WAIT_SECONDS, self.hub_wait_seconds))
+        result = subprocess.run(command, **child_options(), capture_output=True, text=True)
         if result.returncode == EXIT_CODE_HUB_UNREACHABLE and is_resume:
             return f"{last_line(result.stderr)} The run continues, and pushes once the Hub can be reached again."
         if result.returncode != 0:
@@ -109,19 +115,18 @@ class UploadQueue:
     def poll(self) -> list[str]:
         """Start the next upload if one has ended; returns a sentence about each that ended since the last call."""
         if self._running and self._running.process.poll() is not None:
-            job, process, log_offset = self._running
-            self._running = None
+            job, process, *_ = self._running
             self._hub_is_unreachable = process.returncode == EXIT_CODE_HUB_UNREACHABLE
             try:
-                output = (self.output_dir / UPLOAD_LOG).read_bytes()[log_offset:].decode(errors="replace")
                 # Without output it was killed, for example by the kernel when memory ran out.
-                outcome = last_line(output) or f"it ended with {process.returncode}"
+                outcome = last_line(self._output()) or f"it ended with {process.returncode}"
             except OSError:
                 outcome = f"{UPLOAD_LOG} cannot be read"
             if process.returncode != 0:
                 outcome = f"not pushed, because {outcome}"
             self._messages.append(f"{job.message}: {outcome}")
             shutil.rmtree(job.folder, ignore_errors=True)
+            self._running = None
             self._start_next()
         messages = self._messages
         self._messages = []
@@ -137,7 +142,8 @@ class UploadQueue:
         """Push the final model, after the checkpoints that have a branch of their own.
 
         Checkpoints for main are dropped, because the final model replaces them there. The others may take their time,
-        but only until one finds the Hub unreachable: not every one of them waits for it anew.
+        but only until one finds the Hub away: then the final push alone waits for it, `hub_wait_seconds` at most. A
+        line counts them down, unless the Hub answers: a slow push is not given up.
 
         Returns:
             The exit code: 0 if the model is on the Hub; otherwise the command that pushes it has been shown.
@@ -149,18 +155,16 @@ class UploadQueue:
         if self._running and self._running.job.branch == "main":
             self._kill_running()
             self._start_next()
-        self._hub_is_unreachable = False
-        while self._running and not self._hub_is_unreachable and not should_stop():
-            time.sleep(POLL_INTERVAL_SECONDS)
-            self._show_messages(show)
+        away_since = self._wait_for_uploads(show, should_stop)
+        wait_seconds = max(0.0, self.hub_wait_seconds - (time.monotonic() - away_since))
         if self._running:
             self._pending.insert(0, self._kill_running())
         self.drop_pending()
         self._show_messages(show)
-        show(f"Pushing {folder} to {self.repository}.")
+        show(f"Pushing {folder} to {self.repository}; if the Hub is away, this waits {wait_seconds:.0f} s at most.")
         command = self._push_command(str(folder), "--message", "End of training")
-        with_patience = [*command, "--patience_seconds", str(FINAL_PATIENCE_SECONDS)]
-        process = subprocess.Popen(with_patience, env=upload_environment())  # its output is the terminal's
+        # Its output is the terminal's.
+        process = subprocess.Popen([*command, "--hub_wait_seconds", str(wait_seconds)], **child_options())
         while process.poll() is None and not should_stop():
             time.sleep(POLL_INTERVAL_SECONDS)
         process.kill()
@@ -178,8 +182,44 @@ class UploadQueue:
             self._drop(job.branch)
         self.repository = None  # what is called from here on does nothing
 
+    def _wait_for_uploads(self, show: Callable[[str], None], should_stop: Callable[[], bool]) -> float:
+        """Wait for the queue until the Hub is away; returns since when it has been (time.monotonic()), or now."""
+        self._hub_is_unreachable = False
+        shown, next_reminder = None, 0.0
+        waiting_since = time.monotonic()
+        while self._running and not should_stop():
+            upload, now = self._running, time.monotonic()
+            if upload is not shown or now > next_reminder:
+                show(
+                    f"{upload.job.message}: still being pushed to {upload.job.branch}, for {now - upload.started:.0f} "
+                    "s now. The run waits while the Hub answers; if it is away, "
+                    f"{self.hub_wait_seconds:.0f} s at most (--hub_wait_seconds), the final push included."
+                )
+                shown, next_reminder = upload, now + SECONDS_BETWEEN_REMINDERS
+            time.sleep(POLL_INTERVAL_SECONDS)
+            self._show_messages(show)
+            if self._hub_is_unreachable or (self._running and self._is_retrying()):
+                show("The Hub is away: of what is left to push, only the final model is.")
+                # An upload that has given up has waited all the time; one that says so had an answer before.
+                return max(waiting_since, upload.started) if self._hub_is_unreachable else time.monotonic()
+        return time.monotonic()
+
+    def _is_retrying(self) -> bool:
+        """Whether the running upload has failed three times in a row, and pauses."""
+        try:
+            pause = re.search(r"trying again in (\d+) s", last_line(self._output()))
+            seconds_ago = time.time() - (self.output_dir / UPLOAD_LOG).stat().st_mtime
+        except OSError:
+            return False
+        # After a pause it may be uploading again, without a word.
+        return bool(pause) and int(pause[1]) >= AWAY_PAUSE_SECONDS and seconds_ago < MAX_BACKOFF_SECONDS
+
+    def _output(self) -> str:
+        """What the running upload has printed."""
+        return (self.output_dir / UPLOAD_LOG).read_bytes()[self._running.log_offset :].decode(errors="replace")
+
     def _kill_running(self) -> UploadJob:
-        job, process, _ = self._running
+        job, process, *_ = self._running
         process.kill()  # not terminate: if the run was started with SIGTERM ignored, its children ignore it, too
         process.wait()
         shutil.rmtree(job.folder, ignore_errors=True)
@@ -197,15 +237,13 @@ class UploadQueue:
             flags = ["--branch", job.branch, "--message", job.message]
             if job.with_training_state:
                 flags.append("--with_training_state")
-            command = self._push_command(str(job.folder), *flags, patience_seconds=CHECKPOINT_PATIENCE_SECONDS)
-            environment = {**upload_environment(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+            command = self._push_command(str(job.folder), *flags, wait_seconds=self.hub_wait_seconds)
             try:
                 with open(self.output_dir / UPLOAD_LOG, "ab") as log:
                     log_offset = log.tell()
-                    process = subprocess.Popen(
-                        command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-                    )
-                self._running = RunningUpload(job, process, log_offset)
+                    options = child_options(HF_HUB_DISABLE_PROGRESS_BARS="1")
+                    process = subprocess.Popen(command, **options, stdout=log, stderr=log)
+                self._running = RunningUpload(job, process, log_offset, time.monotonic())
             except OSError as error:
                 self._fail(job, error)
 
@@ -220,13 +258,24 @@ class UploadQueue:
         for message in self.poll():
             show(message)
 
-    def _push_command(self, *words: str, patience_seconds: float | None = None) -> list[str]:
+    def _push_command(self, *words: str, wait_seconds: float | None = None) -> list[str]:
         command = [*self.command, *words, "--hub_model_id", self.repository]
         if self.private is not None:
             command.append("--private" if self.private else "--no-private")
-        if patience_seconds is not None:
-            command += ["--patience_seconds", str(patience_seconds)]
+        if wait_seconds is not None:
+            command += ["--hub_wait_seconds", str(wait_seconds)]
         return command
+
+
+def child_options(**environment: str) -> dict:
+    """Options of `subprocess` for a push that ends with this process, even if that is killed (see push.py)."""
+    return {"env": {**upload_environment(), END_WITH_STDIN: "1", **environment}, "stdin": silent_pipe()}
+
+
+@functools.cache
+def silent_pipe() -> int:
+    """The read end of a pipe into which nothing is written, and which ends with this process."""
+    return os.pipe()[0]
 
 
 def upload_environment() -> dict[str, str]:

@@ -20,6 +20,7 @@ from huggingface_hub import HfApi, get_session, get_token
 from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import HTTPError
 
+from modeling_gpt2repro.runtime.progress import count_down
 from modeling_gpt2repro.storage.lock import LOCK_FILE
 from modeling_gpt2repro.storage.retry import XET_TOKEN_REFUSED, describe_error, http_status, is_transient, retry
 
@@ -33,7 +34,7 @@ REPLACED = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safe
 NEVER_PUSHED = [".git/*", ".cache/*", LOCK_FILE]
 CHECK_BRANCH = "write-check"
 RESPONSE_TIMEOUT_SECONDS = 120.0  # without one, the client waits forever for a Hub that accepts but never answers
-DEFAULT_PATIENCE_SECONDS = 1800.0
+DEFAULT_HUB_WAIT_SECONDS = 300.0
 # By itself, Xet's client repeats a request five times, which takes five minutes or more and shows nothing. Twice takes
 # some 15 seconds, and then the push is retried as a whole, with a message.
 XET_RETRIES = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"}
@@ -53,14 +54,18 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--with_training_state", action="store_true", help="Push a checkpoint that can be resumed.")
     parser.add_argument("--check", action="store_true", help="Push nothing, only find out whether pushing would work.")
     parser.add_argument(
-        "--patience_seconds",
+        "--hub_wait_seconds",
         type=float,
-        default=DEFAULT_PATIENCE_SECONDS,
-        help="How long to retry while the Hub is unreachable.",
+        default=DEFAULT_HUB_WAIT_SECONDS,
+        help="How long to retry while the Hub is away (default: %(default)g).",
     )
+    older_name = {"dest": "hub_wait_seconds", "type": float, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument("--patience_seconds", **older_name)
     args = parser.parse_args(argv)
     if (args.folder is None) != args.check:
         parser.error("give either a folder or --check")
+    if not args.hub_wait_seconds >= 0:  # not a number either
+        parser.error(f"--hub_wait_seconds ({args.hub_wait_seconds}) must be at least 0")
 
     def attempt() -> str:
         if args.check:
@@ -77,7 +82,8 @@ def main(argv: list[str] | None = None):
 
     try:
         # Flushed, because the process that started this one may follow its log file.
-        print(retry(attempt, args.patience_seconds, on_retry=partial(print, file=sys.stderr, flush=True)))
+        show = partial(print, file=sys.stderr, flush=True)
+        print(retry(attempt, args.hub_wait_seconds, on_retry=show, sleep=count_down))
     except (HTTPError, OSError, RuntimeError) as error:
         if is_transient(error):
             message = f"the Hub cannot be reached ({describe_error(error)}): try again later."

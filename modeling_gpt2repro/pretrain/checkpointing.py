@@ -2,12 +2,13 @@
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
@@ -30,10 +31,10 @@ from modeling_gpt2repro.training.optimization import SCHEDULE
 from modeling_gpt2repro.training.optimizer_state import load_optimizer, load_random, optimizer_tensors, random_tensors
 from modeling_gpt2repro.training.state import TrainState
 
-from .messages import cannot_save_message
+from .messages import cannot_export_message, cannot_save_message
 
 MAX_FAILED_SAVES = 3  # in a row, after which a run stops
-FINAL_SAVE_TRIES = 20  # for the last checkpoint, which no later one makes up for
+FINAL_SAVE_TRIES = 20  # for the last checkpoint and the final model, which no later one makes up for
 SECONDS_BETWEEN_TRIES = 30.0  # with 20 tries, ten minutes in which somebody can free some space
 
 
@@ -95,25 +96,45 @@ class Checkpointer:
             logger.print(f"step {step:>6}: no checkpoint, because this step was skipped")
             return
         folder = self.output_dir / checkpoint_name(step)
-        for attempt in range(FINAL_SAVE_TRIES if final else 1):
-            if attempt > 0:
-                logger.print(f"Trying again every {SECONDS_BETWEEN_TRIES:.0f} s: free some space in {self.output_dir}.")
-                time.sleep(SECONDS_BETWEEN_TRIES)
+
+        def write() -> str | None:
             self.state.train_seconds = logger.train_seconds
             started = time.perf_counter()
             with logger.untimed():
                 problem = self.write(folder, self.policy)
                 logger.record(step, {"save_seconds": time.perf_counter() - started})
-            if problem is None:
-                self.saved_step = step
-                self.failed_saves = 0
-                uploads.enqueue(folder)
-                return
-            self.failed_saves += 1
-            logger.print(f"step {step:>6}: no checkpoint ({problem}); the one before stays")
-            uploads.drop_pending()  # snapshots that wait for their upload take disk space
+            return problem
+
+        failure = f"step {step:>6}: no checkpoint (%s); the one before stays"
+        problem = self._write_in_tries(write, failure, logger, uploads, tries=FINAL_SAVE_TRIES if final else 1)
+        if problem is None:
+            self.saved_step = step
+            self.failed_saves = 0
+            uploads.enqueue(folder)
+            return
+        self.failed_saves += 1
         if final or self.failed_saves >= MAX_FAILED_SAVES:
             raise SystemExit(cannot_save_message(self.args, problem) if self.accelerator.is_main_process else 1)
+
+    def _write_in_tries(
+        self, write: Callable[[], str | None], failure: str, logger: RunLogger, uploads: UploadQueue, tries: int
+    ) -> str | None:
+        """Call `write` until it returns None instead of a problem, with pauses; returns the last problem.
+
+        Args:
+            write: Returns the same on all processes.
+            failure: What to print for a problem, which takes the place of %s.
+        """
+        for attempt in range(tries):
+            if attempt > 0:
+                logger.print(f"Trying again every {SECONDS_BETWEEN_TRIES:.0f} s: free some space in {self.output_dir}.")
+                time.sleep(SECONDS_BETWEEN_TRIES)
+            problem = write()
+            if problem is None:
+                return None
+            logger.print(failure % problem)
+            uploads.drop_pending()  # snapshots that wait for their upload take disk space
+        return problem
 
     def write(self, folder: Path, policy: checkpoints.RetentionPolicy) -> str | None:
         """Write everything that a run resumes from; returns why it could not be written, or None."""
@@ -156,23 +177,35 @@ class Checkpointer:
         is_done = self.state.step >= self.args.total_steps
         return is_done and run_on_main_and_broadcast(self.accelerator, is_of_this_step)
 
-    def export(self) -> Path:
+    def export(self, logger: RunLogger, uploads: UploadQueue) -> Path:
         """Write the final model: a Hub folder without the training state, with the run's numbers.
 
+        A disk that refuses is tried again for some minutes, as for the last checkpoint.
+
         Raises:
-            SystemExit: If it cannot be written.
+            SystemExit: On all processes, if it cannot be written; the run can be resumed from its last checkpoint.
         """
         folder = self.output_dir / MODEL_FOLDER
         temporary = self.output_dir / f".{MODEL_FOLDER}.partial"
         module = self.model_to_save()
-        if self.accelerator.is_main_process:
-            try:
-                save_hub_folder(module, self.data.tokenizer, temporary, self.origin, self.output_dir)
-                shutil.copyfile(self.output_dir / METRICS_FILE, temporary / METRICS_FILE)  # the model card draws on it
-                replace_dir(temporary, folder)
-            except (OSError, SafetensorError) as error:
-                raise SystemExit(cannot_save_message(self.args, str(error))) from error
-        self.accelerator.wait_for_everyone()
+
+        def write() -> str | None:
+            problem = None
+            if self.accelerator.is_main_process:
+                logger.write_waiting()  # the model's folder gets a copy of metrics.jsonl
+                try:
+                    save_hub_folder(module, self.data.tokenizer, temporary, self.origin, self.output_dir)
+                    shutil.copyfile(self.output_dir / METRICS_FILE, temporary / METRICS_FILE)  # the card draws on it
+                    replace_dir(temporary, folder)
+                except (OSError, SafetensorError) as error:
+                    problem = getattr(error, "strerror", None) or str(error)
+                    shutil.rmtree(temporary, ignore_errors=True)
+            return broadcast_object_list([problem])[0]
+
+        failure = "The final model cannot be written (%s)."
+        problem = self._write_in_tries(write, failure, logger, uploads, tries=FINAL_SAVE_TRIES)
+        if problem is not None:
+            raise SystemExit(cannot_export_message(self.args, problem) if self.accelerator.is_main_process else 1)
         return folder
 
     def model_to_save(self) -> GPT2ReproForCausalLM:

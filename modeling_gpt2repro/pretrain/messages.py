@@ -192,7 +192,7 @@ numbers      {output_dir / METRICS_FILE}
 Make it talk:
 
     from transformers import pipeline
-    talk = pipeline("text-generation", model="{model_folder.as_posix()}", trust_remote_code=True)
+    talk = pipeline("text-generation", model={model_folder.as_posix()!r}, trust_remote_code=True)
     print(talk({args.sample_prompts[0]!r}, max_new_tokens=40, do_sample=True, top_k=50)[0]["generated_text"])
 """
 
@@ -223,6 +223,14 @@ def cannot_save_message(args: TrainArguments, problem: str) -> str:
     return (
         f"no checkpoint can be written to {args.output_dir} ({problem}): free some space there, then resume from the "
         "last one with --resume_from_checkpoint latest."
+    )
+
+
+def cannot_export_message(args: TrainArguments, problem: str) -> str:
+    """Why a run that has all its steps ends without its final model, and how to get it."""
+    return (
+        f"the final model cannot be written to {args.output_dir} ({problem}): free some space there, then give the "
+        "same command with --resume_from_checkpoint latest, which writes it from the last checkpoint."
     )
 
 

@@ -80,7 +80,9 @@ def build_upload_queue(args: TrainArguments, accelerator: Accelerator) -> Upload
     if not args.push_to_hub or not accelerator.is_main_process:
         uploads = UploadQueue(None, "end", output_dir)
     else:
-        uploads = UploadQueue(args.hub_repository, args.hub_strategy, output_dir, args.hub_private_repo)
+        uploads = UploadQueue(
+            args.hub_repository, args.hub_strategy, output_dir, args.hub_private_repo, args.hub_wait_seconds
+        )
     if args.push_to_hub:
         is_resume = (output_dir / RUN_CONFIG_FILE).exists()
         message = run_on_main_and_broadcast(accelerator, lambda: uploads.check_access(is_resume))
@@ -146,10 +148,10 @@ def leave_stopped_run(
     report_to_launcher(message)
     if accelerator.is_main_process:
         marker = {"step": step, "steps_made": steps_made, "by_signal": by_signal, "message": message.strip()}
-        with logger.warn_on_io_error(step, STOPPED_FILE):
-            write_json(Path(args.output_dir) / STOPPED_FILE, marker)
+        logger.write_file(STOPPED_FILE, lambda: write_json(Path(args.output_dir) / STOPPED_FILE, marker))
         if REQUEUE_FILE in os.environ and steps_made and not by_signal:
-            Path(os.environ[REQUEUE_FILE]).write_text(message, encoding="utf-8")
+            requeue_file = Path(os.environ[REQUEUE_FILE])
+            logger.write_file(requeue_file.name, lambda: requeue_file.write_text(message, encoding="utf-8"))
     accelerator.wait_for_everyone()  # a process that left now would have the launcher end the others
     return EXIT_CODE
 
@@ -217,8 +219,7 @@ def log_run_summary(
             "guessing by frequency, unigram entropy": unigram_entropy(batches, vocab_size),
         }
         if accelerator.is_main_process and not args.preflight:
-            with logger.warn_on_io_error(step, BASELINES_FILE):
-                write_baselines(Path(args.output_dir), baselines, BASELINES)
+            logger.write_file(BASELINES_FILE, lambda: write_baselines(Path(args.output_dir), baselines, BASELINES))
         module = unwrapped_model(accelerator, model)
         shape = data.batches.micro_batch_shape
         epochs = epochs_of_run(args, data.batches)

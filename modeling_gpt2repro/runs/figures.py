@@ -10,7 +10,7 @@ published HellaSwag accuracies of GPT-2 and GPT-3.
 import argparse
 from pathlib import Path
 
-from .folder import LOSS_PICTURE
+from .folder import LOSS_PICTURE, METRICS_FILE
 from .read import read_run
 
 FORMATS = (".png", ".svg")
@@ -65,10 +65,11 @@ def plot_loss(folder: Path) -> Path:
     """Plot a run's loss so far to `folder/loss.png`; returns its path.
 
     Raises:
-        OSError: If it cannot be written; an earlier plot is still there then.
+        OSError: If it cannot be written, or metrics.jsonl cannot be read; an earlier plot is still there then.
     """
     from .plots import loss_panel, plot_panels, save_figure
 
+    (folder / METRICS_FILE).stat()  # where it is missing, the disk refuses it for now: an OSError, not a wrong folder
     figure = plot_panels([read_run(folder)], [loss_panel], columns=1, size=(8, 5))
     return save_figure(figure, folder / LOSS_PICTURE, dpi=120)
 

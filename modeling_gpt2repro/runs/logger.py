@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
@@ -17,11 +18,14 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from modeling_gpt2repro.runtime.hardware import peak_memory_gb, readable_duration
+from modeling_gpt2repro.runtime.progress import SteadyBar
+from modeling_gpt2repro.storage.append import LineAppender
 
-from .folder import SAMPLES_FILE
+from .folder import METRICS_FILE, SAMPLES_FILE
 from .metrics import MetricsLog, StepMetrics
 
 SMOOTHING = 0.02  # weight of a step in the running mean of step times: the last 50 or so count
+TRACKERS = "the log of the trackers"  # TensorBoard and others, in messages
 
 
 @dataclass(eq=False)
@@ -47,7 +51,7 @@ class RunLogger:
         has_terminal = sys.stdout.isatty() and sys.stderr.isatty()
         has_terminal = has_terminal and os.get_terminal_size(sys.stderr.fileno()).lines > 1
         self.shows_bar = has_terminal and self.accelerator.is_main_process
-        self.bar = tqdm(
+        self.bar = SteadyBar(
             total=self.total_steps,
             initial=self.first_step,
             unit="step",
@@ -56,6 +60,8 @@ class RunLogger:
             delay=1e-9,  # not drawn before there is something to print above it
             leave=False,  # the last lines of a run are its own
         )
+        self._samples = LineAppender(self.log.path.with_name(SAMPLES_FILE))
+        self._untracked: deque[tuple[dict, int]] = deque()  # scalars and step of records that trackers have not got yet
         self._unread: list[tuple[int, StepMetrics, float, float]] = []
         self._clock = time.perf_counter()
         self._mean_step_seconds: float | None = None  # without the first steps, which compile and warm up
@@ -108,18 +114,19 @@ class RunLogger:
     def untimed(self) -> Iterator[None]:
         """Exclude an evaluation or a save from the time that counts as training."""
         self.flush()
+        self.write_waiting()
         try:
             yield
         finally:
             self._clock = time.perf_counter()
 
-    @contextmanager
-    def warn_on_io_error(self, step: int, what: str) -> Iterator[None]:
-        """Around writing what a run can do without: a full disk gives a warning, and the run continues."""
-        try:
-            yield
-        except OSError as error:
-            self.print(f"step {step:>6}: {what} could not be written ({error.strerror})")
+    def write_file(self, name: str, write: Callable[[], None]):
+        """Call `write`, on the main process; where the disk refuses, again before evaluations and checkpoints."""
+        self.log.deferred.write(name, write)
+
+    def write_waiting(self):
+        """Write what the disk has refused, if it takes it now."""
+        self.log.deferred.retry()
 
     def log_evaluation(self, step: int, numbers: dict):
         """Log and show an evaluation; `numbers` under the names that they have in metrics.jsonl."""
@@ -138,8 +145,8 @@ class RunLogger:
     def log_samples(self, step: int, prompt: str, texts: list[str]):
         """Append the samples to samples.jsonl, and show them, each on a line."""
         record = {"step": step, "prompt": prompt, "samples": texts}
-        with self.warn_on_io_error(step, SAMPLES_FILE), open(self.log.path.with_name(SAMPLES_FILE), "ab") as file:
-            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        self._samples.append(json.dumps(record, ensure_ascii=False))
+        self.write_file(SAMPLES_FILE, self._samples.flush)
         self.print("\n".join(f"    > {' '.join(text.split())}" for text in texts))
 
     def record(self, step: int, numbers: dict):
@@ -148,12 +155,33 @@ class RunLogger:
         self.log.append(record)
         # Trackers have a name of their own for the step, and some reserve ours.
         scalars = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
-        self.accelerator.log(scalars, step=step)
+        self._untracked.append((scalars, step))
+        if not self.log.deferred.is_waiting(METRICS_FILE, TRACKERS):  # a failed write costs a tracker its thread
+            self.write_file(TRACKERS, self._log_to_trackers)
 
     def close(self):
         """Write what is not yet written, as far as the disk allows, and end the bar."""
-        self.log.flush()
+        self.write_file(TRACKERS, self._log_to_trackers)
+        self.log.deferred.close()
         self.bar.close()
+
+    def _log_to_trackers(self):
+        """Send the trackers what waits for them.
+
+        Raises:
+            OSError: If the disk of one of them refuses. Then its writer is of no more use (TensorBoard's is a thread,
+                which has ended, and its file ends in half a record), and the next call gets a new one.
+        """
+        try:
+            while self._untracked:
+                scalars, step = self._untracked[0]
+                self.accelerator.log(scalars, step=step)
+                self._untracked.popleft()
+        except OSError:
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    tracker.writer.file_writer = tracker.writer.all_writers = None  # as after its `close`
+            raise
 
     def _measure_speed(self, steps: int) -> dict[str, float]:
         """Step time, tokens per second and MFU since the last read, of `steps` steps; updates the running mean."""

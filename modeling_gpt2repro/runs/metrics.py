@@ -2,13 +2,14 @@
 
 import json
 import math
-import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from modeling_gpt2repro.storage.append import LineAppender
+
+from .deferred import DeferredWrites
 from .folder import METRICS_FILE
 
 
@@ -23,39 +24,23 @@ class StepMetrics(NamedTuple):
 class MetricsLog:
     """Appends records; a resumed run continues the file with a record that names the step it resumes from.
 
-    A full disk does not end a run: records wait in memory until they can be written.
+    A disk that refuses does not end a run: records wait in memory until they can be written.
     """
 
     def __init__(self, output_dir: Path, resumed_step: int | None, enabled: bool, changed: dict | None = None):
         self.path = output_dir / METRICS_FILE
         self.enabled = enabled
-        self._pending: list[str] = []
-        if enabled and self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            self._pending.append("")  # ends a line that a crash cut off
+        self.deferred = DeferredWrites()  # of this and of the run's other files
+        self._lines = LineAppender(self.path)
         if resumed_step is not None:
             self.append({"step": resumed_step, "event": "resume", "changed": changed or {}})
 
     def append(self, record: dict):
-        """Write one record and flush it, so that a killed run loses none. NaN and infinity, not in JSON, are null."""
+        """Write one record at once, so that a killed run loses none. NaN and infinity, not in JSON, are null."""
         assert "step" in record, "every record has its step"
         if self.enabled:
             nonfinite = [
                 name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)
             ]
-            self._pending.append(json.dumps({**record, **dict.fromkeys(nonfinite)}))
-            self.flush()
-
-    def flush(self):
-        """Write the pending records; if that fails they stay pending, and the file keeps whole lines only."""
-        if not self._pending:
-            return
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(line + "\n" for line in self._pending))
-            self._pending = []
-        except OSError as error:
-            if len(self._pending) == 1:
-                print(f"{self.path} cannot be written ({error.strerror}); its records wait.", file=sys.stderr)
-            if self.path.exists():
-                os.truncate(self.path, size)
+            self._lines.append(json.dumps({**record, **dict.fromkeys(nonfinite)}))
+            self.deferred.write(METRICS_FILE, self._lines.flush)

@@ -95,7 +95,7 @@ def read_run(folder: Path) -> Run:
     """
     if not (folder / METRICS_FILE).is_file():
         raise ValueError(f"{folder} is not a run: it has no {METRICS_FILE}; give the --output_dir of a training.")
-    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    lines = (folder / METRICS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     records, resumes = drop_undone_records(lines)
     config = _read_json(folder / RUN_CONFIG_FILE)
     stretches = []
@@ -122,7 +122,7 @@ def drop_undone_records(lines: Iterable[str]) -> tuple[list[dict], dict[int, dic
     """Parse metrics.jsonl and drop what was undone by resuming from an earlier step.
 
     Steps 1 2 3 4, resume at 2, steps 3 4 5 -> steps 1 2 3 4 5, where 3 and 4 are those of the second attempt.
-    A line that a crash cut off is dropped, too.
+    What is no record, such as a line that a crash cut off, is dropped, too.
 
     Returns:
         The records, and for each step at which the run was resumed the arguments that differ from run.json:
@@ -134,6 +134,8 @@ def drop_undone_records(lines: Iterable[str]) -> tuple[list[dict], dict[int, dic
         try:
             record = json.loads(line)
         except ValueError:
+            continue
+        if not isinstance(record, dict) or "step" not in record:
             continue
         if record.get("event") != "resume":
             records.append(record)

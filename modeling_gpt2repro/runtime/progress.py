@@ -1,12 +1,23 @@
-"""Progress bars: of tokens, and of text."""
+"""Progress bars, of steps, of tokens and of text; and a countdown."""
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
 
-class ProgressBar(tqdm):
+class SteadyBar(tqdm):
+    """A tqdm by the monotonic clock; tqdm's own, the wall clock, stops the bar for an hour if it is set back by one."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        if not self.disable:
+            self._time = time.monotonic  # where tqdm reads it for `update` and the rate
+            self.start_t = self.last_print_t = time.monotonic()
+
+
+class ProgressBar(SteadyBar):
     """Training tokens so far, tokens/s and the time left; without `max_tokens` the total is extrapolated."""
 
     def __init__(self, max_tokens: int | None, description: str):
@@ -27,7 +38,7 @@ class ProgressBar(tqdm):
         self.update(tokens - self.n)
 
 
-class TextBar(tqdm):
+class TextBar(SteadyBar):
     """Progress in bytes of text.
 
     Args:
@@ -46,3 +57,15 @@ class TextBar(tqdm):
             self.update(len(text.encode("utf-8", "replace")))
         self.total = self.n  # the total was an estimate
         self.set_description(then)
+
+
+def count_down(pause: float, left: float):
+    """Sleep for `pause` of the seconds that are `left` until something is given up; a terminal shows both."""
+    if not sys.stderr.isatty():
+        time.sleep(pause)
+        return
+    for passed in range(round(pause)):
+        line = f"trying again in {pause - passed:.0f} s, giving up in {left - passed:.0f} s"
+        print(f"\r{line:<60}", end="", file=sys.stderr, flush=True)
+        time.sleep(1)
+    print(f"\r{'':<60}\r", end="", file=sys.stderr, flush=True)

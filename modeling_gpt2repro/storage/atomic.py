@@ -57,10 +57,11 @@ def commit(file: BinaryIO, path: Path):
 
 
 def abort(file: BinaryIO):
-    """Delete a file of `open_temporary`, which gives a full disk its space back."""
+    """Delete a file of `open_temporary`, which gives a full disk its space back; never raises an OSError."""
     with suppress(OSError):  # closing flushes what is buffered, and that does not fit either
         file.close()
-    Path(file.name).unlink(missing_ok=True)
+    with suppress(OSError):  # there is none, or the disk refuses everything for now
+        os.unlink(file.name)
 
 
 def remove_abandoned(folder: Path):
@@ -77,13 +78,22 @@ def remove_abandoned(folder: Path):
 
 
 def replace_dir(temporary: Path, folder: Path):
-    """Rename a finished folder to `folder` once its content is on disk; an older `folder` stays until then."""
+    """Rename a finished folder to `folder` once its content is on disk; an older `folder` stays until then.
+
+    Raises:
+        OSError: If the disk refuses; an older `folder` is still there then.
+    """
     fsync_tree(temporary)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
-    os.replace(temporary, folder)
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        with suppress(OSError):  # else `recover_interrupted_replace` does it when the run is resumed
+            os.replace(old, folder)
+        raise
     fsync_dir(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 

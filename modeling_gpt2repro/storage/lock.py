@@ -48,6 +48,7 @@ class FolderLock:
         self._machine = machine_id()
         self._since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         self._beats = 0
+        self._is_stale = False  # whether the open file is of no more use, because an NFS server has forgotten it
         self._file: BinaryIO | None = None  # open while the lock is held
         self._is_over = threading.Event()
         self._heartbeat = threading.Thread(target=self._beat_until_over, daemon=True)
@@ -188,13 +189,16 @@ class FolderLock:
 
         Without locks, that happens to a process that was suspended or cut off from its disk for more than a minute.
         """
-        if not self.path.exists():  # somebody deleted it
+        if self._is_stale or not self.path.exists():  # somebody deleted it, or its server has forgotten it
             file = open_in_place(self.path)
+            if self._is_stale:
+                self._close_file()  # and with it a lock that its server has forgotten, but perhaps not this machine
             if try_lock(file) is False:
                 file.close()
                 return
-            self._file.close()
+            self._close_file()
             self._file = file
+            self._is_stale = False
         holder = self._holder()
         if self._beats and holder.get("id", self._id) != self._id:
             message = f"{self.folder} was taken over by {describe(holder)}: this process, which seemed dead, ends here."
@@ -218,6 +222,7 @@ class FolderLock:
             self._file.write(json.dumps(record).encode().ljust(RECORD_BYTES - 1) + b"\n")
             os.fsync(self._file.fileno())  # an NFS client may keep a write to itself for half a minute
         except OSError as error:
+            self._is_stale = error.errno == errno.ESTALE
             if error.errno != errno.EINVAL:  # the disk cannot flush
                 return False
         self._beats += 1
@@ -232,8 +237,12 @@ class FolderLock:
 
     def _close(self):
         if self._file is not None:
-            self._file.close()
+            self._close_file()
             self._file = None
+
+    def _close_file(self):
+        with suppress(OSError):  # of a disk that is away; the file is closed all the same
+            self._file.close()
 
 
 def print_now(message: str):

@@ -24,6 +24,7 @@ def retry(
     errors: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError),
     on_retry: Callable[[str], None] = lambda message: None,
     may_pass: Callable[[BaseException], bool] | None = None,
+    sleep: Callable[[float, float], None] = lambda pause, left: time.sleep(pause),
 ) -> Result:
     """Call `attempt` until it succeeds, fails with an error that will not pass, or `patience_seconds` are over.
 
@@ -31,6 +32,7 @@ def retry(
         errors: Which errors may pass at all; others are raised at once.
         on_retry: Receives a sentence before each pause.
         may_pass: Which of them may; `is_transient` by default.
+        sleep: Receives the seconds to sleep, and those until `attempt` is given up.
     """
     may_pass = may_pass or is_transient
     deadline = time.monotonic() + patience_seconds
@@ -38,10 +40,12 @@ def retry(
         try:
             return attempt()
         except errors as error:
-            if not may_pass(error) or time.monotonic() + pause > deadline:
+            left = deadline - time.monotonic()
+            if not may_pass(error) or pause > left:
                 raise
-            on_retry(f"the Hub cannot be reached ({describe_error(error)}); trying again in {pause:.0f} s.")
-            time.sleep(pause)
+            seconds = f"trying again in {pause:.0f} s, giving up in {left:.0f} s."
+            on_retry(f"the Hub cannot be reached ({describe_error(error)}); {seconds}")
+            sleep(pause, left)
 
 
 def backoff_seconds() -> Iterator[float]:

@@ -229,6 +229,12 @@ class TrainArguments:
     hub_private_repo: bool | None = arg(
         default=None, help="Make a new repository private. If not given, the owner's setting on the Hub decides."
     )
+    hub_wait_seconds: float = arg(
+        default=300.0,
+        minimum=0,
+        help="How long a push waits for a Hub that is away; at the end of the run, all pushes together. Afterwards the "
+        "run ends with exit code 3 and the command that pushes later. A slow upload is not interrupted.",
+    )
 
     per_device_train_batch_size: int = arg(
         default=32,

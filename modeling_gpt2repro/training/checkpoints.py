@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,7 +135,8 @@ def save_checkpoint(
         policy: Which older ones to keep.
 
     Returns:
-        None, or why it could not be written; then everything is as before, on all processes.
+        None, or why it could not be written, on all processes; then the other checkpoints are as before. Older ones
+        that cannot be deleted are no reason.
     """
     problem = None
     if accelerator.is_main_process:
@@ -149,12 +150,22 @@ def save_checkpoint(
             (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
             write_checksums(temporary, CHECKSUMS_FILE)
             replace_dir(temporary, folder)
-            for old in policy.expired(find_checkpoints(folder.parent), newest=folder):
-                delete_dir(old)
         except (OSError, SafetensorError) as error:
             problem = getattr(error, "strerror", None) or str(error)
             shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            delete_expired(policy, newest=folder)
     return broadcast_object_list([problem])[0]
+
+
+def delete_expired(policy: RetentionPolicy, newest: Path):
+    """Delete the checkpoints that are no longer kept; those that the disk refuses to delete wait for the next call."""
+    found = []
+    with suppress(OSError):
+        found = find_checkpoints(newest.parent)
+    for checkpoint in policy.expired(found, newest):
+        with suppress(OSError):
+            delete_dir(checkpoint)
 
 
 def remove_stale_files(output_dir: Path):

@@ -53,6 +53,7 @@ FLAG_HINTS: dict[tuple[str, ...], str] = {
     ("eval_iters",): "use --eval_tokens, in tokens.",
     ("save_interval", "save_every", "save_strategy", "always_save_checkpoint"): "use --save_steps.",
     ("dry_run",): "use --preflight.",
+    ("patience_seconds",): "use --hub_wait_seconds.",
     # Hardware: precision, devices and processes are accelerate's.
     ("fp16", "bf16", "dtype", "precision", "mixed_precision"): (
         f"precision is {AT_LAUNCH.format('--mixed_precision bf16')}"

@@ -1,5 +1,6 @@
 """Checks of a training run's arguments before anything is read: limits, sizes, data, output folder, Hub, tracker."""
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,7 +58,8 @@ def check_sizes(args: "TrainArguments") -> Iterator[str]:
 def check_data(args: "TrainArguments") -> Iterator[str]:
     """Data that does not exist, is given twice, or has no known size although epochs are asked for."""
     if args.shards is not None and not Path(args.shards).is_dir():
-        yield f"there is no folder {args.shards}: prepare it with prepare_data.py --output_dir {args.shards}."
+        command = f"prepare_data.py --output_dir {shlex.quote(args.shards)}"
+        yield f"there is no folder {args.shards}: prepare it with {command}."
     if args.mix is not None and args.shards is not None:
         yield f"shards ({args.shards}) and mix ({args.mix}) exclude each other: give one."
     may_be_on_hub = "/" in args.hellaswag and not args.hellaswag.endswith(".jsonl")

@@ -256,6 +256,19 @@ def test_a_full_disk_is_one_sentence_and_finished_partitions_stay(tmp_path, text
     assert contents(tmp_path / "out") == expected
 
 
+@pytest.mark.parametrize("years", [-1, 1])
+def test_a_clock_that_was_set_by_a_year_costs_no_finished_partition(tmp_path, texts, monkeypatch, years):
+    arguments, expected = texts
+    interrupt_before_the_shards(tmp_path / "out", arguments, monkeypatch)
+    for path in (tmp_path / "out").rglob("*"):  # as if what is there had been written before or after it
+        times = path.stat().st_mtime + years * 365 * 24 * 3600
+        os.utime(path, (times, times))
+    started = record_tokenized_partitions(monkeypatch)
+    prepare(tmp_path / "out", arguments)
+    assert started == []
+    assert contents(tmp_path / "out") == expected
+
+
 def test_other_options_are_refused_and_the_same_resume(tmp_path, texts, capsys, monkeypatch):
     arguments, expected = texts
     interrupt_before_the_shards(tmp_path / "out", arguments, monkeypatch)

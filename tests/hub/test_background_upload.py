@@ -6,7 +6,6 @@ import shlex
 import shutil
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -188,14 +187,13 @@ def test_a_run_that_has_to_stop_waits_for_no_upload(folder, tmp_path):
 
 def test_only_a_resumed_run_starts_while_the_hub_is_unreachable(on_hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", UNREACHABLE_HUB)
-    queue = UploadQueue("user/any", "every_save", tmp_path)
-    check_access = partial(queue.check_access, patience_seconds=0)
-    assert "The run continues, and pushes once the Hub can be reached again." in check_access(is_resume=True)
+    queue = UploadQueue("user/any", "every_save", tmp_path, hub_wait_seconds=0)
+    assert "The run continues, and pushes once the Hub can be reached again." in queue.check_access(is_resume=True)
     with pytest.raises(ValueError, match="push_to_hub: the Hub cannot be reached"):
-        check_access(is_resume=False)
+        queue.check_access(is_resume=False)
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.raises(ValueError, match="push_to_hub: there is no token"):  # waiting does not help
-        check_access(is_resume=True)
+        queue.check_access(is_resume=True)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +201,7 @@ def test_only_a_resumed_run_starts_while_the_hub_is_unreachable(on_hub, tmp_path
     [
         ({"hub_strategy": "often"}, "hub_strategy (often) must be one of end, every_save, checkpoint, all_checkpoints"),
         ({"hub_model_id": "me/mine"}, "add --push_to_hub"),
+        ({"hub_wait_seconds": -1.0}, "hub_wait_seconds (-1.0) must be at least 0."),
         ({"push_to_hub": True, "output_dir": "runs/my run"}, "'my run' cannot be the name"),
         ({"push_to_hub": True, "hub_model_id": "a/b/c"}, "'a/b/c' cannot be the name"),
     ],
@@ -259,11 +258,11 @@ def test_a_training_pushes_its_model_and_a_checkpoint_to_resume_from(on_hub, sha
 
 
 def test_a_training_whose_final_push_fails_shows_the_command_that_pushes_later(
-    on_hub, finished, shards, tmp_path, monkeypatch, capsys
+    on_hub, finished, shards, tmp_path, capsys
 ):
-    monkeypatch.setattr(background_upload, "FINAL_PATIENCE_SECONDS", 0)
+    given = {"push_to_hub": True, "hub_strategy": "end", "hub_wait_seconds": 0}
     with on_hub.faults({"match": "POST .*commit/main", "status": 503}):
-        assert train_here(tmp_path / "unlucky", shards, push_to_hub=True, hub_strategy="end") == 3
+        assert train_here(tmp_path / "unlucky", shards, **given) == 3
     output = capsys.readouterr().out
     command = re.search(r"^    python (-m modeling_gpt2repro.hub.push .*)$", output, re.MULTILINE)[1]
     assert logged_values(tmp_path / "unlucky") == logged_values(finished[0])  # the training itself is complete

@@ -185,7 +185,7 @@ def test_files_that_arrived_damaged_are_reported(folder, mismatches, extra, repo
 
 def test_an_unreachable_hub_has_an_exit_code_of_its_own(folder, on_hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", UNREACHABLE_HUB)
-    result = run_push(folder, "--hub_model_id", "user/away", "--patience_seconds", 0)
+    result = run_push(folder, "--hub_model_id", "user/away", "--patience_seconds", 0)  # the older name
     assert result.returncode == 3
     assert "the Hub cannot be reached (" in result.stderr
 

@@ -1,10 +1,17 @@
 """What a run prints for people."""
 
+import ast
+import re
+import shlex
+import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import prepare_data
+from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.pretrain import messages
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.presets import PRESETS
@@ -39,6 +46,34 @@ def test_the_warning_of_a_slow_cpu_counts_the_operations_of_the_model_that_is_tr
     parameters = 124_439_808 - (50_257 - 1000 + 1024) * 768
     assert operations[2] == pytest.approx(1e10 * (6 * parameters + 12 * 12 * 768 * 512), rel=0.03)
     assert len(printed) == 3
+
+
+@pytest.mark.parametrize("name", ["my run", "it's", 'the "best"', "a\\b", "тест-模型-🙂", "two\nlines", "{x}", "'''"])
+def test_the_python_line_at_the_end_of_a_run_holds_for_any_name_of_its_folder(name):
+    folder = Path("runs") / name / "model"
+    args = SimpleNamespace(output_dir=str(folder.parent), sample_prompts=[name])
+    text = messages.end_message(args, SimpleNamespace(step=1, tokens=2, train_seconds=3), folder)
+    code = ast.parse(textwrap.dedent(text.partition("Make it talk:")[2]))
+    calls = [node for node in ast.walk(code) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    (pipeline,) = [call for call in calls if call.func.id == "pipeline"]
+    (talk,) = [call for call in calls if call.func.id == "talk"]
+    assert {word.arg: ast.literal_eval(word.value) for word in pipeline.keywords}["model"] == f"runs/{name}/model"
+    assert ast.literal_eval(talk.args[0]) == name
+
+
+def test_commands_that_are_printed_are_quoted_for_the_shell(capsys):
+    folder = "data/it's mine"
+    totals = {"tokens": 1, "documents": 1, "shards": []}
+    manifest = {"splits": {"train": totals}, "tokenizer": {"name": "any", "vocab_size": 1, "sha256": ""}}
+    prepare_data.report(SimpleNamespace(folder=Path(folder), manifest=manifest), seconds=1)
+    with pytest.raises(ValueError, match="no folder") as refused:
+        open_shards(folder)
+    with pytest.raises(ValueError, match="no folder") as refused_by_training:
+        TrainArguments(shards=folder)
+    sentences = [str(error.value).removesuffix(".") for error in (refused, refused_by_training)]
+    for message in (capsys.readouterr().out, *sentences):
+        command = re.search(r"(prepare_data|train_accelerate)\.py --.*", message)[0]
+        assert shlex.split(command)[2:] == [folder]
 
 
 def test_the_message_of_a_jump_holds_where_a_schedule_ends_at_zero():

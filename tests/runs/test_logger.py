@@ -1,5 +1,6 @@
 """Speed and MFU as the logger measures them."""
 
+import errno
 import fcntl
 import os
 import pty
@@ -10,10 +11,13 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from refusing_disk import RefusingDisk
 
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog, StepMetrics
@@ -108,3 +112,65 @@ def test_a_log_that_is_a_pipe_has_lines_though_errors_go_to_a_terminal(tmp_path)
         shown = read()
     assert (tmp_path / "log").read_text().startswith("step      1/2 | loss  3.0000")
     assert shown == ""
+
+
+class EventFile(GeneralTracker):
+    """As TensorBoard's tracker: a write that fails ends its thread, and every later one fails as well."""
+
+    name = "tensorboard"
+    requires_logging_directory = False
+    main_process_only = True
+    tracker = None
+
+    def __init__(self, written: list, is_full: list):
+        super().__init__(_blank=True)
+        self.written, self.is_full = written, is_full
+        self.writer = SimpleNamespace(file_writer=None, all_writers=None)
+
+    def log(self, values, step=None):
+        writer = self.writer.file_writer = self.writer.file_writer or SimpleNamespace(is_dead=False)
+        writer.is_dead = writer.is_dead or bool(self.is_full)
+        if writer.is_dead:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.written.append((step, values["loss"]))
+
+
+def test_events_of_a_tracker_wait_for_the_disk_and_come_in_order(tmp_path, capsys):
+    written, is_full = [], []
+    logger = made_logger(tmp_path, total_steps=9, logging_steps=1)
+    logger.accelerator.trackers = [EventFile(written, is_full)]
+    for step in range(1, 10):
+        if step == 3:
+            is_full.append(True)
+        if step == 6:
+            is_full.clear()
+        logger.record(step, {"loss": float(step)})
+        if step == 4:
+            assert [read for read, _ in written] == [1, 2]
+        if step == 7:
+            with logger.untimed():  # an evaluation
+                pass
+            assert [read for read, _ in written] == [1, 2, 3, 4, 5, 6, 7]
+    is_full.append(True)
+    logger.record(10, {"loss": 10.0})
+    is_full.clear()
+    logger.close()
+    assert written == [(step, float(step)) for step in range(1, 11)]
+    errors = capsys.readouterr().err
+    assert errors.count("the log of the trackers cannot be written (No space left on device)") == 2
+    assert errors.count("The disk takes writes again") == 2
+
+
+def test_trackers_are_left_alone_while_the_disk_refuses_the_metrics(tmp_path, monkeypatch):
+    """TensorBoard prints a traceback for each try."""
+    written = []
+    disk = RefusingDisk(monkeypatch, tmp_path)
+    logger = made_logger(tmp_path, total_steps=9, logging_steps=1)
+    logger.accelerator.trackers = [EventFile(written, [])]
+    for step in range(1, 7):
+        if step == 2:
+            disk.refuse(errno.EROFS)
+        if step == 5:
+            disk.recover()
+        logger.record(step, {"loss": float(step)})
+        assert [read for read, _ in written] == ([1] if step < 5 else list(range(1, step + 1)))

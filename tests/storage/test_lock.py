@@ -1,12 +1,14 @@
 """One writer for a folder: who is refused, who waits, who takes over; with locks, and with the heartbeat alone."""
 
 import errno
+import itertools
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -15,6 +17,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from patience import PATIENCE_SECONDS, wait_until
+from refusing_disk import ERRORS, OPERATIONS
 
 from modeling_gpt2repro.storage import lock
 from modeling_gpt2repro.storage.lock import BEAT_SECONDS, GONE_SECONDS, LOCK_FILE, FolderLock
@@ -69,7 +72,8 @@ def short_times(monkeypatch):
 def holder(folder: Path, before: str = ""):
     """A process that holds the lock of `folder`."""
     command = [sys.executable, "-c", HOLDER.replace("{before}", before), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GPT2REPRO_LAZY": "1"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    environment = {**os.environ, "PYTHONPATH": path, "GPT2REPRO_LAZY": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
         try:
@@ -331,6 +335,73 @@ def test_a_full_disk_costs_the_record_but_not_the_lock_or_the_program(tmp_path):
         assert first.wait() == 0
 
 
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("operations", [("open", "write", "fsync"), OPERATIONS])
+def test_a_disk_that_refuses_the_heartbeat_costs_neither_the_lock_nor_the_program(tmp_path, error, operations):
+    disk = "import pytest\nfrom refusing_disk import RefusingDisk\n"
+    disk += "disk = RefusingDisk(pytest.MonkeyPatch(), Path(sys.argv[1]))"
+    with holder(tmp_path, before=disk) as first:
+        run_in(first, f"disk.refuse({ERRORS[error]}, *{operations})")
+        wait_for_beats(first)
+        beat = record_of(tmp_path)["beat"]
+        wait_for_beats(first)
+        assert record_of(tmp_path)["beat"] == beat  # it is silent
+        assert f"process {first.pid} on" in refused(tmp_path)  # and the operating system's lock is still there
+        run_in(first, "disk.recover()")
+        wait_until(lambda: record_of(tmp_path)["beat"] > beat)
+        assert f"process {first.pid} on" in refused(tmp_path)
+        first.stdin.close()
+        assert first.stderr.read() == ""
+        assert first.wait() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wall_clock_that_jumps_costs_no_lock(tmp_path, monkeypatch):
+    """Of the holder, and of the program that waits for it: an hour or a year, forward and back, at every look at it."""
+    jumps = itertools.cycle([3600.0, -3600.0, 3.2e7, -3.2e7])
+    wall_clock = time.time
+    before = "import itertools\njumps = itertools.cycle([3600.0, -3600.0, 3.2e7, -3.2e7])\n"
+    before += "wall_clock = time.time; time.time = lambda: wall_clock() + next(jumps)"
+    monkeypatch.setattr(time, "time", lambda: wall_clock() + next(jumps))
+    with holder(tmp_path, before=before) as first:
+        assert f"process {first.pid} on" in refused(tmp_path)
+        for moved in (3.2e7, -3.2e7):  # what the file server's clock makes of the file
+            os.utime(tmp_path / LOCK_FILE, (wall_clock() + moved, wall_clock() + moved))
+            assert f"process {first.pid} on" in refused(tmp_path)
+        first.kill()
+        first.wait()
+        acquired(tmp_path)
+
+
+STALE_FILE = """
+class Stale:  # a file whose NFS server has forgotten it: every use fails, whatever the path says
+    def __init__(self, file):
+        self.file = file
+
+    def refuse(self, *arguments):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    seek = write = fileno = refuse
+
+    def close(self):
+        self.file.close()
+        self.refuse()
+"""
+
+
+def test_a_lock_file_that_its_server_has_forgotten_is_opened_again(tmp_path):
+    with holder(tmp_path, before=STALE_FILE) as first:
+        run_in(first, "held._file = Stale(held._file)")
+        wait_for_beats(first)
+        beat = record_of(tmp_path)["beat"]
+        wait_until(lambda: record_of(tmp_path)["beat"] > beat)
+        assert f"process {first.pid} on" in refused(tmp_path)
+        first.stdin.close()
+        assert first.stderr.read() == ""
+        assert first.wait() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_disk_that_takes_no_lock_file_does_not_stop_a_program(tmp_path, monkeypatch, capsys):
     def read_only(path):
         raise OSError(errno.EROFS, "Read-only file system")
@@ -416,7 +487,8 @@ for _ in range(150):
 
 def test_two_programs_that_take_turns_are_never_inside_together(tmp_path):
     """Each deletes the lock file at its end, while the other may have opened it."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GPT2REPRO_LAZY": "1"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    environment = {**os.environ, "PYTHONPATH": path, "GPT2REPRO_LAZY": "1"}
     command = [sys.executable, "-c", TAKE_TURNS, str(tmp_path), str(PATIENCE_SECONDS)]
     both = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [process.communicate(timeout=2 * PATIENCE_SECONDS)[1] for process in both]

@@ -6,8 +6,9 @@
     DIR/faults.json                       read from here: a list of rules, of which the first that matches is applied
 
 A rule is {"match": regular expression on "METHOD path?query"} with "times" (default: always) and either "status" (with
-"headers"), sent instead of the answer, or "drop": the connection closes before the answer (0) or after so many bytes of
-its body. Replace the file as a whole, not in place; a new file counts from zero.
+"headers"), sent instead of the answer, "drop": the connection closes before the answer (0) or after so many bytes of
+its body, or "until": the answer is late, and comes when DIR has a file of that name. Replace the file as a whole, not
+in place; a new file counts from zero.
 
 A repository has no history: the commit of main, or of another branch, is a hash of what it holds now. Files that the
 Hub keeps in LFS come from a second origin, as they do in reality: it refuses a client that brings its token along. The
@@ -26,6 +27,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from patience import wait_until
 
 WRITE_TOKEN = "hf_writer"
 READ_TOKEN = "hf_reader"
@@ -100,6 +103,9 @@ class Handler(BaseHTTPRequestHandler):
     def handle_request(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.server.state.next_fault(f"{self.command} {self.path}")
+        if "until" in fault:
+            self.server.state.log(self, "late")
+            wait_until((self.server.state.root / fault["until"]).exists)
         try:
             if "status" in fault:
                 raise Reply(fault["status"], {"error": "injected fault"}, fault.get("headers", {}))
@@ -281,7 +287,7 @@ class State:
                     return fault
         return {}
 
-    def log(self, handler: Handler, status: int | None) -> None:
+    def log(self, handler: Handler, status: int | str | None) -> None:
         line = {"origin": handler.origin, "method": handler.command, "path": handler.path, "status": status}
         line |= {"range": handler.headers.get("Range"), "auth": "Authorization" in handler.headers}
         with self.lock, (self.root / "log.jsonl").open("a") as log:

@@ -1,6 +1,7 @@
 """Checkpoints: written atomically, verified by checksums, kept and deleted in the right order."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -10,10 +11,12 @@ import stat
 import pytest
 import torch
 from accelerate import Accelerator
+from refusing_disk import ERRORS, RefusingDisk
 
 from modeling_gpt2repro.data.tokenizer import save_tokenizer
 from modeling_gpt2repro.runs.folder import checkpoint_name
 from modeling_gpt2repro.storage import atomic
+from modeling_gpt2repro.storage.checksums import verify_checksums
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.checkpoints import RetentionPolicy, find_resume_checkpoint
 from modeling_gpt2repro.training.optimization import build_optimizer
@@ -242,6 +245,81 @@ def test_a_failed_save_changes_nothing(save, tmp_path):
     assert names(tmp_path) == ["step-000005"]
 
 
+def write_a_model(temporary):
+    (temporary / "model.safetensors").write_bytes(b"weights" * 100)
+    (temporary / "config.json").write_text("{}")
+
+
+def count_operations(save, disk) -> int:
+    """How often a save that deletes an old checkpoint asks the disk for something."""
+    counted = disk.refuse_nth(0, n=-1, and_later=False)
+    save(6, RetentionPolicy(limit=1), write_a_model)
+    disk.recover()
+    return counted()
+
+
+@pytest.mark.parametrize("and_later", [False, True])
+def test_whatever_the_disk_refuses_in_a_save_costs_at_most_this_checkpoint(save, tmp_path, monkeypatch, and_later):
+    """Each operation in turn is refused: alone, as by a network disk, or with all later ones, as by a dying disk."""
+    disk = RefusingDisk(monkeypatch, tmp_path)
+    save(5, write_model=write_a_model)
+    total = count_operations(save, disk)
+    assert total > 60
+    assert names(tmp_path) == ["step-000006"]
+    for n, error in zip(range(total), itertools.cycle(ERRORS.values()), strict=False):
+        shutil.rmtree(tmp_path / "step-000006")
+        save(5, write_model=write_a_model)
+        disk.refuse_nth(error, n, and_later)
+        outcome = save(6, RetentionPolicy(limit=1), write_a_model)
+        disk.recover()
+        is_saved = outcome == tmp_path / "step-000006"
+        assert is_saved or outcome == os.strerror(error), n
+        newest, damaged = find_resume_checkpoint("latest", tmp_path)
+        assert damaged == [], n
+        if is_saved:
+            assert newest == tmp_path / "step-000006", n
+        else:  # at most the name of the new one may not survive a power cut, so the old one is kept
+            assert verify_checksums(tmp_path / "step-000005", checkpoints.CHECKSUMS_FILE) is None, n
+        # The next save works, and deletes what this one has left.
+        save(6, RetentionPolicy(limit=1), write_a_model)
+        checkpoints.remove_stale_files(tmp_path)
+        assert names(tmp_path) == ["step-000006"], n
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_an_old_checkpoint_that_cannot_be_deleted_is_no_failed_save(save, tmp_path, monkeypatch, error):
+    for step in (3, 4, 5):
+        save(step)
+    delete = checkpoints.delete_dir
+
+    def refuse(folder):
+        if folder.name == "step-000003":
+            raise OSError(ERRORS[error], os.strerror(ERRORS[error]))
+        delete(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "delete_dir", refuse)
+        assert save(6, RetentionPolicy(limit=1)) == tmp_path / "step-000006"
+    assert names(tmp_path) == ["step-000003", "step-000006"]  # one that stays does not keep the others
+    save(7, RetentionPolicy(limit=1))
+    assert names(tmp_path) == ["step-000007"]
+
+
+def test_a_checkpoint_whose_rewrite_is_refused_keeps_its_name(save, tmp_path, monkeypatch):
+    save(5)
+    rename = os.replace
+
+    def refuse(old, new):
+        if old.name.endswith(".partial"):
+            raise OSError(errno.EIO, "Input/output error")
+        rename(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.os, "replace", refuse)
+        assert save(5) == "Input/output error"
+    assert names(tmp_path) == ["step-000005"]
+
+
 def test_resuming_from_before_later_checkpoints_is_refused(save, tmp_path):
     for step in (5, 6):
         save(step)
@@ -254,6 +332,18 @@ def test_checkpoints_are_ordered_by_number(save, tmp_path):
     for step in (1_000_000, 999_999):
         save(step)
     assert find_resume_checkpoint("latest", tmp_path)[0].name == "step-1000000"
+
+
+def test_checkpoints_are_ordered_by_number_though_the_clock_was_set_back(save, tmp_path):
+    a_year = 365 * 24 * 3600
+    for step, years in ((5, 2), (6, 1), (7, 0)):  # the newer, the older by the clock
+        folder = save(step)
+        for path in [folder, *folder.rglob("*")]:
+            times = path.stat().st_mtime + years * a_year
+            os.utime(path, (times, times))
+    assert find_resume_checkpoint("latest", tmp_path)[0].name == "step-000007"
+    save(8, RetentionPolicy(limit=2))
+    assert names(tmp_path) == ["step-000007", "step-000008"]
 
 
 def test_a_resumed_optimizer_has_the_decay_of_its_arguments(save, tiny_model):

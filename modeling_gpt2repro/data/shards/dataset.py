@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def open_shards(folder: str | Path) -> TokenDataset:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}: prepare it with prepare_data.py --output_dir {folder}.")
+        command = f"prepare_data.py --output_dir {shlex.quote(str(folder))}"
+        raise ValueError(f"there is no folder {folder}: prepare it with {command}.")
     is_ours = any((folder / name).exists() for name in (MANIFEST, SPEC_FILE, "tokenizer"))
     if not is_ours and find_nanogpt_shards(folder, "train"):
         return TokenDataset(folder, nanogpt_manifest(folder), load_tokenizer("gpt2"))
