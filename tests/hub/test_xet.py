@@ -66,7 +66,7 @@ def test_a_storage_that_stays_away_has_the_exit_code_of_an_unreachable_hub(on_xe
     words = (folder, "--hub_model_id", name)
     seen = len(on_xet_hub.log())
     with on_xet_hub.faults({"match": "POST /v1/", **fault}):
-        result = run_push(*words, "--patience_seconds", 0)
+        result = run_push(*words, "--hub_wait_seconds", 0)
     assert result.returncode == 3
     assert len(requests(on_xet_hub, "POST /v1/", seen)) <= 3  # the client waits up to minutes between further ones
     assert re.search(r"the Hub cannot be reached \(.*/v1/.*\): try again later\.\n$", result.stderr)
