@@ -40,7 +40,8 @@ def load_initial_weights(args: TrainArguments, accelerator: Accelerator) -> Init
     checkpoint = find_checkpoint(args, accelerator)
     model, tokenizer, origin = None, None, FROM_SCRATCH
     if checkpoint is not None:
-        model = load_checkpoint(checkpoint)
+        with checkpoints.raise_if_corrupt(checkpoint):
+            model = load_checkpoint(checkpoint)
     elif args.init_from:
         model, tokenizer = call_main_process_first(accelerator, lambda: load_gpt2(args.init_from))
         origin = derived_origin("A GPT-2 fine-tuned from", args.init_from)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from damage import NOT_OBJECTS, random_bytes, random_json
 from safetensors.torch import load_file, save_file
 
-from modeling_gpt2repro.pretrain.initial_weights import load_checkpoint_model
+from modeling_gpt2repro.hub.conversion import load_checkpoint
 from modeling_gpt2repro.storage.checksums import write_checksums
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.checkpoint_checks import CHECKSUMS_FILE, REQUIRED, STATE_FILE, STATE_FOLDER
@@ -57,7 +57,8 @@ def edit_tensors(path, change):
 def load(folder):
     """Everything that a resumed run reads, in this order."""
     checkpoint, _ = find_resume_checkpoint(str(folder), folder.parent)
-    model = load_checkpoint_model(checkpoint)
+    with checkpoints.raise_if_corrupt(checkpoint):
+        model = load_checkpoint(checkpoint)
     state = checkpoints.read_state(checkpoint)
     TrainState().load_state_dict(state["progress"])
     OutlierDetector(torch.device("cpu"), skip_outliers=True).load_state_dict(state["guard"])
@@ -279,7 +280,9 @@ def test_a_tensor_that_weights_and_optimizer_both_lack(checkpoint):
     for kind in ("step", "exp_avg", "exp_avg_sq"):
         edit_tensors(checkpoint / OPTIMIZER, lambda tensors, kind=kind: tensors.pop(f"{WEIGHT}.{kind}"))
     seal(checkpoint)
-    assert f"is damaged (model.safetensors has no {WEIGHT}): resume from another" in error_of(checkpoint)
+    message = error_of(checkpoint)
+    assert "is damaged" in message
+    assert f"missing: {WEIGHT}" in message
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER, RANDOM])
@@ -312,19 +315,27 @@ def test_a_config_of_another_size_is_found_before_a_model_is_built(checkpoint, k
 def test_a_config_of_no_model_of_ours(checkpoint):
     edit_json(checkpoint / CONFIG, lambda config: config.update(eos_token_id="x"))
     seal(checkpoint)
-    assert "is damaged (config.json: Field 'eos_token_id'" in error_of(checkpoint)
+    assert "is damaged (Field 'eos_token_id'" in error_of(checkpoint)
 
 
-def test_only_config_and_weights_decide_the_model(checkpoint):
-    """Not what `from_pretrained` would follow: an adapter's base model, kernels of a repository, quantization."""
-    adapter = {"base_model_name_or_path": "stranger/model", "peft_type": "LORA"}
-    (checkpoint / "adapter_config.json").write_text(json.dumps(adapter))
-    (checkpoint / "generation_config.json").write_text("[]")
-    hostile = {"attn_implementation": "stranger/kernels", "quantization_config": {"quant_method": "x"}, "dtype": "rm"}
+def test_kernels_of_a_repository_are_not_fetched(checkpoint):
+    hostile = {"attn_implementation": "stranger/kernels", "_attn_implementation": "stranger/kernels", "dtype": "rm"}
     edit_json(checkpoint / CONFIG, lambda config: config.update(hostile))
     seal(checkpoint)
     weights = load_file(checkpoint / WEIGHTS)
     assert all(torch.equal(parameter, weights[name]) for name, parameter in load(checkpoint).named_parameters())
+
+
+def test_what_would_change_the_model_is_refused(checkpoint):
+    """An adapter, whose base model `from_pretrained` would fetch, and a quantization."""
+    adapter = checkpoint / "adapter_config.json"
+    adapter.write_text(json.dumps({"base_model_name_or_path": "stranger/model", "peft_type": "LORA"}))
+    seal(checkpoint)
+    assert "is an adapter" in error_of(checkpoint)
+    adapter.unlink()
+    edit_json(checkpoint / CONFIG, lambda config: config.update(quantization_config={"quant_method": "x"}))
+    seal(checkpoint)
+    assert "quantiz" in error_of(checkpoint)
 
 
 # A folder with several checkpoints
