@@ -90,6 +90,9 @@ NPY = {
     "objects": header("{'descr': '|O', 'fortran_order': False, 'shape': (5000,)}") + bytes(10_000),
     "huge": header("{'descr': '<u2', 'fortran_order': False, 'shape': (9223372036854775807,)}") + bytes(100),
     "huger": header("{'descr': '<u2', 'fortran_order': False, 'shape': (99999999999999999999999,)}") + bytes(100),
+    "beyond 64 bits": header(
+        "{'descr': '<u2', 'fortran_order': False, 'shape': (1000000000, 1000000000, 18446744073), }"
+    ),
     "negative": header("{'descr': '<u2', 'fortran_order': False, 'shape': (-5000,)}") + bytes(10_000),
     "fraction": header("{'descr': '<u2', 'fortran_order': False, 'shape': (5000.0,)}") + bytes(10_000),
     "two dimensions": header("{'descr': '<u2', 'fortran_order': False, 'shape': (50, 100)}") + bytes(10_000),
