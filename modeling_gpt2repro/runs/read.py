@@ -111,6 +111,7 @@ def read_run(folder: Path) -> Run:
     """Read whatever a run has written so far.
 
     Raises:
+        OSError: If the disk refuses a file.
         ValueError: If the folder has no metrics.jsonl, or another file is damaged. A damaged line of metrics.jsonl is
             left out, and counted.
     """
@@ -216,7 +217,8 @@ def read_baselines(folder: Path) -> dict[str, dict]:
     """{"loss_baselines": ..., "hellaswag_baselines": ...} of a run's folder; {} if there are none.
 
     Raises:
-        ValueError: If the file is damaged.
+        OSError: If the disk refuses the file.
+        ValueError: If it is damaged.
     """
     for path in (folder / BASELINES_FILE, folder / OLD_BASELINES_FILE):
         if not path.exists():

@@ -27,7 +27,7 @@ MAX_SHARE = 0.05
 VALIDATION_TOKENS = 10_000_000  # about one evaluation of the lecture: 20 batches of 2**19 tokens
 # English has some 4.5 bytes per GPT-2 token; rounded up, so that estimates of tokens are rather too low.
 BYTES_PER_TOKEN = 5
-
+MAX_SPEC_BYTES = 2**30  # of all of FineWeb, it has a few hundred MB
 
 PARTITION_FIELDS = {field.name for field in fields(Partition)}
 
@@ -195,13 +195,13 @@ def read_spec(folder: Path) -> PrepareSpec | None:
     try:
         if not folder.is_dir():
             return None
-        values = read_json_object(path)
+        values = read_json_object(path, max_bytes=MAX_SPEC_BYTES)
         _check_spec(values)
         values["partitions"] = [Partition(**partition) for partition in values.pop("units")]
         return PrepareSpec(**values)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:  # TypeError: a field that is missing, or of another version
+    except (OSError, ValueError, TypeError) as error:  # TypeError: a field that is missing, or of another version
         raise ValueError(f"{path} is not of this version ({error}): delete {folder} to start again.") from error
 
 

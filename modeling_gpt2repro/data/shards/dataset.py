@@ -18,6 +18,7 @@ from .shard_file import ShardFile
 MANIFEST = "manifest.json"
 SPEC_FILE = "plan.json"  # there while a preparation is unfinished, see prepare/spec.py
 FORMAT = 1
+MAX_MANIFEST_BYTES = 2**28  # of FineWeb's 15 T tokens in shards of 100 M, it has about 40 MB
 SPLITS = ("train", "validation")
 
 
@@ -109,13 +110,13 @@ def read_manifest(folder: Path) -> dict:
     """
     path = folder / MANIFEST
     try:
-        manifest = read_json_object(path)
+        manifest = read_json_object(path, max_bytes=MAX_MANIFEST_BYTES)
         _check_manifest(manifest)
     except FileNotFoundError:
         raise ValueError(
             f"{folder} has no {MANIFEST}: its preparation was not finished; run prepare_data.py again."
         ) from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): prepare the data again.") from error
     return manifest
 
