@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .json_files import is_count, read_json_object, require, shown
 
-LISTED_NAME = re.compile(r"[\w.+-]+(/[\w.+-]+)*")  # relative, with / on every system
+LISTED_NAME = re.compile(r"[^/\\:\x00-\x1f\x7f]+(/[^/\\:\x00-\x1f\x7f]+)*")  # relative, with / on every system
 SHA256 = re.compile(r"[0-9a-f]{64}")
 READ_BYTES = 2**20  # held in memory at a time
 
@@ -70,7 +70,7 @@ def read_listing(path: Path) -> dict[str, dict]:
     """File name -> bytes and sha256, as `write_checksums` wrote them.
 
     Raises:
-        FileNotFoundError: If it is missing.
+        OSError: If it is missing, or the disk refuses it.
         ValueError: If it is damaged, empty, or names a file outside of its folder.
     """
     checksums = read_json_object(path)

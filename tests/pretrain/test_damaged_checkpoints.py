@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from damage import NOT_OBJECTS, random_bytes, random_json
 from safetensors.torch import load_file, save_file
 
-from modeling_gpt2repro.hub.conversion import load_checkpoint
+from modeling_gpt2repro.hub.conversion import load_checkpoint, load_checkpoint_config
 from modeling_gpt2repro.storage.checksums import write_checksums
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.checkpoint_checks import CHECKSUMS_FILE, REQUIRED, STATE_FILE, STATE_FOLDER
@@ -56,7 +56,7 @@ def edit_tensors(path, change):
 
 def load(folder):
     """Everything that a resumed run reads, in this order."""
-    checkpoint, _ = find_resume_checkpoint(str(folder), folder.parent)
+    checkpoint, _ = find_resume_checkpoint(str(folder), folder.parent, load_checkpoint_config)
     with checkpoints.raise_if_corrupt(checkpoint):
         model = load_checkpoint(checkpoint)
     state = checkpoints.read_state(checkpoint)
@@ -87,7 +87,7 @@ def refusal(checkpoint) -> str:
     before = {path: path.read_bytes() for path in checkpoint.parent.rglob("*") if path.is_file()}
     message = error_of(checkpoint)
     with pytest.raises(ValueError, match=r"and is passed over\.\n.* has no other checkpoint: give a new"):
-        find_resume_checkpoint("latest", checkpoint.parent)
+        find_resume_checkpoint("latest", checkpoint.parent, load_checkpoint_config)
     assert {path: path.read_bytes() for path in checkpoint.parent.rglob("*") if path.is_file()} == before
     return message
 
@@ -315,7 +315,7 @@ def test_a_config_of_another_size_is_found_before_a_model_is_built(checkpoint, k
 def test_a_config_of_no_model_of_ours(checkpoint):
     edit_json(checkpoint / CONFIG, lambda config: config.update(eos_token_id="x"))
     seal(checkpoint)
-    assert "is damaged (Field 'eos_token_id'" in error_of(checkpoint)
+    assert "cannot be read as a model: Field 'eos_token_id'" in refusal(checkpoint)
 
 
 def test_kernels_of_a_repository_are_not_fetched(checkpoint):
@@ -331,11 +331,32 @@ def test_what_would_change_the_model_is_refused(checkpoint):
     adapter = checkpoint / "adapter_config.json"
     adapter.write_text(json.dumps({"base_model_name_or_path": "stranger/model", "peft_type": "LORA"}))
     seal(checkpoint)
-    assert "is an adapter" in error_of(checkpoint)
+    assert "is an adapter" in refusal(checkpoint)
     adapter.unlink()
     edit_json(checkpoint / CONFIG, lambda config: config.update(quantization_config={"quant_method": "x"}))
     seal(checkpoint)
-    assert "quantiz" in error_of(checkpoint)
+    assert "quantiz" in refusal(checkpoint)
+    edit_json(checkpoint / CONFIG, lambda config: config.pop("quantization_config"))
+    (checkpoint / "generation_config.json").write_text("[]")
+    seal(checkpoint)
+    assert "generation_config.json cannot be read (it holds [] instead of an object)" in refusal(checkpoint)
+
+
+def test_a_file_name_with_a_space_is_no_damage(checkpoint):
+    """A tokenizer may have chat templates of any name, each of which is a file."""
+    (checkpoint / "additional_chat_templates").mkdir()
+    (checkpoint / "additional_chat_templates" / "tool use (é).jinja").write_text("{{ messages }}")
+    seal(checkpoint)
+    load(checkpoint)
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_json_of_many_megabytes_is_not_parsed(checkpoint, name):
+    with open(checkpoint / name, "wb") as file:
+        file.truncate(2**24 + 1)
+    if name != CHECKSUMS_FILE:
+        seal(checkpoint)
+    assert "larger than 16,777,216 bytes" in refusal(checkpoint)
 
 
 # A folder with several checkpoints
