@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,8 +95,9 @@ class Run:
             manifest = _read_manifest(folder)
             dataset = manifest.get("source", {}).get("dataset")
             tokenizer = manifest.get("tokenizer", {}).get("name")
-            if not manifest and any(folder.glob("edufineweb_val_*.npy")):  # written by build-nanogpt's fineweb.py
-                dataset = FINEWEB_EDU
+            with suppress(OSError):  # a disk that refuses them, as it may when the run's last checkpoint is written
+                if not manifest and any(folder.glob("edufineweb_val_*.npy")):  # written by build-nanogpt's fineweb.py
+                    dataset = FINEWEB_EDU
         # The manifest may be somebody else's, and the model card names the dataset.
         is_hub_id = isinstance(dataset, str) and re.fullmatch(HUB_ID, dataset, re.ASCII)
         return dataset if is_hub_id else None, tokenizer

@@ -125,6 +125,13 @@ def test_whatever_the_disk_refuses_is_an_error_that_a_training_waits_for(run, mo
     assert refused > total / 2
 
 
+def test_shards_that_the_disk_refuses_cost_the_card_their_name_only(run, tmp_path, monkeypatch):
+    """The last checkpoint of a run that has lost its data has a card, too."""
+    edit(run / "run.json", lambda config: config["arguments"].update(shards=str(tmp_path / "shards")))
+    RefusingDisk(monkeypatch, tmp_path / "shards").refuse(errno.EIO)
+    assert "## Results" in model_card(TINY, run_folder=run)
+
+
 @pytest.mark.parametrize("name", JSON_FILES)
 def test_a_file_that_is_damaged_in_mid_run_costs_plot_and_card_but_not_the_training(run, name):
     (run / name).write_bytes(b"{")
