@@ -150,6 +150,28 @@ def test_a_damaged_json_file_is_named(folder_of, file, damage):
         assert file in refusal(loader, folder), loader
 
 
+PANICS = {  # of the Rust code in `tokenizers`: they are no Exceptions
+    "while loading": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "////////"}},
+    "while encoding": {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}},
+}
+
+
+@pytest.mark.parametrize("when", PANICS)
+@pytest.mark.parametrize("loader", ["--init_from", "--model", "--tokenizer"])
+def test_a_tokenizer_that_panics_is_refused(folder_of, loader, when):
+    folder = folder_of("gpt2")
+    rewrite(folder, "tokenizer.json", **PANICS[when])
+    refusal(loader, folder)
+
+
+def test_a_tokenizer_that_pads_to_a_billion_ids_takes_no_memory(folder_of):
+    folder = folder_of("gpt2")
+    padding = {"strategy": {"Fixed": 2**62}, "direction": "Right", "pad_to_multiple_of": None}
+    rewrite(folder, "tokenizer.json", padding=padding | {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"})
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer("the cat")["input_ids"] == tokenizer.encode("the cat")
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "gpt2repro"])
 @pytest.mark.parametrize(
     ("name", "value"),
