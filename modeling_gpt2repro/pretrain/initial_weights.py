@@ -7,7 +7,6 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2repro.data.tokenizer import tokenizer_sha256
-from modeling_gpt2repro.evaluation.load_model import check_tied_weights
 from modeling_gpt2repro.hub.conversion import load_checkpoint, load_checkpoint_config, load_gpt2
 from modeling_gpt2repro.hub.model_card import FROM_SCRATCH, Origin, derived_origin
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
@@ -46,7 +45,6 @@ def load_initial_weights(args: TrainArguments, accelerator: Accelerator) -> Init
         model, tokenizer = call_main_process_first(accelerator, lambda: load_gpt2(args.init_from))
         origin = derived_origin("A GPT-2 fine-tuned from", args.init_from)
     if model is not None:
-        check_tied_weights(model, str(checkpoint or args.init_from))
         take_shape(args, model, source=str(checkpoint or args.init_from))
         model = model.float()  # whatever it was saved in: bf16 has 8 bits, too few to add a small update to a weight
     return InitialWeights(checkpoint, model, tokenizer, origin)

@@ -66,6 +66,11 @@ def verify_checksums(folder: Path, listing: str, required: Iterable[str] = ()) -
     return None
 
 
+def is_sha256(value: object) -> bool:
+    """Whether it is a SHA-256 in hexadecimal."""
+    return type(value) is str and SHA256.fullmatch(value) is not None
+
+
 def read_listing(path: Path) -> dict[str, dict]:
     """File name -> bytes and sha256, as `write_checksums` wrote them.
 
@@ -79,6 +84,5 @@ def read_listing(path: Path) -> dict[str, dict]:
         is_inside = LISTED_NAME.fullmatch(name) is not None and ".." not in name.split("/")
         require(is_inside, f"{shown(name)} is not the name of a file in this folder")
         require(type(expected) is dict and is_count(expected.get("bytes")), f"it has no size of {name}")
-        sha256 = expected.get("sha256")
-        require(type(sha256) is str and SHA256.fullmatch(sha256) is not None, f"it has no SHA-256 of {name}")
+        require(is_sha256(expected.get("sha256")), f"it has no SHA-256 of {name}")
     return checksums

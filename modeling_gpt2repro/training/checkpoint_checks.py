@@ -158,8 +158,6 @@ def _check_config(checkpoint: Path, shapes: dict[str, tuple[int, ...]]):
     for name, size in sizes.items():
         value = config.get(name)
         require(value == size, f"{CONFIG_FILE} has {name} {shown(value)}, and {WEIGHTS_FILE} {size}")
-    heads = config.get("n_head")
-    require(is_count(heads, minimum=1) and tokens[1] % heads == 0, f"{CONFIG_FILE} has n_head {shown(heads)}")
 
 
 def _check_random(path: Path):

@@ -45,14 +45,14 @@ def test_a_plan_that_is_no_object_of_ours(folder, texts, kind, capsys):
 
 
 PLANS = {
-    "units": (lambda plan: plan.update(units=3), "units is no list of objects"),
-    "a unit": (lambda plan: plan["units"].append(3), "units is no list of objects"),
+    "units": (lambda plan: plan.update(units=3), "units is 3"),
+    "a unit": (lambda plan: plan.update(units=[3]), "units is [3]"),
     "path": (lambda plan: plan["units"][0].update(path=3), "path of a unit is 3"),
     "start": (lambda plan: plan["units"][0].update(start=-1), "start of a unit is -1"),
     "text as stop": (lambda plan: plan["units"][0].update(stop="1"), "stop of a unit is '1'"),
     "source": (lambda plan: plan.update(source=[]), "source is []"),
-    "files": (lambda plan: plan.update(files=[[]]), "files is no list of states"),
-    "no files": (lambda plan: plan.update(files=3), "files is no list of states"),
+    "files": (lambda plan: plan.update(files=[[]]), "files is [[]]"),
+    "no files": (lambda plan: plan.update(files=3), "files is 3"),
     "numbers twice": (
         lambda plan: plan.update(cache_numbers=[0, 0, 1, 2, 3]),
         "cache_numbers is not one for each unit",
@@ -133,6 +133,15 @@ def test_a_pipe_in_place_of_a_file_is_one_sentence(folder, texts, name, capsys):
     path.unlink()
     os.mkfifo(path)
     assert "it is not a file" in error_of(capsys, folder, texts[0])
+
+
+def test_a_flipped_bit_in_the_ids_is_found(folder):
+    path = first_partition(folder)
+    data = bytearray(path.read_bytes())
+    data[data.index(read_partition_file(path).ids["train"].tobytes())] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged"):
+        read_partition_file(path)
 
 
 def test_files_of_other_names_in_the_cache_are_not_read(folder, texts):

@@ -298,8 +298,8 @@ CONFIGS = {
     "negative": ({"n_embd": -32}, "config.json has n_embd -32, and model.safetensors 32"),
     "another vocabulary": ({"vocab_size": 301}, "config.json has vocab_size 301, and model.safetensors 300"),
     "no heads": ({"n_head": 0}, "config.json has n_head 0"),
-    "three heads": ({"n_head": 3}, "config.json has n_head 3"),
-    "heads as text": ({"n_head": "2"}, "config.json has n_head '2'"),
+    "three heads": ({"n_head": 3}, "n_embd (32) must be a multiple of n_head (3)"),
+    "heads as text": ({"n_head": "2"}, "Field 'n_head'"),
     "text": ({"n_positions": "32"}, "config.json has n_positions '32', and model.safetensors 32"),
 }
 
