@@ -2,14 +2,13 @@
 
 import io
 import json
-import os
 import random
 import shutil
 import zipfile
 
 import numpy as np
 import pytest
-from damage import NOT_OBJECTS, random_bytes, random_json
+from damage import NOT_OBJECTS, edit_json, put_in_place, random_bytes, random_json
 from preparing import contents, error_of, interrupt_before_the_shards, prepare
 
 from modeling_gpt2repro.data.prepare.spec import read_spec
@@ -67,9 +66,7 @@ PLANS = {
 @pytest.mark.parametrize("kind", PLANS)
 def test_a_plan_that_no_preparation_writes(folder, kind, one_sentence):
     change, sentence = PLANS[kind]
-    plan = json.loads((folder / "plan.json").read_text())
-    change(plan)
-    (folder / "plan.json").write_text(json.dumps(plan))
+    edit_json(folder / "plan.json", change)
     with pytest.raises(ValueError, match="is not of this version") as error:
         read_spec(folder)
     assert f"({sentence}): delete" in one_sentence(error)
@@ -130,8 +127,7 @@ def test_a_file_that_is_no_tokenized_partition(folder, kind, one_sentence):
 @pytest.mark.parametrize("name", ["plan.json", "a partition"])
 def test_a_pipe_in_place_of_a_file_is_one_sentence(folder, texts, name, capsys):
     path = first_partition(folder) if name == "a partition" else folder / name
-    path.unlink()
-    os.mkfifo(path)
+    put_in_place(path, "a pipe")
     assert "it is not a file" in error_of(capsys, folder, texts[0])
 
 

@@ -7,7 +7,7 @@ import shutil
 from contextlib import suppress
 
 import pytest
-from damage import NOT_OBJECTS, random_bytes, random_json
+from damage import NOT_OBJECTS, edit_json, random_bytes, random_json
 from refusing_disk import RefusingDisk
 
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
@@ -27,12 +27,6 @@ def run(finished, tmp_path):
     """A copy of a real run without its checkpoints, to be damaged."""
     ignored = shutil.ignore_patterns("step-*", "model")
     return shutil.copytree(finished[0], tmp_path / "run", ignore=ignored)
-
-
-def edit(path, change):
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
 
 
 @pytest.mark.parametrize("name", JSON_FILES)
@@ -68,7 +62,7 @@ VALUES = {
 @pytest.mark.parametrize("kind", VALUES)
 def test_values_of_another_type(run, kind, one_sentence):
     name, change, sentence = VALUES[kind]
-    edit(run / name, change)
+    edit_json(run / name, change)
     with pytest.raises(ValueError, match=rf"{name} is damaged") as error:
         read_run(run)
     assert f"is damaged ({sentence})" in one_sentence(error)
@@ -127,7 +121,7 @@ def test_whatever_the_disk_refuses_is_an_error_that_a_training_waits_for(run, mo
 
 def test_shards_that_the_disk_refuses_cost_the_card_their_name_only(run, tmp_path, monkeypatch):
     """The last checkpoint of a run that has lost its data has a card, too."""
-    edit(run / "run.json", lambda config: config["arguments"].update(shards=str(tmp_path / "shards")))
+    edit_json(run / "run.json", lambda config: config["arguments"].update(shards=str(tmp_path / "shards")))
     RefusingDisk(monkeypatch, tmp_path / "shards").refuse(errno.EIO)
     assert "## Results" in model_card(TINY, run_folder=run)
 

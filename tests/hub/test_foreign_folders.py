@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import NOT_OBJECTS, put_in_place
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -28,6 +29,7 @@ LOADERS: dict[str, Callable[[str], object]] = {
     "--tokenizer": load_tokenizer,
     "--resume_from_checkpoint": lambda folder: load_checkpoint(Path(folder)),
 }
+FINE = ("NaN", "infinity", "a huge number", "empty object")  # JSON objects, which a library may take
 WEIGHTS = ("--init_from", "--model", "--resume_from_checkpoint")
 EVERY = tuple(LOADERS)
 CODE = """
@@ -97,36 +99,10 @@ def refusal(loader: str, folder: Path) -> str:
 
 
 # --- JSON files ------------------------------------------------------------------------------------------------------
-def no_file(path: Path):
-    path.unlink(missing_ok=True)
-
-
-def as_folder(path: Path):
-    no_file(path)
-    path.mkdir()
-
-
-def as_pipe(path: Path):
-    no_file(path)
-    os.mkfifo(path)
-
-
-def text(content: str) -> Callable[[Path], object]:
-    return lambda path: path.write_text(content)
-
-
 DAMAGES = {
-    "list": text("[]"),
-    "null": text("null"),
-    "string": text('"x"'),
-    "number": text("NaN"),
-    "cut off": text('{"model_type": "gp'),
-    "empty": text(""),
-    "brackets": text("[" * 100_000),
-    "nested": text('{"a":' * 100_000 + "1" + "}" * 100_000),
-    "bytes": lambda path: path.write_bytes(b"\xff\xfe\x00"),
-    "folder": as_folder,
-    "pipe": as_pipe,
+    **{kind: lambda path, kind=kind: path.write_bytes(NOT_OBJECTS[kind]) for kind in NOT_OBJECTS if kind not in FINE},
+    "a folder": lambda path: put_in_place(path, "a folder"),
+    "a pipe": lambda path: put_in_place(path, "a pipe"),
 }
 READ_BY = {
     "config.json": EVERY,

@@ -4,14 +4,13 @@ Most mutations write new checksums afterwards, as a stranger would: then only wh
 """
 
 import json
-import os
 import random
 import shutil
 
 import pytest
 import torch
 from accelerate import Accelerator
-from damage import NOT_OBJECTS, random_bytes, random_json
+from damage import NO_FILES, NOT_OBJECTS, edit_json, put_in_place, random_bytes, random_json
 from safetensors.torch import load_file, save_file
 
 from modeling_gpt2repro.hub.conversion import load_checkpoint, load_checkpoint_config
@@ -40,12 +39,6 @@ def seal(checkpoint):
     """Write the checksums anew."""
     (checkpoint / CHECKSUMS_FILE).unlink(missing_ok=True)
     write_checksums(checkpoint, CHECKSUMS_FILE)
-
-
-def edit_json(path, change):
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
 
 
 def edit_tensors(path, change):
@@ -111,16 +104,9 @@ def test_json_that_is_no_object_of_ours(checkpoint, name, kind):
 
 
 @pytest.mark.parametrize("name", [CHECKSUMS_FILE, *REQUIRED])
-@pytest.mark.parametrize("kind", ["missing", "a folder", "a pipe", "a loop of links"])
+@pytest.mark.parametrize("kind", NO_FILES)
 def test_something_else_in_place_of_a_file(checkpoint, name, kind):
-    path = checkpoint / name
-    path.unlink()
-    if kind == "a folder":
-        path.mkdir()
-    elif kind == "a pipe":
-        os.mkfifo(path)
-    elif kind == "a loop of links":
-        path.symlink_to(path.name)
+    put_in_place(checkpoint / name, kind)
     assert name.split("/")[-1] in refusal(checkpoint)
 
 
@@ -225,45 +211,21 @@ TENSORS = {
     "infinite weight": (WEIGHTS, filled(WEIGHT, float("-inf")), f"'{WEIGHT}' in model.safetensors has NaN or infinity"),
     "weights as integers": (WEIGHTS, replaced(WEIGHT, torch.zeros(3, dtype=torch.int64)), "has the dtype I64"),
     "other weight": (WEIGHTS, replaced("transformer.wte.bias", torch.zeros(3)), "has no 'transformer.wte.bias.step'"),
-    "shape": (
-        WEIGHTS,
-        replaced(WEIGHT, torch.zeros(5, 32)),
-        f"'{WEIGHT}.exp_avg' has the shape (128, 32), not (5,",
-    ),
+    "shape": (WEIGHTS, replaced(WEIGHT, torch.zeros(5, 32)), f"'{WEIGHT}.exp_avg' has the shape (128, 32), not (5,"),
     "no tensors": (WEIGHTS, dict.clear, "model.safetensors has no embeddings"),
     "empty tensor": (WEIGHTS, replaced(WEIGHT, torch.zeros(0, 32)), f"'{WEIGHT}' in model.safetensors is empty"),
     "no moments": (OPTIMIZER, dict.clear, "optimizer.safetensors has no 'transformer.h.0"),
     "no moment": (OPTIMIZER, lambda t: t.pop(f"{WEIGHT}.exp_avg"), f"optimizer.safetensors has no '{WEIGHT}.exp_avg'"),
-    "NaN moment": (
-        OPTIMIZER,
-        filled(f"{WEIGHT}.exp_avg", float("nan")),
-        "in optimizer.safetensors has NaN",
-    ),
+    "NaN moment": (OPTIMIZER, filled(f"{WEIGHT}.exp_avg", float("nan")), "in optimizer.safetensors has NaN"),
     "negative variance": (OPTIMIZER, filled(f"{WEIGHT}.exp_avg_sq", -1.0), "in optimizer.safetensors is negative"),
-    "moment of another shape": (
-        OPTIMIZER,
-        replaced(f"{WEIGHT}.exp_avg", torch.zeros(2)),
-        "has the shape (2,), not",
-    ),
+    "moment of another shape": (OPTIMIZER, replaced(f"{WEIGHT}.exp_avg", torch.zeros(2)), "has the shape (2,), not"),
     "moments in half": (OPTIMIZER, replaced(f"{WEIGHT}.exp_avg", torch.zeros(128, 32).half()), "has the dtype F16"),
     "other moment": (OPTIMIZER, replaced("x.exp_avg", torch.zeros(2)), "'x.exp_avg', and model.safetensors no such"),
     "no generator": (RANDOM, dict.clear, "random.safetensors has no '0.cpu'"),
     "short generator": (RANDOM, replaced("0.cpu", torch.zeros(9, dtype=torch.uint8)), "'0.cpu' is not the state of a"),
-    "generator of zeros": (
-        RANDOM,
-        replaced("0.cpu", torch.zeros(5056, dtype=torch.uint8)),
-        "'0.cpu' is not the state",
-    ),
-    "generator of floats": (
-        RANDOM,
-        replaced("0.cpu", torch.zeros(5056)),
-        "'0.cpu' in random.safetensors has the",
-    ),
-    "name of two lines": (
-        RANDOM,
-        replaced("a\nb", torch.ones(3, dtype=torch.uint8)),
-        r"has 'a\nb'",
-    ),
+    "generator of zeros": (RANDOM, replaced("0.cpu", torch.zeros(5056, dtype=torch.uint8)), "'0.cpu' is not the state"),
+    "generator of floats": (RANDOM, replaced("0.cpu", torch.zeros(5056)), "'0.cpu' in random.safetensors has the"),
+    "name of two lines": (RANDOM, replaced("a\nb", torch.ones(3, dtype=torch.uint8)), r"has 'a\nb'"),
 }
 
 
