@@ -133,7 +133,7 @@ def train(args: TrainArguments, lock: FolderLock):
         logger = setup.build_logger(args, accelerator, model, data, state, start.checkpoint)
 
     if args.preflight:
-        with closing(data.batches), closing(logger), explain_oom(args):
+        with closing(logger), explain_oom(args):
             exit_code = preflight(
                 args, accelerator, model, optimizer, data, hellaswag, detector, checkpointer, logger, train_step
             )

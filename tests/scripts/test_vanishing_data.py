@@ -197,6 +197,14 @@ def test_only_a_run_that_made_steps_and_lost_its_data_asks_to_be_queued_again(
     assert not requeue.exists()
 
 
+def test_a_preflight_whose_data_cannot_be_read_ends_in_a_sentence(own_shards, tmp_path, monkeypatch, capsys):
+    at_step(monkeypatch, 3, in_step(lambda: truncate(own_shards, "train_*.npy")))
+    assert train_here(tmp_path / "run", own_shards, preflight=True) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.endswith(".npy cannot be read: it has become shorter since the run opened it.")
+    assert f": {own_shards}/train_0000" in message
+
+
 @pytest.mark.parametrize("how", ["deleted", "replaced", "validation truncated"])
 def test_shards_that_vanish_do_not_disturb_a_run_that_has_opened_them(finished, own_shards, tmp_path, monkeypatch, how):
     """Files stay readable for those that have opened them, and validation tokens are in memory."""
