@@ -9,6 +9,7 @@ from huggingface_hub.errors import HTTPError
 from .retry import describe_error, http_error, is_refusal, is_transient, retry
 
 Result = TypeVar("Result")
+OnWait = Callable[[str], None]
 
 # Enough for 8 attempts: the Hub's client spends 23 seconds on each, and there are 127 seconds of pauses between them.
 READ_PATIENCE_SECONDS = 311.0
@@ -25,13 +26,19 @@ def open_hub_file(path: str) -> BinaryIO:
     return HfFileSystem().open(path, "rb", cache_type="none")
 
 
-def retry_hub_read(work: Callable[[], Result], patience_seconds: float | None = None, is_known: bool = False) -> Result:
+def retry_hub_read(
+    work: Callable[[], Result],
+    patience_seconds: float | None = None,
+    is_known: bool = False,
+    on_wait: OnWait = lambda reason: None,
+) -> Result:
     """Call `work`, and call it again while the Hub is busy or unreachable; READ_PATIENCE_SECONDS by default.
 
     Args:
         is_known: What `work` opens has been opened before. Then a refusal (401, 403, 404) is no wrong name, but may be
             a signature that has expired or a firewall, and is tried again, too: `work` must open the file anew, which
             asks the Hub for its present address.
+        on_wait: Called with why it is tried again, once for each second of a pause; what it raises ends the attempts.
 
     Raises:
         ConnectionError: If it still is when the patience is over.
@@ -52,7 +59,7 @@ def retry_hub_read(work: Callable[[], Result], patience_seconds: float | None = 
             raise
 
     try:
-        return retry(attempt, patience, errors, may_pass=may_pass)
+        return retry(attempt, patience, errors, lambda error: on_wait(describe_failure(error)), may_pass)
     except errors as error:
         if not may_pass(error):
             raise  # a refusal: the next answer would be the same
@@ -63,6 +70,11 @@ def retry_hub_read(work: Callable[[], Result], patience_seconds: float | None = 
         raise ConnectionError(
             f"the Hub did not answer for {patience:.0f} s ({describe_error(error)}): try again later."
         ) from error
+
+
+def describe_failure(error: BaseException) -> str:
+    """Why a read from the Hub is tried again."""
+    return describe_refusal(error) if is_refusal(error) else f"the Hub does not answer ({describe_error(error)})"
 
 
 def describe_refusal(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
+from modeling_gpt2repro.storage.hub_files import OnWait, is_on_hub, retry_hub_read
 
 from .files import TEXT_KINDS, file_kind
 from .parquet import NOT_UTF8, read_rows
@@ -125,6 +125,7 @@ def read_partition(
     skipped: Counter | None = None,
     document_separator: str | None = None,
     bad_lines: BadLines | None = None,
+    on_wait: OnWait = lambda reason: None,
 ) -> Iterator[Document]:
     """Yield the partition's documents, without those that hold nothing but whitespace.
 
@@ -134,6 +135,7 @@ def read_partition(
         document_separator: What separates the documents of a text file: see `compile_separator`, or WHOLE_FILE for one
             document per file. None: the partition is one document, in pieces that may be held out for validation.
         bad_lines: Collects the bad lines. If not given, the first one raises.
+        on_wait: See `retry_hub_read`.
 
     Raises:
         BadLineError: On a line that is not UTF-8 or, in .jsonl, not a JSON object with text in the text column, or a
@@ -146,7 +148,7 @@ def read_partition(
         documents = _read_text(partition, document_separator, skipped, bad_lines)
     elif is_on_hub(partition.path):
         # A read from the Hub is retried as a whole, so it must be complete before its first document is yielded.
-        documents = retry_hub_read(lambda: list(read_table(partition)), is_known=True)
+        documents = retry_hub_read(lambda: list(read_table(partition)), is_known=True, on_wait=on_wait)
     else:
         documents = read_table(partition)
     for document in documents:

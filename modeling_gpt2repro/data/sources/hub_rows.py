@@ -10,7 +10,7 @@ from itertools import islice
 
 from huggingface_hub.errors import HTTPError
 
-from modeling_gpt2repro.storage.hub_files import retry_hub_read
+from modeling_gpt2repro.storage.hub_files import OnWait, retry_hub_read
 
 from .documents import Document, Partition
 
@@ -41,16 +41,19 @@ def is_hub_rows(path: str) -> bool:
     return path.startswith(SCHEME)
 
 
-def read_row_partition(partition: Partition, skipped: Counter | None = None) -> Iterator[Document]:
+def read_row_partition(
+    partition: Partition, skipped: Counter | None = None, on_wait: OnWait = lambda reason: None
+) -> Iterator[Document]:
     """Yield the documents of the partition's shard; their ids are the id column's, or else split, shard and row.
 
     Args:
         skipped: Counts the documents that are left out, by reason.
+        on_wait: See `retry_hub_read`.
     """
     dataset, config, split, commit = partition.path.removeprefix(SCHEME).split("|")
     stream = _stream(dataset, config or None, split, commit)
     shard = stream.shard(num_shards=stream.num_shards, index=partition.start)
-    for number, row in enumerate(_rows(shard)):
+    for number, row in enumerate(_rows(shard, on_wait)):
         text = row[partition.text_column] or ""
         name = row.get("id")
         if text and not text.isspace():
@@ -59,7 +62,7 @@ def read_row_partition(partition: Partition, skipped: Counter | None = None) -> 
             skipped["whitespace" if text else "empty"] += 1
 
 
-def _rows(shard: Iterable[dict]) -> Iterator[dict]:
+def _rows(shard: Iterable[dict], on_wait: OnWait) -> Iterator[dict]:
     """Yield the rows; where reading fails, open the shard anew and skip those that were read before."""
     num_read = 0
     rows = iter(shard)
@@ -72,7 +75,7 @@ def _rows(shard: Iterable[dict]) -> Iterator[dict]:
             rows = islice(shard, num_read, None)  # a generator that has raised is at its end
             raise
 
-    while (row := retry_hub_read(read_row, is_known=True)) is not None:
+    while (row := retry_hub_read(read_row, is_known=True, on_wait=on_wait)) is not None:
         num_read += 1
         yield row
 

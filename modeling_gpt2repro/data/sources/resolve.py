@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
+from modeling_gpt2repro.storage.hub_files import OnWait, is_on_hub, retry_hub_read
 
 from .documents import BadLines, Document, Partition, read_partition
 from .files import TEXT_KINDS, file_kind, file_state, find_files, is_compressed
@@ -35,14 +35,18 @@ class Source:
         return sum(partition.text_bytes for partition in self.partitions)
 
     def read(
-        self, partition: Partition, skipped: Counter | None = None, bad_lines: BadLines | None = None
+        self,
+        partition: Partition,
+        skipped: Counter | None = None,
+        bad_lines: BadLines | None = None,
+        on_wait: OnWait = lambda reason: None,
     ) -> Iterator[Document]:
-        """Yield the partition's documents, in their order; `skipped` and `bad_lines`: see `read_partition`."""
+        """Yield the partition's documents, in their order; the other arguments are those of `read_partition`."""
         if partition.path == PYTHON_PROSE:
             return iter(python_prose_documents())
         if is_hub_rows(partition.path):
-            return read_row_partition(partition, skipped)
-        return read_partition(partition, skipped, self.description.get("document_separator"), bad_lines)
+            return read_row_partition(partition, skipped, on_wait)
+        return read_partition(partition, skipped, self.description.get("document_separator"), bad_lines, on_wait)
 
 
 def python_prose_source() -> Source:
