@@ -274,7 +274,7 @@ def test_rows_that_were_read_before_a_refusal_are_not_given_twice(monkeypatch):
 
     monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
     shard = Shard()
-    assert [row["text"] for row in _rows(shard, lambda reason: None)] == [0, 1, 2, 3, 4, 5]
+    assert [row["text"] for row in _rows(shard, "part.jsonl", lambda reason: None)] == [0, 1, 2, 3, 4, 5]
     assert shard.opened == 3
 
 

@@ -26,6 +26,10 @@ from .text import (
     replace_lone_surrogates,
 )
 
+# Of a dataset on the Hub that is not stored as parquet, see hub_rows.py: its path is dataset|config|split|commit, its
+# start the number of a shard.
+HUB_ROWS = "hub-rows://"
+
 
 @dataclass(frozen=True)
 class Document:
@@ -66,6 +70,9 @@ class Partition:
     @property
     def location(self) -> str:
         """Where it is, for messages."""
+        if self.path.startswith(HUB_ROWS):
+            dataset, config, split, _ = self.path.removeprefix(HUB_ROWS).split("|")
+            return f"shard {self.start} of {dataset}{f' ({config})' if config else ''}, split {split},"
         if self.stop_row is not None:
             return f"rows {self.first_row} to {self.stop_row} of row group {self.start} of {self.path}"
         if self.stop == self.start + 1:

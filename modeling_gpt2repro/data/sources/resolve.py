@@ -12,7 +12,7 @@ from modeling_gpt2repro.storage.hub_files import OnWait, is_on_hub, retry_hub_re
 
 from .documents import BadLines, Document, Partition, read_partition
 from .files import TEXT_KINDS, file_kind, file_state, find_files, is_compressed
-from .hub_rows import is_hub_rows, list_row_partitions, read_row_partition
+from .hub_rows import data_files, is_hub_rows, list_row_partitions, read_row_partition
 from .partitions import list_partitions
 from .python_docs import python_prose_documents
 
@@ -112,7 +112,7 @@ def hub_source(
     name = dataset + (f" ({config})" if config else "")
     try:
         commit = retry_hub_read(lambda: _commit(dataset, revision))
-        paths = retry_hub_read(lambda: _data_files(dataset, config, split, commit))
+        paths = retry_hub_read(lambda: data_files(dataset, config, split, commit))
         if all(path.endswith(".parquet") for path in paths):
             partitions = list_partitions(paths, text_column)
         else:
@@ -153,13 +153,3 @@ def _commit(dataset: str, revision: str | None) -> str:
         raise  # the Hub answered: `retry_hub_read` decides whether the error may pass
     except HTTPError as error:
         raise ConnectionError(type(error).__name__) from error
-
-
-def _data_files(dataset: str, config: str | None, split: str, commit: str) -> list[str]:
-    import datasets
-
-    builder = datasets.load_dataset_builder(dataset, config, revision=commit)
-    files = builder.config.data_files or {}
-    if split not in files:
-        raise ValueError(f"it has no split {split!r}, but {', '.join(map(str, files)) or 'none'}.")
-    return list(files[split])
