@@ -1,6 +1,7 @@
 """Steps that are read ahead: the same sequences, positions that a run can resume from, and errors before the step."""
 
 import re
+import resource
 import threading
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -12,11 +13,13 @@ from batches import config
 from huggingface_hub.errors import HTTPError
 from patience import PATIENCE_SECONDS, wait_until
 
+import prepare_data
 from modeling_gpt2repro.data.batches import read_ahead
 from modeling_gpt2repro.data.batches.read_ahead import ReadAhead
 from modeling_gpt2repro.data.batches.sequences import TokenSequences
 from modeling_gpt2repro.data.batches.shuffled import ShuffledBatches
 from modeling_gpt2repro.data.batches.streaming import StreamedBatches
+from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.shards.shard_file import ShardFile
 from modeling_gpt2repro.data.sources.resolve import local_source
 from modeling_gpt2repro.storage import hub_files, retry
@@ -174,6 +177,24 @@ def test_a_stream_that_is_read_at_last_has_no_problem(refused, streamed, monkeyp
     assert torch.equal(ids, torch.cat([batch["input_ids"] for batch in plain.micro_batches(0)]))
     reader.close()
     plain.close()
+
+
+def test_a_dataset_may_have_more_shards_than_a_process_may_open_files(tmp_path, tiny_texts, tiny_tokenizer):
+    (tmp_path / "a.txt").write_text("\n".join(tiny_texts))
+    tiny_tokenizer.save_pretrained(tmp_path / "tiny")
+    words = ["--train_files", tmp_path / "a.txt", "--tokenizer", tmp_path / "tiny", "--workers", 1]
+    words += ["--output_dir", tmp_path / "data", "--shard_tokens", 100, "--document_separator", r"\n"]
+    prepare_data.main(list(map(str, words)))
+    dataset = open_shards(tmp_path / "data")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, before[1]))
+    try:
+        files = dataset.shard_files("train")
+        ids = np.concatenate([file[:] for file in files])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(files) > 100
+    assert np.array_equal(ids, np.concatenate(dataset.shards("train")))
 
 
 def test_a_shard_file_gives_what_a_memory_map_gives(tmp_path):
