@@ -38,7 +38,7 @@ def other_columns(data: bytes) -> bytes:
 def test_a_damaged_file_is_named_in_one_sentence(partitions, tmp_path, damage, one_sentence):
     path = tmp_path / "part-1.jsonl.gz"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=r"part-1\.jsonl\.gz is damaged \(.+\)\.$") as error:
+    with pytest.raises(ValueError, match=r"part-1\.jsonl\.gz is damaged \((?!.*is damaged).+\)\.$") as error:
         list(read_row_partition(partitions[1]))
     one_sentence(error)
     assert len(list(read_row_partition(partitions[2]))) == 500
@@ -48,7 +48,7 @@ def test_a_dataset_whose_first_file_is_damaged_is_refused(tmp_path, one_sentence
     write_lines(tmp_path / "part-0.jsonl.gz", 0)
     path = tmp_path / "part-0.jsonl.gz"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"part-0\.jsonl\.gz is damaged \(.+\)\.$") as error:
+    with pytest.raises(ValueError, match=r"part-0\.jsonl\.gz is damaged \([^()]+\)\.$") as error:
         list_row_partitions(str(tmp_path), None, "train", "main", "text")
     one_sentence(error)
 

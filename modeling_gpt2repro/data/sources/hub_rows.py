@@ -28,8 +28,8 @@ def list_row_partitions(dataset: str, config: str | None, split: str, commit: st
     Raises:
         ValueError: If the dataset is empty or damaged, or has no such column, or the column does not hold text.
     """
+    stream = retry_hub_read(lambda: _stream(dataset, config, split, commit))
     with _explain_damage(data_files(dataset, config, split, commit)[0]):
-        stream = retry_hub_read(lambda: _stream(dataset, config, split, commit))
         first = retry_hub_read(lambda: next(iter(stream), None))
     if first is None:
         raise ValueError("it is empty.")
