@@ -133,7 +133,7 @@ def train(args: TrainArguments, lock: FolderLock):
         logger = setup.build_logger(args, accelerator, model, data, state, start.checkpoint)
 
     if args.preflight:
-        with closing(data.batches), closing(logger), explain_oom(args):
+        with closing(logger), explain_oom(args):
             exit_code = preflight(
                 args, accelerator, model, optimizer, data, hellaswag, detector, checkpointer, logger, train_step
             )
@@ -146,7 +146,7 @@ def train(args: TrainArguments, lock: FolderLock):
         first_step = state.step
         # What this step and the next train on must be in memory: a process that met an error in the middle of a step
         # would leave the others waiting. They all stop after this step instead.
-        while state.step < args.total_steps and not stop.should_stop(reader.wait_for(state.step)):
+        while state.step < args.total_steps and not stop.should_stop(reader.wait_for(state.step, logger.show_waiting)):
             # Once in a while: how good is it on text that it has not seen, and what does it write?
             if is_due(state.step, args.eval_steps):
                 evaluate(args, accelerator, model, data, hellaswag, bytes_per_token, state.step, logger, stop)

@@ -17,6 +17,7 @@ import psutil
 from benchmarks.harness import in_fresh_process
 from modeling_gpt2repro.data.batches.sequences import TokenSequences
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig, ShuffledBatches
+from modeling_gpt2repro.data.shards.shard_file import ShardFile
 
 TOKENS = 100_000_000
 BLOCK_SIZE = 1024
@@ -47,7 +48,8 @@ def measure(shard: Path) -> dict[str, float]:
     np.random.SeedSequence(0)  # numpy imports its generators when they are first used
     memory_before = process.memory_info().rss
     started = time.perf_counter()
-    sequences = TokenSequences([np.lib.format.open_memmap(shard, mode="r")], BLOCK_SIZE)
+    offset = np.lib.format.open_memmap(shard, mode="r").offset
+    sequences = TokenSequences([ShardFile(shard, offset, TOKENS)], BLOCK_SIZE)  # as a run reads them
     batches = ShuffledBatches(sequences, config)
     batches.sample_ids(step=0)  # computes the order of the first step
     open_seconds = time.perf_counter() - started

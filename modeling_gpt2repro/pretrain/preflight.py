@@ -4,6 +4,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +15,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from modeling_gpt2repro.data.batches.build import TrainingData
+from modeling_gpt2repro.data.batches.read_ahead import ReadAhead
 from modeling_gpt2repro.evaluation.hellaswag.metrics import evaluate_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask
 from modeling_gpt2repro.evaluation.validation import validation_loss
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import StepMetrics
 from modeling_gpt2repro.runtime.accelerator import nondeterministic
+from modeling_gpt2repro.runtime.command_line import exit_with_errors
 from modeling_gpt2repro.runtime.hardware import peak_memory_gb, readable_bytes, readable_duration
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.checkpoints import PREFLIGHT_NAME, RetentionPolicy
 from modeling_gpt2repro.training.optimization import learning_rate_at, set_learning_rate
 from modeling_gpt2repro.training.outliers import OutlierDetector
-from modeling_gpt2repro.training.state import TimedIterator
 
 from .checkpointing import Checkpointer, unsharded_model
 from .messages import cannot_save_message, table
@@ -66,9 +68,14 @@ def preflight(
 
     Returns:
         The exit code: 0 if nothing prevents the run, else 1.
+
+    Raises:
+        SystemExit: With code 2, if the data cannot be read.
     """
     log_run_summary(args, accelerator, model, data, checkpointer.state.step, logger)
     skipped = []
+    last_step = checkpointer.state.step + 2 * (WARMUP_STEPS + TIMED_STEPS)  # perhaps beyond the run's last
+    reader = ReadAhead(data.batches, last_step)  # as the run reads them
 
     def take_step() -> float:
         """One step, waited for; returns how long it waited for data."""
@@ -77,25 +84,27 @@ def preflight(
             step, args.total_steps, args.warmup_steps, args.learning_rate, args.final_learning_rate_ratio
         )
         set_learning_rate(optimizer, learning_rate)
-        micro_batches = TimedIterator(data.batches.micro_batches(step))
+        if problem := reader.wait_for(step):
+            exit_with_errors([problem])
         metrics = train_step(
             accelerator,
             model,
             optimizer,
-            micro_batches,
+            reader.micro_batches(step),
             tokens_per_step=args.tokens_per_step,
             max_grad_norm=args.max_grad_norm,
             detector=detector,
         )
         checkpointer.state.advance(args.tokens_per_step)
         skipped.append(bool(metrics.skipped))  # waits for the device
-        return micro_batches.seconds
+        return reader.waited_seconds
 
-    first, median, waited = time_steps(take_step)
     nondeterministic_median = None
-    if torch.are_deterministic_algorithms_enabled():
-        with nondeterministic(compiled=is_compiled_module(model)):
-            _, nondeterministic_median, _ = time_steps(take_step)
+    with closing(reader):
+        first, median, waited = time_steps(take_step)
+        if torch.are_deterministic_algorithms_enabled():
+            with nondeterministic(compiled=is_compiled_module(model)):
+                _, nondeterministic_median, _ = time_steps(take_step)
     evaluation_seconds = time_evaluation(args, accelerator, model, data, hellaswag)
     memory_gb = peak_memory_gb(accelerator.device)
     folder = Path(args.output_dir) / PREFLIGHT_NAME

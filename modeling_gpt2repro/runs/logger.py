@@ -20,6 +20,7 @@ from tqdm import tqdm
 from modeling_gpt2repro.runtime.hardware import peak_memory_gb, readable_duration
 from modeling_gpt2repro.runtime.progress import SteadyBar
 from modeling_gpt2repro.storage.append import LineAppender
+from modeling_gpt2repro.storage.hub_files import READ_PATIENCE_SECONDS
 
 from .folder import METRICS_FILE, SAMPLES_FILE
 from .metrics import MetricsLog, StepMetrics
@@ -66,6 +67,7 @@ class RunLogger:
         self._clock = time.perf_counter()
         self._mean_step_seconds: float | None = None  # without the first steps, which compile and warm up
         self._is_warm = False
+        self._is_waiting = False  # for data, and has said so
         if hasattr(sys.stdout, "reconfigure"):  # samples contain halves of characters, which not every encoding has
             sys.stdout.reconfigure(errors="replace")
 
@@ -84,9 +86,21 @@ class RunLogger:
             data_seconds: How long the step waited for its micro-batches.
         """
         self._unread.append((step, metrics, learning_rate, data_seconds))
+        if self._is_waiting:
+            self._is_waiting = False
+            self.bar.set_postfix_str("", refresh=False)
         self.bar.update()
         if self._has_line(step):
             self.flush()
+
+    def show_waiting(self, problem: str):
+        """Say, on whatever process, why a step waits for its data: once, but the bar's clock moves on."""
+        if not self._is_waiting:
+            self._is_waiting = True
+            with suppress(OSError):
+                tqdm.write(f"Waiting for data, for up to {READ_PATIENCE_SECONDS / 60:.0f} minutes: {problem}.")
+                sys.stdout.flush()
+        self.bar.set_postfix_str("waiting for data")
 
     def flush(self):
         """Wait for the device, then log the steps that have not been read yet."""

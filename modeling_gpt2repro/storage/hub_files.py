@@ -9,9 +9,11 @@ from huggingface_hub.errors import HTTPError
 from .retry import describe_error, http_error, is_refusal, is_transient, retry
 
 Result = TypeVar("Result")
+OnWait = Callable[[str], None]
 
 # Enough for 8 attempts: the Hub's client spends 23 seconds on each, and there are 127 seconds of pauses between them.
 READ_PATIENCE_SECONDS = 311.0
+FIRST_CONTACT_TRIES = 5  # of a file that the data host refuses from the beginning: 15 seconds
 
 
 def is_on_hub(path: str) -> bool:
@@ -25,44 +27,63 @@ def open_hub_file(path: str) -> BinaryIO:
     return HfFileSystem().open(path, "rb", cache_type="none")
 
 
-def retry_hub_read(work: Callable[[], Result], patience_seconds: float | None = None, is_known: bool = False) -> Result:
-    """Call `work`, and call it again while the Hub is busy or unreachable; READ_PATIENCE_SECONDS by default.
+def retry_hub_read(work: Callable[[], Result], is_known: bool = False, on_wait: OnWait = lambda reason: None) -> Result:
+    """Call `work`, and call it again while the Hub is busy or unreachable, for READ_PATIENCE_SECONDS.
 
     Args:
         is_known: What `work` opens has been opened before. Then a refusal (401, 403, 404) is no wrong name, but may be
             a signature that has expired or a firewall, and is tried again, too: `work` must open the file anew, which
             asks the Hub for its present address.
+        on_wait: Called with why it is tried again, once for each second of a pause; what it raises ends the attempts.
 
     Raises:
         ConnectionError: If it still is when the patience is over.
+        OSError: If the data host, to which the Hub sends its clients for a file, refuses it at first contact.
     """
-
-    patience = READ_PATIENCE_SECONDS if patience_seconds is None else patience_seconds
     errors = (HTTPError, FileNotFoundError) if is_known else (HTTPError,)
+    refusals = 0
 
     def may_pass(error: BaseException) -> bool:
-        return is_transient(error) or (is_known and is_refusal(error))
+        if is_refusal(error):
+            return is_known or (is_redirected(error) and refusals < FIRST_CONTACT_TRIES)
+        return is_transient(error)
 
     def attempt() -> Result:
+        nonlocal refusals
         try:
             return work()
         except errors as error:
             if is_refusal(error):
+                refusals += 1
                 HfFileSystem.clear_instance_cache()  # which remembers that something does not exist
             raise
 
     try:
-        return retry(attempt, patience, errors, may_pass=may_pass)
+        return retry(attempt, READ_PATIENCE_SECONDS, errors, lambda error: on_wait(describe_failure(error)), may_pass)
     except errors as error:
-        if not may_pass(error):
-            raise  # a refusal: the next answer would be the same
-        if is_refusal(error):
-            raise ConnectionError(
-                f"{describe_refusal(error)} for {patience:.0f} s, however often it was asked."
+        if is_refusal(error) and is_known:
+            raise ConnectionError(f"{describe_refusal(error)}, {refusals} times.") from error
+        if is_refusal(error) and is_redirected(error):
+            raise OSError(
+                f"{describe_refusal(error)}, {refusals} times: the Hub has the file, so it may be a firewall that "
+                "refuses this host."
             ) from error
+        if not may_pass(error):
+            raise  # the next answer would be the same
         raise ConnectionError(
-            f"the Hub did not answer for {patience:.0f} s ({describe_error(error)}): try again later."
+            f"the Hub did not answer for {READ_PATIENCE_SECONDS:.0f} s ({describe_error(error)}): try again later."
         ) from error
+
+
+def is_redirected(error: BaseException) -> bool:
+    """Whether the answer is that of a host to which the Hub sent the client: then the Hub knows what was asked for."""
+    answer = http_error(error)
+    return answer is not None and any(step.url.host != answer.response.url.host for step in answer.response.history)
+
+
+def describe_failure(error: BaseException) -> str:
+    """Why a read from the Hub is tried again."""
+    return describe_refusal(error) if is_refusal(error) else f"the Hub does not answer ({describe_error(error)})"
 
 
 def describe_refusal(error: BaseException) -> str:

@@ -20,14 +20,14 @@ def retry(
     attempt: Callable[[], Result],
     patience_seconds: float,
     errors: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError),
-    on_retry: Callable[[str], None] = lambda message: None,
+    on_wait: Callable[[BaseException], None] = lambda error: None,
     may_pass: Callable[[BaseException], bool] | None = None,
 ) -> Result:
     """Call `attempt` until it succeeds, fails with an error that will not pass, or `patience_seconds` are over.
 
     Args:
         errors: Which errors may pass at all; others are raised at once.
-        on_retry: Receives a sentence before each pause.
+        on_wait: Called with the last error, once for each second of a pause; what it raises ends the attempts.
         may_pass: Which of them may; `is_transient` by default.
     """
     may_pass = may_pass or is_transient
@@ -38,8 +38,10 @@ def retry(
         except errors as error:
             if not may_pass(error) or time.monotonic() + pause > deadline:
                 raise
-            on_retry(f"the Hub cannot be reached ({describe_error(error)}); trying again in {pause:.0f} s.")
-            time.sleep(pause)
+            while pause > 0:
+                on_wait(error)
+                time.sleep(min(1.0, pause))
+                pause -= 1.0
 
 
 def backoff_seconds() -> Iterator[float]:

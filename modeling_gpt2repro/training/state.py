@@ -1,11 +1,6 @@
-"""How far a run is, when something is due, and how long it waits for data."""
+"""How far a run is, and when something is due."""
 
-import time
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Generic, TypeVar
-
-Item = TypeVar("Item")
 
 
 @dataclass
@@ -42,21 +37,3 @@ class TrainState:
 def is_due(step: int, every: int) -> bool:
     """Whether `step` is a multiple of `every`. Step 0 always is, and with `every` = 0 nothing else."""
     return step == 0 or (every > 0 and step % every == 0)
-
-
-class TimedIterator(Generic[Item]):
-    """The items of an iterable; `seconds` adds up how long the caller waited for them."""
-
-    def __init__(self, items: Iterable[Item]):
-        self.items = iter(items)
-        self.seconds = 0.0
-
-    def __iter__(self) -> Iterator[Item]:
-        return self
-
-    def __next__(self) -> Item:
-        started = time.perf_counter()
-        try:
-            return next(self.items)
-        finally:
-            self.seconds += time.perf_counter() - started

@@ -1,19 +1,29 @@
 """Steps that are read ahead: the same sequences, positions that a run can resume from, and errors before the step."""
 
+import re
+import resource
 import threading
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from batches import config
+from huggingface_hub.errors import HTTPError
 from patience import PATIENCE_SECONDS, wait_until
 
+import prepare_data
+from modeling_gpt2repro.data.batches import read_ahead
 from modeling_gpt2repro.data.batches.read_ahead import ReadAhead
 from modeling_gpt2repro.data.batches.sequences import TokenSequences
 from modeling_gpt2repro.data.batches.shuffled import ShuffledBatches
 from modeling_gpt2repro.data.batches.streaming import StreamedBatches
+from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.shards.shard_file import ShardFile
 from modeling_gpt2repro.data.sources.resolve import local_source
+from modeling_gpt2repro.storage import hub_files, retry
+from modeling_gpt2repro.storage.hub_files import retry_hub_read
 
 TOTAL_STEPS = 20
 
@@ -100,6 +110,91 @@ def test_a_run_that_is_to_stop_does_not_wait_for_data():
     assert reader.waited_seconds > 0
     may_read.set()
     reader.close()
+
+
+def test_a_long_wait_says_what_must_be_read_again(monkeypatch):
+    monkeypatch.setattr(read_ahead, "SILENT_SECONDS", 0.0)
+    may_read = threading.Event()
+    batches = shuffled()
+    batches.read_step = lambda step: may_read.wait(PATIENCE_SECONDS)
+    batches.problem = "a.parquet cannot be read: 403"
+    reader = ReadAhead(batches, TOTAL_STEPS)
+    said = []
+    assert reader.wait_for(0, on_wait=lambda problem: (said.append(problem), may_read.set())) is None
+    assert set(said) == {batches.problem}
+    reader.close()
+
+
+@pytest.fixture
+def refused(streamed, monkeypatch):
+    """A stream each of whose reads asks `refused.answers` for leave, as a read from the Hub does."""
+    batches = streamed()
+    batches.answers = lambda: None
+    read = type(batches.source).read
+
+    def read_with_retries(self, partition, on_wait):
+        retry_hub_read(lambda: batches.answers(), on_wait=on_wait)
+        return read(self, partition)
+
+    monkeypatch.setattr(type(batches.source), "read", read_with_retries)
+    return batches
+
+
+def test_a_short_wait_is_silent():
+    may_read = threading.Event()
+    batches = shuffled()
+    batches.read_step = lambda step: may_read.wait(PATIENCE_SECONDS)
+    batches.problem = "a.parquet cannot be read: 403"
+    reader = ReadAhead(batches, TOTAL_STEPS, is_stopping=may_read.set)  # which is asked once, and says None
+    assert reader.wait_for(0, on_wait=lambda problem: pytest.fail("it has hardly waited")) is None
+    assert may_read.is_set()
+    reader.close()
+
+
+def test_a_stream_that_is_closed_tries_no_read_again(refused, monkeypatch):
+    """The end of the program waits for the threads that read."""
+    monkeypatch.setattr(hub_files, "READ_PATIENCE_SECONDS", 10 * PATIENCE_SECONDS)
+    refused.answers = Mock(side_effect=HTTPError("no route"))
+    before = set(threading.enumerate())
+    reader = ReadAhead(refused, TOTAL_STEPS, is_stopping=lambda: True)
+    assert reader.wait_for(0) is None
+    wait_until(lambda: refused.problem)
+    assert re.fullmatch(r"bytes 0 to .*\.txt cannot be read: the Hub does not answer \(no route\)", refused.problem)
+    threads = set(threading.enumerate()) - before
+    assert len(threads) > 1
+    reader.close()
+    wait_until(lambda: not any(thread.is_alive() for thread in threads))
+
+
+def test_a_stream_that_is_read_at_last_has_no_problem(refused, streamed, monkeypatch):
+    monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda seconds: None))
+    refused.answers = Mock(side_effect=[HTTPError("no route"), HTTPError("no route"), *[None] * 1000])
+    reader = ReadAhead(refused, TOTAL_STEPS)
+    (ids,) = trained_on(reader, [0])
+    assert refused.answers.call_count > 3
+    assert refused.problem is None
+    plain = streamed()
+    assert torch.equal(ids, torch.cat([batch["input_ids"] for batch in plain.micro_batches(0)]))
+    reader.close()
+    plain.close()
+
+
+def test_a_dataset_may_have_more_shards_than_a_process_may_open_files(tmp_path, tiny_texts, tiny_tokenizer):
+    (tmp_path / "a.txt").write_text("\n".join(tiny_texts))
+    tiny_tokenizer.save_pretrained(tmp_path / "tiny")
+    words = ["--train_files", tmp_path / "a.txt", "--tokenizer", tmp_path / "tiny", "--workers", 1]
+    words += ["--output_dir", tmp_path / "data", "--shard_tokens", 100, "--document_separator", r"\n"]
+    prepare_data.main(list(map(str, words)))
+    dataset = open_shards(tmp_path / "data")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, before[1]))
+    try:
+        files = dataset.shard_files("train")
+        ids = np.concatenate([file[:] for file in files])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(files) > 100
+    assert np.array_equal(ids, np.concatenate(dataset.shards("train")))
 
 
 def test_a_shard_file_gives_what_a_memory_map_gives(tmp_path):

@@ -137,7 +137,9 @@ def test_a_stream_resumes_with_the_very_next_sequence_on_other_processes(streame
 
 def watch_reading(batches: StreamedBatches, before_reading) -> None:
     read = batches.source.read
-    batches.source = SimpleNamespace(read=lambda partition: (before_reading(partition), read(partition))[1])
+    batches.source = SimpleNamespace(
+        read=lambda partition, **more: (before_reading(partition), read(partition, **more))[1]
+    )
 
 
 def test_a_process_reads_only_the_partitions_of_its_own_logical_shards(streamed):

@@ -42,7 +42,7 @@ def streamed(tiny_tokenizer):
 class Uneven(Source):
     """Each partition is one document of so many bytes as it says."""
 
-    def read(self, partition, skipped=None):
+    def read(self, partition, on_wait=None):
         text = "the sea was cold " * (partition.text_bytes // 17 + 1)
         return [Document(partition.name, text[: partition.text_bytes])]
 
@@ -53,7 +53,7 @@ def uneven(tokenizer, sizes: list[int], order: BatchConfig) -> StreamedBatches:
 
 
 class MadeUp(Source):
-    def read(self, partition, skipped=None):
+    def read(self, partition, on_wait=None):
         text = f"the ship {partition.start} sailed over the sea " * (1 + partition.start % 9)
         return [Document(f"{partition.start} {word}", text + word) for word in ("sea", "wind")]
 

@@ -114,6 +114,38 @@ def test_a_log_that_is_a_pipe_has_lines_though_errors_go_to_a_terminal(tmp_path)
     assert shown == ""
 
 
+@pytest.mark.parametrize("is_main_process", [True, False])
+def test_a_wait_for_data_is_said_once_a_step_by_the_process_that_waits(tmp_path, monkeypatch, capsys, is_main_process):
+    monkeypatch.setattr(Accelerator, "is_main_process", is_main_process)
+    logger = made_logger(tmp_path, total_steps=2, logging_steps=1)
+    for _ in range(3):
+        logger.show_waiting("part-3.parquet cannot be read: 403")
+    sentence = "Waiting for data, for up to 5 minutes: part-3.parquet cannot be read: 403.\n"
+    assert capsys.readouterr().out == sentence
+    logger.log_step(1, StepMetrics(torch.tensor(3.0), torch.tensor(1.0), torch.tensor(False)), 1e-3, 100.0)
+    logger.show_waiting("part-3.parquet cannot be read: 403")
+    assert capsys.readouterr().out.endswith(sentence)
+
+
+def test_the_bar_shows_a_wait_for_data_until_the_next_step(tmp_path):
+    with terminal() as read:
+        logger = made_logger(tmp_path, total_steps=100, logging_steps=100)
+        logger.show_waiting("403")
+        waiting = screen(read())[-1]
+        logger.print("above")
+        logger.bar.start_t -= 60
+        logger.show_waiting("403")
+        later = screen(read())[-1]
+        logger.log_step(2, StepMetrics(torch.tensor(3.0), torch.tensor(1.0), torch.tensor(False)), 1e-3, 0.0)
+        logger.print("above")
+        after = screen(read())[-1]
+        logger.close()
+    assert waiting.endswith("waiting for data]")
+    assert later.endswith("waiting for data]")
+    assert waiting != later  # its clock
+    assert "waiting" not in after
+
+
 class EventFile(GeneralTracker):
     """As TensorBoard's tracker: a write that fails ends its thread, and every later one fails as well."""
 

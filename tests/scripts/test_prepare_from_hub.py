@@ -9,6 +9,7 @@ from random import Random
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from loopback_hub import LFS_BYTES
 from patience import PATIENCE_SECONDS
 
 import prepare_data
@@ -261,6 +262,37 @@ def test_a_refusal_of_what_was_opened_before_is_asked_again(hub, warm_python, fi
     assert sum(path.startswith("/api/datasets/ns/fineweb") for path in refused) == 1
 
 
+# Opens a data set while the Hub fails.
+OPEN = """
+import sys
+from modeling_gpt2repro.data.sources.resolve import hub_source
+print(len(hub_source(sys.argv[1], sys.argv[2] or None).partitions))
+"""
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_data_host_that_refuses_from_the_beginning_is_named(hub, warm_python, fineweb, tiny_texts, kind):
+    """The Hub itself has found the file, so it is no wrong name: it is asked for again, but not for minutes."""
+    if kind == "jsonl":
+        lines = hub.new_repository("datasets/ns/large-lines")
+        for number in range(2):
+            line = json.dumps({"text": tiny_texts[number]}) + "\n"
+            (lines / f"{number}.jsonl").write_text(line * (LFS_BYTES // len(line) + 1))
+    words = ["ns/large-lines", ""] if kind == "jsonl" else ["ns/fineweb", "sample-10BT"]
+    with hub.faults({"match": "GET /lfs/", "status": 403, "times": 4}):
+        warm_python.run("-c", IMPATIENT + OPEN, *words)
+    with hub.faults({"match": "GET /lfs/", "status": 403}):
+        done = warm_python.run("-c", IMPATIENT + OPEN, *words, check=False)
+    message = done.stderr.splitlines()[-1]
+    assert f"ValueError: the Hub's dataset {words[0]}" in message
+    assert "does not open: localhost answered 403 Forbidden to http://127.0.0.1:" in message
+    assert message.endswith(", 5 times: the Hub has the file, so it may be a firewall that refuses this host.")
+    assert "?" not in message  # the signature of the address
+    with hub.faults({"match": "GET /datasets/.*(parquet|jsonl)", "status": 403}):  # the Hub's own answer
+        done = warm_python.run("-c", IMPATIENT + OPEN, *words, check=False)
+    assert "times" not in done.stderr.splitlines()[-1]
+
+
 def test_rows_that_were_read_before_a_refusal_are_not_given_twice(monkeypatch):
     class Shard:
         opened = 0
@@ -274,7 +306,7 @@ def test_rows_that_were_read_before_a_refusal_are_not_given_twice(monkeypatch):
 
     monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
     shard = Shard()
-    assert [row["text"] for row in _rows(shard)] == [0, 1, 2, 3, 4, 5]
+    assert [row["text"] for row in _rows(shard, "part.jsonl", lambda reason: None)] == [0, 1, 2, 3, 4, 5]
     assert shard.opened == 3
 
 

@@ -11,13 +11,13 @@ from accelerate import Accelerator
 from steps import accelerator_for, random_sequences, take_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modeling_gpt2repro.data.batches.read_ahead import ReadAhead
 from modeling_gpt2repro.data.batches.sequences import TokenSequences
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig, ShuffledBatches
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog
 from modeling_gpt2repro.training.optimization import build_optimizer, learning_rate_at, set_learning_rate
 from modeling_gpt2repro.training.outliers import OutlierDetector
-from modeling_gpt2repro.training.state import TimedIterator
 from train_accelerate import step_unless, train_step
 
 
@@ -143,7 +143,7 @@ def meta_run(tiny_config, tmp_path, monkeypatch):
         sequences = TokenSequences([np.arange(1000) % 97], 32)
         return SimpleNamespace(
             accelerator=accelerator,
-            batches=ShuffledBatches(sequences, BatchConfig(32, 4, 2, seed=1)),
+            reader=ReadAhead(ShuffledBatches(sequences, BatchConfig(32, 4, 2, seed=1)), total_steps=100),
             model=model,
             optimizer=optimizer,
             detector=OutlierDetector(meta, skip_outliers),
@@ -181,14 +181,14 @@ def take_step_as_main_does(run: SimpleNamespace, step: int):
     """The body of the loop in train_accelerate.py."""
     learning_rate = learning_rate_at(step - 1, 100, 10, 1e-3, 0.1)
     set_learning_rate(run.optimizer, learning_rate)
-    micro_batches = TimedIterator(run.batches.micro_batches(step - 1))
+    assert run.reader.wait_for(step - 1) is None
     metrics = train_step(
         run.accelerator,
         run.model,
         run.optimizer,
-        micro_batches,
+        run.reader.micro_batches(step - 1),
         tokens_per_step=4 * 32,
         max_grad_norm=1.0,
         detector=run.detector,
     )
-    run.logger.log_step(step, metrics, learning_rate, data_seconds=micro_batches.seconds)
+    run.logger.log_step(step, metrics, learning_rate, data_seconds=run.reader.waited_seconds)

@@ -47,6 +47,15 @@ train_accelerate.setup.log_run_summary = lambda args, *others: (
 )
 train_accelerate.main(flags)
 """
+# By the real clock; stops the run while it waits for data.
+STOPPED_WHILE_IT_WAITS = """
+import os
+import signal
+from modeling_gpt2repro.runs.logger import RunLogger
+
+show = RunLogger.show_waiting
+RunLogger.show_waiting = lambda logger, problem: (show(logger, problem), os.kill(os.getpid(), signal.SIGTERM))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +71,10 @@ def stream(hub, warm_python, tiny_texts, tiny_tokenizer, tmp_path_factory):
     tiny_tokenizer.save_pretrained(tokenizer)
     options = {"dataset_name": "ns/stream", "dataset_config_name": "default", "tokenizer": tokenizer}
 
-    def train(run, rules=(), processes=1, first=8, **more):
+    def train(run, rules=(), processes=1, first=8, before=IMPATIENT, **more):
         flags = toy_flags(run, None, **options, num_samples=0, save_steps=0, **more)
         faults = hub.root / "faults.json"
-        words = ["-c", IMPATIENT + TRAIN, first, faults, json.dumps(list(rules)), *flags]
+        words = ["-c", before + TRAIN, first, faults, json.dumps(list(rules)), *flags]
         try:
             return warm_python.run_together(processes, *words, check=False, **CPU_FP32)
         finally:
@@ -129,6 +138,19 @@ def test_a_first_step_that_cannot_be_read_stops_all_processes(stream, tmp_path):
     assert "Stopped after step 0: row group 0 of hf://" in results[0].stdout
     assert json.loads((tmp_path / "run" / STOPPED_FILE).read_text())["steps_made"] == 0
     assert not list((tmp_path / "run").glob("step-*"))
+
+
+def test_a_run_says_that_it_waits_for_data_and_can_be_stopped_meanwhile(stream, tmp_path):
+    """The process that waits says so; and it ends though it would be asking for minutes."""
+    rules = [{"match": "GET /lfs/.*part-3", "status": 403}]
+    results = stream(tmp_path / "run", rules, processes=2, before=STOPPED_WHILE_IT_WAITS)
+    assert [process.returncode for process in results] == [143, 143], results[-1].stderr
+    output = results[0].stdout + results[1].stdout
+    assert output.count("Waiting for data, for up to 5 minutes: row group 0 of hf://datasets/ns/stream@") == 1
+    assert "part-3.parquet cannot be read: localhost answered 403 Forbidden to http://" in output
+    marker = json.loads((tmp_path / "run" / STOPPED_FILE).read_text())
+    assert marker["by_signal"] is True
+    assert (tmp_path / "run" / f"step-{marker['step']:06d}" / "model.safetensors").exists()
 
 
 @pytest.fixture
@@ -195,6 +217,14 @@ def test_only_a_run_that_made_steps_and_lost_its_data_asks_to_be_queued_again(
     marker = json.loads((tmp_path / "run" / STOPPED_FILE).read_text())
     assert (marker["step"], marker["steps_made"], marker["by_signal"]) == (8, 0, False)
     assert not requeue.exists()
+
+
+def test_a_preflight_whose_data_cannot_be_read_ends_in_a_sentence(own_shards, tmp_path, monkeypatch, capsys):
+    at_step(monkeypatch, 3, in_step(lambda: truncate(own_shards, "train_*.npy")))
+    assert train_here(tmp_path / "run", own_shards, preflight=True) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.endswith(".npy cannot be read: it has become shorter since the run opened it.")
+    assert f": {own_shards}/train_0000" in message
 
 
 @pytest.mark.parametrize("how", ["deleted", "replaced", "validation truncated"])

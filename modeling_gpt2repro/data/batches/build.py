@@ -14,7 +14,7 @@ from modeling_gpt2repro.data.tokenizer import tokenizer_sha256
 from modeling_gpt2repro.runtime.command_line import InputErrors
 
 from .mixture import MixedBatches, load_mixture, mixed_validation
-from .sequences import TokenSequences, first_tokens, validation_batches
+from .sequences import TokenSequences, validation_batches
 from .shuffled import BatchConfig, ShuffledBatches, TrainingBatches
 from .streaming import StreamedBatches
 
@@ -52,8 +52,7 @@ def build_shuffled_data(dataset: TokenDataset, config: BatchConfig, validation_t
     """
     errors = InputErrors()
     train = errors.capture(TokenSequences, dataset.shard_files("train"), config.block_size, "training")
-    held_out = first_tokens(dataset.shard_files("validation"), validation_tokens + config.block_size + 1)
-    validation = errors.capture(TokenSequences, held_out, config.block_size, "validation")
+    validation = errors.capture(mixed_validation, [dataset], [1.0], config.block_size, validation_tokens)
     errors.raise_if_any()
     train_total, validation_total = (dataset.manifest["splits"][split]["tokens"] for split in SPLITS)
     return TrainingData(

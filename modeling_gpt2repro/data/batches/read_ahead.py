@@ -16,6 +16,7 @@ from .shuffled import TrainingBatches
 
 STEPS_AHEAD = 2  # one that must be there when a step begins, and one that is read meanwhile
 SECONDS_BETWEEN_LOOKS = 0.1  # at whether the run is to stop, while it waits for data
+SILENT_SECONDS = 5.0  # of a wait, which a person need not hear of
 
 
 class ReadAhead:
@@ -35,8 +36,12 @@ class ReadAhead:
         self._steps: dict[int, Future] = {}  # step -> ids of its micro-batches, and the state after it
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")  # one, so that steps are read in order
 
-    def wait_for(self, step: int) -> str | None:
-        """Wait until `step` and the one after it are in memory; returns why they cannot be read, else None."""
+    def wait_for(self, step: int, on_wait: Callable[[str], None] = lambda problem: None) -> str | None:
+        """Wait until `step` and the one after it are in memory; returns why they cannot be read, else None.
+
+        Args:
+            on_wait: Called several times a second with why something is read again, if that takes long.
+        """
         started = time.perf_counter()
         for ahead in range(step, min(step + STEPS_AHEAD + 1, self.total_steps)):
             if ahead not in self._steps:
@@ -46,6 +51,8 @@ class ReadAhead:
             while wait(needed, SECONDS_BETWEEN_LOOKS).not_done:
                 if self.is_stopping():
                     return None
+                if self.batches.problem and time.perf_counter() - started > SILENT_SECONDS:
+                    on_wait(self.batches.problem)
             for future in needed:
                 future.result()
         except (OSError, ValueError) as error:

@@ -153,6 +153,7 @@ class TrainingBatches:
     config: BatchConfig
     end_of_text: int | None  # the id before each document; needed for a document mask only
     micro_batch_shape: tuple[int, int]
+    problem: str | None = None  # why something must be read again now; None while all is well
 
     def read_step(self, step: int) -> list[np.ndarray]:
         """The ids of each of the step's micro-batches: (at most B, T + 1) int64, none left for some processes."""

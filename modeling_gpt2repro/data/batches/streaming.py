@@ -18,7 +18,7 @@ state has two numbers for each logical shard, the partition that it has come to 
 """
 
 import hashlib
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +28,7 @@ from modeling_gpt2repro.data.sources.documents import Partition
 from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.data.tokenize import tokenize_documents
 from modeling_gpt2repro.data.tokenizer import text_encoder
+from modeling_gpt2repro.storage.hub_files import OnWait
 
 from .sequences import TokenSequences
 from .shuffled import SHUFFLES, BatchConfig, TrainingBatches, seeded_permutation, split_into_micro_batches
@@ -93,6 +94,7 @@ class StreamedBatches(TrainingBatches):
         self._sample_ids: dict[int, np.ndarray] = {}  # step -> (n, 3): logical shard and position of each sequence
         self._current: dict[int, tuple[int, np.ndarray]] = {}  # logical shard -> turn and ids of the open partition
         self._read_ahead: dict[tuple[int, int], Future] = {}  # logical shard and turn -> ids
+        self._is_closed = False
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="stream")
 
     @property
@@ -169,7 +171,8 @@ class StreamedBatches(TrainingBatches):
         self._read_ahead.clear()  # it belongs to other positions
 
     def close(self):
-        """Stop reading ahead."""
+        """Stop reading ahead. What is being read is not waited for here, but at the end of the program."""
+        self._is_closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _next_sequence(self, logical_shard: int) -> np.ndarray:
@@ -211,10 +214,18 @@ class StreamedBatches(TrainingBatches):
 
     def _read(self, logical_shard: int, turn: int) -> np.ndarray:
         partition, document_seed = self._partition(logical_shard, turn)
+
+        def on_wait(reason: str):
+            self.problem = f"{partition.location} cannot be read: {reason}"
+            if self._is_closed:  # the program's end would wait for the attempts that are left
+                raise CancelledError
+
         try:
-            return self._tokenize(partition, document_seed)
+            ids = self._tokenize(partition, document_seed, on_wait)
         except OSError as error:
             raise OSError(f"{partition.location} cannot be read: {error}") from error
+        self.problem = None
+        return ids
 
     def _partition(self, logical_shard: int, turn: int) -> tuple[Partition, tuple[int, int, int]]:
         """The partition that the logical shard reads at this turn, and what seeds the order of its documents."""
@@ -223,8 +234,13 @@ class StreamedBatches(TrainingBatches):
         epoch, within_epoch = divmod(position, len(self.partitions))
         return self.partitions[int(index)], (self.config.seed, epoch, within_epoch)
 
-    def _tokenize(self, partition: Partition, document_seed: tuple[int, ...] | None = None) -> np.ndarray:
-        documents = list(self.source.read(partition))
+    def _tokenize(
+        self,
+        partition: Partition,
+        document_seed: tuple[int, ...] | None = None,
+        on_wait: OnWait = lambda reason: None,
+    ) -> np.ndarray:
+        documents = list(self.source.read(partition, on_wait=on_wait))
         # Documents are shuffled, or neighbours in the source would be neighbours in every epoch; the pieces of one text
         # stay in their order.
         if document_seed and not any(document.continues for document in documents):

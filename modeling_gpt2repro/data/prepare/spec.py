@@ -3,7 +3,7 @@
 import itertools
 import json
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -245,9 +245,5 @@ def _is_file_state(state: object) -> bool:
 
 def _unique_names(names: Iterable[str]) -> list[tuple[str, int]]:
     """["a", "b", "a"] -> [("a", 0), ("b", 0), ("a", 1)]: several folders may have a file of the same name."""
-    seen = Counter()
-    numbered = []
-    for name in names:
-        numbered.append((name, seen[name]))
-        seen[name] += 1
-    return numbered
+    numbers = defaultdict(itertools.count)
+    return [(name, next(numbers[name])) for name in names]

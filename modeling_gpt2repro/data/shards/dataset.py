@@ -13,7 +13,7 @@ from modeling_gpt2repro.storage.checksums import is_sha256
 from modeling_gpt2repro.storage.json_files import is_count, is_size, read_json_object, require, shown
 
 from .nanogpt_format import SHARD_NAME, find_nanogpt_shards, nanogpt_manifest, open_npy
-from .shard_file import ShardFile
+from .shard_file import ShardFile, allow_open_files
 
 MANIFEST = "manifest.json"
 SPEC_FILE = "plan.json"  # there while a preparation is unfinished, see prepare/spec.py
@@ -38,6 +38,7 @@ class TokenDataset:
         """The same for training, which must outlive files that vanish: see `ShardFile`."""
         entries = _shard_entries(self.manifest, split)
         offsets = [_open_shard(self.folder / file, tokens).offset for file, tokens, _ in entries]
+        allow_open_files(len(entries))
         return [
             ShardFile(self.folder / file, at, tokens) for (file, tokens, _), at in zip(entries, offsets, strict=True)
         ]

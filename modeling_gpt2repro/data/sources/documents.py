@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
+from modeling_gpt2repro.storage.hub_files import OnWait, is_on_hub, retry_hub_read
 
 from .files import TEXT_KINDS, file_kind
 from .parquet import NOT_UTF8, read_rows
@@ -25,6 +25,10 @@ from .text import (
     read_pieces,
     replace_lone_surrogates,
 )
+
+# Of a dataset on the Hub that is not stored as parquet, see hub_rows.py: its path is dataset|config|split|commit, its
+# start the number of a shard.
+HUB_ROWS = "hub-rows://"
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,9 @@ class Partition:
     @property
     def location(self) -> str:
         """Where it is, for messages."""
+        if self.path.startswith(HUB_ROWS):
+            dataset, config, split, _ = self.path.removeprefix(HUB_ROWS).split("|")
+            return f"shard {self.start} of {dataset}{f' ({config})' if config else ''}, split {split},"
         if self.stop_row is not None:
             return f"rows {self.first_row} to {self.stop_row} of row group {self.start} of {self.path}"
         if self.stop == self.start + 1:
@@ -125,6 +132,7 @@ def read_partition(
     skipped: Counter | None = None,
     document_separator: str | None = None,
     bad_lines: BadLines | None = None,
+    on_wait: OnWait = lambda reason: None,
 ) -> Iterator[Document]:
     """Yield the partition's documents, without those that hold nothing but whitespace.
 
@@ -134,6 +142,7 @@ def read_partition(
         document_separator: What separates the documents of a text file: see `compile_separator`, or WHOLE_FILE for one
             document per file. None: the partition is one document, in pieces that may be held out for validation.
         bad_lines: Collects the bad lines. If not given, the first one raises.
+        on_wait: See `retry_hub_read`.
 
     Raises:
         BadLineError: On a line that is not UTF-8 or, in .jsonl, not a JSON object with text in the text column, or a
@@ -146,7 +155,7 @@ def read_partition(
         documents = _read_text(partition, document_separator, skipped, bad_lines)
     elif is_on_hub(partition.path):
         # A read from the Hub is retried as a whole, so it must be complete before its first document is yielded.
-        documents = retry_hub_read(lambda: list(read_table(partition)), is_known=True)
+        documents = retry_hub_read(lambda: list(read_table(partition)), is_known=True, on_wait=on_wait)
     else:
         documents = read_table(partition)
     for document in documents:

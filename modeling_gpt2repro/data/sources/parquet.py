@@ -43,7 +43,7 @@ def row_ranges(path: str, text_column: str, range_bytes: int = RANGE_BYTES) -> l
     Raises:
         ValueError: If the file is damaged, or has no such column of text.
     """
-    metadata = _metadata(path)
+    metadata = retry_hub_read(lambda: _metadata(path))
     schema = metadata.schema.to_arrow_schema()
     check_text_column(path, schema, text_column)
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
@@ -142,11 +142,8 @@ def _metadata(path: str) -> pq.FileMetaData:
 
 @lru_cache(maxsize=256)
 def _read_metadata(path: str, modified_ns: int | None) -> pq.FileMetaData:
-    def read() -> pq.FileMetaData:
-        with _opened(path) as parquet:
-            return parquet.metadata
-
-    return retry_hub_read(read)
+    with _opened(path) as parquet:
+        return parquet.metadata
 
 
 @contextmanager

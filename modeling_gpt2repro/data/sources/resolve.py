@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from modeling_gpt2repro.storage.hub_files import is_on_hub, retry_hub_read
+from modeling_gpt2repro.storage.hub_files import OnWait, is_on_hub, retry_hub_read
 
 from .documents import BadLines, Document, Partition, read_partition
 from .files import TEXT_KINDS, file_kind, file_state, find_files, is_compressed
-from .hub_rows import is_hub_rows, list_row_partitions, read_row_partition
+from .hub_rows import data_files, is_hub_rows, list_row_partitions, read_row_partition
 from .partitions import list_partitions
 from .python_docs import python_prose_documents
 
@@ -35,14 +35,18 @@ class Source:
         return sum(partition.text_bytes for partition in self.partitions)
 
     def read(
-        self, partition: Partition, skipped: Counter | None = None, bad_lines: BadLines | None = None
+        self,
+        partition: Partition,
+        skipped: Counter | None = None,
+        bad_lines: BadLines | None = None,
+        on_wait: OnWait = lambda reason: None,
     ) -> Iterator[Document]:
-        """Yield the partition's documents, in their order; `skipped` and `bad_lines`: see `read_partition`."""
+        """Yield the partition's documents, in their order; the other arguments are those of `read_partition`."""
         if partition.path == PYTHON_PROSE:
             return iter(python_prose_documents())
         if is_hub_rows(partition.path):
-            return read_row_partition(partition, skipped)
-        return read_partition(partition, skipped, self.description.get("document_separator"), bad_lines)
+            return read_row_partition(partition, skipped, on_wait)
+        return read_partition(partition, skipped, self.description.get("document_separator"), bad_lines, on_wait)
 
 
 def python_prose_source() -> Source:
@@ -108,7 +112,7 @@ def hub_source(
     name = dataset + (f" ({config})" if config else "")
     try:
         commit = retry_hub_read(lambda: _commit(dataset, revision))
-        paths = retry_hub_read(lambda: _data_files(dataset, config, split, commit))
+        paths = retry_hub_read(lambda: data_files(dataset, config, split, commit))
         if all(path.endswith(".parquet") for path in paths):
             partitions = list_partitions(paths, text_column)
         else:
@@ -149,13 +153,3 @@ def _commit(dataset: str, revision: str | None) -> str:
         raise  # the Hub answered: `retry_hub_read` decides whether the error may pass
     except HTTPError as error:
         raise ConnectionError(type(error).__name__) from error
-
-
-def _data_files(dataset: str, config: str | None, split: str, commit: str) -> list[str]:
-    import datasets
-
-    builder = datasets.load_dataset_builder(dataset, config, revision=commit)
-    files = builder.config.data_files or {}
-    if split not in files:
-        raise ValueError(f"it has no split {split!r}, but {', '.join(map(str, files)) or 'none'}.")
-    return list(files[split])

@@ -101,7 +101,7 @@ def read_pieces(
         ValueError: On bytes that are not UTF-8, without `on_bad_line`.
     """
     for block_start, position, data in _read_blocks(path, start, _end(path, stop), block_bytes):
-        text = _decode_text(data, path, position, counts, on_bad_line)
+        text = _decode_text(data, position, counts, on_bad_line)
         begin = number = 0
         while begin < len(text):
             earliest = begin + PIECE_CHARACTERS
@@ -131,11 +131,11 @@ def read_documents(
         on_bad_line: See `read_pieces`.
 
     Raises:
-        ValueError: On bytes that are not UTF-8, without `on_bad_line`, or a document of more than MAX_LINE_BYTES.
+        ValueError: On a document of more than MAX_LINE_BYTES, or, without `on_bad_line`, bytes that are not UTF-8.
     """
     for position, data in _split(path, start, _end(path, stop), separator, block_bytes):
         if data.strip(b"\r\n"):  # a newline between two separators, or after the last one, is not a document
-            yield position, _decode_text(data, path, position, counts, on_bad_line).strip(" \t\n")
+            yield position, _decode_text(data, position, counts, on_bad_line).strip(" \t\n")
 
 
 def compile_separator(document_separator: str) -> re.Pattern[bytes]:
@@ -284,10 +284,15 @@ def _end(path: str, stop: int) -> int:
     return sys.maxsize if is_compressed(path) else stop
 
 
-def _decode_text(data: bytes, path: str, position: int, counts: Counter | None, on_bad_line: OnBadLine | None) -> str:
-    if on_bad_line is not None:
-        data = _without_bad_lines(data, position, on_bad_line)
-    text = _decode(data, path, position)
+def _decode_text(data: bytes, position: int, counts: Counter | None, on_bad_line: OnBadLine | None) -> str:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        if on_bad_line is None:
+            raise
+        text = b"".join(_good_lines(data, position, on_bad_line)).decode()
+    if position == 0:
+        text = text.removeprefix("\ufeff")  # the byte order mark that Windows' editors put first
     if "\r" in text:
         text = normalize_line_ends(text)
         if counts is not None:
@@ -295,34 +300,12 @@ def _decode_text(data: bytes, path: str, position: int, counts: Counter | None, 
     return text
 
 
-def _without_bad_lines(data: bytes, position: int, on_bad_line: OnBadLine) -> bytes:
-    if _is_utf8(data):
-        return data
-    good = []
+def _good_lines(data: bytes, position: int, on_bad_line: OnBadLine) -> Iterator[bytes]:
     for line in data.splitlines(keepends=True):
         try:
             line.decode()
-            good.append(line)
         except UnicodeDecodeError as error:
             on_bad_line(position + error.start, line[error.start])
+        else:
+            yield line
         position += len(line)
-    return b"".join(good)
-
-
-def _is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _decode(data: bytes, path: str, position: int) -> str:
-    try:
-        # utf-8-sig drops the byte order mark that Windows' editors put first.
-        return data.decode("utf-8-sig" if position == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        # The error's own position counts from after the mark.
-        bad_position = position + len(data) - len(error.object) + error.start
-        bad_byte = error.object[error.start]
-        raise ValueError(f"{path} is not UTF-8 (byte {bad_position} is 0x{bad_byte:02x}): convert it.") from error
