@@ -1,6 +1,7 @@
 """A client of the Hub that waits no longer than it may, and what its errors mean for a push."""
 
 import json
+import logging
 import os
 import threading
 import time
@@ -12,7 +13,7 @@ from urllib.parse import quote, urlsplit
 
 from huggingface_hub import HfApi, constants, get_session, get_token, set_client_factory
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers
 
 from modeling_gpt2repro.storage.retry import (
     TRANSIENT_STATUS,
@@ -21,6 +22,7 @@ from modeling_gpt2repro.storage.retry import (
     exception_chain,
     http_error,
     is_transient,
+    without_signatures,
 )
 
 EXIT_CODE_REFUSED = 2  # trying again is no use before somebody changes something
@@ -40,8 +42,10 @@ class FilesDiffer(RuntimeError):
     """A push went through, but the repository does not hold the folder's files."""
 
 
-# What a request to the Hub may end in. JSON is missing where something else answers, such as a proxy's error page.
-HUB_ERRORS = (HTTPError, OSError, RuntimeError, json.JSONDecodeError)
+# What the client ends in where something else than a Hub answers, such as a proxy's page.
+UNEXPECTED_ANSWERS = (json.JSONDecodeError, KeyError, TypeError)
+# What a request to the Hub may end in.
+HUB_ERRORS = (HTTPError, OSError, RuntimeError, *UNEXPECTED_ANSWERS)
 
 
 class Diagnosis(NamedTuple):
@@ -64,6 +68,7 @@ class Patience:
         self.seconds = seconds
         self._seconds_for_an_answer = max(seconds, MIN_ANSWER_SECONDS)
         self._failing_since: float | None = None  # attempts have failed since then, and no file has arrived
+        self._has_sent_all = False
         self._thread = threading.local()  # files are sent by several threads; one may wait while another is answered
 
     def limit(self, request):
@@ -79,13 +84,16 @@ class Patience:
             raise with_request(ConnectionError(f"status {self._thread.status}"), request)
         seconds = min(MAX_ANSWER_SECONDS, seconds_left)
         request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
+        if "/commit/" in str(request.url) and not self._has_sent_all:  # all files have arrived, by Xet without a PUT
+            self._has_sent_all = True
+            self._failing_since = None
 
     def note(self, response):
         """Note what a request was answered; raise ConnectionError if the client would now wait for too long."""
         self._thread.status = response.status_code
         if response.status_code not in TRANSIENT_STATUS - {409, 412}:  # in these two cases the Hub is well
             self._thread.waiting_since = None
-        elif (wait := response.headers.get("Retry-After", "")).isdigit() and int(wait) > self._seconds_for_an_answer:
+        elif (wait := seconds_to_wait(response)) > self._seconds_for_an_answer:
             error = ConnectionError(f"status {response.status_code}: try again in {wait} s")
             raise with_request(error, response.request)
         if response.request.method == "PUT" and response.is_success:  # progress: this file is not sent again
@@ -128,6 +136,15 @@ class Patience:
         return getattr(self._thread, "waiting_since", None)
 
 
+def seconds_to_wait(response) -> int:
+    """How long the client waits before it repeats the request, because the Hub says so."""
+    limit = parse_ratelimit_headers(response.headers)
+    if response.status_code == 429 and limit is not None and limit.remaining == 0:
+        return limit.reset_in_seconds
+    seconds = response.headers.get("Retry-After", "")
+    return int(seconds) if seconds.isdecimal() else 0
+
+
 def with_request(error: OSError, request) -> OSError:
     """The error, which can be asked for its request, as those of the client can."""
     error.request = request
@@ -151,9 +168,16 @@ def connect(patience: Patience | None = None, endpoint: str | None = None) -> Hf
     hooks = {"request": [*hooks, patience.limit], "response": [patience.note]}
     # Not just set on the session: after a refused connection, the client makes itself another one.
     set_client_factory(lambda: client_class(follow_redirects=True, event_hooks=hooks))
+    # The client warns of what it repeats, with the address.
+    logging.getLogger("huggingface_hub.utils._http").addFilter(hide_signatures)
     for name, value in XET_RETRIES.items():  # read when the first upload begins
         os.environ.setdefault(name, value)
     return HfApi(endpoint=endpoint)
+
+
+def hide_signatures(record: logging.LogRecord) -> bool:
+    record.msg = without_signatures(str(record.msg))
+    return True
 
 
 def ask_storage(api: HfApi, repository: str, branch: str):
@@ -215,8 +239,9 @@ def diagnose_missing_answer(error: Exception, endpoint: str) -> Diagnosis:
     # By name: which HTTP library the client uses depends on its version.
     if any("Timeout" in type(cause).__name__ for cause in exception_chain(error)):
         return Diagnosis(f"{who} does not answer ({description})", EXIT_CODE_HUB_UNREACHABLE)
-    if isinstance(error, json.JSONDecodeError):
-        return Diagnosis(f"{who} cannot be reached (the answer is not JSON)", EXIT_CODE_HUB_UNREACHABLE)
+    if isinstance(error, UNEXPECTED_ANSWERS):
+        message = f"{who} cannot be reached (the answer is not as a Hub's: {description})"
+        return Diagnosis(message, EXIT_CODE_HUB_UNREACHABLE)
     if is_transient(error):
         return Diagnosis(f"{who} cannot be reached ({description})", EXIT_CODE_HUB_UNREACHABLE)
     return Diagnosis(f"a problem on this machine prevents pushing ({description})", EXIT_CODE_REFUSED, attempts=1)

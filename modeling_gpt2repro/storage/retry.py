@@ -1,5 +1,6 @@
 """Retry with exponential backoff, and which errors of the Hub are transient."""
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -93,4 +94,9 @@ def describe_error(error: BaseException) -> str:
     line = next(iter(message.strip().splitlines()), type(root_cause).__name__)
     if isinstance(answer, RepositoryNotFoundError):  # or gated; without a token the Hub does not say which
         line = f"{line.rstrip('.')}; if it is private or gated, log in with hf auth login"
-    return line
+    return without_signatures(line)
+
+
+def without_signatures(text: str) -> str:
+    """'503 for url https://s3/x?signature=1' -> '503 for url https://s3/x': those who have it may use the address."""
+    return re.sub(r"(https?://[^\s?]*)\?[^\s')]*", r"\1", text)

@@ -12,11 +12,12 @@ from modeling_gpt2repro.hub.client import Diagnosis, FilesDiffer, Patience, conn
 from modeling_gpt2repro.storage.retry import backoff_seconds, is_transient, retry
 
 HUB = "https://hub.test"
+SIGNED = "https://s3.test/x?signature=1&more=2"
 
 
-def answer(status: int, address: str = HUB, error: type[HfHubHTTPError] = HfHubHTTPError) -> HfHubHTTPError:
+def answer(status: int, address: str = HUB, message: str = "no") -> HfHubHTTPError:
     request = SimpleNamespace(url=address)
-    return error("no", response=SimpleNamespace(status_code=status, headers={}, request=request))
+    return HfHubHTTPError(message, response=SimpleNamespace(status_code=status, headers={}, request=request))
 
 
 def with_cause(error: BaseException, cause: BaseException | None) -> BaseException:
@@ -54,8 +55,14 @@ def test_some_answers_of_the_hub_are_worth_a_retry(status, transient):
         (answer(401), 2, 1, "the Hub does not accept this token"),
         (answer(403), 2, 1, "this token may not write to user/any (no)"),
         (answer(404), 2, 1, "the Hub refuses user/any (no)"),
-        (answer(403, "https://s3.test/x?signature=1"), 2, 3, "s3.test, where the Hub stores large files, refuses"),
-        (answer(503, "https://s3.test/x?signature=1"), 3, float("inf"), "the Hub cannot be reached (no)"),
+        (answer(403, SIGNED), 2, 3, "s3.test, where the Hub stores large files, refuses"),
+        (
+            answer(503, SIGNED, f"Server error '503 Busy' for url '{SIGNED}'\nFor more information, see x"),
+            3,
+            float("inf"),
+            "the Hub cannot be reached (Server error '503 Busy' for url 'https://s3.test/x')",
+        ),
+        (KeyError("url"), 3, float("inf"), "the Hub cannot be reached (the answer is not as a Hub's: KeyError: 'url')"),
         (FilesDiffer("files in user/any differ from those in model: a, b"), 4, 3, "files in user/any differ"),
     ],
 )
@@ -109,10 +116,11 @@ class FakeClient:
         method: str = "POST",
         attempts: int = 6,
         headers: dict[str, str] | None = None,
+        url: str = HUB,
     ):
         """A request that is answered after `seconds`, or never if `status` is None, as often as the client sends it."""
         for _ in range(attempts):
-            request = SimpleNamespace(url=SimpleNamespace(host="hub.test"), extensions={}, method=method)
+            request = SimpleNamespace(url=url, extensions={}, method=method)
             self.patience.limit(request)
             if status is None:
                 self.clock[0] += request.extensions["timeout"]["read"]
@@ -166,6 +174,8 @@ def test_a_wait_that_the_hub_asks_for_must_fit_into_the_patience(clock):
     fake = FakeClient(clock, patience)
     with pytest.raises(ConnectionError, match="status 429: try again in 3600 s"):
         fake.request(429, headers={"Retry-After": "3600"})
+    with pytest.raises(ConnectionError, match="status 429: try again in 280 s"):
+        fake.request(429, headers={"ratelimit": '"api";r=0;t=280'})  # which the Hub sends, and the client heeds
     with pytest.raises(ConnectionError, match="ended with 429"):
         fake.request(429, headers={"Retry-After": "5"}, attempts=1)
 
@@ -179,7 +189,8 @@ def test_a_client_that_starts_anew_after_a_refused_connection_keeps_to_the_patie
     assert get_session().event_hooks["response"] == [patience.note]
 
 
-def test_a_long_upload_renews_the_patience(clock):
+@pytest.mark.parametrize("protocol", ["lfs", "xet"])
+def test_a_long_upload_renews_the_patience(clock, protocol):
     """A Hub that is busy for a moment, an hour of sending, then a Hub that is busy again."""
     patience = Patience(20)
     fake = FakeClient(clock, patience)
@@ -189,12 +200,28 @@ def test_a_long_upload_renews_the_patience(clock):
     def attempt() -> str:
         fake.request(next(answers), attempts=1)
         if not sent:
-            fake.request(200, seconds=3600, method="PUT")
+            if protocol == "lfs":
+                fake.request(200, seconds=3600, method="PUT")
+            else:  # of which the patience sees nothing
+                clock[0] += 3600
             sent.append(True)
-        fake.request(next(answers), attempts=1)
+        fake.request(next(answers), attempts=1, url=f"{HUB}/api/models/user/any/commit/main")
         return "pushed"
 
     assert patience.retry(attempt, diagnose_transient, show=lambda message: None) == "pushed"
+
+
+def test_a_hub_that_takes_no_commit_is_given_up(clock):
+    patience = Patience(20)
+    fake = FakeClient(clock, patience)
+
+    def attempt():
+        fake.request(200)
+        fake.request(503, attempts=1, url=f"{HUB}/api/models/user/any/commit/main")
+
+    with pytest.raises(ConnectionError, match="ended with 503"):
+        patience.retry(attempt, diagnose_transient, show=lambda message: None)
+    assert clock[0] <= 20 + 4
 
 
 def test_what_another_attempt_may_mend_is_tried_three_times(clock):

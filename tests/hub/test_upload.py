@@ -1,6 +1,7 @@
 """The push command: what arrives on the Hub, refusals and retries."""
 
 import re
+import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
@@ -314,11 +315,33 @@ def test_a_hub_without_xet_is_named_as_such(here, folder, monkeypatch):
     assert "set HF_HUB_DISABLE_XET=1" in result.stderr
 
 
-def test_an_answer_that_is_not_from_the_hub_is_retried(here, folder):
-    with here.faults({"match": "validate-yaml", "status": 503, "body": "<html>busy</html>", "times": 1}):
+@pytest.mark.parametrize(
+    ("where", "answer"),
+    [
+        ("validate-yaml", {"status": 503, "body": "<html>busy</html>"}),
+        ("repos/create", {"status": 200, "body": {"welcome": "to this hotel"}}),
+        ("repos/create", {"status": 200, "body": []}),
+        ("preupload", {"status": 200, "body": {"files": [{}]}}),
+        ("commit/main", {"status": 200, "body": {}}),
+    ],
+)
+def test_an_answer_that_is_not_from_the_hub_is_retried(here, folder, where, answer):
+    with here.faults({"match": where, **answer, "times": 1}):
         result = push_in_process(folder, "--hub_model_id", "user/behind-a-proxy")
     assert result.returncode == 0, result.stderr
-    assert "the Hub cannot be reached (the answer is not JSON)" in result.stderr
+    assert "the Hub cannot be reached (the answer is not as a Hub's: " in result.stderr
+    shutil.rmtree(here.root / "models/user/behind-a-proxy")
+
+
+def test_no_message_has_the_signature_of_an_address(here, folder, caplog):
+    """Of a busy storage, which says nothing of its own; in place of a signature, addresses here have a size."""
+    with here.faults({"match": "PUT /lfs/", "status": 503, "body": "", "times": 1}):
+        result = push_in_process(folder, "--hub_model_id", "user/signed")
+    assert result.returncode == 0
+    warnings = [record.getMessage() for record in caplog.records if "PUT http" in record.getMessage()]
+    assert len(warnings) == 1
+    assert f"{here.cdn}/lfs/user/signed/" in warnings[0]
+    assert "size=" not in warnings[0] + result.stderr
 
 
 @pytest.mark.parametrize("times", [1, 3])
