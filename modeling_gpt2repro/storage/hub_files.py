@@ -1,12 +1,13 @@
 """Reading files on the Hub by byte range, with retries while the Hub is busy or unreachable."""
 
+import time
 from collections.abc import Callable
 from typing import BinaryIO, TypeVar
 
 from huggingface_hub import HfFileSystem
 from huggingface_hub.errors import HTTPError
 
-from .retry import describe_error, http_error, is_refusal, is_transient, retry
+from .retry import backoff_seconds, describe_error, http_error, is_refusal, is_transient
 
 Result = TypeVar("Result")
 
@@ -25,8 +26,8 @@ def open_hub_file(path: str) -> BinaryIO:
     return HfFileSystem().open(path, "rb", cache_type="none")
 
 
-def retry_hub_read(work: Callable[[], Result], patience_seconds: float | None = None, is_known: bool = False) -> Result:
-    """Call `work`, and call it again while the Hub is busy or unreachable; READ_PATIENCE_SECONDS by default.
+def retry_hub_read(work: Callable[[], Result], is_known: bool = False) -> Result:
+    """Call `work`, and call it again while the Hub is busy or unreachable, for READ_PATIENCE_SECONDS.
 
     Args:
         is_known: What `work` opens has been opened before. Then a refusal (401, 403, 404) is no wrong name, but may be
@@ -36,33 +37,25 @@ def retry_hub_read(work: Callable[[], Result], patience_seconds: float | None = 
     Raises:
         ConnectionError: If it still is when the patience is over.
     """
-
-    patience = READ_PATIENCE_SECONDS if patience_seconds is None else patience_seconds
-    errors = (HTTPError, FileNotFoundError) if is_known else (HTTPError,)
-
-    def may_pass(error: BaseException) -> bool:
-        return is_transient(error) or (is_known and is_refusal(error))
-
-    def attempt() -> Result:
+    deadline = time.monotonic() + READ_PATIENCE_SECONDS
+    for pause in backoff_seconds():
         try:
             return work()
-        except errors as error:
-            if is_refusal(error):
+        except (HTTPError, FileNotFoundError) as error:
+            refused = is_refusal(error)
+            if refused:
                 HfFileSystem.clear_instance_cache()  # which remembers that something does not exist
-            raise
-
-    try:
-        return retry(attempt, patience, errors, may_pass=may_pass)
-    except errors as error:
-        if not may_pass(error):
-            raise  # a refusal: the next answer would be the same
-        if is_refusal(error):
-            raise ConnectionError(
-                f"{describe_refusal(error)} for {patience:.0f} s, however often it was asked."
-            ) from error
-        raise ConnectionError(
-            f"the Hub did not answer for {patience:.0f} s ({describe_error(error)}): try again later."
-        ) from error
+            may_pass = is_known if refused else is_transient(error)
+            if not may_pass:
+                raise
+            if time.monotonic() + pause > deadline:
+                seconds = f"{READ_PATIENCE_SECONDS:.0f} s"
+                if refused:
+                    message = f"{describe_refusal(error)} for {seconds}, however often it was asked."
+                else:
+                    message = f"the Hub did not answer for {seconds} ({describe_error(error)}): try again later."
+                raise ConnectionError(message) from error
+        time.sleep(pause)
 
 
 def describe_refusal(error: BaseException) -> str:

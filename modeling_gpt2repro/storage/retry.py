@@ -1,46 +1,16 @@
-"""Retry with exponential backoff, and which errors of the Hub are transient."""
+"""Exponential backoff, and what errors of the Hub mean."""
 
 import re
-import time
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 # httpx's HTTPError is the base of the Hub's errors, too.
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
-
-Result = TypeVar("Result")
 
 FIRST_BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 60.0
 # Timeout, concurrent commit (conflict, precondition), too early, rate limit, and every fault of the server itself.
 TRANSIENT_STATUS = {408, 409, 412, 425, 429, *range(500, 600)}
 REFUSED_STATUS = {401, 403, 404}
-
-
-def retry(
-    attempt: Callable[[], Result],
-    patience_seconds: float,
-    errors: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError),
-    on_retry: Callable[[str], None] = lambda message: None,
-    may_pass: Callable[[BaseException], bool] | None = None,
-) -> Result:
-    """Call `attempt` until it succeeds, fails with an error that will not pass, or `patience_seconds` are over.
-
-    Args:
-        errors: Which errors may pass at all; others are raised at once.
-        on_retry: Receives a sentence before each pause.
-        may_pass: Which of them may; `is_transient` by default.
-    """
-    may_pass = may_pass or is_transient
-    deadline = time.monotonic() + patience_seconds
-    for pause in backoff_seconds():
-        try:
-            return attempt()
-        except errors as error:
-            if not may_pass(error) or time.monotonic() + pause > deadline:
-                raise
-            on_retry(f"the Hub cannot be reached ({describe_error(error)}); trying again in {pause:.0f} s.")
-            time.sleep(pause)
 
 
 def backoff_seconds() -> Iterator[float]:

@@ -9,7 +9,7 @@ from huggingface_hub import close_session, get_session
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from modeling_gpt2repro.hub.client import Diagnosis, FilesDiffer, Patience, connect, diagnose_hub_error
-from modeling_gpt2repro.storage.retry import backoff_seconds, is_transient, retry
+from modeling_gpt2repro.storage.retry import is_transient
 
 HUB = "https://hub.test"
 SIGNED = "https://s3.test/x?signature=1&more=2"
@@ -80,26 +80,6 @@ def clock(monkeypatch) -> list[float]:
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     return now
-
-
-def refuse_connection():
-    raise ConnectionError("no route")
-
-
-def test_reads_back_off_until_the_patience_is_over(clock):
-    messages = []
-    tried = []
-
-    def attempt():
-        tried.append(clock[0])
-        refuse_connection()
-
-    with pytest.raises(ConnectionError):
-        retry(attempt, 200, on_retry=messages.append)
-    assert tried == [0, 1, 3, 7, 15, 31, 63, 123, 183]
-    assert len(messages) == len(tried) - 1
-    endless = backoff_seconds()
-    assert [next(endless) for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
 
 
 class FakeClient:
