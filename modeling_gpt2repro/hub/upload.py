@@ -18,8 +18,6 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
-from modeling_gpt2repro.runtime.progress import count_down
-
 from .client import (
     DEFAULT_HUB_WAIT_SECONDS,
     EXIT_CODE_HUB_UNREACHABLE,
@@ -71,15 +69,15 @@ def main(argv: list[str] | None = None):
 
     def attempt() -> str:
         if args.check:
-            return f"can be written: {check_write_access(args.hub_model_id, args.private, api)}"
+            return f"can be written: {check_write_access(api, args.hub_model_id, args.private)}"
         address = push_folder(
+            api,
             args.folder,
             args.hub_model_id,
             branch=args.branch,
             message=args.message,
             private=args.private,
             with_training_state=args.with_training_state,
-            api=api,
         )
         return f"pushed to {address}"
 
@@ -89,7 +87,7 @@ def main(argv: list[str] | None = None):
         diagnose = partial(diagnose_hub_error, repository=args.hub_model_id, endpoint=api.endpoint)
         # Flushed, because the process that started this one may follow its log file.
         show = partial(print, file=sys.stderr, flush=True)
-        print(patience.retry(attempt, diagnose, show, sleep=count_down))
+        print(patience.retry(attempt, diagnose, show))
     except HUB_ERRORS as error:
         message, exit_code, _ = diagnose(error)
         advice = ": try again later" if exit_code == EXIT_CODE_HUB_UNREACHABLE else ""
@@ -101,13 +99,13 @@ def main(argv: list[str] | None = None):
 
 
 def push_folder(
+    api: HfApi,
     folder: Path,
     repository: str,
     branch: str = "main",
     message: str | None = None,
     private: bool | None = None,
     with_training_state: bool = False,
-    api: HfApi | None = None,
 ) -> str:
     """Push a model folder in one commit; the repository and the branch are created if they do not exist.
 
@@ -122,13 +120,12 @@ def push_folder(
     Raises:
         ValueError: If the push cannot work, however often it is tried.
         FilesDiffer: If what arrived differs from the folder.
-        HTTPError, OSError, RuntimeError, JSONDecodeError: From the client; see `diagnose_hub_error`.
+        HUB_ERRORS: From the client; see `diagnose_hub_error`.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a model folder (it has no config.json): give model/ or step-... of a run.")
     excluded = NEVER_PUSHED if with_training_state else [*NEVER_PUSHED, TRAINING_STATE]
     refuse_links(folder, excluded)
-    api = api or connect()
     repository, notes = open_repository(api, repository, private)
     if branch != "main":
         api.create_branch(repository, branch=branch, exist_ok=True)
@@ -156,7 +153,7 @@ def push_folder(
     return "; ".join([f"{address} (commit {commit.oid[:7]})", *notes])
 
 
-def check_write_access(repository: str, private: bool | None = None, api: HfApi | None = None) -> str:
+def check_write_access(api: HfApi, repository: str, private: bool | None = None) -> str:
     """Find out whether this token may push, by a commit to a branch of its own that is then deleted.
 
     Nothing less proves it: creating a repository that exists "succeeds" with a read-only token, too. The branch has a
@@ -166,9 +163,8 @@ def check_write_access(repository: str, private: bool | None = None, api: HfApi 
         The repository's address, and what is not as the caller may expect. It is created if it does not exist.
 
     Raises:
-        ValueError, HTTPError, OSError, RuntimeError, JSONDecodeError: As `push_folder`.
+        ValueError, HUB_ERRORS: As `push_folder`.
     """
-    api = api or connect()
     repository, notes = open_repository(api, repository, private)
     branch = CHECK_BRANCH_PREFIX + uuid.uuid4().hex
     content = uuid.uuid4().hex.encode()  # new content, or the Hub would have nothing to commit

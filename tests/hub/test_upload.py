@@ -99,11 +99,11 @@ def test_a_check_leaves_nothing_but_the_repository(on_hub):
 
 
 def test_checks_at_the_same_time_all_succeed_and_leave_no_branch(here):
-    api = connect(client.Patience(), here.endpoint)
+    api = connect(client.Patience(60))
     name = "user/checked-by-many"
     with ThreadPoolExecutor(max_workers=3) as threads:
         for _ in range(8):
-            checks = [threads.submit(check_write_access, name, api=api) for _ in range(3)]
+            checks = [threads.submit(check_write_access, api, name) for _ in range(3)]
             assert {check.result() for check in checks} == {f"{here.endpoint}/{name}"}
     assert check_branches(here, name) == []
     assert commits(here, name) == 3 * 8
@@ -233,13 +233,13 @@ def test_a_private_repository_that_the_owners_settings_make_public_is_refused(he
             return super().create_repo(name, private=False, **options)
 
     with pytest.raises(ValueError, match="user/open exists and is public"):
-        push_folder(folder, "user/open", private=True, api=PublicOnly(here.endpoint))
+        push_folder(PublicOnly(here.endpoint), folder, "user/open", private=True)
     assert uploads(here, "user/open") == 0
 
 
 def test_a_folder_without_a_model_is_refused(folder):
     with pytest.raises(ValueError, match="give model/ or step"):
-        push_folder(folder.parent, "user/any")
+        push_folder(HfApi(), folder.parent, "user/any")
     with pytest.raises(SystemExit, match="2"):
         main(["--hub_model_id", "user/any"])
 
@@ -367,7 +367,7 @@ def test_a_push_that_is_overtaken_by_another_has_arrived(here, folder):
             self.upload_file(repo_id=options["repo_id"], path_or_fileobj=b"other", path_in_repo="config.json")
             return commit
 
-    address = push_folder(folder, "user/overtaken", api=Overtaken(here.endpoint))
+    address = push_folder(Overtaken(here.endpoint), folder, "user/overtaken")
     assert address.startswith(f"{here.endpoint}/user/overtaken (commit ")
     assert files_in(here.root / "models/user/overtaken")["config.json"] == b"other"
 
