@@ -205,9 +205,9 @@ def diagnose_hub_error(error: Exception, repository: str, endpoint: str) -> Diag
     answer = http_error(error)
     description = describe_error(error)
     host = host_asked(error)
-    is_hub = host in (None, urlsplit(endpoint).netloc)  # and not its storage, which has addresses of its own
+    is_hub = host in (None, urlsplit(endpoint.lower()).netloc)  # and not its storage, which has addresses of its own
+    who = "the Hub" if is_hub else f"{host}, where the Hub stores large files,"
     if answer is None:
-        who = "the Hub" if is_hub else f"{host}, where the Hub stores large files,"
         # By name: which HTTP library the client uses depends on its version.
         if any("Timeout" in type(cause).__name__ for cause in exception_chain(error)):
             return Diagnosis(f"{who} does not answer ({description})", EXIT_CODE_HUB_UNREACHABLE)
@@ -219,18 +219,17 @@ def diagnose_hub_error(error: Exception, repository: str, endpoint: str) -> Diag
         return Diagnosis(f"{who} cannot be reached ({description})", EXIT_CODE_HUB_UNREACHABLE)
     status = answer.response.status_code
     if not is_hub and status not in TRANSIENT_STATUS:
-        # The Hub signs addresses of its storage for minutes or hours; the next attempt gets new ones. No description,
-        # because it would contain the address.
+        # The Hub signs addresses of its storage for minutes or hours; the next attempt gets new ones.
         return Diagnosis(
-            f"{host}, where the Hub stores large files, refuses an upload with status {status}: this machine's clock, "
-            "or a firewall or proxy on the way, may be the cause",
+            f"{who} refuses an upload with status {status}: this machine's clock, or a firewall or proxy on the way, "
+            "may be the cause",
             EXIT_CODE_REFUSED,
             LIMITED_ATTEMPTS,
         )
     if status in (409, 412) or isinstance(answer, RevisionNotFoundError | EntryNotFoundError):
         return Diagnosis(f"{repository} is being changed by someone else ({description})", EXIT_CODE_HUB_UNREACHABLE)
     if status in TRANSIENT_STATUS:
-        return Diagnosis(f"the Hub cannot be reached ({description})", EXIT_CODE_HUB_UNREACHABLE)
+        return Diagnosis(f"{who} cannot be reached ({description})", EXIT_CODE_HUB_UNREACHABLE)
     if status == 401:
         message = "the Hub does not accept this token: log in again with `hf auth login`, or set HF_TOKEN"
     elif status == 403 or isinstance(answer, RepositoryNotFoundError):

@@ -130,7 +130,8 @@ def push_folder(
     if branch != "main":
         api.create_branch(repository, branch=branch, exist_ok=True)
     names = files_to_push(folder, excluded)
-    left_out = ignored_by_repository(api, repository, branch, ((name, folder / name) for name in names))
+    rules = (folder / ".gitignore").read_text(encoding="utf-8") if ".gitignore" in names else None
+    left_out = ignored_by_repository(api, repository, branch, names, rules)
     ask_storage(api, repository, branch)
     commit = api.upload_folder(
         repo_id=repository,
@@ -170,8 +171,8 @@ def check_write_access(api: HfApi, repository: str, private: bool | None = None)
     content = uuid.uuid4().hex.encode()  # new content, or the Hub would have nothing to commit
     try:
         api.create_branch(repository, branch=branch)
-        names = ("config.json", "model.safetensors", "tokenizer.json", "modeling_gpt2repro.py", CHECK_FILE)
-        ignored_by_repository(api, repository, branch, ((name, content) for name in names))
+        names = ["config.json", "model.safetensors", "tokenizer.json", "modeling_gpt2repro.py", CHECK_FILE]
+        ignored_by_repository(api, repository, branch, names)
         ask_storage(api, repository, branch)
         api.upload_file(path_or_fileobj=content, path_in_repo=CHECK_FILE, repo_id=repository, revision=branch)
     except BaseException:  # also Ctrl-C

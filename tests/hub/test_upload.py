@@ -308,13 +308,6 @@ def test_a_silent_storage_is_noticed_before_xet_uploads_to_it(here, folder, is_c
     assert f"{host}, where the Hub stores large files, does not answer (" in result.stderr
 
 
-def test_a_hub_without_xet_is_named_as_such(here, folder, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    result = push_in_process(folder, "--hub_model_id", "user/without-xet")
-    assert result.returncode == 2
-    assert "set HF_HUB_DISABLE_XET=1" in result.stderr
-
-
 @pytest.mark.parametrize(
     ("where", "answer"),
     [

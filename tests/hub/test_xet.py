@@ -11,8 +11,6 @@ from patience import PATIENCE_SECONDS
 from pushing import files_in, run_push
 from toy_runs import CPU_FP32, ROOT, TOKENS_PER_STEP, logged_values, train_here
 
-from modeling_gpt2repro.hub.client import diagnose_hub_error
-
 pytest.importorskip("hf_xet")
 
 
@@ -100,14 +98,6 @@ def test_a_refused_xet_token_is_a_refusal_of_the_users_token(on_xet_hub, folder,
     assert result.returncode == 2
     assert message in result.stderr
     assert "trying again" not in result.stderr
-
-
-def test_a_storage_that_refuses_is_asked_again():
-    """Its tokens expire; the client says of a refusal that the network failed."""
-    refused = ConnectionError(
-        "Network error: Request error: HTTP status client error (403 Forbidden), domain: http://cas/"
-    )
-    assert diagnose_hub_error(refused, "user/any", "https://hub").exit_code == 3
 
 
 def test_the_check_of_rights_goes_the_way_of_weights(on_xet_hub, monkeypatch):
