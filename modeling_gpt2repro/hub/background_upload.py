@@ -86,7 +86,7 @@ class UploadQueue:
         try:
             result = subprocess.run(command, **options)
         except subprocess.TimeoutExpired:
-            code, problem = EXIT_CODE_HUB_UNREACHABLE, f"the Hub's storage does not answer ({MAX_CHECK_SECONDS} s)."
+            code, problem = EXIT_CODE_HUB_UNREACHABLE, f"the Hub did not answer within {MAX_CHECK_SECONDS} s."
         else:
             code, problem = result.returncode, last_line(result.stderr) or f"it ended with {result.returncode}"
         if code == 0:

@@ -236,8 +236,8 @@ def test_only_a_resumed_run_starts_while_the_hub_is_unreachable(on_hub, tmp_path
 def test_a_check_that_hangs_or_is_killed_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(background_upload, "MAX_CHECK_SECONDS", 0.2)
     queue = UploadQueue("user/any", "every_save", tmp_path, command=ENDLESS_PUSH)
-    assert queue.check_access(is_resume=True).startswith("the Hub's storage does not answer (0.2 s). The run continues")
-    with pytest.raises(ValueError, match="push_to_hub: the Hub's storage does not answer"):
+    assert queue.check_access(is_resume=True).startswith("the Hub did not answer within 0.2 s. The run continues")
+    with pytest.raises(ValueError, match="push_to_hub: the Hub did not answer"):
         queue.check_access(is_resume=False)
     queue.command = shell("kill -9 $$")
     with pytest.raises(ValueError, match="push_to_hub: it ended with -9"):
