@@ -78,7 +78,7 @@ class TrainArguments:
     )
     attn_implementation: str = arg(
         default="sdpa",
-        choices=("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"),
+        choices=("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
         help="Attention implementation. Kernels of other names on the Hub, code to download and run, are not accepted.",
     )
     document_mask: bool = arg(

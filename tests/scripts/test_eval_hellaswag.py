@@ -372,7 +372,7 @@ def test_data_and_model_may_come_from_the_hub(
     assert "exit code 2" in done.stdout
     nowhere = "there is no folder runs/nope here, and the Hub has no such model or cannot be reached"
     assert f"--model runs/nope: {nowhere} (the Hub does not answer" in done.stdout
-    assert f"--model runs/nope: {nowhere} (Repository not found" in done.stdout
+    assert f"--model runs/nope: {nowhere} (its files cannot be downloaded: Repository not found" in done.stdout
     assert "--data: the dataset ns/nothing could not be reached on the Hub: check the connection, or name a local" in (
         done.stderr
     )

@@ -211,7 +211,7 @@ def test_a_run_writes_the_files_and_numbers_that_it_prints(finished):
     assert (output_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "guessing evenly, ln(vocabulary) 5.70" in printed
     assert re.search(r"HellaSwag: completion_acc 0\.\d{4} \[0\.\d{4}, 0\.\d{4}\], .* s of it\)", printed)
-    assert f'model="{(output_dir / "model").as_posix()}", trust_remote_code=True' in printed
+    assert f"model={(output_dir / 'model').as_posix()!r}, trust_remote_code=True" in printed
     validation = logged_values(output_dir, "validation_loss")
     assert len(validation) == 4  # steps 0, 10, 20 and, on the saved weights, 30
     assert validation[-1] < validation[0] - 1
