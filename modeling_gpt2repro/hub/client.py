@@ -198,14 +198,17 @@ def ask_storage(api: HfApi, repository: str, branch: str):
     get_session().head(response.json()["casUrl"])  # any answer will do
 
 
-def diagnose_hub_error(error: Exception, repository: str, endpoint: str) -> Diagnosis:
+def diagnose_hub_error(error: Exception, repository: str) -> Diagnosis:
     """Say what has failed, whether trying again may help, and if not, what has to change."""
     if isinstance(error, FilesDiffer):
         return Diagnosis(str(error), EXIT_CODE_FILES_DIFFER, LIMITED_ATTEMPTS)
     answer = http_error(error)
     description = describe_error(error)
     host = host_asked(error)
-    is_hub = host in (None, urlsplit(endpoint.lower()).netloc)  # and not its storage, which has addresses of its own
+    is_hub = host in (
+        None,
+        urlsplit(constants.ENDPOINT.lower()).netloc,
+    )  # and not its storage, which has addresses of its own
     who = "the Hub" if is_hub else f"{host}, where the Hub stores large files,"
     if answer is None:
         # By name: which HTTP library the client uses depends on its version.

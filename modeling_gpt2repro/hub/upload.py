@@ -81,10 +81,10 @@ def main(argv: list[str] | None = None):
         )
         return f"pushed to {address}"
 
+    diagnose = partial(diagnose_hub_error, repository=args.hub_model_id)
     patience = Patience(args.hub_wait_seconds)
     try:
         api = connect(patience)
-        diagnose = partial(diagnose_hub_error, repository=args.hub_model_id, endpoint=api.endpoint)
         # Flushed, because the process that started this one may follow its log file.
         show = partial(print, file=sys.stderr, flush=True)
         print(patience.retry(attempt, diagnose, show))

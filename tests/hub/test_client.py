@@ -5,7 +5,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import close_session, get_session
+from huggingface_hub import close_session, constants, get_session
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from modeling_gpt2repro.hub.client import Diagnosis, FilesDiffer, Patience, connect, diagnose_hub_error
@@ -63,8 +63,9 @@ def with_cause(error: BaseException, cause: BaseException | None) -> BaseExcepti
         (FilesDiffer("files in user/any differ from those in model: a, b"), 4, 3, "files in user/any differ"),
     ],
 )
-def test_an_error_has_its_sentence_exit_code_and_number_of_attempts(error, exit_code, attempts, message):
-    diagnosis = diagnose_hub_error(error, repository="user/any", endpoint="https://Hub.test")
+def test_an_error_has_its_sentence_exit_code_and_number_of_attempts(monkeypatch, error, exit_code, attempts, message):
+    monkeypatch.setattr(constants, "ENDPOINT", "https://Hub.test")
+    diagnosis = diagnose_hub_error(error, repository="user/any")
     assert diagnosis[1:] == (exit_code, attempts)
     assert diagnosis.message.startswith(message)
     assert "signature" not in diagnosis.message

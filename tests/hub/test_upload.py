@@ -77,6 +77,14 @@ def test_a_check_finds_out_that_a_push_would_be_refused(on_hub, monkeypatch, env
     assert files_in(on_hub.root / "models/user/there") == {}
 
 
+def test_a_token_that_cannot_be_read_is_a_problem_of_this_machine(on_hub, folder, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(folder))
+    result = run_push("--check", "--hub_model_id", "user/any")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "a problem on this machine prevents pushing ([Errno 21] Is a directory" in result.stderr
+
+
 def test_the_lock_of_a_folder_in_use_is_not_pushed(on_hub, folder):
     pushed = files_in(folder)
     with FolderLock(folder) as lock:
