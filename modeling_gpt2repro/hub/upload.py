@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError
 
 from .client import (
@@ -29,7 +29,7 @@ from .client import (
     connect,
     diagnose_hub_error,
 )
-from .pushed_files import NEVER_PUSHED, TRAINING_STATE, files_to_push, ignored_by_repository, refuse_links
+from .pushed_files import NEVER_PUSHED, TRAINING_STATE, files_to_push, ignored_by_repository, matches_any, refuse_links
 
 # Deleted in the commit that pushes new weights, because an earlier model may have had another number of files. Precise
 # names: in the Hub's patterns * matches / as well, and subfolders may hold weights that people have added themselves.
@@ -133,14 +133,15 @@ def push_folder(
     rules = (folder / ".gitignore").read_text(encoding="utf-8") if ".gitignore" in names else None
     left_out = ignored_by_repository(api, repository, branch, names, rules)
     ask_storage(api, repository, branch)
-    commit = api.upload_folder(
-        repo_id=repository,
-        folder_path=folder,
-        revision=branch,
-        commit_message=message or f"Push {folder.name}",
-        ignore_patterns=list(excluded),  # a copy, because the client appends to it
-        delete_patterns=REPLACED if any(folder.glob("*.safetensors")) else None,
-    )
+    operations = [CommitOperationAdd(name, folder / name) for name in names if name not in left_out]
+    if any(folder.glob("*.safetensors")):
+        there = api.list_repo_files(repository, revision=branch)
+        operations += [
+            CommitOperationDelete(name) for name in there if matches_any(name, REPLACED) and name not in names
+        ]
+    # Not upload_folder, which makes several commits of some hundred files.
+    message = message or f"Push {folder.name}"
+    commit = api.create_commit(repository, operations, commit_message=message, revision=branch)
     # Compared at the commit, not on the branch: someone else may have pushed to it since.
     found = api.verify_repo_checksums(repository, revision=commit.oid, local_dir=folder)
     different = {mismatch["path"] for mismatch in found.mismatches} | set(found.extra_paths)

@@ -37,6 +37,15 @@ def test_a_checkpoint_arrives_whole_in_one_commit_and_is_not_sent_twice(on_xet_h
     assert requests(on_xet_hub, "user/sent.git/info/lfs") == []
 
 
+def test_a_folder_of_many_files_is_one_commit(on_xet_hub, folder):
+    for number in range(300):
+        (folder / f"{number}.txt").write_text(str(number))
+    result = run_push(folder, "--hub_model_id", "user/many", "--with_training_state")
+    assert result.returncode == 0, result.stderr
+    assert files_in(on_xet_hub.root / "models/user/many") == files_in(folder)
+    assert len(requests(on_xet_hub, "user/many/commit/")) == 1
+
+
 @pytest.mark.parametrize(
     "fault",
     [
