@@ -27,6 +27,7 @@ LAST_CHECKPOINT_BRANCH = "last-checkpoint"
 SNAPSHOT_PREFIX = ".push-"  # folders that begin so are deleted when a run starts (training/checkpoints.py)
 PUSH_COMMAND = (sys.executable, "-m", "modeling_gpt2repro.hub.push")
 CHECK_WAIT_SECONDS = 20  # at most, because the training waits for the check
+MAX_CHECK_SECONDS = 120  # for a storage that falls silent after its first answer: Xet's client would wait half an hour
 AWAY_PAUSE_SECONDS = 4  # the pause after the third failure in a row: by then the Hub is away, not busy for a moment
 POLL_INTERVAL_SECONDS = 0.05
 SECONDS_BETWEEN_REMINDERS = 30
@@ -81,12 +82,18 @@ class UploadQueue:
             ValueError: If pushing will not work.
         """
         command = self._push_command("--check", wait_seconds=min(CHECK_WAIT_SECONDS, self.hub_wait_seconds))
-        result = subprocess.run(command, **child_options(), capture_output=True, text=True)
-        if result.returncode == EXIT_CODE_HUB_UNREACHABLE and is_resume:
-            return f"{last_line(result.stderr)} The run continues, and pushes once the Hub can be reached again."
-        if result.returncode != 0:
-            raise ValueError(f"push_to_hub: {last_line(result.stderr)}")
-        return last_line(result.stdout)
+        options = {**child_options(), "capture_output": True, "text": True, "timeout": MAX_CHECK_SECONDS}
+        try:
+            result = subprocess.run(command, **options)
+        except subprocess.TimeoutExpired:
+            code, problem = EXIT_CODE_HUB_UNREACHABLE, f"the Hub did not answer within {MAX_CHECK_SECONDS} s."
+        else:
+            code, problem = result.returncode, last_line(result.stderr) or f"it ended with {result.returncode}"
+        if code == 0:
+            return last_line(result.stdout)
+        if code == EXIT_CODE_HUB_UNREACHABLE and is_resume:
+            return f"{problem} The run continues, and pushes once the Hub can be reached again."
+        raise ValueError(f"push_to_hub: {problem}")
 
     def enqueue(self, checkpoint: Path):
         """Queue a new checkpoint as the strategy says; it replaces what is pending for the same branch."""
@@ -162,14 +169,19 @@ class UploadQueue:
         self.drop_pending()
         self._show_messages(show)
         show(f"Pushing {folder} to {self.repository}; if the Hub is away, this waits {wait_seconds:.0f} s at most.")
-        command = self._push_command(str(folder), "--message", "End of training")
-        # Its output is the terminal's.
-        process = subprocess.Popen([*command, "--hub_wait_seconds", str(wait_seconds)], **child_options())
-        while process.poll() is None and not should_stop():
-            time.sleep(POLL_INTERVAL_SECONDS)
-        process.kill()
-        if process.wait() == 0:
-            return 0
+        # The absolute path, because the command may be repeated from elsewhere, and a folder's name may begin with "-".
+        command = self._push_command(str(folder.absolute()), "--message", "End of training")
+        try:
+            # Its output is the terminal's.
+            process = subprocess.Popen([*command, "--hub_wait_seconds", str(wait_seconds)], **child_options())
+        except OSError as error:
+            show(f"The push cannot be started ({error.strerror or error}).")
+        else:
+            while process.poll() is None and not should_stop():
+                time.sleep(POLL_INTERVAL_SECONDS)
+            process.kill()
+            if process.wait() == 0:
+                return 0
         command_to_show = shlex.join(["python", *command[1:]])
         show(f"\nThe model is in {folder}, but not on the Hub. Push it with\n\n    {command_to_show}\n")
         return EXIT_CODE_HUB_UNREACHABLE
@@ -237,7 +249,7 @@ class UploadQueue:
             flags = ["--branch", job.branch, "--message", job.message]
             if job.with_training_state:
                 flags.append("--with_training_state")
-            command = self._push_command(str(job.folder), *flags, wait_seconds=self.hub_wait_seconds)
+            command = self._push_command(str(job.folder.absolute()), *flags, wait_seconds=self.hub_wait_seconds)
             try:
                 with open(self.output_dir / UPLOAD_LOG, "ab") as log:
                     log_offset = log.tell()
@@ -289,10 +301,11 @@ def snapshot(checkpoint: Path, target: Path, with_training_state: bool):
     """Keep a checkpoint's files for an upload that may take longer than the run keeps the checkpoint.
 
     Hard links need no time and no space: when the run deletes the checkpoint, the data stay until the last link goes.
+    Symbolic links stay what they are, for the push to refuse those that lead elsewhere.
     """
     shutil.rmtree(target, ignore_errors=True)
     ignore = None if with_training_state else shutil.ignore_patterns(Path(TRAINING_STATE).parent.name)
-    shutil.copytree(checkpoint, target, ignore=ignore, copy_function=link_or_copy)
+    shutil.copytree(checkpoint, target, symlinks=True, ignore=ignore, copy_function=link_or_copy)
 
 
 def link_or_copy(source: str, target: str):

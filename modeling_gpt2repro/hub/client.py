@@ -1,6 +1,7 @@
 """A client of the Hub that waits no longer than it may, and what its errors mean for a push."""
 
 import json
+import logging
 import os
 import threading
 import time
@@ -12,8 +13,9 @@ from urllib.parse import quote, urlsplit
 
 from huggingface_hub import HfApi, constants, get_session, get_token, set_client_factory
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers
 
+from modeling_gpt2repro.runtime.progress import count_down
 from modeling_gpt2repro.storage.retry import (
     TRANSIENT_STATUS,
     backoff_seconds,
@@ -21,6 +23,7 @@ from modeling_gpt2repro.storage.retry import (
     exception_chain,
     http_error,
     is_transient,
+    without_signatures,
 )
 
 EXIT_CODE_REFUSED = 2  # trying again is no use before somebody changes something
@@ -40,8 +43,10 @@ class FilesDiffer(RuntimeError):
     """A push went through, but the repository does not hold the folder's files."""
 
 
-# What a request to the Hub may end in. JSON is missing where something else answers, such as a proxy's error page.
-HUB_ERRORS = (HTTPError, OSError, RuntimeError, json.JSONDecodeError)
+# What the client ends in where something else than a Hub answers, such as a proxy's page.
+UNEXPECTED_ANSWERS = (json.JSONDecodeError, KeyError, TypeError)
+# What a request to the Hub may end in.
+HUB_ERRORS = (HTTPError, OSError, RuntimeError, *UNEXPECTED_ANSWERS)
 
 
 class Diagnosis(NamedTuple):
@@ -52,6 +57,13 @@ class Diagnosis(NamedTuple):
     attempts: float = float("inf")  # how many make sense, if the patience lasts
 
 
+class Waiting(threading.local):
+    """Since when a thread has had no proper answer: one may wait while another, with another file, is answered."""
+
+    since: float | None = None
+    status: int | None = None  # of the answer it had
+
+
 class Patience:
     """How long a Hub that fails is asked again.
 
@@ -60,32 +72,36 @@ class Patience:
     Sending a large file does not use it up: only silence does, and attempts that fail.
     """
 
-    def __init__(self, seconds: float = DEFAULT_HUB_WAIT_SECONDS):
+    def __init__(self, seconds: float):
         self.seconds = seconds
         self._seconds_for_an_answer = max(seconds, MIN_ANSWER_SECONDS)
         self._failing_since: float | None = None  # attempts have failed since then, and no file has arrived
-        self._thread = threading.local()  # files are sent by several threads; one may wait while another is answered
+        self._has_sent_all = False
+        self._waiting = Waiting()
 
     def limit(self, request):
         """Give a request, which the client may be repeating, no more time for its answer than is left."""
         now = time.monotonic()
-        if self._waiting_since() is None:
-            self._thread.waiting_since = now
-            self._thread.status = None
-        seconds_left = self._thread.waiting_since + self._seconds_for_an_answer - now
-        if seconds_left <= 0 and self._thread.status is None:
-            raise with_request(TimeoutError(f"no answer for {now - self._thread.waiting_since:.0f} s"), request)
-        if seconds_left <= 0:
-            raise with_request(ConnectionError(f"status {self._thread.status}"), request)
-        seconds = min(MAX_ANSWER_SECONDS, seconds_left)
+        if self._waiting.since is None:
+            self._waiting.since = now
+            self._waiting.status = None
+        waited = now - self._waiting.since
+        if waited >= self._seconds_for_an_answer:
+            status = self._waiting.status
+            error = ConnectionError(f"status {status}") if status else TimeoutError(f"no answer for {waited:.0f} s")
+            raise with_request(error, request)
+        seconds = min(MAX_ANSWER_SECONDS, self._seconds_for_an_answer - waited)
         request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
+        if "/commit/" in str(request.url) and not self._has_sent_all:  # all files have arrived, by Xet without a PUT
+            self._has_sent_all = True
+            self._failing_since = None
 
     def note(self, response):
         """Note what a request was answered; raise ConnectionError if the client would now wait for too long."""
-        self._thread.status = response.status_code
+        self._waiting.status = response.status_code
         if response.status_code not in TRANSIENT_STATUS - {409, 412}:  # in these two cases the Hub is well
-            self._thread.waiting_since = None
-        elif (wait := response.headers.get("Retry-After", "")).isdigit() and int(wait) > self._seconds_for_an_answer:
+            self._waiting.since = None
+        elif (wait := seconds_to_wait(response)) > self._seconds_for_an_answer:
             error = ConnectionError(f"status {response.status_code}: try again in {wait} s")
             raise with_request(error, response.request)
         if response.request.method == "PUT" and response.is_success:  # progress: this file is not sent again
@@ -96,16 +112,14 @@ class Patience:
         attempt: Callable[[], str],
         diagnose: Callable[[Exception], Diagnosis],
         show: Callable[[str], None],
-        sleep: Callable[[float, float], None] = lambda pause, left: time.sleep(pause),
     ) -> str:
         """Call `attempt` until it succeeds, another attempt makes no sense, or the patience is over.
 
         Args:
             show: Receives a sentence before each pause.
-            sleep: Receives the seconds to sleep, and those until `attempt` is given up.
 
         Raises:
-            HTTPError, OSError, RuntimeError, JSONDecodeError: From the last attempt.
+            HUB_ERRORS: From the last attempt.
         """
         limited_failures = 0
         for pause in backoff_seconds():
@@ -116,16 +130,21 @@ class Patience:
                 limited_failures += attempts < float("inf")
                 now = time.monotonic()
                 if self._failing_since is None:
-                    self._failing_since = now if self._waiting_since() is None else self._waiting_since()
+                    self._failing_since = now if self._waiting.since is None else self._waiting.since
                 left = self._failing_since + self.seconds - now
                 if limited_failures >= attempts or pause > left:
                     raise
                 show(f"{message}; trying again in {pause:.0f} s, giving up in {left:.0f} s.")
-                sleep(pause, left)
+                count_down(pause, left)
 
-    def _waiting_since(self) -> float | None:
-        """When this thread sent the first of the requests that have not been answered properly since."""
-        return getattr(self._thread, "waiting_since", None)
+
+def seconds_to_wait(response) -> int:
+    """How long the client waits before it repeats the request, because the Hub says so."""
+    limit = parse_ratelimit_headers(response.headers)
+    if response.status_code == 429 and limit is not None and limit.remaining == 0:
+        return limit.reset_in_seconds
+    seconds = response.headers.get("Retry-After", "")
+    return int(seconds) if seconds.isdecimal() else 0
 
 
 def with_request(error: OSError, request) -> OSError:
@@ -134,7 +153,7 @@ def with_request(error: OSError, request) -> OSError:
     return error
 
 
-def connect(patience: Patience | None = None, endpoint: str | None = None) -> HfApi:
+def connect(patience: Patience) -> HfApi:
     """Create a Hub client that gives up on a request without an answer.
 
     Raises:
@@ -144,16 +163,22 @@ def connect(patience: Patience | None = None, endpoint: str | None = None) -> Hf
         raise ValueError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it, or do not push.")
     if get_token() is None:
         raise ValueError("there is no token to push with: log in with `hf auth login`, or set HF_TOKEN.")
-    patience = patience or Patience()
     client_class = type(get_session())
     hooks = get_session().event_hooks["request"]  # such as the one that logs for HF_DEBUG
     hooks = [hook for hook in hooks if not isinstance(getattr(hook, "__self__", None), Patience)]
     hooks = {"request": [*hooks, patience.limit], "response": [patience.note]}
     # Not just set on the session: after a refused connection, the client makes itself another one.
     set_client_factory(lambda: client_class(follow_redirects=True, event_hooks=hooks))
+    # The client warns of what it repeats, with the address.
+    logging.getLogger("huggingface_hub.utils._http").addFilter(hide_signatures)
     for name, value in XET_RETRIES.items():  # read when the first upload begins
         os.environ.setdefault(name, value)
-    return HfApi(endpoint=endpoint)
+    return HfApi()
+
+
+def hide_signatures(record: logging.LogRecord) -> bool:
+    record.msg = without_signatures(str(record.msg))
+    return True
 
 
 def ask_storage(api: HfApi, repository: str, branch: str):
@@ -173,29 +198,41 @@ def ask_storage(api: HfApi, repository: str, branch: str):
     get_session().head(response.json()["casUrl"])  # any answer will do
 
 
-def diagnose_hub_error(error: Exception, repository: str, endpoint: str) -> Diagnosis:
+def diagnose_hub_error(error: Exception, repository: str) -> Diagnosis:
     """Say what has failed, whether trying again may help, and if not, what has to change."""
     if isinstance(error, FilesDiffer):
         return Diagnosis(str(error), EXIT_CODE_FILES_DIFFER, LIMITED_ATTEMPTS)
     answer = http_error(error)
-    if answer is None:
-        return diagnose_missing_answer(error, endpoint)
-    status = answer.response.status_code
     description = describe_error(error)
     host = host_asked(error)
-    if not is_hub(host, endpoint) and status not in TRANSIENT_STATUS:
-        # The Hub signs addresses of its storage for minutes or hours; the next attempt gets new ones. No description,
-        # because it would contain the address.
+    is_hub = host in (
+        None,
+        urlsplit(constants.ENDPOINT.lower()).netloc,
+    )  # and not its storage, which has addresses of its own
+    who = "the Hub" if is_hub else f"{host}, where the Hub stores large files,"
+    if answer is None:
+        # By name: which HTTP library the client uses depends on its version.
+        if any("Timeout" in type(cause).__name__ for cause in exception_chain(error)):
+            return Diagnosis(f"{who} does not answer ({description})", EXIT_CODE_HUB_UNREACHABLE)
+        if isinstance(error, UNEXPECTED_ANSWERS):
+            description = f"the answer is not as a Hub's: {description}"
+        elif not is_transient(error):
+            message = f"a problem on this machine prevents pushing ({description})"
+            return Diagnosis(message, EXIT_CODE_REFUSED, attempts=1)
+        return Diagnosis(f"{who} cannot be reached ({description})", EXIT_CODE_HUB_UNREACHABLE)
+    status = answer.response.status_code
+    if not is_hub and status not in TRANSIENT_STATUS:
+        # The Hub signs addresses of its storage for minutes or hours; the next attempt gets new ones.
         return Diagnosis(
-            f"{host}, where the Hub stores large files, refuses an upload with status {status}: this machine's clock, "
-            "or a firewall or proxy on the way, may be the cause",
+            f"{who} refuses an upload with status {status}: this machine's clock, or a firewall or proxy on the way, "
+            "may be the cause",
             EXIT_CODE_REFUSED,
             LIMITED_ATTEMPTS,
         )
     if status in (409, 412) or isinstance(answer, RevisionNotFoundError | EntryNotFoundError):
         return Diagnosis(f"{repository} is being changed by someone else ({description})", EXIT_CODE_HUB_UNREACHABLE)
     if status in TRANSIENT_STATUS:
-        return Diagnosis(f"the Hub cannot be reached ({description})", EXIT_CODE_HUB_UNREACHABLE)
+        return Diagnosis(f"{who} cannot be reached ({description})", EXIT_CODE_HUB_UNREACHABLE)
     if status == 401:
         message = "the Hub does not accept this token: log in again with `hf auth login`, or set HF_TOKEN"
     elif status == 403 or isinstance(answer, RepositoryNotFoundError):
@@ -208,20 +245,6 @@ def diagnose_hub_error(error: Exception, repository: str, endpoint: str) -> Diag
     return Diagnosis(message, EXIT_CODE_REFUSED, attempts=1)
 
 
-def diagnose_missing_answer(error: Exception, endpoint: str) -> Diagnosis:
-    host = host_asked(error)
-    who = "the Hub" if is_hub(host, endpoint) else f"{host}, where the Hub stores large files,"
-    description = describe_error(error)
-    # By name: which HTTP library the client uses depends on its version.
-    if any("Timeout" in type(cause).__name__ for cause in exception_chain(error)):
-        return Diagnosis(f"{who} does not answer ({description})", EXIT_CODE_HUB_UNREACHABLE)
-    if isinstance(error, json.JSONDecodeError):
-        return Diagnosis(f"{who} cannot be reached (the answer is not JSON)", EXIT_CODE_HUB_UNREACHABLE)
-    if is_transient(error):
-        return Diagnosis(f"{who} cannot be reached ({description})", EXIT_CODE_HUB_UNREACHABLE)
-    return Diagnosis(f"a problem on this machine prevents pushing ({description})", EXIT_CODE_REFUSED, attempts=1)
-
-
 def host_asked(error: Exception) -> str | None:
     """Host and port of the request that failed; None if it is not known."""
     for cause in exception_chain(error):
@@ -230,8 +253,3 @@ def host_asked(error: Exception) -> str | None:
             with suppress(AttributeError, RuntimeError):  # it has no request, or not any more
                 return urlsplit(str(holder.request.url)).netloc
     return None
-
-
-def is_hub(host: str | None, endpoint: str) -> bool:
-    """Whether it is the Hub and not its storage, which has addresses of its own; yes if it is not known."""
-    return host in (None, urlsplit(endpoint).netloc)

@@ -1,7 +1,5 @@
 """Which files of a folder are pushed: not all of them, and not all that a repository would take."""
 
-import base64
-from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import quote
@@ -17,7 +15,6 @@ NEVER_PUSHED = [".git", ".git/*", "*/.git", "*/.git/*", ".cache/*", "*/.cache/*"
 # What programs read: without these a model or a checkpoint does not load, so a .gitignore must not leave them out.
 NEEDED = ["*.json", "*.safetensors", "*.py", "*.jinja", "merges.txt", TRAINING_STATE]
 FILES_PER_QUESTION = 256  # as the client asks
-SAMPLE_BYTES = 512  # of each file, which the Hub is shown before it says how to send the file
 
 
 def files_to_push(folder: Path, excluded: list[str]) -> list[str]:
@@ -27,35 +24,25 @@ def files_to_push(folder: Path, excluded: list[str]) -> list[str]:
 
 
 def ignored_by_repository(
-    api: HfApi, repository: str, branch: str, files: Iterable[tuple[str, Path | bytes]]
+    api: HfApi, repository: str, branch: str, names: list[str], rules: str | None = None
 ) -> list[str]:
     """Ask the Hub which files it would leave out, as a .gitignore in the repository says.
 
     Without a word: the Hub commits the others, and reports success.
 
     Args:
-        files: Name in the repository and content of each.
+        rules: The .gitignore that is to take the place of the repository's.
 
     Raises:
         ValueError: If a model cannot be loaded without them.
     """
-    described = []
-    options = {}
-    for name, content in files:
-        if isinstance(content, Path):
-            size = content.stat().st_size
-            with content.open("rb") as file:
-                sample = file.read(SAMPLE_BYTES)
-            if name == ".gitignore":  # it replaces the repository's
-                options["gitIgnore"] = content.read_text(encoding="utf-8")
-        else:
-            size, sample = len(content), content[:SAMPLE_BYTES]
-        described.append({"path": name, "size": size, "sample": base64.b64encode(sample).decode()})
+    options = {} if rules is None else {"gitIgnore": rules}
     address = f"{api.endpoint}/api/models/{repository}/preupload/{quote(branch, safe='')}"
     ignored = []
-    for start in range(0, len(described), FILES_PER_QUESTION):
-        request = {"files": described[start : start + FILES_PER_QUESTION], **options}
-        response = get_session().post(address, json=request, headers=build_hf_headers())
+    for start in range(0, len(names), FILES_PER_QUESTION):
+        # As if they were empty: only their names matter here.
+        files = [{"path": name, "size": 0, "sample": ""} for name in names[start : start + FILES_PER_QUESTION]]
+        response = get_session().post(address, json={"files": files, **options}, headers=build_hf_headers())
         hf_raise_for_status(response)
         ignored += [file["path"] for file in response.json()["files"] if file["shouldIgnore"]]
     if needed := [name for name in ignored if matches_any(name, NEEDED)]:

@@ -15,10 +15,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError
-
-from modeling_gpt2repro.runtime.progress import count_down
 
 from .client import (
     DEFAULT_HUB_WAIT_SECONDS,
@@ -31,7 +29,7 @@ from .client import (
     connect,
     diagnose_hub_error,
 )
-from .pushed_files import NEVER_PUSHED, TRAINING_STATE, files_to_push, ignored_by_repository, refuse_links
+from .pushed_files import NEVER_PUSHED, TRAINING_STATE, files_to_push, ignored_by_repository, matches_any, refuse_links
 
 # Deleted in the commit that pushes new weights, because an earlier model may have had another number of files. Precise
 # names: in the Hub's patterns * matches / as well, and subfolders may hold weights that people have added themselves.
@@ -71,25 +69,25 @@ def main(argv: list[str] | None = None):
 
     def attempt() -> str:
         if args.check:
-            return f"can be written: {check_write_access(args.hub_model_id, args.private, api)}"
+            return f"can be written: {check_write_access(api, args.hub_model_id, args.private)}"
         address = push_folder(
+            api,
             args.folder,
             args.hub_model_id,
             branch=args.branch,
             message=args.message,
             private=args.private,
             with_training_state=args.with_training_state,
-            api=api,
         )
         return f"pushed to {address}"
 
+    diagnose = partial(diagnose_hub_error, repository=args.hub_model_id)
     patience = Patience(args.hub_wait_seconds)
     try:
         api = connect(patience)
-        diagnose = partial(diagnose_hub_error, repository=args.hub_model_id, endpoint=api.endpoint)
         # Flushed, because the process that started this one may follow its log file.
         show = partial(print, file=sys.stderr, flush=True)
-        print(patience.retry(attempt, diagnose, show, sleep=count_down))
+        print(patience.retry(attempt, diagnose, show))
     except HUB_ERRORS as error:
         message, exit_code, _ = diagnose(error)
         advice = ": try again later" if exit_code == EXIT_CODE_HUB_UNREACHABLE else ""
@@ -101,13 +99,13 @@ def main(argv: list[str] | None = None):
 
 
 def push_folder(
+    api: HfApi,
     folder: Path,
     repository: str,
     branch: str = "main",
     message: str | None = None,
     private: bool | None = None,
     with_training_state: bool = False,
-    api: HfApi | None = None,
 ) -> str:
     """Push a model folder in one commit; the repository and the branch are created if they do not exist.
 
@@ -122,27 +120,28 @@ def push_folder(
     Raises:
         ValueError: If the push cannot work, however often it is tried.
         FilesDiffer: If what arrived differs from the folder.
-        HTTPError, OSError, RuntimeError, JSONDecodeError: From the client; see `diagnose_hub_error`.
+        HUB_ERRORS: From the client; see `diagnose_hub_error`.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a model folder (it has no config.json): give model/ or step-... of a run.")
     excluded = NEVER_PUSHED if with_training_state else [*NEVER_PUSHED, TRAINING_STATE]
     refuse_links(folder, excluded)
-    api = api or connect()
     repository, notes = open_repository(api, repository, private)
     if branch != "main":
         api.create_branch(repository, branch=branch, exist_ok=True)
     names = files_to_push(folder, excluded)
-    left_out = ignored_by_repository(api, repository, branch, ((name, folder / name) for name in names))
+    rules = (folder / ".gitignore").read_text(encoding="utf-8") if ".gitignore" in names else None
+    left_out = ignored_by_repository(api, repository, branch, names, rules)
     ask_storage(api, repository, branch)
-    commit = api.upload_folder(
-        repo_id=repository,
-        folder_path=folder,
-        revision=branch,
-        commit_message=message or f"Push {folder.name}",
-        ignore_patterns=list(excluded),  # a copy, because the client appends to it
-        delete_patterns=REPLACED if any(folder.glob("*.safetensors")) else None,
-    )
+    operations = [CommitOperationAdd(name, folder / name) for name in names if name not in left_out]
+    if any(folder.glob("*.safetensors")):
+        there = api.list_repo_files(repository, revision=branch)
+        operations += [
+            CommitOperationDelete(name) for name in there if matches_any(name, REPLACED) and name not in names
+        ]
+    # Not upload_folder, which makes several commits of some hundred files.
+    message = message or f"Push {folder.name}"
+    commit = api.create_commit(repository, operations, commit_message=message, revision=branch)
     # Compared at the commit, not on the branch: someone else may have pushed to it since.
     found = api.verify_repo_checksums(repository, revision=commit.oid, local_dir=folder)
     different = {mismatch["path"] for mismatch in found.mismatches} | set(found.extra_paths)
@@ -156,7 +155,7 @@ def push_folder(
     return "; ".join([f"{address} (commit {commit.oid[:7]})", *notes])
 
 
-def check_write_access(repository: str, private: bool | None = None, api: HfApi | None = None) -> str:
+def check_write_access(api: HfApi, repository: str, private: bool | None = None) -> str:
     """Find out whether this token may push, by a commit to a branch of its own that is then deleted.
 
     Nothing less proves it: creating a repository that exists "succeeds" with a read-only token, too. The branch has a
@@ -166,16 +165,15 @@ def check_write_access(repository: str, private: bool | None = None, api: HfApi 
         The repository's address, and what is not as the caller may expect. It is created if it does not exist.
 
     Raises:
-        ValueError, HTTPError, OSError, RuntimeError, JSONDecodeError: As `push_folder`.
+        ValueError, HUB_ERRORS: As `push_folder`.
     """
-    api = api or connect()
     repository, notes = open_repository(api, repository, private)
     branch = CHECK_BRANCH_PREFIX + uuid.uuid4().hex
     content = uuid.uuid4().hex.encode()  # new content, or the Hub would have nothing to commit
     try:
         api.create_branch(repository, branch=branch)
-        names = ("config.json", "model.safetensors", "tokenizer.json", "modeling_gpt2repro.py", CHECK_FILE)
-        ignored_by_repository(api, repository, branch, ((name, content) for name in names))
+        names = ["config.json", "model.safetensors", "tokenizer.json", "modeling_gpt2repro.py", CHECK_FILE]
+        ignored_by_repository(api, repository, branch, names)
         ask_storage(api, repository, branch)
         api.upload_file(path_or_fileobj=content, path_in_repo=CHECK_FILE, repo_id=repository, revision=branch)
     except BaseException:  # also Ctrl-C

@@ -1,12 +1,13 @@
 """Reading files on the Hub by byte range, with retries while the Hub is busy or unreachable."""
 
+import time
 from collections.abc import Callable
 from typing import BinaryIO, TypeVar
 
 from huggingface_hub import HfFileSystem
 from huggingface_hub.errors import HTTPError
 
-from .retry import describe_error, http_error, is_refusal, is_transient, retry
+from .retry import backoff_seconds, describe_error, http_error, is_refusal, is_transient
 
 Result = TypeVar("Result")
 OnWait = Callable[[str], None]
@@ -40,39 +41,38 @@ def retry_hub_read(work: Callable[[], Result], is_known: bool = False, on_wait: 
         ConnectionError: If it still is when the patience is over.
         OSError: If the data host, to which the Hub sends its clients for a file, refuses it at first contact.
     """
-    errors = (HTTPError, FileNotFoundError) if is_known else (HTTPError,)
+    deadline = time.monotonic() + READ_PATIENCE_SECONDS
     refusals = 0
-
-    def may_pass(error: BaseException) -> bool:
-        if is_refusal(error):
-            return is_known or (is_redirected(error) and refusals < FIRST_CONTACT_TRIES)
-        return is_transient(error)
-
-    def attempt() -> Result:
-        nonlocal refusals
+    for pause in backoff_seconds():
         try:
             return work()
-        except errors as error:
+        except (HTTPError, FileNotFoundError) as error:
             if is_refusal(error):
                 refusals += 1
                 HfFileSystem.clear_instance_cache()  # which remembers that something does not exist
-            raise
-
-    try:
-        return retry(attempt, READ_PATIENCE_SECONDS, errors, lambda error: on_wait(describe_failure(error)), may_pass)
-    except errors as error:
-        if is_refusal(error) and is_known:
-            raise ConnectionError(f"{describe_refusal(error)}, {refusals} times.") from error
-        if is_refusal(error) and is_redirected(error):
-            raise OSError(
-                f"{describe_refusal(error)}, {refusals} times: the Hub has the file, so it may be a firewall that "
-                "refuses this host."
-            ) from error
-        if not may_pass(error):
-            raise  # the next answer would be the same
-        raise ConnectionError(
-            f"the Hub did not answer for {READ_PATIENCE_SECONDS:.0f} s ({describe_error(error)}): try again later."
-        ) from error
+                may_pass = is_known or (is_redirected(error) and refusals < FIRST_CONTACT_TRIES)
+            else:
+                may_pass = is_transient(error)
+            if may_pass and time.monotonic() + pause <= deadline:
+                reason = describe_failure(error)
+            elif is_refusal(error) and is_known:
+                raise ConnectionError(f"{describe_refusal(error)}, {refusals} times.") from error
+            elif is_refusal(error) and is_redirected(error):
+                raise OSError(
+                    f"{describe_refusal(error)}, {refusals} times: the Hub has the file, so it may be a firewall that "
+                    "refuses this host."
+                ) from error
+            elif may_pass:
+                raise ConnectionError(
+                    f"the Hub did not answer for {READ_PATIENCE_SECONDS:.0f} s ({describe_error(error)}): try again "
+                    "later."
+                ) from error
+            else:
+                raise  # the next answer would be the same
+        while pause > 0:
+            on_wait(reason)
+            time.sleep(min(1.0, pause))
+            pause -= 1.0
 
 
 def is_redirected(error: BaseException) -> bool:

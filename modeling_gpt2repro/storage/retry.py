@@ -1,47 +1,16 @@
-"""Retry with exponential backoff, and which errors of the Hub are transient."""
+"""Exponential backoff, and what errors of the Hub mean."""
 
-import time
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+import re
+from collections.abc import Iterator
 
 # httpx's HTTPError is the base of the Hub's errors, too.
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
-
-Result = TypeVar("Result")
 
 FIRST_BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 60.0
 # Timeout, concurrent commit (conflict, precondition), too early, rate limit, and every fault of the server itself.
 TRANSIENT_STATUS = {408, 409, 412, 425, 429, *range(500, 600)}
 REFUSED_STATUS = {401, 403, 404}
-
-
-def retry(
-    attempt: Callable[[], Result],
-    patience_seconds: float,
-    errors: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError),
-    on_wait: Callable[[BaseException], None] = lambda error: None,
-    may_pass: Callable[[BaseException], bool] | None = None,
-) -> Result:
-    """Call `attempt` until it succeeds, fails with an error that will not pass, or `patience_seconds` are over.
-
-    Args:
-        errors: Which errors may pass at all; others are raised at once.
-        on_wait: Called with the last error, once for each second of a pause; what it raises ends the attempts.
-        may_pass: Which of them may; `is_transient` by default.
-    """
-    may_pass = may_pass or is_transient
-    deadline = time.monotonic() + patience_seconds
-    for pause in backoff_seconds():
-        try:
-            return attempt()
-        except errors as error:
-            if not may_pass(error) or time.monotonic() + pause > deadline:
-                raise
-            while pause > 0:
-                on_wait(error)
-                time.sleep(min(1.0, pause))
-                pause -= 1.0
 
 
 def backoff_seconds() -> Iterator[float]:
@@ -95,4 +64,9 @@ def describe_error(error: BaseException) -> str:
     line = next(iter(message.strip().splitlines()), type(root_cause).__name__)
     if isinstance(answer, RepositoryNotFoundError):  # or gated; without a token the Hub does not say which
         line = f"{line.rstrip('.')}; if it is private or gated, log in with hf auth login"
-    return line
+    return without_signatures(line)
+
+
+def without_signatures(text: str) -> str:
+    """'503 for url https://s3/x?signature=1' -> '503 for url https://s3/x': those who have it may use the address."""
+    return re.sub(r"(https?://[^\s?]*)\?[^\s')]*", r"\1", text)

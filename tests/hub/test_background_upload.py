@@ -104,6 +104,43 @@ def test_a_snapshot_is_copied_only_where_there_are_no_hard_links(folder, tmp_pat
     assert files_in(tmp_path / "copied") == files_in(tmp_path / "linked")
 
 
+@pytest.mark.parametrize("name", ["figures", "key.txt"])
+def test_a_checkpoint_with_a_link_to_elsewhere_is_not_pushed(on_hub, folder, tmp_path, name):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "key.txt").write_text("secret")
+    (folder / name).symlink_to(outside if name == "figures" else outside / name)
+    (tmp_path / "run").mkdir()
+    queue = UploadQueue("user/linking", "every_save", tmp_path / "run")
+    queue.enqueue(folder)
+    (message,) = wait_for(queue)
+    assert f"not pushed, because {tmp_path}/run/.push-main-step-000010/{name} is a link " in message
+    assert not (on_hub.root / "models/user/linking").exists()
+
+
+def test_a_folder_whose_name_begins_like_a_flag_is_pushed(folder, tmp_path, monkeypatch):
+    """As of a run with --output_dir=-x, of which the queue is given a relative path."""
+    monkeypatch.chdir(tmp_path)
+    folder.rename("-x")
+    log = tmp_path / "given.jsonl"
+    program = "import json, sys; print(json.dumps(sys.argv[2:]), file=open(sys.argv[1], 'a'))"
+    queue = UploadQueue("user/any", "all_checkpoints", Path(), command=[sys.executable, "-c", program, str(log)])
+    queue.enqueue(Path(shutil.copytree("-x", "step-000010")))
+    wait_for(queue)
+    assert queue.push_final(Path("-x"), print, never) == 0
+    folders = [json.loads(line)[0] for line in log.read_text().splitlines()]
+    names = (".push-main-step-000010", ".push-step-000010-step-000010", "-x")
+    assert folders == [str(tmp_path / name) for name in names]
+
+
+def test_a_final_push_that_cannot_be_started_shows_its_command(folder, tmp_path):
+    shown = []
+    queue = UploadQueue("user/any", "end", tmp_path, command=["/there/is/no/such/program", "push"])
+    assert queue.push_final(folder, shown.append, never) == 3
+    assert shown[-2] == "The push cannot be started (No such file or directory)."
+    assert f"python push {folder} --message 'End of training' --hub_model_id user/any\n" in shown[-1]
+
+
 def test_a_failed_upload_is_a_message_and_never_an_exception(folder, tmp_path, monkeypatch):
     queue = UploadQueue("user/any", "checkpoint", tmp_path, command=["/there/is/no/such/program"])
     queue.enqueue(folder)
@@ -193,6 +230,17 @@ def test_only_a_resumed_run_starts_while_the_hub_is_unreachable(on_hub, tmp_path
         queue.check_access(is_resume=False)
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.raises(ValueError, match="push_to_hub: there is no token"):  # waiting does not help
+        queue.check_access(is_resume=True)
+
+
+def test_a_check_that_hangs_or_is_killed_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(background_upload, "MAX_CHECK_SECONDS", 0.2)
+    queue = UploadQueue("user/any", "every_save", tmp_path, command=ENDLESS_PUSH)
+    assert queue.check_access(is_resume=True).startswith("the Hub did not answer within 0.2 s. The run continues")
+    with pytest.raises(ValueError, match="push_to_hub: the Hub did not answer"):
+        queue.check_access(is_resume=False)
+    queue.command = shell("kill -9 $$")
+    with pytest.raises(ValueError, match="push_to_hub: it ended with -9"):
         queue.check_access(is_resume=True)
 
 

@@ -209,12 +209,6 @@ def test_a_head_that_the_config_says_is_untied_cannot_be_converted(stock_folder,
     assert "this GPT-2 has an untied output head, our model a tied one" in message
 
 
-def test_an_adapter_is_refused(tmp_path, capsys):
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    assert "is an adapter: merge it" in error_message(tmp_path / "adapter", tmp_path / "ours", capsys)
-
-
 def test_from_the_folder_of_a_run_its_model_is_named(stock_folder, tmp_path, capsys):
     for name in ("step-000010", "step-000020", "model"):  # what a run leaves, in this order
         shutil.copytree(stock_folder, tmp_path / "run" / name)

@@ -98,7 +98,8 @@ def test_an_upload_that_was_refused_once_or_twice_is_not_given_up(folder, tmp_pa
 
 def test_an_upload_that_retried_long_ago_and_is_silent_since_is_not_given_up(folder, tmp_path, looks):
     release = tmp_path / "release"
-    upload = f"echo 'the Hub is away; trying again in 60 s'; touch -d '2 minutes ago' /dev/fd/1; {until(release)}"
+    touch = f"touch -t 202001010000 {shlex.quote(str(tmp_path / 'push.log'))}"
+    upload = f"echo 'the Hub is away; trying again in 60 s'; {touch}; {until(release)}"
     queue = Queue(tmp_path, f"{upload}; echo pushed to main", hub_wait_seconds=300)
     queue.enqueue(folder)
     wait_until(lambda: (tmp_path / "push.log").stat().st_size)

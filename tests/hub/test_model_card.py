@@ -286,25 +286,23 @@ def test_metadata_of_somebody_else_is_kept_as_words_or_not_at_all(tmp_path, tiny
 
 @pytest.mark.parametrize(
     "content",
-    ["---\n" + "[" * 100_000 + "\n---\n", "---\n- a\n---\n", "---\na: b: c\n---\n", "---\na: 1\n---\n" + "x" * 2**20],
+    [
+        b"---\n" + b"[" * 100_000 + b"\n---\n",
+        b"---\n- a\n---\n",
+        b"---\na: b: c\n---\n",
+        b"---\na: 1\n---\n" + b"x" * 2**20,
+        b"---\n\xff\n---\n",
+        None,  # a folder in its place
+    ],
 )
 def test_a_card_that_cannot_be_read_is_one_sentence(tmp_path, one_sentence, content):
-    (tmp_path / "README.md").write_text(content)
+    if content is None:
+        (tmp_path / "README.md").mkdir()
+    else:
+        (tmp_path / "README.md").write_bytes(content)
     with pytest.raises(ValueError, match=r"the metadata of its README\.md cannot be read") as error:
         derived_origin("Converted from", str(tmp_path))
     assert len(one_sentence(error)) < 1_000
-
-
-def test_a_card_of_bytes_or_a_folder_in_its_place_is_one_sentence(tmp_path, one_sentence):
-    (tmp_path / "README.md").write_bytes(b"---\n\xff\n---\n")
-    with pytest.raises(ValueError, match="cannot be read") as error:
-        derived_origin("Converted from", str(tmp_path))
-    one_sentence(error)
-    (tmp_path / "README.md").unlink()
-    (tmp_path / "README.md").mkdir()
-    with pytest.raises(ValueError, match=r"README\.md is not a file") as error:
-        derived_origin("Converted from", str(tmp_path))
-    one_sentence(error)
 
 
 def test_a_dataset_of_foreign_shards_is_named_only_by_a_hub_id(run_folder, tiny_model):

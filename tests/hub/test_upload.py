@@ -1,6 +1,7 @@
 """The push command: what arrives on the Hub, refusals and retries."""
 
 import re
+import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
@@ -76,6 +77,14 @@ def test_a_check_finds_out_that_a_push_would_be_refused(on_hub, monkeypatch, env
     assert files_in(on_hub.root / "models/user/there") == {}
 
 
+def test_a_token_that_cannot_be_read_is_a_problem_of_this_machine(on_hub, folder, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(folder))
+    result = run_push("--check", "--hub_model_id", "user/any")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "a problem on this machine prevents pushing ([Errno 21] Is a directory" in result.stderr
+
+
 def test_the_lock_of_a_folder_in_use_is_not_pushed(on_hub, folder):
     pushed = files_in(folder)
     with FolderLock(folder) as lock:
@@ -98,11 +107,11 @@ def test_a_check_leaves_nothing_but_the_repository(on_hub):
 
 
 def test_checks_at_the_same_time_all_succeed_and_leave_no_branch(here):
-    api = connect(client.Patience(), here.endpoint)
+    api = connect(client.Patience(60))
     name = "user/checked-by-many"
     with ThreadPoolExecutor(max_workers=3) as threads:
         for _ in range(8):
-            checks = [threads.submit(check_write_access, name, api=api) for _ in range(3)]
+            checks = [threads.submit(check_write_access, api, name) for _ in range(3)]
             assert {check.result() for check in checks} == {f"{here.endpoint}/{name}"}
     assert check_branches(here, name) == []
     assert commits(here, name) == 3 * 8
@@ -232,13 +241,13 @@ def test_a_private_repository_that_the_owners_settings_make_public_is_refused(he
             return super().create_repo(name, private=False, **options)
 
     with pytest.raises(ValueError, match="user/open exists and is public"):
-        push_folder(folder, "user/open", private=True, api=PublicOnly(here.endpoint))
+        push_folder(PublicOnly(here.endpoint), folder, "user/open", private=True)
     assert uploads(here, "user/open") == 0
 
 
 def test_a_folder_without_a_model_is_refused(folder):
     with pytest.raises(ValueError, match="give model/ or step"):
-        push_folder(folder.parent, "user/any")
+        push_folder(HfApi(), folder.parent, "user/any")
     with pytest.raises(SystemExit, match="2"):
         main(["--hub_model_id", "user/any"])
 
@@ -307,18 +316,33 @@ def test_a_silent_storage_is_noticed_before_xet_uploads_to_it(here, folder, is_c
     assert f"{host}, where the Hub stores large files, does not answer (" in result.stderr
 
 
-def test_a_hub_without_xet_is_named_as_such(here, folder, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    result = push_in_process(folder, "--hub_model_id", "user/without-xet")
-    assert result.returncode == 2
-    assert "set HF_HUB_DISABLE_XET=1" in result.stderr
-
-
-def test_an_answer_that_is_not_from_the_hub_is_retried(here, folder):
-    with here.faults({"match": "validate-yaml", "status": 503, "body": "<html>busy</html>", "times": 1}):
+@pytest.mark.parametrize(
+    ("where", "answer"),
+    [
+        ("validate-yaml", {"status": 503, "body": "<html>busy</html>"}),
+        ("repos/create", {"status": 200, "body": {"welcome": "to this hotel"}}),
+        ("repos/create", {"status": 200, "body": []}),
+        ("preupload", {"status": 200, "body": {"files": [{}]}}),
+        ("commit/main", {"status": 200, "body": {}}),
+    ],
+)
+def test_an_answer_that_is_not_from_the_hub_is_retried(here, folder, where, answer):
+    with here.faults({"match": where, **answer, "times": 1}):
         result = push_in_process(folder, "--hub_model_id", "user/behind-a-proxy")
     assert result.returncode == 0, result.stderr
-    assert "the Hub cannot be reached (the answer is not JSON)" in result.stderr
+    assert "the Hub cannot be reached (the answer is not as a Hub's: " in result.stderr
+    shutil.rmtree(here.root / "models/user/behind-a-proxy")
+
+
+def test_no_message_has_the_signature_of_an_address(here, folder, caplog):
+    """Of a busy storage, which says nothing of its own; in place of a signature, addresses here have a size."""
+    with here.faults({"match": "PUT /lfs/", "status": 503, "body": "", "times": 1}):
+        result = push_in_process(folder, "--hub_model_id", "user/signed")
+    assert result.returncode == 0
+    warnings = [record.getMessage() for record in caplog.records if "PUT http" in record.getMessage()]
+    assert len(warnings) == 1
+    assert f"{here.cdn}/lfs/user/signed/" in warnings[0]
+    assert "size=" not in warnings[0] + result.stderr
 
 
 @pytest.mark.parametrize("times", [1, 3])
@@ -339,12 +363,13 @@ def test_files_that_did_not_arrive_are_named(here, folder, times):
 
 def test_a_push_that_is_overtaken_by_another_has_arrived(here, folder):
     class Overtaken(HfApi):
-        def upload_folder(self, **options):
-            commit = super().upload_folder(**options)
-            self.upload_file(repo_id=options["repo_id"], path_or_fileobj=b"other", path_in_repo="config.json")
+        def create_commit(self, repo_id, operations, **options):
+            commit = super().create_commit(repo_id, operations, **options)
+            if len(operations) > 1:  # not for the call in `upload_file`
+                self.upload_file(repo_id=repo_id, path_or_fileobj=b"other", path_in_repo="config.json")
             return commit
 
-    address = push_folder(folder, "user/overtaken", api=Overtaken(here.endpoint))
+    address = push_folder(Overtaken(here.endpoint), folder, "user/overtaken")
     assert address.startswith(f"{here.endpoint}/user/overtaken (commit ")
     assert files_in(here.root / "models/user/overtaken")["config.json"] == b"other"
 

@@ -11,8 +11,6 @@ from patience import PATIENCE_SECONDS
 from pushing import files_in, run_push
 from toy_runs import CPU_FP32, ROOT, TOKENS_PER_STEP, logged_values, train_here
 
-from modeling_gpt2repro.hub.client import diagnose_hub_error
-
 pytest.importorskip("hf_xet")
 
 
@@ -37,6 +35,15 @@ def test_a_checkpoint_arrives_whole_in_one_commit_and_is_not_sent_twice(on_xet_h
         assert len(requests(on_xet_hub, "user/sent/commit/")) == 1
     assert requests(on_xet_hub, "user/sent/xet-write-token/") != []
     assert requests(on_xet_hub, "user/sent.git/info/lfs") == []
+
+
+def test_a_folder_of_many_files_is_one_commit(on_xet_hub, folder):
+    for number in range(300):
+        (folder / f"{number}.txt").write_text(str(number))
+    result = run_push(folder, "--hub_model_id", "user/many", "--with_training_state")
+    assert result.returncode == 0, result.stderr
+    assert files_in(on_xet_hub.root / "models/user/many") == files_in(folder)
+    assert len(requests(on_xet_hub, "user/many/commit/")) == 1
 
 
 @pytest.mark.parametrize(
@@ -100,14 +107,6 @@ def test_a_refused_xet_token_is_a_refusal_of_the_users_token(on_xet_hub, folder,
     assert result.returncode == 2
     assert message in result.stderr
     assert "trying again" not in result.stderr
-
-
-def test_a_storage_that_refuses_is_asked_again():
-    """Its tokens expire; the client says of a refusal that the network failed."""
-    refused = ConnectionError(
-        "Network error: Request error: HTTP status client error (403 Forbidden), domain: http://cas/"
-    )
-    assert diagnose_hub_error(refused, "user/any", "https://hub").exit_code == 3
 
 
 def test_the_check_of_rights_goes_the_way_of_weights(on_xet_hub, monkeypatch):

@@ -16,7 +16,7 @@ import prepare_data
 from modeling_gpt2repro.data.prepare.token_cache import finished_partitions
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.sources.hub_rows import _rows
-from modeling_gpt2repro.storage import retry
+from modeling_gpt2repro.storage import hub_files
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -28,10 +28,10 @@ IMPATIENT = """
 import functools
 from types import SimpleNamespace
 import huggingface_hub.hf_file_system as hub
-from modeling_gpt2repro.storage import retry
+from modeling_gpt2repro.storage import hub_files
 hub.http_backoff = functools.partial(hub.http_backoff, max_retries=0)
 now = [0.0]
-retry.time = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+hub_files.time = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
 """
 
 PREPARE = """
@@ -304,7 +304,7 @@ def test_rows_that_were_read_before_a_refusal_are_not_given_twice(monkeypatch):
                     raise FileNotFoundError("part.jsonl")
                 yield {"text": number}
 
-    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hub_files.time, "sleep", lambda seconds: None)
     shard = Shard()
     assert [row["text"] for row in _rows(shard, "part.jsonl", lambda reason: None)] == [0, 1, 2, 3, 4, 5]
     assert shard.opened == 3

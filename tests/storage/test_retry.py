@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-from modeling_gpt2repro.storage import hub_files, retry
+from modeling_gpt2repro.storage import hub_files
 from modeling_gpt2repro.storage.hub_files import retry_hub_read
+from modeling_gpt2repro.storage.retry import backoff_seconds
 
 
 class Failing:
@@ -37,8 +38,8 @@ def http_error(status):
 def pauses(monkeypatch) -> list[float]:
     """The pauses between attempts, on a clock that only they move."""
     taken = []
-    monkeypatch.setattr(retry.time, "monotonic", lambda: sum(taken))
-    monkeypatch.setattr(retry.time, "sleep", taken.append)
+    monkeypatch.setattr(hub_files.time, "monotonic", lambda: sum(taken))
+    monkeypatch.setattr(hub_files.time, "sleep", taken.append)
     return taken
 
 
@@ -56,10 +57,15 @@ def test_eight_attempts_of_23_seconds_each_fit_into_the_patience(pauses, monkeyp
         calls.append(23.0)
         raise HTTPError("connection lost")
 
-    monkeypatch.setattr(retry.time, "monotonic", lambda: sum(pauses) + sum(calls))
+    monkeypatch.setattr(hub_files.time, "monotonic", lambda: sum(pauses) + sum(calls))
     with pytest.raises(ConnectionError):
         retry_hub_read(slow_attempt)
     assert len(calls) == 8
+
+
+def test_pauses_grow_to_a_minute():
+    endless = backoff_seconds()
+    assert [next(endless) for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
 
 
 def test_the_patience_ends_in_a_sentence(one_sentence, monkeypatch):
