@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from modeling_gpt2repro.storage.atomic import write_json
-from modeling_gpt2repro.storage.json_files import parse_json
+from modeling_gpt2repro.storage.json_files import read_json_object
 from modeling_gpt2repro.storage.model_files import LoadingError, check_json_files, find_file, loading_problem
 
 from .gpt2_bpe import END_OF_TEXT, as_gpt2_tokenizer, gpt2_tokenizer, tiktoken_encoding
@@ -79,6 +79,9 @@ def load_auto_tokenizer(
             raise ValueError(
                 "its tokenizer_config.json changes the ids that its tokenizer.json gives: correct one of them"
             )
+        expected.no_padding()  # which may ask for a billion ids
+        with suppress(Exception):  # it may lack these letters; a panic is none, and not suppressed
+            expected.encode("A text.")
     return tokenizer
 
 
@@ -126,7 +129,10 @@ def loading_errors_in_one_line() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        # `tokenizers` is written in Rust, whose panics are no Exceptions, and have no class that can be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise LoadingError(loading_problem(error)) from error
 
 
@@ -136,11 +142,11 @@ def tokenizer_class(name: str) -> type:
     The result is the same, but AutoTokenizer imports torch, which takes 2 seconds in every process of a preparation.
     """
     try:
-        config = parse_json((Path(name) / "tokenizer_config.json").read_text(encoding="utf-8"))
-        if config["tokenizer_class"] in PLAIN_CLASSES and "auto_map" not in config:
-            return PreTrainedTokenizerFast
-    except (OSError, ValueError, LookupError, TypeError):
-        pass  # a Hub id, or a folder that AutoTokenizer has to make sense of
+        config = read_json_object(Path(name) / "tokenizer_config.json", any_numbers=True)
+    except (OSError, ValueError):
+        config = {}  # of a Hub id, or a folder that AutoTokenizer has to make sense of
+    if config.get("tokenizer_class") in PLAIN_CLASSES and "auto_map" not in config:
+        return PreTrainedTokenizerFast
     from transformers import AutoTokenizer
 
     return AutoTokenizer

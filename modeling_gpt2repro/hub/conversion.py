@@ -145,12 +145,17 @@ def load_gpt2_or_hf(
     return load_strict(config, source, revision), tokenizer
 
 
-def load_checkpoint(folder: Path) -> GPT2ReproForCausalLM:
-    """Load the model in a checkpoint of ours, from safetensors only; raises ValueError as `load_gpt2_or_hf`."""
+def load_checkpoint_config(folder: Path) -> GPT2ReproConfig:
+    """Read the config in a checkpoint of ours; raises ValueError as `load_gpt2_config`."""
     config = load_gpt2_config(str(folder))
     if isinstance(config, GPT2Config):
         raise ValueError(f"{folder} holds a GPT-2 of transformers and no checkpoint: start from it with --init_from.")
-    return load_strict(config, str(folder), pickled=False)
+    return config
+
+
+def load_checkpoint(folder: Path) -> GPT2ReproForCausalLM:
+    """Load the model in a checkpoint of ours, from safetensors only; raises ValueError as `load_gpt2_or_hf`."""
+    return load_strict(load_checkpoint_config(folder), str(folder), pickled=False)
 
 
 def load_gpt2_config(source: str, revision: str | None = None) -> GPT2Config | GPT2ReproConfig:

@@ -1,6 +1,7 @@
 """The model card: what the model is, how to use it, its results and how it was trained, read from the run's folder."""
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -118,7 +119,8 @@ def model_card(model: PreTrainedModel, origin: Origin = FROM_SCRATCH, run_folder
     """The text of README.md; without the folder of the run that trained the model, it has no results."""
     run = None
     if run_folder and (run_folder / METRICS_FILE).is_file():
-        run = read_run(run_folder)
+        with suppress(ValueError):  # a damaged run.json costs the card its results, but the run no checkpoint
+            run = read_run(run_folder)
     evaluations = run.evaluations() if run else []
     results = hub_results(run, evaluations[-1]) if evaluations else []
     dataset = run.dataset() if run else None

@@ -7,8 +7,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2repro.data.tokenizer import tokenizer_sha256
-from modeling_gpt2repro.evaluation.load_model import check_tied_weights
-from modeling_gpt2repro.hub.conversion import load_checkpoint, load_gpt2
+from modeling_gpt2repro.hub.conversion import load_checkpoint, load_checkpoint_config, load_gpt2
 from modeling_gpt2repro.hub.model_card import FROM_SCRATCH, Origin, derived_origin
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
 from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
@@ -46,7 +45,6 @@ def load_initial_weights(args: TrainArguments, accelerator: Accelerator) -> Init
         model, tokenizer = call_main_process_first(accelerator, lambda: load_gpt2(args.init_from))
         origin = derived_origin("A GPT-2 fine-tuned from", args.init_from)
     if model is not None:
-        check_tied_weights(model, str(checkpoint or args.init_from))
         take_shape(args, model, source=str(checkpoint or args.init_from))
         model = model.float()  # whatever it was saved in: bf16 has 8 bits, too few to add a small update to a weight
     return InitialWeights(checkpoint, model, tokenizer, origin)
@@ -56,12 +54,13 @@ def find_checkpoint(args: TrainArguments, accelerator: Accelerator) -> Path | No
     """The folder that `--resume_from_checkpoint` names, every file of it verified; damaged ones are reported."""
     output_dir = Path(args.output_dir)
     checkpoint, damaged = run_on_main_and_broadcast(
-        accelerator, lambda: checkpoints.find_resume_checkpoint(args.resume_from_checkpoint, output_dir)
+        accelerator,
+        lambda: checkpoints.find_resume_checkpoint(args.resume_from_checkpoint, output_dir, load_checkpoint_config),
     )
     for sentence in damaged:
         accelerator.print(sentence)
     if checkpoint is not None and not checkpoint.is_dir():  # this is another machine, with a cache of its own
-        checkpoint = checkpoints.open_named_checkpoint(args.resume_from_checkpoint)
+        checkpoint = checkpoints.open_named_checkpoint(args.resume_from_checkpoint, load_checkpoint_config)
     return checkpoint
 
 

@@ -52,6 +52,7 @@ def read_run_config(folder: Path) -> dict:
     """Read run.json; {} if there is none.
 
     Raises:
+        OSError: If the disk refuses it.
         ValueError: If it is damaged.
     """
     path = folder / RUN_CONFIG_FILE

@@ -68,12 +68,17 @@ def plot_loss(folder: Path) -> Path:
     """Plot a run's loss so far to `folder/loss.png`; returns its path.
 
     Raises:
-        OSError: If it cannot be written, or metrics.jsonl cannot be read; an earlier plot is still there then.
+        OSError: If it cannot be written, or a file that it draws on cannot be read or is damaged; an earlier plot is
+            still there then.
     """
     from .plots import loss_panel, plot_panels, save_figure
 
     (folder / METRICS_FILE).stat()  # where it is missing, the disk refuses it for now: an OSError, not a wrong folder
-    figure = plot_panels([read_run(folder)], [loss_panel], columns=1, size=(8, 5))
+    try:
+        run = read_run(folder)
+    except ValueError as error:  # somebody edited run.json, for one: no reason to end a training
+        raise OSError(str(error)) from error
+    figure = plot_panels([run], [loss_panel], columns=1, size=(8, 5))
     return save_figure(figure, folder / LOSS_PICTURE, dpi=120)
 
 

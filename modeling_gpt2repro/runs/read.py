@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,8 +95,9 @@ class Run:
             manifest = _read_manifest(folder)
             dataset = manifest.get("source", {}).get("dataset")
             tokenizer = manifest.get("tokenizer", {}).get("name")
-            if not manifest and any(folder.glob("edufineweb_val_*.npy")):  # written by build-nanogpt's fineweb.py
-                dataset = FINEWEB_EDU
+            with suppress(OSError):  # a disk that refuses them, as it may when the run's last checkpoint is written
+                if not manifest and any(folder.glob("edufineweb_val_*.npy")):  # written by build-nanogpt's fineweb.py
+                    dataset = FINEWEB_EDU
         # The manifest may be somebody else's, and the model card names the dataset.
         is_hub_id = isinstance(dataset, str) and re.fullmatch(HUB_ID, dataset, re.ASCII)
         return dataset if is_hub_id else None, tokenizer
@@ -111,6 +113,7 @@ def read_run(folder: Path) -> Run:
     """Read whatever a run has written so far.
 
     Raises:
+        OSError: If the disk refuses a file.
         ValueError: If the folder has no metrics.jsonl, or another file is damaged. A damaged line of metrics.jsonl is
             left out, and counted.
     """
@@ -216,7 +219,8 @@ def read_baselines(folder: Path) -> dict[str, dict]:
     """{"loss_baselines": ..., "hellaswag_baselines": ...} of a run's folder; {} if there are none.
 
     Raises:
-        ValueError: If the file is damaged.
+        OSError: If the disk refuses the file.
+        ValueError: If it is damaged.
     """
     for path in (folder / BASELINES_FILE, folder / OLD_BASELINES_FILE):
         if not path.exists():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .json_files import is_count, read_json_object, require, shown
 
-LISTED_NAME = re.compile(r"[\w.+-]+(/[\w.+-]+)*")  # relative, with / on every system
+LISTED_NAME = re.compile(r"[^/\\:\x00-\x1f\x7f]+(/[^/\\:\x00-\x1f\x7f]+)*")  # relative, with / on every system
 SHA256 = re.compile(r"[0-9a-f]{64}")
 READ_BYTES = 2**20  # held in memory at a time
 
@@ -66,11 +66,16 @@ def verify_checksums(folder: Path, listing: str, required: Iterable[str] = ()) -
     return None
 
 
+def is_sha256(value: object) -> bool:
+    """Whether it is a SHA-256 in hexadecimal."""
+    return type(value) is str and SHA256.fullmatch(value) is not None
+
+
 def read_listing(path: Path) -> dict[str, dict]:
     """File name -> bytes and sha256, as `write_checksums` wrote them.
 
     Raises:
-        FileNotFoundError: If it is missing.
+        OSError: If it is missing, or the disk refuses it.
         ValueError: If it is damaged, empty, or names a file outside of its folder.
     """
     checksums = read_json_object(path)
@@ -79,6 +84,5 @@ def read_listing(path: Path) -> dict[str, dict]:
         is_inside = LISTED_NAME.fullmatch(name) is not None and ".." not in name.split("/")
         require(is_inside, f"{shown(name)} is not the name of a file in this folder")
         require(type(expected) is dict and is_count(expected.get("bytes")), f"it has no size of {name}")
-        sha256 = expected.get("sha256")
-        require(type(sha256) is str and SHA256.fullmatch(sha256) is not None, f"it has no SHA-256 of {name}")
+        require(is_sha256(expected.get("sha256")), f"it has no SHA-256 of {name}")
     return checksums

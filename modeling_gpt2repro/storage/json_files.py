@@ -1,46 +1,45 @@
-"""Read JSON that may be damaged, or come from a stranger: whatever is wrong with it ends in a ValueError."""
+"""Read JSON that may be damaged, or come from a stranger: whatever is wrong with its content is a ValueError."""
 
 import json
 import math
 import re
+import stat
 from pathlib import Path
 
 SHOWN_CHARACTERS = 80  # of a bad value, in a message
+MAX_BYTES = 2**24  # of a file; those of a run, a checkpoint or a model's config are a thousand times smaller
 
 
-def parse_json(text: str | bytes) -> object:
-    """`json.loads`, whose every error is a ValueError, also that of 100,000 brackets."""
+def parse_json(text: str | bytes, **hooks) -> object:
+    """`json.loads`, whose every error is a ValueError of one line, also that of 100,000 brackets."""
     try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def read_json_object(path: Path) -> dict:
-    """The JSON object in a file of ours, in which no number is NaN, infinite or beyond 64 bits.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: With what is wrong, to be put into a sentence that names the file.
-    """
-    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer forever
-        raise ValueError("it is not a file")
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ValueError(f"it cannot be read: {error.strerror}") from error
-    try:
-        value = json.loads(data.decode("utf-8"), parse_float=_finite, parse_int=_whole, parse_constant=_finite)
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"), **hooks)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON: {error}") from None
-    if type(value) is not dict:
-        raise ValueError(f"it holds {shown(value)} instead of an object")
+
+
+def read_json_object(path: Path, any_numbers: bool = False, max_bytes: int = MAX_BYTES) -> dict:
+    """The JSON object in a file.
+
+    Args:
+        any_numbers: Whether numbers may be NaN, infinite or beyond 64 bits, which ours never are.
+        max_bytes: Of the file; parsed, it takes up to 20 times as much memory.
+
+    Raises:
+        OSError: If there is no such file, or the disk refuses it.
+        ValueError: With what is wrong, to be put into a sentence that names the file.
+    """
+    require(stat.S_ISREG(path.stat().st_mode), "it is not a file")  # opening a pipe would wait for a writer forever
+    with open(path, "rb") as file:
+        data = file.read(max_bytes + 1)
+    require(len(data) <= max_bytes, f"it is larger than {max_bytes:,} bytes")
+    hooks = {} if any_numbers else {"parse_float": _finite, "parse_int": _whole, "parse_constant": _finite}
+    value = parse_json(data, **hooks)
+    require(type(value) is dict, f"it holds {shown(value)} instead of an object")
     return value
 
 

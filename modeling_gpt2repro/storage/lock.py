@@ -191,22 +191,25 @@ class FolderLock:
 
         Without locks, that happens to a process that was suspended or cut off from its disk for more than a minute.
         """
+        is_refused = False
         if self._is_stale or not self.path.exists():  # somebody deleted it, or its server has forgotten it
             file = open_in_place(self.path)
             if self._is_stale:
                 self._close_file()  # and with it a lock that its server has forgotten, but perhaps not this machine
-            if try_lock(file) is False:
+            is_refused = try_lock(file) is False
+            if is_refused:
                 file.close()
-                return
-            self._close_file()
-            self._file = file
-            self._is_stale = False
+            else:
+                self._close_file()
+                self._file = file
+                self._is_stale = False
         holder = self._holder()
         if self._beats and holder.get("id", self._id) != self._id:
             message = f"{self.folder} was taken over by {describe(holder)}: this process, which seemed dead, ends here."
             os.write(2, f"{message}\n".encode())
             os._exit(1)
-        self._write()
+        if not is_refused:
+            self._write()
 
     def _write(self) -> bool:
         """Replace the record; False if the disk refuses the write."""

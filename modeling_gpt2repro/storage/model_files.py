@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-from .json_files import parse_json
+from .json_files import read_json_object
 from .retry import describe_error, exception_chain
 
 ADAPTER_FILE = "adapter_config.json"
@@ -23,6 +23,7 @@ JSON_FILES = (  # those that transformers parses while it loads a model or a tok
     "added_tokens.json",
     "vocab.json",
 )
+MAX_JSON_BYTES = 2**27  # tokenizer.json of 260,000 tokens has 35 MB
 # In the order in which transformers looks for them; the second of each pair lists several files.
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -63,15 +64,12 @@ def read_json(path: Path) -> dict:
     """A file that holds one JSON object.
 
     Raises:
-        LoadingError: If it is damaged, nested too deeply, or holds something else.
+        LoadingError: If it is damaged, too large, or holds something else.
     """
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # not readable, no JSON or nested too deeply, or no UTF-8
+        return read_json_object(path, any_numbers=True, max_bytes=MAX_JSON_BYTES)
+    except (OSError, ValueError) as error:
         raise LoadingError(f"its {path.name} cannot be read ({describe_error(error)}).") from error
-    if not isinstance(content, dict):
-        raise LoadingError(f"its {path.name} holds no JSON object: give the file that save_pretrained wrote.")
-    return content
 
 
 def check_json_files(source: str, revision: str | None = None) -> dict:

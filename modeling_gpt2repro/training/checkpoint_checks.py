@@ -5,7 +5,7 @@ place: the training reads entries and tensors without looking at them again.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -39,8 +39,12 @@ WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 FLOAT32_LIMIT = 3.4e38
 
 
-def checkpoint_problem(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, to be put after its name: "is damaged (...)"; None if it is whole."""
+def checkpoint_problem(checkpoint: Path, read_config: Callable[[Path], object]) -> str | None:
+    """What is wrong with a checkpoint, to be put after its name: "is damaged (...)"; None if it is whole.
+
+    Args:
+        read_config: Raises ValueError if the config is not one of the model's, which this room does not know.
+    """
     if not (checkpoint / CHECKSUMS_FILE).is_file():
         return f"has no {CHECKSUMS_FILE} (an unfinished copy?)"
     problem = verify_checksums(checkpoint, CHECKSUMS_FILE, REQUIRED)
@@ -48,8 +52,9 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
         try:
             read_checked_state(checkpoint)
             check_tensors(checkpoint)
+            read_config(checkpoint)
         except (OSError, ValueError) as error:
-            problem = str(error)
+            problem = str(error).rstrip(".")
     return None if problem is None else f"is damaged ({problem})"
 
 
@@ -153,8 +158,6 @@ def _check_config(checkpoint: Path, shapes: dict[str, tuple[int, ...]]):
     for name, size in sizes.items():
         value = config.get(name)
         require(value == size, f"{CONFIG_FILE} has {name} {shown(value)}, and {WEIGHTS_FILE} {size}")
-    heads = config.get("n_head")
-    require(is_count(heads, minimum=1) and tokens[1] % heads == 0, f"{CONFIG_FILE} has n_head {shown(heads)}")
 
 
 def _check_random(path: Path):

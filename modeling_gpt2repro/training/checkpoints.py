@@ -55,8 +55,13 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     return [path for path in step_folders(output_dir) if (path / CHECKSUMS_FILE).is_file()]
 
 
-def find_resume_checkpoint(resume_from: str | None, output_dir: Path) -> tuple[Path | None, list[str]]:
+def find_resume_checkpoint(
+    resume_from: str | None, output_dir: Path, read_config: Callable[[Path], object] = lambda checkpoint: None
+) -> tuple[Path | None, list[str]]:
     """Resolve `--resume_from_checkpoint`: None, 'latest' (None if there is none yet), a folder, or a Hub repository.
+
+    Args:
+        read_config: Raises ValueError if the config in a checkpoint is not one of the model's.
 
     Returns:
         The checkpoint, checked by `checkpoint_problem`, and a sentence on each newer one that is damaged or unfinished.
@@ -71,7 +76,7 @@ def find_resume_checkpoint(resume_from: str | None, output_dir: Path) -> tuple[P
     if resume_from == "latest":
         passed_over = []
         for checkpoint in reversed(found):
-            problem = checkpoint_problem(checkpoint)
+            problem = checkpoint_problem(checkpoint, read_config)
             if problem is None:
                 return checkpoint, passed_over
             passed_over.append(f"{checkpoint} {problem} and is passed over.")
@@ -79,7 +84,7 @@ def find_resume_checkpoint(resume_from: str | None, output_dir: Path) -> tuple[P
             nothing_left = f"{output_dir} has no other checkpoint: give a new --output_dir."
             raise ValueError("\n".join([*passed_over, nothing_left]))
         return None, []
-    checkpoint = open_named_checkpoint(resume_from)
+    checkpoint = open_named_checkpoint(resume_from, read_config)
     is_here = os.path.realpath(checkpoint) in map(os.path.realpath, found)
     later = [path.name for path in found if is_here and step_of(path) > step_of(checkpoint)]
     if later:
@@ -90,7 +95,7 @@ def find_resume_checkpoint(resume_from: str | None, output_dir: Path) -> tuple[P
     return checkpoint, []
 
 
-def open_named_checkpoint(name: str) -> Path:
+def open_named_checkpoint(name: str, read_config: Callable[[Path], object]) -> Path:
     """A checkpoint by its folder, or downloaded from the Hub by `owner/name` or `owner/name@revision`.
 
     Raises:
@@ -108,7 +113,7 @@ def open_named_checkpoint(name: str) -> Path:
             raise ValueError(f"{name} is not a folder, and the Hub does not provide it ({reason}).") from error
     if not (checkpoint / CHECKSUMS_FILE).is_file():
         raise ValueError(f"{name} is not a checkpoint (no {CHECKSUMS_FILE}): give a step-... folder or 'latest'.")
-    if problem := checkpoint_problem(checkpoint):
+    if problem := checkpoint_problem(checkpoint, read_config):
         raise ValueError(f"{name} {problem}: resume from another one, or move this one away.")
     return checkpoint
 

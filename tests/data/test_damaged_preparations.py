@@ -2,14 +2,13 @@
 
 import io
 import json
-import os
 import random
 import shutil
 import zipfile
 
 import numpy as np
 import pytest
-from damage import NOT_OBJECTS, random_bytes, random_json
+from damage import NOT_OBJECTS, edit_json, put_in_place, random_bytes, random_json
 from preparing import contents, error_of, interrupt_before_the_shards, prepare
 
 from modeling_gpt2repro.data.prepare.spec import read_spec
@@ -45,14 +44,14 @@ def test_a_plan_that_is_no_object_of_ours(folder, texts, kind, capsys):
 
 
 PLANS = {
-    "units": (lambda plan: plan.update(units=3), "units is no list of objects"),
-    "a unit": (lambda plan: plan["units"].append(3), "units is no list of objects"),
+    "units": (lambda plan: plan.update(units=3), "units is 3"),
+    "a unit": (lambda plan: plan.update(units=[3]), "units is [3]"),
     "path": (lambda plan: plan["units"][0].update(path=3), "path of a unit is 3"),
     "start": (lambda plan: plan["units"][0].update(start=-1), "start of a unit is -1"),
     "text as stop": (lambda plan: plan["units"][0].update(stop="1"), "stop of a unit is '1'"),
     "source": (lambda plan: plan.update(source=[]), "source is []"),
-    "files": (lambda plan: plan.update(files=[[]]), "files is no list of states"),
-    "no files": (lambda plan: plan.update(files=3), "files is no list of states"),
+    "files": (lambda plan: plan.update(files=[[]]), "files is [[]]"),
+    "no files": (lambda plan: plan.update(files=3), "files is 3"),
     "numbers twice": (
         lambda plan: plan.update(cache_numbers=[0, 0, 1, 2, 3]),
         "cache_numbers is not one for each unit",
@@ -67,9 +66,7 @@ PLANS = {
 @pytest.mark.parametrize("kind", PLANS)
 def test_a_plan_that_no_preparation_writes(folder, kind, one_sentence):
     change, sentence = PLANS[kind]
-    plan = json.loads((folder / "plan.json").read_text())
-    change(plan)
-    (folder / "plan.json").write_text(json.dumps(plan))
+    edit_json(folder / "plan.json", change)
     with pytest.raises(ValueError, match="is not of this version") as error:
         read_spec(folder)
     assert f"({sentence}): delete" in one_sentence(error)
@@ -130,9 +127,17 @@ def test_a_file_that_is_no_tokenized_partition(folder, kind, one_sentence):
 @pytest.mark.parametrize("name", ["plan.json", "a partition"])
 def test_a_pipe_in_place_of_a_file_is_one_sentence(folder, texts, name, capsys):
     path = first_partition(folder) if name == "a partition" else folder / name
-    path.unlink()
-    os.mkfifo(path)
+    put_in_place(path, "a pipe")
     assert "it is not a file" in error_of(capsys, folder, texts[0])
+
+
+def test_a_flipped_bit_in_the_ids_is_found(folder):
+    path = first_partition(folder)
+    data = bytearray(path.read_bytes())
+    data[data.index(read_partition_file(path).ids["train"].tobytes())] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged"):
+        read_partition_file(path)
 
 
 def test_files_of_other_names_in_the_cache_are_not_read(folder, texts):

@@ -1,12 +1,16 @@
 """Runs whose files are damaged: a plot, a model card and a resumed run each read them, or say one sentence."""
 
+import errno
 import json
 import random
 import shutil
+from contextlib import suppress
 
 import pytest
-from damage import NOT_OBJECTS, random_bytes, random_json
+from damage import NOT_OBJECTS, edit_json, random_bytes, random_json
+from refusing_disk import RefusingDisk
 
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.hub.model_card import model_card
 from modeling_gpt2repro.runs import figures
 from modeling_gpt2repro.runs.config import diff_arguments
@@ -15,6 +19,7 @@ from modeling_gpt2repro.runs.read import parse_record, read_run
 
 MUTATIONS = 300
 JSON_FILES = ("run.json", "baselines.json")
+TINY = GPT2ReproForCausalLM(GPT2ReproConfig(vocab_size=300, n_positions=8, n_embd=8, n_layer=1, n_head=1))
 
 
 @pytest.fixture
@@ -22,12 +27,6 @@ def run(finished, tmp_path):
     """A copy of a real run without its checkpoints, to be damaged."""
     ignored = shutil.ignore_patterns("step-*", "model")
     return shutil.copytree(finished[0], tmp_path / "run", ignore=ignored)
-
-
-def edit(path, change):
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
 
 
 @pytest.mark.parametrize("name", JSON_FILES)
@@ -63,7 +62,7 @@ VALUES = {
 @pytest.mark.parametrize("kind", VALUES)
 def test_values_of_another_type(run, kind, one_sentence):
     name, change, sentence = VALUES[kind]
-    edit(run / name, change)
+    edit_json(run / name, change)
     with pytest.raises(ValueError, match=rf"{name} is damaged") as error:
         read_run(run)
     assert f"is damaged ({sentence})" in one_sentence(error)
@@ -100,6 +99,39 @@ def test_a_damaged_line_costs_only_itself_and_is_counted(run, kind, capsys):
     if kind == "not UTF-8":
         figures.main([str(run)])
         assert capsys.readouterr().err == f"{run / 'metrics.jsonl'}: 1 damaged lines left out.\n"
+
+
+@pytest.mark.parametrize("draw", [figures.plot_loss, lambda run: model_card(TINY, run_folder=run)])
+def test_whatever_the_disk_refuses_is_an_error_that_a_training_waits_for(run, monkeypatch, draw):
+    """An OSError: any other ends it."""
+    disk = RefusingDisk(monkeypatch, run)
+    counted = disk.refuse_nth(0, n=-1, and_later=False)
+    draw(run)
+    total = counted()
+    assert total > 5
+    refused = 0
+    for n in range(total):
+        disk.refuse_nth(errno.EIO, n, and_later=False)
+        with suppress(OSError):
+            draw(run)
+            refused -= 1
+        refused += 1
+    assert refused > total / 2
+
+
+def test_shards_that_the_disk_refuses_cost_the_card_their_name_only(run, tmp_path, monkeypatch):
+    """The last checkpoint of a run that has lost its data has a card, too."""
+    edit_json(run / "run.json", lambda config: config["arguments"].update(shards=str(tmp_path / "shards")))
+    RefusingDisk(monkeypatch, tmp_path / "shards").refuse(errno.EIO)
+    assert "## Results" in model_card(TINY, run_folder=run)
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_a_file_that_is_damaged_in_mid_run_costs_plot_and_card_but_not_the_training(run, name):
+    (run / name).write_bytes(b"{")
+    with pytest.raises(OSError, match=f"{name} is damaged"):
+        figures.plot_loss(run)
+    assert "## Results" not in model_card(TINY, run_folder=run)
 
 
 def test_nan_of_other_programs_is_not_a_number(run):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import NOT_OBJECTS, put_in_place
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -28,6 +29,7 @@ LOADERS: dict[str, Callable[[str], object]] = {
     "--tokenizer": load_tokenizer,
     "--resume_from_checkpoint": lambda folder: load_checkpoint(Path(folder)),
 }
+FINE = ("NaN", "infinity", "a huge number", "empty object")  # JSON objects, which a library may take
 WEIGHTS = ("--init_from", "--model", "--resume_from_checkpoint")
 EVERY = tuple(LOADERS)
 CODE = """
@@ -97,36 +99,10 @@ def refusal(loader: str, folder: Path) -> str:
 
 
 # --- JSON files ------------------------------------------------------------------------------------------------------
-def no_file(path: Path):
-    path.unlink(missing_ok=True)
-
-
-def as_folder(path: Path):
-    no_file(path)
-    path.mkdir()
-
-
-def as_pipe(path: Path):
-    no_file(path)
-    os.mkfifo(path)
-
-
-def text(content: str) -> Callable[[Path], object]:
-    return lambda path: path.write_text(content)
-
-
 DAMAGES = {
-    "list": text("[]"),
-    "null": text("null"),
-    "string": text('"x"'),
-    "number": text("NaN"),
-    "cut off": text('{"model_type": "gp'),
-    "empty": text(""),
-    "brackets": text("[" * 100_000),
-    "nested": text('{"a":' * 100_000 + "1" + "}" * 100_000),
-    "bytes": lambda path: path.write_bytes(b"\xff\xfe\x00"),
-    "folder": as_folder,
-    "pipe": as_pipe,
+    **{kind: lambda path, kind=kind: path.write_bytes(NOT_OBJECTS[kind]) for kind in NOT_OBJECTS if kind not in FINE},
+    "a folder": lambda path: put_in_place(path, "a folder"),
+    "a pipe": lambda path: put_in_place(path, "a pipe"),
 }
 READ_BY = {
     "config.json": EVERY,
@@ -148,6 +124,28 @@ def test_a_damaged_json_file_is_named(folder_of, file, damage):
     DAMAGES[damage](folder / file)
     for loader in READ_BY[file]:
         assert file in refusal(loader, folder), loader
+
+
+PANICS = {  # of the Rust code in `tokenizers`: they are no Exceptions
+    "while loading": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "////////"}},
+    "while encoding": {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}},
+}
+
+
+@pytest.mark.parametrize("when", PANICS)
+@pytest.mark.parametrize("loader", ["--init_from", "--model", "--tokenizer"])
+def test_a_tokenizer_that_panics_is_refused(folder_of, loader, when):
+    folder = folder_of("gpt2")
+    rewrite(folder, "tokenizer.json", **PANICS[when])
+    refusal(loader, folder)
+
+
+def test_a_tokenizer_that_pads_to_a_billion_ids_takes_no_memory(folder_of):
+    folder = folder_of("gpt2")
+    padding = {"strategy": {"Fixed": 2**62}, "direction": "Right", "pad_to_multiple_of": None}
+    rewrite(folder, "tokenizer.json", padding=padding | {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"})
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer("the cat")["input_ids"] == tokenizer.encode("the cat")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt2repro"])

@@ -4,17 +4,16 @@ Most mutations write new checksums afterwards, as a stranger would: then only wh
 """
 
 import json
-import os
 import random
 import shutil
 
 import pytest
 import torch
 from accelerate import Accelerator
-from damage import NOT_OBJECTS, random_bytes, random_json
+from damage import NO_FILES, NOT_OBJECTS, edit_json, put_in_place, random_bytes, random_json
 from safetensors.torch import load_file, save_file
 
-from modeling_gpt2repro.hub.conversion import load_checkpoint
+from modeling_gpt2repro.hub.conversion import load_checkpoint, load_checkpoint_config
 from modeling_gpt2repro.storage.checksums import write_checksums
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.checkpoint_checks import CHECKSUMS_FILE, REQUIRED, STATE_FILE, STATE_FOLDER
@@ -42,12 +41,6 @@ def seal(checkpoint):
     write_checksums(checkpoint, CHECKSUMS_FILE)
 
 
-def edit_json(path, change):
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
-
-
 def edit_tensors(path, change):
     tensors = load_file(path)
     change(tensors)
@@ -56,7 +49,7 @@ def edit_tensors(path, change):
 
 def load(folder):
     """Everything that a resumed run reads, in this order."""
-    checkpoint, _ = find_resume_checkpoint(str(folder), folder.parent)
+    checkpoint, _ = find_resume_checkpoint(str(folder), folder.parent, load_checkpoint_config)
     with checkpoints.raise_if_corrupt(checkpoint):
         model = load_checkpoint(checkpoint)
     state = checkpoints.read_state(checkpoint)
@@ -87,7 +80,7 @@ def refusal(checkpoint) -> str:
     before = {path: path.read_bytes() for path in checkpoint.parent.rglob("*") if path.is_file()}
     message = error_of(checkpoint)
     with pytest.raises(ValueError, match=r"and is passed over\.\n.* has no other checkpoint: give a new"):
-        find_resume_checkpoint("latest", checkpoint.parent)
+        find_resume_checkpoint("latest", checkpoint.parent, load_checkpoint_config)
     assert {path: path.read_bytes() for path in checkpoint.parent.rglob("*") if path.is_file()} == before
     return message
 
@@ -111,16 +104,9 @@ def test_json_that_is_no_object_of_ours(checkpoint, name, kind):
 
 
 @pytest.mark.parametrize("name", [CHECKSUMS_FILE, *REQUIRED])
-@pytest.mark.parametrize("kind", ["missing", "a folder", "a pipe", "a loop of links"])
+@pytest.mark.parametrize("kind", NO_FILES)
 def test_something_else_in_place_of_a_file(checkpoint, name, kind):
-    path = checkpoint / name
-    path.unlink()
-    if kind == "a folder":
-        path.mkdir()
-    elif kind == "a pipe":
-        os.mkfifo(path)
-    elif kind == "a loop of links":
-        path.symlink_to(path.name)
+    put_in_place(checkpoint / name, kind)
     assert name.split("/")[-1] in refusal(checkpoint)
 
 
@@ -225,45 +211,21 @@ TENSORS = {
     "infinite weight": (WEIGHTS, filled(WEIGHT, float("-inf")), f"'{WEIGHT}' in model.safetensors has NaN or infinity"),
     "weights as integers": (WEIGHTS, replaced(WEIGHT, torch.zeros(3, dtype=torch.int64)), "has the dtype I64"),
     "other weight": (WEIGHTS, replaced("transformer.wte.bias", torch.zeros(3)), "has no 'transformer.wte.bias.step'"),
-    "shape": (
-        WEIGHTS,
-        replaced(WEIGHT, torch.zeros(5, 32)),
-        f"'{WEIGHT}.exp_avg' has the shape (128, 32), not (5,",
-    ),
+    "shape": (WEIGHTS, replaced(WEIGHT, torch.zeros(5, 32)), f"'{WEIGHT}.exp_avg' has the shape (128, 32), not (5,"),
     "no tensors": (WEIGHTS, dict.clear, "model.safetensors has no embeddings"),
     "empty tensor": (WEIGHTS, replaced(WEIGHT, torch.zeros(0, 32)), f"'{WEIGHT}' in model.safetensors is empty"),
     "no moments": (OPTIMIZER, dict.clear, "optimizer.safetensors has no 'transformer.h.0"),
     "no moment": (OPTIMIZER, lambda t: t.pop(f"{WEIGHT}.exp_avg"), f"optimizer.safetensors has no '{WEIGHT}.exp_avg'"),
-    "NaN moment": (
-        OPTIMIZER,
-        filled(f"{WEIGHT}.exp_avg", float("nan")),
-        "in optimizer.safetensors has NaN",
-    ),
+    "NaN moment": (OPTIMIZER, filled(f"{WEIGHT}.exp_avg", float("nan")), "in optimizer.safetensors has NaN"),
     "negative variance": (OPTIMIZER, filled(f"{WEIGHT}.exp_avg_sq", -1.0), "in optimizer.safetensors is negative"),
-    "moment of another shape": (
-        OPTIMIZER,
-        replaced(f"{WEIGHT}.exp_avg", torch.zeros(2)),
-        "has the shape (2,), not",
-    ),
+    "moment of another shape": (OPTIMIZER, replaced(f"{WEIGHT}.exp_avg", torch.zeros(2)), "has the shape (2,), not"),
     "moments in half": (OPTIMIZER, replaced(f"{WEIGHT}.exp_avg", torch.zeros(128, 32).half()), "has the dtype F16"),
     "other moment": (OPTIMIZER, replaced("x.exp_avg", torch.zeros(2)), "'x.exp_avg', and model.safetensors no such"),
     "no generator": (RANDOM, dict.clear, "random.safetensors has no '0.cpu'"),
     "short generator": (RANDOM, replaced("0.cpu", torch.zeros(9, dtype=torch.uint8)), "'0.cpu' is not the state of a"),
-    "generator of zeros": (
-        RANDOM,
-        replaced("0.cpu", torch.zeros(5056, dtype=torch.uint8)),
-        "'0.cpu' is not the state",
-    ),
-    "generator of floats": (
-        RANDOM,
-        replaced("0.cpu", torch.zeros(5056)),
-        "'0.cpu' in random.safetensors has the",
-    ),
-    "name of two lines": (
-        RANDOM,
-        replaced("a\nb", torch.ones(3, dtype=torch.uint8)),
-        r"has 'a\nb'",
-    ),
+    "generator of zeros": (RANDOM, replaced("0.cpu", torch.zeros(5056, dtype=torch.uint8)), "'0.cpu' is not the state"),
+    "generator of floats": (RANDOM, replaced("0.cpu", torch.zeros(5056)), "'0.cpu' in random.safetensors has the"),
+    "name of two lines": (RANDOM, replaced("a\nb", torch.ones(3, dtype=torch.uint8)), r"has 'a\nb'"),
 }
 
 
@@ -298,8 +260,8 @@ CONFIGS = {
     "negative": ({"n_embd": -32}, "config.json has n_embd -32, and model.safetensors 32"),
     "another vocabulary": ({"vocab_size": 301}, "config.json has vocab_size 301, and model.safetensors 300"),
     "no heads": ({"n_head": 0}, "config.json has n_head 0"),
-    "three heads": ({"n_head": 3}, "config.json has n_head 3"),
-    "heads as text": ({"n_head": "2"}, "config.json has n_head '2'"),
+    "three heads": ({"n_head": 3}, "n_embd (32) must be a multiple of n_head (3)"),
+    "heads as text": ({"n_head": "2"}, "Field 'n_head'"),
     "text": ({"n_positions": "32"}, "config.json has n_positions '32', and model.safetensors 32"),
 }
 
@@ -315,7 +277,7 @@ def test_a_config_of_another_size_is_found_before_a_model_is_built(checkpoint, k
 def test_a_config_of_no_model_of_ours(checkpoint):
     edit_json(checkpoint / CONFIG, lambda config: config.update(eos_token_id="x"))
     seal(checkpoint)
-    assert "is damaged (Field 'eos_token_id'" in error_of(checkpoint)
+    assert "cannot be read as a model: Field 'eos_token_id'" in refusal(checkpoint)
 
 
 def test_kernels_of_a_repository_are_not_fetched(checkpoint):
@@ -331,11 +293,32 @@ def test_what_would_change_the_model_is_refused(checkpoint):
     adapter = checkpoint / "adapter_config.json"
     adapter.write_text(json.dumps({"base_model_name_or_path": "stranger/model", "peft_type": "LORA"}))
     seal(checkpoint)
-    assert "is an adapter" in error_of(checkpoint)
+    assert "is an adapter" in refusal(checkpoint)
     adapter.unlink()
     edit_json(checkpoint / CONFIG, lambda config: config.update(quantization_config={"quant_method": "x"}))
     seal(checkpoint)
-    assert "quantiz" in error_of(checkpoint)
+    assert "quantiz" in refusal(checkpoint)
+    edit_json(checkpoint / CONFIG, lambda config: config.pop("quantization_config"))
+    (checkpoint / "generation_config.json").write_text("[]")
+    seal(checkpoint)
+    assert "generation_config.json cannot be read (it holds [] instead of an object)" in refusal(checkpoint)
+
+
+def test_a_file_name_with_a_space_is_no_damage(checkpoint):
+    """A tokenizer may have chat templates of any name, each of which is a file."""
+    (checkpoint / "additional_chat_templates").mkdir()
+    (checkpoint / "additional_chat_templates" / "tool use (é).jinja").write_text("{{ messages }}")
+    seal(checkpoint)
+    load(checkpoint)
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_json_of_many_megabytes_is_not_parsed(checkpoint, name):
+    with open(checkpoint / name, "wb") as file:
+        file.truncate(2**24 + 1)
+    if name != CHECKSUMS_FILE:
+        seal(checkpoint)
+    assert "larger than 16,777,216 bytes" in refusal(checkpoint)
 
 
 # A folder with several checkpoints

@@ -406,6 +406,19 @@ def test_a_lock_file_that_its_server_has_forgotten_is_opened_again(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_holder_whose_file_was_forgotten_ends_where_another_has_taken_the_folder(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", PATIENCE_SECONDS)  # beats come from the test
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with FolderLock(tmp_path) as first, FolderLock(tmp_path) as second:
+        first.acquire()
+        first._is_stale = True
+        (tmp_path / LOCK_FILE).unlink()
+        second.acquire()
+        with pytest.raises(SystemExit, match="1"):
+            first._beat()
+    assert "was taken over by process" in capfd.readouterr().err
+
+
 def test_a_disk_that_takes_no_lock_file_does_not_stop_a_program(tmp_path, monkeypatch, capsys):
     def read_only(path):
         raise OSError(errno.EROFS, "Read-only file system")

@@ -1,6 +1,10 @@
-"""Damage for files that programs read: JSON that is no object of ours, and random mutations with a seed."""
+"""Damage for files that programs read: JSON that is no object of ours, no files, and random mutations with a seed."""
 
+import json
+import os
 import random
+from collections.abc import Callable
+from pathlib import Path
 
 NOT_OBJECTS = {
     "empty": b"",
@@ -17,8 +21,27 @@ NOT_OBJECTS = {
     "cut": b'{"progress": {"step": 3',
     "empty object": b"{}",
 }
+NO_FILES: dict[str, Callable[[Path], object]] = {  # what to put where a file was
+    "missing": lambda path: None,
+    "a folder": Path.mkdir,
+    "a pipe": os.mkfifo,
+    "a loop of links": lambda path: path.symlink_to(path.name),
+}
 NUMBERS = (-1, 0, 1, 2**53, 10**25, 0.5, -2.5)
 OTHER_VALUES = (None, True, *NUMBERS, "", "x", "30", "\ud800", "a\nb", [], {}, [1], {"a": 1}, [[]])
+
+
+def put_in_place(path: Path, kind: str):
+    """Replace a file by one of NO_FILES."""
+    path.unlink(missing_ok=True)
+    NO_FILES[kind](path)
+
+
+def edit_json(path: Path, change: Callable[[dict], object]):
+    """Change the object in a JSON file in place."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
 
 
 def random_json(draw: random.Random, value: object) -> object:

@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,9 +27,26 @@ MAX_SHARE = 0.05
 VALIDATION_TOKENS = 10_000_000  # about one evaluation of the lecture: 20 batches of 2**19 tokens
 # English has some 4.5 bytes per GPT-2 token; rounded up, so that estimates of tokens are rather too low.
 BYTES_PER_TOKEN = 5
-
-
-PARTITION_FIELDS = {field.name for field in fields(Partition)}
+MAX_SPEC_BYTES = 2**30  # of all of FineWeb, it has a few hundred MB
+# Key of plan.json -> whether a value fits; the dataclasses say which must be there.
+SPEC_CHECKS = {
+    "units": lambda value: type(value) is list and all(type(unit) is dict for unit in value),
+    "source": lambda value: type(value) is dict,
+    "tokenizer": lambda value: type(value) is dict,
+    "end_of_text_id": is_count,
+    "validation_share": is_size,
+    "max_tokens": lambda value: value is None or is_count(value),
+    "shard_tokens": lambda value: is_count(value, minimum=1),
+    "layout": lambda value: value in LAYOUTS,
+    "skip_bad_lines": lambda value: type(value) is bool,
+    "files": lambda value: value is None or (type(value) is list and all(map(_is_file_state, value))),
+    "cache_numbers": lambda value: value is None or (type(value) is list and all(map(is_count, value))),
+}
+UNIT_CHECKS = {
+    **dict.fromkeys(("path", "text_column", "file"), lambda value: type(value) is str),
+    **dict.fromkeys(("start", "stop", "text_bytes", "first_row"), is_count),
+    "stop_row": lambda value: value is None or is_count(value),
+}
 
 
 @dataclass(frozen=True)
@@ -195,50 +212,35 @@ def read_spec(folder: Path) -> PrepareSpec | None:
     try:
         if not folder.is_dir():
             return None
-        values = read_json_object(path)
+        values = read_json_object(path, max_bytes=MAX_SPEC_BYTES)
         _check_spec(values)
         values["partitions"] = [Partition(**partition) for partition in values.pop("units")]
         return PrepareSpec(**values)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:  # TypeError: a field that is missing, or of another version
+    except (OSError, ValueError, TypeError) as error:  # TypeError: a field that is missing, or of another version
         raise ValueError(f"{path} is not of this version ({error}): delete {folder} to start again.") from error
 
 
 def _check_spec(values: dict):
     """Raise ValueError with the first value of a plan.json that this version does not write."""
-    units = values.get("units")
-    require(type(units) is list and all(type(unit) is dict for unit in units), "units is no list of objects")
-    known = {field.name for field in fields(PrepareSpec)} | {"units"}
-    unknown = [name for name in values if name not in known]
-    for unit in units:
-        unknown += [name for name in unit if name not in PARTITION_FIELDS]
-    require(not unknown, f"it has {shown(unknown)}")
-    for unit in units:
-        for name in ("path", "text_column", "file"):
-            require(type(unit.get(name, "")) is str, f"{name} of a unit is {shown(unit.get(name))}")
-        for name in ("start", "stop", "text_bytes", "first_row"):
-            require(is_count(unit.get(name, 0)), f"{name} of a unit is {shown(unit.get(name))}")
-        stop_row = unit.get("stop_row")
-        require(stop_row is None or is_count(stop_row), f"stop_row of a unit is {shown(stop_row)}")
-    for name in ("source", "tokenizer"):
-        require(type(values.get(name)) is dict, f"{name} is {shown(values.get(name))}")
-    checks = {
-        "end_of_text_id": is_count,
-        "validation_share": is_size,
-        "max_tokens": lambda value: value is None or is_count(value),
-        "shard_tokens": lambda value: is_count(value, minimum=1),
-        "layout": lambda value: value in LAYOUTS,
-        "skip_bad_lines": lambda value: type(value) is bool,
-    }
-    for name, fits in checks.items():
-        require(name not in values or fits(values[name]), f"{name} is {shown(values.get(name))}")
-    files = values.get("files")
-    are_states = files is None or (type(files) is list and all(type(state) is list and state for state in files))
-    require(are_states and all(type(state[0]) is str for state in files or ()), "files is no list of states")
+    require("units" in values, "it has no units")
+    _check_values(values, SPEC_CHECKS)
+    for unit in values["units"]:
+        _check_values(unit, UNIT_CHECKS, of=" of a unit")
     numbers = values.get("cache_numbers")
-    are_numbers = type(numbers) is list and all(map(is_count, numbers)) and len(set(numbers)) == len(units)
-    require(numbers is None or (are_numbers and len(numbers) == len(units)), "cache_numbers is not one for each unit")
+    is_one_each = numbers is None or len(values["units"]) == len(numbers) == len(set(numbers))
+    require(is_one_each, "cache_numbers is not one for each unit")
+
+
+def _check_values(values: dict, checks: dict[str, Callable[[object], bool]], of: str = ""):
+    for name, value in values.items():
+        require(name in checks, f"it has {shown(name)}")
+        require(checks[name](value), f"{name}{of} is {shown(value)}")
+
+
+def _is_file_state(state: object) -> bool:
+    return type(state) is list and len(state) > 0 and type(state[0]) is str
 
 
 def _unique_names(names: Iterable[str]) -> list[tuple[str, int]]:

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, tokenizer_sha256
-from modeling_gpt2repro.storage.checksums import SHA256
+from modeling_gpt2repro.storage.checksums import is_sha256
 from modeling_gpt2repro.storage.json_files import is_count, is_size, read_json_object, require, shown
 
 from .nanogpt_format import SHARD_NAME, find_nanogpt_shards, nanogpt_manifest, open_npy
@@ -18,6 +18,7 @@ from .shard_file import ShardFile, allow_open_files
 MANIFEST = "manifest.json"
 SPEC_FILE = "plan.json"  # there while a preparation is unfinished, see prepare/spec.py
 FORMAT = 1
+MAX_MANIFEST_BYTES = 2**28  # of FineWeb's 15 T tokens in shards of 100 M, it has about 40 MB
 SPLITS = ("train", "validation")
 
 
@@ -110,13 +111,13 @@ def read_manifest(folder: Path) -> dict:
     """
     path = folder / MANIFEST
     try:
-        manifest = read_json_object(path)
+        manifest = read_json_object(path, max_bytes=MAX_MANIFEST_BYTES)
         _check_manifest(manifest)
     except FileNotFoundError:
         raise ValueError(
             f"{folder} has no {MANIFEST}: its preparation was not finished; run prepare_data.py again."
         ) from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): prepare the data again.") from error
     return manifest
 
@@ -128,7 +129,7 @@ def _check_manifest(manifest: dict):
     for name in ("source", "tokenizer", "splits"):
         require(type(manifest.get(name)) is dict, f"{name} is {shown(manifest.get(name))}")
     tokenizer = manifest["tokenizer"]
-    require(_is_sha256(tokenizer.get("sha256")), "it has no hash of the tokenizer")
+    require(is_sha256(tokenizer.get("sha256")), "it has no hash of the tokenizer")
     size, end_of_text = tokenizer.get("vocab_size"), manifest.get("end_of_text_id")
     require(is_count(size, minimum=1), f"vocab_size is {shown(size)}")
     require(is_count(end_of_text) and end_of_text < size, f"end_of_text_id is {shown(end_of_text)}")
@@ -147,15 +148,11 @@ def _check_manifest(manifest: dict):
             files.add(file)
             for name, value in (("tokens", entry.get("tokens")), ("documents", entry.get("documents", 0))):
                 require(is_count(value), f"{name} of {file} is {shown(value)}")
-            require(_is_sha256(entry.get("sha256")), f"it has no hash of {file}")
+            require(is_sha256(entry.get("sha256")), f"it has no hash of {file}")
         tokens = sum(entry["tokens"] for entry in totals["shards"])
         require(totals.get("tokens") == tokens, f"the shards of {split} do not add up")
         if "units" in manifest:
             require("documents" in totals, f"it has no documents of {split}")
-
-
-def _is_sha256(value: object) -> bool:
-    return type(value) is str and SHA256.fullmatch(value) is not None
 
 
 def _shard_entries(manifest: dict, split: str) -> list[tuple[str, int, str]]:

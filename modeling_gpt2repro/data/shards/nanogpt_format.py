@@ -79,8 +79,8 @@ def open_npy(path: Path) -> np.ndarray:
         return np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise
-    except OSError as error:
-        raise ValueError(error.strerror) from error
+    except (OSError, OverflowError) as error:  # the second of a shape whose sizes multiply to more than 64 bits
+        raise ValueError(getattr(error, "strerror", None) or str(error)) from error
 
 
 def check_npy_header(file: BinaryIO):
