@@ -22,7 +22,7 @@ from modeling_gpt2repro.data.batches.streaming import StreamedBatches
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.shards.shard_file import ShardFile
 from modeling_gpt2repro.data.sources.resolve import local_source
-from modeling_gpt2repro.storage import hub_files, retry
+from modeling_gpt2repro.storage import hub_files
 from modeling_gpt2repro.storage.hub_files import retry_hub_read
 
 TOTAL_STEPS = 20
@@ -167,7 +167,7 @@ def test_a_stream_that_is_closed_tries_no_read_again(refused, monkeypatch):
 
 
 def test_a_stream_that_is_read_at_last_has_no_problem(refused, streamed, monkeypatch):
-    monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda seconds: None))
+    monkeypatch.setattr(hub_files, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda seconds: None))
     refused.answers = Mock(side_effect=[HTTPError("no route"), HTTPError("no route"), *[None] * 1000])
     reader = ReadAhead(refused, TOTAL_STEPS)
     (ids,) = trained_on(reader, [0])
