@@ -51,7 +51,7 @@ from modeling_gpt2repro.runtime.fsdp import full_tensor
 from modeling_gpt2repro.runtime.signals import StopSignal
 from modeling_gpt2repro.storage.lock import FolderLock
 from modeling_gpt2repro.training.arguments import TrainArguments
-from modeling_gpt2repro.training.optimization import build_optimizer, learning_rate_at, set_learning_rate
+from modeling_gpt2repro.training.optimization import build_optimizer, scheduled_learning_rate, set_learning_rate
 from modeling_gpt2repro.training.outliers import OutlierDetector
 from modeling_gpt2repro.training.presets import PRESETS
 from modeling_gpt2repro.training.state import TrainState, is_due
@@ -152,9 +152,7 @@ def train(args: TrainArguments, lock: FolderLock):
                 evaluate(args, accelerator, model, data, hellaswag, bytes_per_token, state.step, logger, stop)
 
             # Learning rate and data are functions of the step alone: a resumed run continues exactly where it was.
-            learning_rate = learning_rate_at(
-                state.step, args.total_steps, args.warmup_steps, args.learning_rate, args.final_learning_rate_ratio
-            )
+            learning_rate = scheduled_learning_rate(args.schedule, state.step)
             set_learning_rate(optimizer, learning_rate)
             metrics = train_step(
                 accelerator,

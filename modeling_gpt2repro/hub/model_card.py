@@ -15,6 +15,7 @@ from modeling_gpt2repro.runs.config import is_complete
 from modeling_gpt2repro.runs.folder import LOSS_PICTURE, METRICS_FILE
 from modeling_gpt2repro.runs.read import FINEWEB_EDU, HELLASWAG_METRICS, HUB_ID, Run, read_run
 from modeling_gpt2repro.storage.model_files import find_file, loading_problem
+from modeling_gpt2repro.training.optimization import describe_schedule
 
 # Metadata that a card takes from another -> what a value must look like, so that it can be nothing but that.
 INHERITED = {
@@ -223,8 +224,7 @@ def optimization_lines(arguments: dict) -> dict[str, str]:
     """Name -> value of the training's length, learning rate and optimizer."""
     return {
         "tokens": f"{arguments['train_tokens']:,}, {arguments['tokens_per_step']:,} per step",
-        "learning rate": f"{arguments['learning_rate']:g} after {arguments['warmup_tokens']:,} tokens of warm-up, then "
-        f"cosine to {arguments['final_learning_rate_ratio']:.0%} of it",
+        "learning rate": describe_schedule(arguments),
         "optimizer": f"AdamW, betas {arguments['adam_beta1']:g} and {arguments['adam_beta2']:g}, weight decay "
         f"{arguments['weight_decay']:g}, gradient norm at most {arguments['max_grad_norm']:g}",
     }

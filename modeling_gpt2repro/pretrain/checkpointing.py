@@ -28,7 +28,6 @@ from modeling_gpt2repro.storage.atomic import replace_dir
 from modeling_gpt2repro.storage.json_files import is_text
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
-from modeling_gpt2repro.training.optimization import SCHEDULE
 from modeling_gpt2repro.training.optimizer_state import load_optimizer, load_random, optimizer_tensors, random_tensors
 from modeling_gpt2repro.training.state import TrainState
 
@@ -160,7 +159,7 @@ class Checkpointer:
                 "origin": self.origin.sentence,
                 "card": self.origin.metadata,
                 "identity": self.data.data_fingerprint,
-                "schedule": {name: getattr(self.args, name) for name in SCHEDULE},
+                "schedule": self.args.schedule,
             },
             policy=policy,
         )

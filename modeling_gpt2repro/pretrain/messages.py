@@ -19,7 +19,7 @@ from modeling_gpt2repro.runtime.hardware import (
 )
 from modeling_gpt2repro.runtime.signals import StopSignal
 from modeling_gpt2repro.training.arguments import TrainArguments
-from modeling_gpt2repro.training.optimization import learning_rate_at
+from modeling_gpt2repro.training.optimization import describe_schedule, scheduled_learning_rate
 from modeling_gpt2repro.training.state import TrainState
 
 GPT2_VOCABULARY = 50257
@@ -92,8 +92,7 @@ def start_message(
         "tokenizer": f"{config.vocab_size:,} ids",
         "training": f"{args.total_steps:,} steps of {args.tokens_per_step:,} tokens: {batch}",
         "epochs": epochs_line(epochs),
-        "schedule": f"learning rate {args.learning_rate:g} after {counted(args.warmup_steps, 'step')} of warm-up, then "
-        f"a cosine to {args.learning_rate * args.final_learning_rate_ratio:g}",
+        "schedule": f"learning rate {describe_schedule(args.schedule)}",
         "baselines": "; ".join(f"{name} {loss:.2f}" for name, loss in baselines.items()) + " (nats per token)",
         "writing to": args.output_dir + (f", resuming from step {step}" if step else ""),
     }
@@ -149,16 +148,6 @@ def learning_rate_message(before: dict, now: dict, step: int) -> str | None:
     return (
         f"The learning rate jumps after step {step:,} from {old:.2e} to {new:.2e}{factor}, because its schedule has "
         f"changed: the loss may rise for a while.{advice}"
-    )
-
-
-def scheduled_learning_rate(arguments: dict, step: int) -> float:
-    """The learning rate of the step after `step`, by a `SCHEDULE`."""
-    total_steps, warmup_steps = (
-        arguments[name] // arguments["tokens_per_step"] for name in ("train_tokens", "warmup_tokens")
-    )
-    return learning_rate_at(
-        step, total_steps, warmup_steps, arguments["learning_rate"], arguments["final_learning_rate_ratio"]
     )
 
 

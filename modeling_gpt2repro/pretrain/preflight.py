@@ -26,7 +26,7 @@ from modeling_gpt2repro.runtime.command_line import exit_with_errors
 from modeling_gpt2repro.runtime.hardware import peak_memory_gb, readable_bytes, readable_duration
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.checkpoints import PREFLIGHT_NAME, RetentionPolicy
-from modeling_gpt2repro.training.optimization import learning_rate_at, set_learning_rate
+from modeling_gpt2repro.training.optimization import scheduled_learning_rate, set_learning_rate
 from modeling_gpt2repro.training.outliers import OutlierDetector
 
 from .checkpointing import Checkpointer, unsharded_model
@@ -80,10 +80,7 @@ def preflight(
     def take_step() -> float:
         """One step, waited for; returns how long it waited for data."""
         step = checkpointer.state.step
-        learning_rate = learning_rate_at(
-            step, args.total_steps, args.warmup_steps, args.learning_rate, args.final_learning_rate_ratio
-        )
-        set_learning_rate(optimizer, learning_rate)
+        set_learning_rate(optimizer, scheduled_learning_rate(args.schedule, step))
         if problem := reader.wait_for(step):
             exit_with_errors([problem])
         metrics = train_step(

@@ -12,6 +12,7 @@ from typing import ClassVar
 from modeling_gpt2repro.runtime.command_line import InputErrors, arg
 
 from .flag_hints import FLAG_HINTS
+from .optimization import SCHEDULE, SCHEDULES
 from .presets import FINE_TUNING, PRESETS
 from .validate import HUB_STRATEGIES, check_sizes, validate_args
 
@@ -19,6 +20,7 @@ from .validate import HUB_STRATEGIES, check_sizes, validate_args
 # and a validation curve of ten points.
 WARMUP_SHARE = 0.05
 EVALUATIONS = 10
+COOLDOWN_SHARE = 0.2  # enough to reach the loss of a cosine of the same length (Hägele et al. 2024, arXiv:2405.18392)
 
 
 @dataclass
@@ -149,11 +151,23 @@ class TrainArguments:
         help="Tokens of linear warm-up. The default is GPT-3's (appendix B); with --num_train_epochs or --init_from, a "
         "twentieth of the training.",
     )
-    final_learning_rate_ratio: float = arg(
-        default=0.1,
+    lr_scheduler_type: str = arg(
+        default="cosine",
+        choices=SCHEDULES,
+        help="Learning rate after warm-up. cosine: the lecture's. linear: a line. wsd (warmup-stable-decay): constant, "
+        "then a line over the last cooldown_tokens. constant: to the end.",
+    )
+    cooldown_tokens: int | None = arg(
+        default=None,
+        minimum=1,
+        help="Tokens of decay at the end of wsd. If not given, a fifth of the training.",
+    )
+    final_learning_rate_ratio: float | None = arg(
+        default=None,
         minimum=0,
         below=1,
-        help="Learning rate at the end of the cosine decay, as a fraction of the peak.",
+        help="Learning rate at the end of the decay, as a fraction of the peak. If not given, 0.1 for cosine (GPT-3, "
+        "appendix B), else 0.",
     )
     weight_decay: float = arg(
         default=0.1, minimum=0, help="AdamW's weight decay, on matrices and embeddings; not on biases and LayerNorm."
@@ -263,6 +277,8 @@ class TrainArguments:
     def __post_init__(self):
         if self.dataset_config_name is None and self.dataset_name == "HuggingFaceFW/fineweb-edu":
             self.dataset_config_name = "sample-10BT"
+        if self.final_learning_rate_ratio is None:
+            self.final_learning_rate_ratio = 0.1 if self.lr_scheduler_type == "cosine" else 0.0
         InputErrors(validate_args(self)).raise_if_any()
         if self.train_tokens is not None:
             self.set_lengths()
@@ -279,6 +295,8 @@ class TrainArguments:
         if self.train_tokens is None:
             self.train_tokens = int(self.num_train_epochs * tokens_per_epoch)
             InputErrors(check_sizes(self)).raise_if_any()
+        if self.lr_scheduler_type == "wsd" and self.cooldown_tokens is None:
+            self.cooldown_tokens = int(COOLDOWN_SHARE * self.train_tokens)
         if self.warmup_tokens is None:
             self.warmup_tokens = int(WARMUP_SHARE * self.train_tokens)
         if self.eval_steps is None:
@@ -295,6 +313,11 @@ class TrainArguments:
     def warmup_steps(self) -> int:
         """Whole optimizer steps in `warmup_tokens`: 715 by default."""
         return self.warmup_tokens // self.tokens_per_step
+
+    @property
+    def schedule(self) -> dict:
+        """The arguments that decide the learning rate, see `scheduled_learning_rate`."""
+        return {name: getattr(self, name) for name in SCHEDULE}
 
     @property
     def hub_repository(self) -> str | None:

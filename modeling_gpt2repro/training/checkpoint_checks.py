@@ -16,7 +16,7 @@ from modeling_gpt2repro.runs.folder import step_of
 from modeling_gpt2repro.storage.checksums import verify_checksums
 from modeling_gpt2repro.storage.json_files import is_count, is_size, is_text, read_json_object, require, shown
 
-from .optimization import SCHEDULE
+from .optimization import SCHEDULE, SCHEDULES
 from .optimizer_state import OPTIMIZER_FILE, RANDOM_FILE
 from .outliers import WINDOW_STEPS
 from .state import TrainState
@@ -137,7 +137,10 @@ def _check_guard(guard: dict):
 
 def _check_schedule(schedule: dict):
     """{} in checkpoints of older versions."""
-    for name in SCHEDULE if schedule else ():
+    kind = schedule.get("lr_scheduler_type", "cosine")
+    require(kind in SCHEDULES, f"lr_scheduler_type is {shown(kind)}")
+    required = set(SCHEDULE) - {"lr_scheduler_type", *(() if kind == "wsd" else ("cooldown_tokens",))}
+    for name in sorted(required) if schedule else ():
         value = schedule.get(name)
         is_tokens = name.endswith(("_tokens", "_per_step"))
         fits = is_count(value, minimum=int(name == "tokens_per_step")) if is_tokens else is_size(value)

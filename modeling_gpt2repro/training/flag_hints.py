@@ -21,9 +21,8 @@ FLAG_HINTS: dict[tuple[str, ...], str] = {
     # Optimization.
     ("lr", "max_lr"): "use --learning_rate.",
     ("min_lr",): "use --final_learning_rate_ratio, a fraction of --learning_rate.",
-    ("lr_scheduler_type", "decay_lr"): (
-        "the schedule is always linear warm-up and cosine decay; --final_learning_rate_ratio says where it ends."
-    ),
+    ("lr_scheduler", "lr_schedule", "decay_lr"): "use --lr_scheduler_type: cosine, linear, wsd or constant.",
+    ("warmdown_iters", "cooldown_steps"): "use --cooldown_tokens with --lr_scheduler_type wsd.",
     ("warmup_steps", "warmup_iters", "warmup_ratio"): "use --warmup_tokens, which is steps * tokens_per_step.",
     ("beta1", "beta2"): "use --adam_beta1 and --adam_beta2.",
     ("grad_clip", "clip_grad", "grad_clip_norm"): "use --max_grad_norm.",

@@ -1,13 +1,23 @@
 """AdamW with GPT-3's decay groups, and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
 # The arguments that decide the learning rate of a step; kept in checkpoints, to say where a resumed run departs.
-SCHEDULE = ("train_tokens", "tokens_per_step", "warmup_tokens", "learning_rate", "final_learning_rate_ratio")
+SCHEDULE = (
+    "lr_scheduler_type",
+    "train_tokens",
+    "tokens_per_step",
+    "warmup_tokens",
+    "cooldown_tokens",
+    "learning_rate",
+    "final_learning_rate_ratio",
+)
 
 
 def build_optimizer(
@@ -33,25 +43,70 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=fused)
 
 
-def learning_rate_at(step: int, total_steps: int, warmup_steps: int, peak: float, final_ratio: float) -> float:
-    """Linear warm-up, then half a cosine from `peak` down to `peak * final_ratio` (GPT-3, appendix B).
+def learning_rate_at(
+    step: int,
+    total_steps: int,
+    warmup_steps: int,
+    peak: float,
+    final_ratio: float,
+    schedule: str = "cosine",
+    cooldown_steps: int = 0,
+) -> float:
+    """Linear warm-up to `peak`, then down to `peak * final_ratio`: the lecture takes half a cosine (GPT-3, appendix B).
 
     A function of the step alone: a resumed run needs no state to have the rate of one that never stopped.
 
     >>> [round(learning_rate_at(step, 10, 2, 1.0, 0.1), 3) for step in (0, 1, 2, 6, 10)]
     [0.5, 1.0, 1.0, 0.55, 0.1]
+    >>> [round(learning_rate_at(step, 10, 2, 1.0, 0.0, "wsd", 4), 3) for step in (0, 2, 6, 7, 8, 9)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
 
     Args:
         step: Optimizer steps done before this one.
         peak: Reached at the end of warm-up.
         final_ratio: Share of the peak that is left at `total_steps` and after.
+        schedule: `cosine`, or `linear`; `constant` stays at the peak, and so does `wsd` (warmup-stable-decay, Hu et al.
+            2024, arXiv:2404.06395) until `cooldown_steps` before the end, when it falls linearly.
     """
     # Adam's second moments are averages over few gradients at first, so large steps would follow noise.
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps  # + 1: a rate of 0 would waste the first step
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))  # 0 after warm-up, 1 at the end
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 down to 0
-    return peak * (final_ratio + (1 - final_ratio) * cosine)
+    if schedule == "constant":
+        return peak
+    decay_steps = cooldown_steps if schedule == "wsd" else total_steps - warmup_steps
+    # 0 until the decay begins, 1 at the end.
+    progress = min(1.0, max(0.0, step - (total_steps - decay_steps)) / max(1, decay_steps))
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress  # from 1 down to 0
+    return peak * (final_ratio + (1 - final_ratio) * left)
+
+
+def scheduled_learning_rate(arguments: Mapping, step: int) -> float:
+    """The learning rate of the step after `step`, by the arguments in SCHEDULE, whose lengths are in tokens."""
+    total_steps, warmup_steps, cooldown_steps = (
+        (arguments.get(name) or 0) // arguments["tokens_per_step"]
+        for name in ("train_tokens", "warmup_tokens", "cooldown_tokens")
+    )
+    return learning_rate_at(
+        step,
+        total_steps,
+        warmup_steps,
+        arguments["learning_rate"],
+        arguments["final_learning_rate_ratio"],
+        schedule=arguments.get("lr_scheduler_type", "cosine"),  # older checkpoints know no other
+        cooldown_steps=cooldown_steps,
+    )
+
+
+def describe_schedule(arguments: Mapping) -> str:
+    """'0.0006 after 375,000,000 tokens of warm-up, then a cosine to 6e-05'."""
+    schedule = arguments.get("lr_scheduler_type", "cosine")
+    text = f"{arguments['learning_rate']:g} after {arguments['warmup_tokens']:,} tokens of warm-up"
+    if schedule == "constant":
+        return f"{text}, then constant"
+    shape = {"cosine": "a cosine", "linear": "a line"}.get(schedule)
+    if schedule == "wsd":
+        shape = f"constant, and in the last {arguments['cooldown_tokens']:,} tokens a line"
+    return f"{text}, then {shape} to {arguments['learning_rate'] * arguments['final_learning_rate_ratio']:g}"
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float):

@@ -54,6 +54,23 @@ def check_sizes(args: "TrainArguments") -> Iterator[str]:
         if args.num_train_epochs is not None:
             given = f"num_train_epochs ({args.num_train_epochs:g}, which is {args.train_tokens} tokens)"
         yield f"{given} must be at least one step: give more, or fewer --tokens_per_step than {args.tokens_per_step}."
+    yield from check_schedule(args)
+
+
+def check_schedule(args: "TrainArguments") -> Iterator[str]:
+    """A cool-down that the schedule has not, or that leaves no room for the warm-up."""
+    if args.cooldown_tokens is None:
+        return
+    if args.lr_scheduler_type != "wsd":
+        yield (
+            f"cooldown_tokens ({args.cooldown_tokens}) is for --lr_scheduler_type wsd: leave it out, or give that, not "
+            f"{args.lr_scheduler_type}."
+        )
+    elif args.train_tokens is not None and args.cooldown_tokens + (args.warmup_tokens or 0) > args.train_tokens:
+        yield (
+            f"cooldown_tokens ({args.cooldown_tokens}) and warmup_tokens ({args.warmup_tokens or 0}) must not be more "
+            f"than train_tokens ({args.train_tokens}) together: give less of one."
+        )
 
 
 def check_data(args: "TrainArguments") -> Iterator[str]:

@@ -51,7 +51,7 @@ def test_the_card_has_the_last_evaluation_and_the_hyperparameters(run_folder, ti
         "| HellaSwag acc_norm, lm-eval | 0.3155 (95 %: 0.3065 to 0.3245); OpenAI's gpt2 has 0.3114 |",
         "| data | HuggingFaceFW/fineweb-edu, shards with fingerprint 0123456789ab |",
         "| tokens | 10,000,000,000, 524,288 per step |",
-        "| learning rate | 0.0006 after 375,000,000 tokens of warm-up, then cosine to 10% of it |",
+        "| learning rate | 0.0006 after 375,000,000 tokens of warm-up, then a cosine to 6e-05 |",
         "| hardware | 8 x NVIDIA H100, bf16; 1.00 hours of training |",
         "| code | gpt2repro, commit c0ffee |",
         "![loss over training tokens](loss.png)",
@@ -123,12 +123,12 @@ def test_a_run_resumed_with_other_arguments_is_described_by_those_of_each_stretc
     with open(run_folder / "metrics.jsonl", "w") as file:
         file.writelines([*attempts, train(1002, 2000), resume(2000, learning_rate=[6e-4, 9e-4], train_tokens=[1, 2])])
     card = model_card(tiny_model, run_folder=run_folder)
-    schedule = "after 375,000,000 tokens of warm-up, then cosine to 10% of it"
+    schedule = "after 375,000,000 tokens of warm-up, then a cosine to"
     adam = "AdamW, betas 0.9 and 0.95, weight decay {}, gradient norm at most 1"
     for line in (
         "| tokens | 10,000,000,000, 524,288 per step |",
-        f"| learning rate | steps 1 to 500: 0.0006 {schedule}; steps 501 to 1,001: 0.0003 {schedule}; "
-        f"steps 1,002 to 2,000: 0.0006 {schedule} |",
+        f"| learning rate | steps 1 to 500: 0.0006 {schedule} 6e-05; steps 501 to 1,001: 0.0003 {schedule} 3e-05; "
+        f"steps 1,002 to 2,000: 0.0006 {schedule} 6e-05 |",
         f"| optimizer | steps 1 to 1,000: {adam.format(0.1)}; steps 1,001 to 1,001: {adam.format(0.2)}; "
         f"steps 1,002 to 2,000: {adam.format(0.1)} |",
     ):

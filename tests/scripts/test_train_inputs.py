@@ -129,7 +129,7 @@ def test_a_model_is_fine_tuned_with_its_own_shape_and_with_values_for_it(finishe
     steps = 3 * sequences // SEQUENCES_PER_STEP
     rates = logged_values(tmp_path / "run", "learning_rate")
     assert (len(rates), max(rates)) == (steps, 5e-5)
-    assert f"learning rate 5e-05 after {steps // 20} step" in printed
+    assert f"learning rate 5e-05 after {int(0.05 * arguments['train_tokens']):,} tokens of warm-up" in printed
     assert f"epochs       {steps * SEQUENCES_PER_STEP / sequences:.2f} of the training data\n" in printed
     assert f"width 32, fine-tuned from {finished[0] / 'model'}\n" in printed
 

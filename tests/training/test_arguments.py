@@ -1,5 +1,9 @@
 """The defaults of the training script; its command line is tested in tests/runtime/test_command_line.py."""
 
+import re
+
+import pytest
+
 from modeling_gpt2repro.training.arguments import TrainArguments
 
 
@@ -7,3 +11,26 @@ def test_the_defaults_are_those_of_the_lecture():
     args = TrainArguments()
     assert (args.total_steps, args.warmup_steps, args.sequences_per_step) == (19073, 715, 512)
     assert args.tokens_per_step == 524288
+    assert (args.lr_scheduler_type, args.final_learning_rate_ratio, args.cooldown_tokens) == ("cosine", 0.1, None)
+
+
+def test_other_schedules_end_at_zero_and_wsd_decays_in_the_last_fifth():
+    assert TrainArguments(lr_scheduler_type="linear").final_learning_rate_ratio == 0
+    args = TrainArguments(lr_scheduler_type="wsd", train_tokens=10**9)
+    assert (args.cooldown_tokens, args.final_learning_rate_ratio) == (2 * 10**8, 0)
+    assert TrainArguments(lr_scheduler_type="wsd", final_learning_rate_ratio=0.1).final_learning_rate_ratio == 0.1
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"cooldown_tokens": 10**9}, "cooldown_tokens (1000000000) is for --lr_scheduler_type wsd: leave it out"),
+        (
+            {"lr_scheduler_type": "wsd", "cooldown_tokens": 9_700_000_000},
+            "cooldown_tokens (9700000000) and warmup_tokens (375000000) must not be more than train_tokens",
+        ),
+    ],
+)
+def test_a_cool_down_that_cannot_be_is_one_sentence(given, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        TrainArguments(**given)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from modeling_gpt2repro.training.optimization import build_optimizer, learning_rate_at
+from modeling_gpt2repro.training.optimization import build_optimizer, learning_rate_at, scheduled_learning_rate
 
 
 def test_the_rate_warms_up_linearly_and_falls_to_a_tenth():
@@ -14,6 +14,41 @@ def test_the_rate_warms_up_linearly_and_falls_to_a_tenth():
     assert rates[(715 + 19073) // 2] == pytest.approx(3.3e-4)
     assert rates[-1] == pytest.approx(6e-5)
     assert all(a >= b for a, b in itertools.pairwise(rates[715:]))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "cooldown_steps", "expected"),
+    [
+        ("linear", 0, {10: 1.0, 55: 0.5, 99: 1 / 90, 100: 0.0, 120: 0.0}),
+        ("constant", 0, {10: 1.0, 55: 1.0, 99: 1.0, 120: 1.0}),
+        ("wsd", 20, {10: 1.0, 80: 1.0, 90: 0.5, 99: 0.05, 100: 0.0, 120: 0.0}),
+        ("wsd", 90, {10: 1.0, 55: 0.5, 99: 1 / 90}),  # all of it: the linear one
+    ],
+)
+def test_after_the_same_warm_up_each_schedule_has_its_shape(schedule, cooldown_steps, expected):
+    rates = [learning_rate_at(step, 100, 10, 1.0, 0.0, schedule, cooldown_steps) for step in range(121)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert {step: rates[step] for step in expected} == pytest.approx(expected)
+
+
+def test_a_stable_run_can_be_cooled_down_at_any_checkpoint_without_a_jump():
+    stable = toy_schedule(lr_scheduler_type="wsd", train_tokens=1000, cooldown_tokens=200)
+    cooled = toy_schedule(lr_scheduler_type="wsd", train_tokens=500, cooldown_tokens=100)  # from step 40 on
+    assert scheduled_learning_rate(stable, 40) == scheduled_learning_rate(cooled, 40) == 1e-3
+    assert scheduled_learning_rate(cooled, 45) == pytest.approx(5e-4)
+    assert scheduled_learning_rate(stable, 45) == 1e-3
+
+
+def test_a_schedule_of_an_older_checkpoint_is_a_cosine():
+    older = {k: v for k, v in toy_schedule().items() if k not in ("lr_scheduler_type", "cooldown_tokens")}
+    assert scheduled_learning_rate(older, 70) == learning_rate_at(70, 100, 10, 1e-3, 0.0)
+
+
+def toy_schedule(**changed) -> dict:
+    """100 steps of 10 tokens, 10 of them warm-up."""
+    lengths = {"train_tokens": 1000, "tokens_per_step": 10, "warmup_tokens": 100, "cooldown_tokens": None}
+    rates = {"lr_scheduler_type": "cosine", "learning_rate": 1e-3, "final_learning_rate_ratio": 0.0}
+    return lengths | rates | changed
 
 
 def test_only_matrices_and_embeddings_are_decayed(tiny_model):
