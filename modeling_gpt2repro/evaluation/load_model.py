@@ -78,8 +78,8 @@ def load_causal_lm(
 def check_parameter_count(parameters: int, weights: Iterable[Path], bits: int = 8):
     """Raise LoadingError if a config describes more parameters than its weights can hold.
 
-    The missing ones would be allocated and filled with random numbers, before anybody is told: a config of a few bytes
-    could take all memory.
+    The missing ones would be allocated and filled with random numbers, before anything is reported: a config of a few
+    bytes could take all memory.
 
     Args:
         bits: Of a parameter, at least. A byte is the smallest type of torch; quantized models pack several into one.

@@ -211,7 +211,7 @@ class UploadQueue:
             time.sleep(POLL_INTERVAL_SECONDS)
             self._show_messages(show)
             if self._hub_is_unreachable or (self._running and self._is_retrying()):
-                show("The Hub is away: of what is left to push, only the final model is.")
+                show("The Hub is away: only the final model is still pushed; checkpoints are given up.")
                 # An upload that has given up has waited all the time; one that says so had an answer before.
                 return max(waiting_since, upload.started) if self._hub_is_unreachable else time.monotonic()
         return time.monotonic()

@@ -193,7 +193,7 @@ def ask_storage(api: HfApi, repository: str, branch: str):
     address = f"{api.endpoint}/api/models/{repository}/xet-write-token/{quote(branch, safe='')}"
     response = get_session().get(address, headers=build_hf_headers())
     if response.status_code == 404:
-        raise ValueError("this Hub does not know Xet, which its client uploads by: set HF_HUB_DISABLE_XET=1.")
+        raise ValueError("this Hub does not support Xet, the client's default protocol: set HF_HUB_DISABLE_XET=1.")
     hf_raise_for_status(response)
     get_session().head(response.json()["casUrl"])  # any answer will do
 

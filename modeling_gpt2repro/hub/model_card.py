@@ -108,7 +108,7 @@ def inherited_metadata(metadata: dict) -> dict[str, str | list[str]]:
 def plain_text(text: object) -> str:
     """One line of at most MAX_TEXT printable characters in which nothing is Markdown or HTML.
 
-    Names in a card may be somebody else's, and whoever pushes it answers for what it shows.
+    Names in a card may be somebody else's, and the person who pushes it answers for what it shows.
     """
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)[: 4 * MAX_TEXT]).split())
     line = line if len(line) <= MAX_TEXT else line[:MAX_TEXT] + "..."

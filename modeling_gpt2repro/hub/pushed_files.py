@@ -48,7 +48,7 @@ def ignored_by_repository(
     if needed := [name for name in ignored if matches_any(name, NEEDED)]:
         raise ValueError(
             f".gitignore in {repository} (branch {branch}) leaves out what a model needs, such as {', '.join(needed)}: "
-            "remove the patterns that match from it, and push again."
+            "remove the matching patterns from it, and push again."
         )
     return ignored
 

@@ -183,7 +183,7 @@ def check_write_access(api: HfApi, repository: str, private: bool | None = None)
     try:
         api.delete_branch(repository, branch=branch)
     except (HTTPError, OSError):  # the right to push is proven all the same
-        notes.append(f"its branch {branch} could not be deleted, so delete it yourself")
+        notes.append(f"the check's branch {branch} could not be deleted: delete it yourself")
     return "; ".join([f"{api.endpoint}/{repository}", *notes])
 
 
@@ -201,7 +201,7 @@ def open_repository(api: HfApi, repository: str, private: bool | None) -> tuple[
         raise ValueError(
             f"{repository} exists and is public: make it private in its settings, or give another --hub_model_id."
         )
-    return repository, ["the repository is private, and stays so"]
+    return repository, ["the repository is private and stays private"]
 
 
 if __name__ == "__main__":

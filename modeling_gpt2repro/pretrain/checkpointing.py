@@ -130,7 +130,10 @@ class Checkpointer:
         """
         for attempt in range(tries):
             if attempt > 0:
-                logger.print(f"Trying again every {SECONDS_BETWEEN_TRIES:.0f} s: free some space in {self.output_dir}.")
+                logger.print(
+                    f"Trying again every {SECONDS_BETWEEN_TRIES:.0f} s: free some space in {self.output_dir}, or make "
+                    "it writable."
+                )
                 time.sleep(SECONDS_BETWEEN_TRIES)
             problem = write()
             if problem is None:

@@ -210,16 +210,17 @@ def too_many_skipped_message(args: TrainArguments, state: TrainState) -> str:
 def cannot_save_message(args: TrainArguments, problem: str) -> str:
     """Why a run stops that cannot write its checkpoints."""
     return (
-        f"no checkpoint can be written to {args.output_dir} ({problem}): free some space there, then resume from the "
-        "last one with --resume_from_checkpoint latest."
+        f"no checkpoint can be written to {args.output_dir} ({problem}): free some space there, or make it writable, "
+        "then resume from the last one with --resume_from_checkpoint latest."
     )
 
 
 def cannot_export_message(args: TrainArguments, problem: str) -> str:
     """Why a run that has all its steps ends without its final model, and how to get it."""
     return (
-        f"the final model cannot be written to {args.output_dir} ({problem}): free some space there, then give the "
-        "same command with --resume_from_checkpoint latest, which writes it from the last checkpoint."
+        f"the final model cannot be written to {args.output_dir} ({problem}): free some space there, or make it "
+        "writable, then give the same command with --resume_from_checkpoint latest, which writes it from the last "
+        "checkpoint."
     )
 
 

@@ -65,7 +65,7 @@ def read_run_config(folder: Path) -> dict:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it, or delete it to go without it.") from error
+        raise ValueError(f"{path} is damaged ({error}): restore it, or delete it to continue without it.") from error
     return config
 
 

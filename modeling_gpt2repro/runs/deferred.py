@@ -40,7 +40,7 @@ class DeferredWrites:
         """Try everything for the last time, and say what is lost."""
         self.retry()
         for what, (_, reason) in self._waiting.items():
-            print_above_bar(f"{what} could not be written until the end of the run ({reason}): its last part is lost.")
+            print_above_bar(f"{what} could not be written before the run ended ({reason}): its last part is lost.")
 
     def _try(self, what: str, attempt: Callable[[], None]) -> bool:
         try:
@@ -49,7 +49,7 @@ class DeferredWrites:
             reason = error.strerror or str(error)
             if reason not in [known for _, known in self._waiting.values()]:
                 print_above_bar(
-                    f"{what} cannot be written ({reason}): the run continues, and what is refused waits in memory."
+                    f"{what} cannot be written ({reason}): the run continues, and keeps it in memory until it can."
                 )
             self._waiting[what] = (attempt, reason)
             self._is_outage = True

@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None):
         runs = [read_run(folder) for folder in args.runs]
         for run in runs:
             if run.unreadable_lines:
-                print(f"{run.folder / METRICS_FILE}: {run.unreadable_lines} damaged lines left out.", file=sys.stderr)
+                print(
+                    f"{run.folder / METRICS_FILE}: {run.unreadable_lines:,} damaged line(s) left out.", file=sys.stderr
+                )
             if not available_panels([run]):
                 raise ValueError(f"{run.folder} has no numbers yet: plot it after its first evaluation.")
         paths = output_paths(args.output or args.runs[0], stem="figures" if len(runs) == 1 else "comparison")

@@ -160,15 +160,15 @@ def parse_record(line: str | bytes) -> dict | None:
     try:
         record = parse_json(line)
         require(type(record) is dict and is_count(record.get("step")), "it has no step")
-        require(is_count(record.get("tokens", 0)), "tokens is no number")
-        require(type(record.get("event", "")) is str, "event is no name")
+        require(is_count(record.get("tokens", 0)), "tokens is not a number")
+        require(type(record.get("event", "")) is str, "event is not a string")
         changed = record.get("changed", {})
-        require(type(changed) is dict, "changed is no object")
+        require(type(changed) is dict, "changed is not an object")
         require(all(type(pair) is list and len(pair) == 2 for pair in changed.values()), "changed has no pairs")
         check_argument_types({name: now for name, (_, now) in changed.items()})
         for name in record.keys() - NOT_NUMBERS:
             value = record[name]
-            require(value is None or isinstance(value, int | float), f"{name} is no number")
+            require(value is None or isinstance(value, int | float), f"{name} is not a number")
             record[name] = value if value is not None and abs(value) < math.inf else None
             require(not isinstance(value, int) or abs(value) < 2**64, f"{name} is too large")
     except ValueError:

@@ -130,7 +130,7 @@ def find_shard(source: str, index: str, shard: str, revision: str | None) -> Pat
         LoadingError: If it is missing, or not a file of that kind beside the index.
     """
     if shard != os.path.basename(shard) or Path(shard).suffix != Path(index.removesuffix(".index.json")).suffix:
-        raise LoadingError(f"its {index} names {shard[:MAX_REASON]!r}, which is no weights file beside it.")
+        raise LoadingError(f"its {index} names {shard[:MAX_REASON]!r}, which is not a weights file beside it.")
     if path := find_file(source, shard, revision):
         return path
     raise LoadingError(f"its {index} names {shard}, which is missing: copy or download it again.")
@@ -143,7 +143,7 @@ def loading_problem(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return NEEDS_CODE
     if any(isinstance(cause, LocalEntryNotFoundError) for cause in exception_chain(error)):
-        return "the Hub does not answer, or is switched off by HF_HUB_OFFLINE, and the file is not in the cache"
+        return "the Hub does not answer, or is turned off by HF_HUB_OFFLINE, and the file is not in the cache"
     reason = describe_error(error).strip().rstrip(".:") or type(error).__name__
     if len(reason) <= MAX_REASON:
         return reason

@@ -257,7 +257,7 @@ DAMAGE = {
     "no splits": (lambda folder: edit_manifest(folder, lambda m: m.pop("splits")), r"is damaged \(splits is None\)"),
     "no hash": (
         lambda folder: edit_manifest(folder, lambda m: m["tokenizer"].update(sha256="")),
-        r"no hash of the tok",
+        r"no SHA-256 of the tok",
     ),
     "entries": (
         lambda folder: edit_manifest(folder, lambda m: m["splits"]["train"]["shards"].pop()),

@@ -98,7 +98,7 @@ def test_a_damaged_line_costs_only_itself_and_is_counted(run, kind, capsys):
     assert (before.unreadable_lines, after.unreadable_lines) == (0, 1)
     if kind == "not UTF-8":
         figures.main([str(run)])
-        assert capsys.readouterr().err == f"{run / 'metrics.jsonl'}: 1 damaged lines left out.\n"
+        assert capsys.readouterr().err == f"{run / 'metrics.jsonl'}: 1 damaged line(s) left out.\n"
 
 
 @pytest.mark.parametrize("draw", [figures.plot_loss, lambda run: model_card(TINY, run_folder=run)])

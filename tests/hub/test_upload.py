@@ -132,7 +132,7 @@ def test_a_branch_that_a_check_cannot_delete_is_named(here):
         result = push_in_process("--check", "--hub_model_id", "user/undeleted")
     (branch,) = check_branches(here, "user/undeleted")
     assert result.returncode == 0
-    assert f"its branch {branch} could not be deleted, so delete it yourself" in result.stdout
+    assert f"the check's branch {branch} could not be deleted: delete it yourself" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_a_gitignore_that_leaves_out_what_a_model_needs_is_refused(here, folder,
     committed, uploaded = commits(here, "user/ignoring-models"), uploads(here, "user/ignoring-models")
     result = push_in_process(folder, "--hub_model_id", "user/ignoring-models", "--with_training_state")
     assert result.returncode == 2
-    assert f"such as {named}: remove the patterns that match from it" in result.stderr
+    assert f"such as {named}: remove the matching patterns from it" in result.stderr
     assert result.stderr.count("\n") == 1
     assert push_in_process("--check", "--hub_model_id", "user/ignoring-models").returncode == (
         0 if rules.startswith("training_state") else 2
@@ -232,7 +232,7 @@ def test_a_new_repository_is_private_where_that_is_asked_for(here, folder):
     result = push_in_process(folder, "--hub_model_id", "user/hidden", "--private")
     assert (result.returncode, result.stdout.count("private")) == (0, 0)
     result = push_in_process(folder, "--hub_model_id", "user/hidden", "--no-private")
-    assert (result.returncode, result.stdout.endswith("; the repository is private, and stays so\n")) == (0, True)
+    assert (result.returncode, result.stdout.endswith("; the repository is private and stays private\n")) == (0, True)
 
 
 def test_a_private_repository_that_the_owners_settings_make_public_is_refused(here, folder):

@@ -91,7 +91,7 @@ def test_a_hub_without_xet_is_refused_in_one_sentence_that_names_the_way_out(
     result = run_push(*(words or [folder]), "--hub_model_id", "user/lfs-only")
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == (
-        "this Hub does not know Xet, which its client uploads by: set HF_HUB_DISABLE_XET=1."
+        "this Hub does not support Xet, the client's default protocol: set HF_HUB_DISABLE_XET=1."
     )
     assert "trying again" not in result.stderr
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")

@@ -32,8 +32,8 @@ def test_an_outage_is_reported_once_and_its_end_once(capsys):
     assert disk.written == []
     assert deferred.is_waiting("loss.png", "none")
     assert capsys.readouterr().err == (
-        "metrics.jsonl cannot be written (Read-only file system): the run continues, and what is refused waits in "
-        "memory.\n"
+        "metrics.jsonl cannot be written (Read-only file system): the run continues, and keeps it in memory "
+        "until it can.\n"
     )
     disk.error = None
     deferred.write("metrics.jsonl", disk.writer("steps 1 to 3"))
@@ -57,5 +57,5 @@ def test_another_reason_is_reported_too_and_so_is_what_is_lost(capsys):
     assert capsys.readouterr().err.count("cannot be written (") == 2
     deferred.close()
     errors = capsys.readouterr().err
-    assert "loss.png could not be written until the end of the run (No space left on device)" in errors
-    assert "metrics.jsonl could not be written until the end" in errors
+    assert "loss.png could not be written before the run ended (No space left on device)" in errors
+    assert "metrics.jsonl could not be written before the run ended" in errors

@@ -240,7 +240,7 @@ def test_a_disk_that_stays_full_ends_the_run_and_keeps_the_last_checkpoint(shard
         assert train_here(tmp_path / "run", shards, save_steps=5) == 143
     monkeypatch.setattr(checkpointing, "save_hub_folder", full_disk(times=99))
     assert train_here(tmp_path / "run", shards, save_steps=5, resume_from_checkpoint="latest") == 1
-    assert "free some space there, then resume from the last" in capsys.readouterr().err
+    assert "free some space there, or make it writable, then resume from the last" in capsys.readouterr().err
     losses = logged_values(tmp_path / "run")
     assert losses[-1:] == losses[19:20]  # steps 10, 15 and 20 could not be saved
     assert sorted(path.name for path in (tmp_path / "run").glob("*step-*")) == ["step-000005", "step-000006"]
@@ -254,7 +254,7 @@ def test_the_last_checkpoint_waits_for_disk_space(finished, shards, tmp_path, mo
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
     monkeypatch.setattr(checkpointing, "save_hub_folder", full_disk(times=99))
     assert train_here(tmp_path / "never", shards, save_steps=0) == 1
-    assert "free some space there, then resume" in capsys.readouterr().err
+    assert "free some space there, or make it writable, then resume" in capsys.readouterr().err
 
 
 def test_out_of_memory_names_the_batch_size_to_try(shards, tmp_path, monkeypatch, capsys):

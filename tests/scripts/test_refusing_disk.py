@@ -116,8 +116,9 @@ def test_a_final_model_that_cannot_be_written_is_written_by_the_resumed_run(
     captured = capsys.readouterr()
     assert captured.out.count("The final model cannot be written (Read-only file system).") == 20
     assert captured.err.strip().splitlines()[-1] == (
-        f"the final model cannot be written to {run} (Read-only file system): free some space there, then give the "
-        "same command with --resume_from_checkpoint latest, which writes it from the last checkpoint."
+        f"the final model cannot be written to {run} (Read-only file system): free some space there, or make it "
+        "writable, then give the same command with --resume_from_checkpoint latest, which writes it from the last "
+        "checkpoint."
     )
     assert not (run / "model").exists()
     assert train_here(run, shards, resume_from_checkpoint="latest") == 0

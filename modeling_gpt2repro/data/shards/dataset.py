@@ -129,7 +129,7 @@ def _check_manifest(manifest: dict):
     for name in ("source", "tokenizer", "splits"):
         require(type(manifest.get(name)) is dict, f"{name} is {shown(manifest.get(name))}")
     tokenizer = manifest["tokenizer"]
-    require(is_sha256(tokenizer.get("sha256")), "it has no hash of the tokenizer")
+    require(is_sha256(tokenizer.get("sha256")), "it has no SHA-256 of the tokenizer")
     size, end_of_text = tokenizer.get("vocab_size"), manifest.get("end_of_text_id")
     require(is_count(size, minimum=1), f"vocab_size is {shown(size)}")
     require(is_count(end_of_text) and end_of_text < size, f"end_of_text_id is {shown(end_of_text)}")
@@ -148,7 +148,7 @@ def _check_manifest(manifest: dict):
             files.add(file)
             for name, value in (("tokens", entry.get("tokens")), ("documents", entry.get("documents", 0))):
                 require(is_count(value), f"{name} of {file} is {shown(value)}")
-            require(is_sha256(entry.get("sha256")), f"it has no hash of {file}")
+            require(is_sha256(entry.get("sha256")), f"it has no SHA-256 of {file}")
         tokens = sum(entry["tokens"] for entry in totals["shards"])
         require(totals.get("tokens") == tokens, f"the shards of {split} do not add up")
         if "units" in manifest:
