@@ -79,7 +79,7 @@ def test_an_upload_that_says_that_the_hub_is_away_is_given_up_for_the_final_push
     reminders = [line for line in shown if "still being pushed" in line]
     assert len(reminders) >= 50 * SECONDS_A_LOOK / 40
     assert shown[len(reminders) :] == [
-        "The Hub is away: of what is left to push, only the final model is.",
+        "The Hub is away: only the final model is still pushed; checkpoints are given up.",
         "Training in progress, step 10: not pushed to last-checkpoint, dropped from the queue",
         f"Pushing {folder} to user/any; if the Hub is away, this waits 300 s at most.",
     ]
