@@ -18,6 +18,7 @@ and any step of it, a diverged one for example, can be looked at without those b
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -142,7 +143,7 @@ def split_into_micro_batches(sequences: int, max_size: int) -> tuple[int, int]:
     return num_micro_batches, -(-sequences // num_micro_batches)
 
 
-class TrainingBatches:
+class TrainingBatches(ABC):
     """What one process trains on, step by step; a subclass says which sequences those of a step are.
 
     It depends on `config.seed` and the step alone, so before the first step `config.micro_batch_size` may be replaced:
@@ -155,9 +156,9 @@ class TrainingBatches:
     micro_batch_shape: tuple[int, int]
     problem: str | None = None  # why something must be read again now; None while all is well
 
+    @abstractmethod
     def read_step(self, step: int) -> list[np.ndarray]:
         """The ids of each of the step's micro-batches: (at most B, T + 1) int64, none left for some processes."""
-        raise NotImplementedError
 
     def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the step's micro-batches on the CPU, see `as_batch`: of one shape for every step and process."""
