@@ -9,43 +9,17 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from datetime import datetime, timedelta
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
+from lock_holder import ROOT, acquired, holder, record_of, refused, run_in, wait_for_beats
 from patience import PATIENCE_SECONDS, wait_until
-from refusing_disk import ERRORS, OPERATIONS
 
 from modeling_gpt2repro.storage import lock
 from modeling_gpt2repro.storage.lock import BEAT_SECONDS, GONE_SECONDS, LOCK_FILE, FolderLock
 
-ROOT = Path(__file__).parents[2]
-
-# Holds the lock until its standard input ends; a line of input is run as Python.
-HOLDER = """
-import errno, fcntl, os, signal, socket, subprocess, sys, time
-from pathlib import Path
-from modeling_gpt2repro.storage import lock
-lock.BEAT_SECONDS = 0.05
-attempts = [0]
-beat = lock.FolderLock._beat
-
-def counted(held):
-    attempts[0] += 1
-    beat(held)
-
-lock.FolderLock._beat = counted
-{before}
-with lock.FolderLock(Path(sys.argv[1])) as held:
-    held.acquire()
-    print("held", flush=True)
-    for line in sys.stdin:
-        exec(line)
-        print("done", flush=True)
-"""
 NO_LOCKS = """
 def refuse(file, mode):
     raise OSError(errno.ENOLCK, "No locks available")
@@ -57,53 +31,10 @@ lock.machine_id = lambda: "another"
 """
 RECORD = {"host": "node7", "pid": 71, "since": "2025-09-30 12:00:00+02:00", "machine": "another", "id": "71"}
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the tests stop holders by signals")
-
-
-@pytest.fixture(autouse=True)
-def short_times(monkeypatch):
-    monkeypatch.setattr(lock, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(lock, "GONE_SECONDS", 0.0)
-    monkeypatch.setattr(lock, "RUNNING_PATIENCE_SECONDS", 0.6)
-
-
-@contextmanager
-def holder(folder: Path, before: str = ""):
-    """A process that holds the lock of `folder`."""
-    command = [sys.executable, "-c", HOLDER.replace("{before}", before), str(folder)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
-    environment = {**os.environ, "PYTHONPATH": path, "GPT2REPRO_LAZY": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
-        try:
-            assert process.stdout.readline() == "held\n", process.stderr.read()
-            yield process
-        finally:
-            process.kill()
-
-
-def run_in(process, line: str):
-    process.stdin.write(line + "\n")
-    process.stdin.flush()
-    assert process.stdout.readline() == "done\n", process.stderr.read()
-
-
-def refused(folder: Path, patience_seconds: float = PATIENCE_SECONDS) -> str:
-    """The message to a second program."""
-    with FolderLock(folder, patience_seconds) as second, pytest.raises(ValueError, match="in use") as error:
-        second.acquire()
-    message = str(error.value)
-    assert "\n" not in message
-    return message
-
-
-def acquired(folder: Path, patience_seconds: float = PATIENCE_SECONDS):
-    """Take the lock, see that the record is this program's, and release it."""
-    with FolderLock(folder, patience_seconds) as held:
-        held.acquire()
-        assert json.loads((folder / LOCK_FILE).read_text())["pid"] == os.getpid()
-    assert list(folder.iterdir()) == []
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="the tests stop holders by signals"),
+    pytest.mark.usefixtures("short_times"),
+]
 
 
 @pytest.fixture
@@ -137,15 +68,6 @@ def clock(monkeypatch):
 def suspend(process):
     os.kill(process.pid, signal.SIGSTOP)
     wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
-
-
-def wait_for_beats(process):
-    run_in(process, "beats = attempts[0]")
-    run_in(process, "while attempts[0] < beats + 4: time.sleep(0.01)")
-
-
-def record_of(folder: Path) -> dict:
-    return json.loads((folder / LOCK_FILE).read_text())
 
 
 def without_locks(monkeypatch):
@@ -302,64 +224,6 @@ def test_a_holder_that_was_taken_for_dead_ends_when_it_wakes(tmp_path, monkeypat
             assert record_of(tmp_path)["pid"] == os.getpid()
 
 
-def test_a_lock_file_that_somebody_deletes_comes_back(tmp_path):
-    with holder(tmp_path) as first:
-        (tmp_path / LOCK_FILE).unlink()
-        wait_until((tmp_path / LOCK_FILE).exists)
-        wait_until(lambda: (tmp_path / LOCK_FILE).read_bytes())
-        assert f"process {first.pid} on" in refused(tmp_path)
-        first.kill()
-        first.wait()
-        acquired(tmp_path)
-
-
-def test_a_disk_that_is_away_for_a_moment_costs_nothing(tmp_path):
-    with holder(tmp_path / "folder") as first:
-        (tmp_path / "folder").rename(tmp_path / "away")
-        wait_for_beats(first)
-        (tmp_path / "away").rename(tmp_path / "folder")
-        beat = record_of(tmp_path / "folder")["beat"]
-        wait_until(lambda: record_of(tmp_path / "folder")["beat"] > beat)
-        first.stdin.close()
-        assert first.stderr.read() == ""
-        assert first.wait() == 0
-
-
-def test_a_full_disk_costs_the_record_but_not_the_lock_or_the_program(tmp_path):
-    full = "import resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-    full += "resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))"
-    with holder(tmp_path, before=full) as first:
-        assert (tmp_path / LOCK_FILE).read_bytes() == b""
-        assert "is in use by another program: stop that first" in refused(tmp_path)
-        wait_for_beats(first)
-        run_in(first, "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))")
-        wait_until(lambda: (tmp_path / LOCK_FILE).read_bytes())
-        first.stdin.close()
-        assert first.stderr.read() == ""
-        assert first.wait() == 0
-
-
-@pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("operations", [("open", "write", "fsync"), OPERATIONS])
-def test_a_disk_that_refuses_the_heartbeat_costs_neither_the_lock_nor_the_program(tmp_path, error, operations):
-    disk = "import pytest\nfrom refusing_disk import RefusingDisk\n"
-    disk += "disk = RefusingDisk(pytest.MonkeyPatch(), Path(sys.argv[1]))"
-    with holder(tmp_path, before=disk) as first:
-        run_in(first, f"disk.refuse({ERRORS[error]}, *{operations})")
-        wait_for_beats(first)
-        beat = record_of(tmp_path)["beat"]
-        wait_for_beats(first)
-        assert record_of(tmp_path)["beat"] == beat  # it is silent
-        assert f"process {first.pid} on" in refused(tmp_path)  # and the operating system's lock is still there
-        run_in(first, "disk.recover()")
-        wait_until(lambda: record_of(tmp_path)["beat"] > beat)
-        assert f"process {first.pid} on" in refused(tmp_path)
-        first.stdin.close()
-        assert first.stderr.read() == ""
-        assert first.wait() == 0
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_wall_clock_that_jumps_costs_no_lock(tmp_path, monkeypatch):
     """Of the holder, and of the program that waits for it: an hour or a year, forward and back, at every look at it."""
     jumps = itertools.cycle([3600.0, -3600.0, 3.2e7, -3.2e7])
@@ -375,78 +239,6 @@ def test_a_wall_clock_that_jumps_costs_no_lock(tmp_path, monkeypatch):
         first.kill()
         first.wait()
         acquired(tmp_path)
-
-
-STALE_FILE = """
-class Stale:  # a file whose NFS server has forgotten it: every use fails, whatever the path says
-    def __init__(self, file):
-        self.file = file
-
-    def refuse(self, *arguments):
-        raise OSError(errno.ESTALE, "Stale file handle")
-
-    seek = write = fileno = refuse
-
-    def close(self):
-        self.file.close()
-        self.refuse()
-"""
-
-
-def test_a_lock_file_that_its_server_has_forgotten_is_opened_again(tmp_path):
-    with holder(tmp_path, before=STALE_FILE) as first:
-        run_in(first, "held._file = Stale(held._file)")
-        wait_for_beats(first)
-        beat = record_of(tmp_path)["beat"]
-        wait_until(lambda: record_of(tmp_path)["beat"] > beat)
-        assert f"process {first.pid} on" in refused(tmp_path)
-        first.stdin.close()
-        assert first.stderr.read() == ""
-        assert first.wait() == 0
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_holder_whose_file_was_forgotten_ends_where_another_has_taken_the_folder(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(lock, "BEAT_SECONDS", PATIENCE_SECONDS)  # beats come from the test
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    with FolderLock(tmp_path) as first, FolderLock(tmp_path) as second:
-        first.acquire()
-        first._is_stale = True
-        (tmp_path / LOCK_FILE).unlink()
-        second.acquire()
-        with pytest.raises(SystemExit, match="1"):
-            first._beat()
-    assert "was taken over by process" in capfd.readouterr().err
-
-
-def test_a_disk_that_takes_no_lock_file_does_not_stop_a_program(tmp_path, monkeypatch, capsys):
-    def read_only(path):
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(lock, "open_in_place", read_only)
-    with FolderLock(tmp_path) as held:
-        held.acquire()
-    assert capsys.readouterr().err == (
-        f"{tmp_path / LOCK_FILE} cannot be written (Read-only file system): nothing keeps a second program out.\n"
-    )
-    (tmp_path / LOCK_FILE).touch()  # another user's
-    with pytest.raises(ValueError, match="delete that file if there is none, or give another --output_dir"):
-        FolderLock(tmp_path).acquire()
-
-
-def test_each_record_is_flushed_for_other_machines_where_the_disk_can(tmp_path, monkeypatch):
-    flushed = []
-
-    def flush(descriptor):
-        flushed.append(json.loads(os.pread(descriptor, lock.RECORD_BYTES, 0)))
-        raise OSError(errno.EINVAL, "Invalid argument")
-
-    monkeypatch.setattr(lock.os, "fsync", flush)
-    with FolderLock(tmp_path) as held:
-        held.acquire()
-        held.announce_stop()
-        wait_until(lambda: flushed[-1]["stopping"])
-    assert [record["beat"] for record in flushed] == list(range(len(flushed)))
 
 
 def test_a_file_that_goes_while_it_is_locked_is_locked_again(tmp_path, monkeypatch):
