@@ -5,9 +5,8 @@ import json
 
 import pytest
 from moving_clock import HOUR, YEAR, MovingClock
-from test_fault_tolerance import WEIGHTS
 from test_refusing_disk import between_steps
-from toy_runs import logged_values, train_here
+from toy_runs import WEIGHTS, logged_values, train_here
 
 from modeling_gpt2repro.storage import lock
 

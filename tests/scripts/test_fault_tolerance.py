@@ -16,7 +16,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from patience import PATIENCE_SECONDS, wait_until
-from safetensors.torch import load_file, save_file
 from test_train import plain_start
 from toy_runs import (
     CPU_FP32,
@@ -24,9 +23,11 @@ from toy_runs import (
     SCRIPT,
     SEQUENCES_PER_STEP,
     TOKENS_PER_STEP,
+    WEIGHTS,
     as_flags,
+    at_step,
     logged_values,
-    train,
+    send_signal,
     train_here,
 )
 
@@ -36,33 +37,6 @@ from modeling_gpt2repro.runs.read import read_metrics
 from modeling_gpt2repro.runtime import signals
 from modeling_gpt2repro.runtime.accelerator import MAX_SAVE_TIME
 from modeling_gpt2repro.runtime.signals import requested_num_processes
-from modeling_gpt2repro.storage.checksums import write_checksums
-from modeling_gpt2repro.storage.lock import LOCK_FILE
-from modeling_gpt2repro.training.checkpoint_checks import CHECKSUMS_FILE, STATE_FILE
-
-WEIGHTS = "model/model.safetensors"
-
-
-def at_step(monkeypatch, step: int, action: Callable):
-    """Call `action(take_step, model)` in place of the training step with this number."""
-    original = train_accelerate.train_step
-    numbers = itertools.count(1)
-
-    def step_or_action(accelerator, model, *others, **limits):
-        def take_step():
-            return original(accelerator, model, *others, **limits)
-
-        return action(take_step, model) if next(numbers) == step else take_step()
-
-    monkeypatch.setattr(train_accelerate, "train_step", step_or_action)
-
-
-def send_signal(number: int) -> Callable:
-    def action(take_step, model):
-        os.kill(os.getpid(), number)
-        return take_step()
-
-    return action
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"])
@@ -268,57 +242,6 @@ def test_out_of_memory_names_the_batch_size_to_try(shards, tmp_path, monkeypatch
     assert "--per_device_train_batch_size 2; a step then takes 4 micro-batches on each process" in errors
 
 
-def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(finished, shards, tmp_path, capsys):
-    shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("model"))
-    with open(tmp_path / "run/step-000030/model.safetensors", "rb+") as file:
-        file.truncate(1000)
-    assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest") == 0
-    output = capsys.readouterr().out
-    assert "step-000030 is damaged (model.safetensors has 1,000 of" in output
-    assert "resuming from step 20" in output
-    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
-
-
-@pytest.mark.parametrize("damage", ["no listing", "state", "NaN"])
-def test_latest_resumes_from_the_checkpoint_before_one_that_is_none(finished, shards, tmp_path, damage, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(finished[0], run, ignore=shutil.ignore_patterns("model"))
-    newest = run / "step-000030"
-    (newest / CHECKSUMS_FILE).unlink()
-    sentence = "has no training_state/files.json (an unfinished copy?) and is passed over."
-    if damage == "state":
-        (newest / STATE_FILE).write_text("[" * 100_000)
-        write_checksums(newest, CHECKSUMS_FILE)
-        sentence = "is damaged (training_state/state.json: it is nested too deeply) and is passed over."
-    elif damage == "NaN":
-        weights = load_file(newest / "model.safetensors")
-        weights["transformer.wpe.weight"][3, 2] = float("nan")
-        save_file(weights, newest / "model.safetensors", {"format": "pt"})
-        write_checksums(newest, CHECKSUMS_FILE)
-        sentence = "is damaged ('transformer.wpe.weight' in model.safetensors has NaN or infinity) and is passed over."
-    assert train_here(run, shards, resume_from_checkpoint="latest") == 0
-    output = capsys.readouterr().out
-    assert f"{newest} {sentence}\n" in output
-    assert "resuming from step 20" in output
-    assert (run / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
-
-
-def test_a_run_whose_checkpoints_are_all_unfinished_does_not_start_anew(finished, shards, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(finished[0], run, ignore=shutil.ignore_patterns("model"))
-    for checkpoint in run.glob("step-*"):
-        (checkpoint / CHECKSUMS_FILE).unlink()
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(subprocess.CalledProcessError) as error:
-        train(run, shards, resume_from_checkpoint="latest")
-    assert error.value.returncode == 2
-    assert error.value.stderr.count("has no training_state/files.json (an unfinished copy?) and is passed over.") == 3
-    assert "has no other checkpoint: give a new --output_dir." in error.value.stderr
-    assert "Traceback" not in error.value.stderr
-    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != LOCK_FILE}
-    assert after == {path: data for path, data in before.items() if path.name != LOCK_FILE}
-
-
 def start(output_dir, shards, processes: int, launcher: tuple[str, ...] = (), **overrides) -> subprocess.Popen:
     """A toy run of several processes that would take minutes."""
     if processes > 1:
@@ -376,22 +299,6 @@ def test_when_one_of_two_processes_dies_the_other_does_not_wait_for_the_time_out
     assert "exitcode  : -9" in errors
     assert "(local_rank: 1) of binary" in errors or "Signal 9 (SIGKILL)" in errors
     assert sorted((tmp_path / "run").glob("step-*"))  # and the last checkpoint is there
-
-
-def test_a_run_resumes_from_a_renamed_checkpoint(finished, shards, tmp_path, capsys):
-    shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("step-000030", "model"))
-    (tmp_path / "run" / "step-000020").rename(tmp_path / "run" / "best")
-    assert train_here(tmp_path / "run", shards, resume_from_checkpoint=tmp_path / "run" / "best") == 0
-    assert "resuming from step 20" in capsys.readouterr().out
-    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
-
-
-def test_a_finished_run_started_again_does_not_rewrite_its_checkpoint(finished, shards, tmp_path):
-    shutil.copytree(finished[0], tmp_path / "run")
-    checksums = tmp_path / "run" / "step-000030" / "training_state" / "files.json"
-    written = checksums.stat().st_ino
-    assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest") == 0
-    assert checksums.stat().st_ino == written
 
 
 def test_one_process_where_several_were_requested_is_an_error(shards, tmp_path, monkeypatch, capsys):
@@ -490,21 +397,3 @@ def test_a_signal_to_accelerate_launch_reaches_the_run(shards, tmp_path, termina
     assert "Stopped by SIG" in output
     assert "accelerate.commands.launch --cpu --num_processes 1" in output
     launcher.wait(timeout=PATIENCE_SECONDS)
-
-
-def test_a_run_resumes_from_a_checkpoint_on_the_hub_at_a_revision(finished, shards, hub, warm_python, tmp_path):
-    repository = hub.new_repository("models/toy/run")
-    shutil.copytree(finished[0] / "step-000020", repository, dirs_exist_ok=True)
-    program = f"""
-from pathlib import Path
-from toy_runs import train_here
-shards = Path({str(shards)!r})
-print("code", train_here(Path({str(tmp_path / "run")!r}), shards, resume_from_checkpoint="toy/run@main"))
-print("code", train_here(Path({str(tmp_path / "none")!r}), shards, resume_from_checkpoint="toy/nowhere@v9"))
-"""
-    result = warm_python.run("-c", program)
-    assert "resuming from step 20" in result.stdout, result.stderr[-2000:]
-    assert result.stdout.count("code 0") == 1
-    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished[0] / WEIGHTS).read_bytes()
-    assert "code 2" in result.stdout
-    assert "toy/nowhere@v9 is not a folder, and the Hub does not provide it (" in result.stderr

@@ -7,8 +7,7 @@ import sys
 
 import pytest
 from patience import PATIENCE_SECONDS
-from test_fault_tolerance import WEIGHTS
-from toy_runs import ROOT, STEPS
+from toy_runs import ROOT, STEPS, WEIGHTS
 
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]  # a user namespace may mount a tmpfs, as root or not
 

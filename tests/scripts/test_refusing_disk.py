@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 from refusing_disk import ERRORS, OPERATIONS, READING, RefusingDisk
-from test_fault_tolerance import WEIGHTS
-from toy_runs import CPU_FP32, STEPS, logged_values, toy_flags, train_here
+from toy_runs import CPU_FP32, STEPS, WEIGHTS, logged_values, toy_flags, train_here
 
 import train_accelerate
 from modeling_gpt2repro.pretrain import checkpointing

@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from patience import PATIENCE_SECONDS, wait_until
-from test_fault_tolerance import at_step, send_signal
-from toy_runs import CPU_FP32, SCRIPT, TOKENS_PER_STEP, logged_values, toy_flags, train_here
+from toy_runs import CPU_FP32, SCRIPT, TOKENS_PER_STEP, at_step, logged_values, send_signal, toy_flags, train_here
 
 import prepare_data
 from modeling_gpt2repro.data.shards.verify import verify_shards

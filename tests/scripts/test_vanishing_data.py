@@ -9,9 +9,8 @@ from random import Random
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_fault_tolerance import WEIGHTS, at_step, send_signal
 from test_prepare_from_hub import IMPATIENT
-from toy_runs import CPU_FP32, logged_values, toy_flags, train_here
+from toy_runs import CPU_FP32, WEIGHTS, at_step, logged_values, send_signal, toy_flags, train_here
 
 from modeling_gpt2repro.pretrain import setup
 from modeling_gpt2repro.pretrain.setup import REQUEUE_FILE

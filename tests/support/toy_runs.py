@@ -1,11 +1,13 @@
 """Toy runs of train_accelerate.py, in this process or in others: data, flags, and the values that a run logged."""
 
 import gc
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from patience import PATIENCE_SECONDS
@@ -14,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train_accelerate.py"
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "seed": 11}
 STEPS = 30
+WEIGHTS = "model/model.safetensors"  # of a finished run
 SEQUENCES_PER_STEP = 8
 TOKENS_PER_STEP = SEQUENCES_PER_STEP * SHAPE["block_size"]
 RECIPE = {
@@ -128,3 +131,29 @@ def train_here(output_dir: Path, shards: Path, **overrides) -> int:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     return 0
+
+
+def at_step(monkeypatch, step: int, action: Callable):
+    """Call `action(take_step, model)` in place of the training step with this number."""
+    import train_accelerate
+
+    original = train_accelerate.train_step
+    numbers = itertools.count(1)
+
+    def step_or_action(accelerator, model, *others, **limits):
+        def take_step():
+            return original(accelerator, model, *others, **limits)
+
+        return action(take_step, model) if next(numbers) == step else take_step()
+
+    monkeypatch.setattr(train_accelerate, "train_step", step_or_action)
+
+
+def send_signal(number: int) -> Callable:
+    """An action for `at_step`: this process gets the signal, then takes the step."""
+
+    def action(take_step, model):
+        os.kill(os.getpid(), number)
+        return take_step()
+
+    return action
