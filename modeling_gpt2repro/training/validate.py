@@ -63,8 +63,8 @@ def check_schedule(args: "TrainArguments") -> Iterator[str]:
         return
     if args.lr_scheduler_type != "wsd":
         yield (
-            f"cooldown_tokens ({args.cooldown_tokens}) is for --lr_scheduler_type wsd: leave it out, or give that, not "
-            f"{args.lr_scheduler_type}."
+            f"cooldown_tokens ({args.cooldown_tokens}) is for --lr_scheduler_type wsd, not "
+            f"{args.lr_scheduler_type}: leave it out, or give wsd."
         )
     elif args.train_tokens is not None and args.cooldown_tokens + (args.warmup_tokens or 0) > args.train_tokens:
         yield (

@@ -24,7 +24,7 @@ def test_other_schedules_end_at_zero_and_wsd_decays_in_the_last_fifth():
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"cooldown_tokens": 10**9}, "cooldown_tokens (1000000000) is for --lr_scheduler_type wsd: leave it out"),
+        ({"cooldown_tokens": 10**9}, "cooldown_tokens (1000000000) is for --lr_scheduler_type wsd, not cosine: leave"),
         (
             {"lr_scheduler_type": "wsd", "cooldown_tokens": 9_700_000_000},
             "cooldown_tokens (9700000000) and warmup_tokens (375000000) must not be more than train_tokens",
