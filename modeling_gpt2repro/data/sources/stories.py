@@ -21,124 +21,64 @@ NUM_STORIES = 16_384
 
 # Each list has 2, 4, 8, ... words. No word begins with a vowel, so that all of them follow "a". A list shares no word
 # with another: a model can see from a name alone what it is the name of.
-GIRLS = (
-    "Anna Bella Clara Daisy Ella Fiona Greta Hanna Iris Julia Kira Lucy Mila Nora Olga Paula Rosa Sara Tilda Ursula "
-    "Vera Wanda Yara Zoe Alma Bianca Dora Elsa Flora Heidi Ida Lena"
-).split()
-BOYS = (
-    "Adam Ben Carl David Emil Felix Gustav Henry Ivan Jacob Karl Leo Max Nils Oscar Peter Quentin Robert Simon Tom "
-    "Uwe Victor Walter Xaver Anton Bruno Conrad Edgar Franz Hugo Jonas Theo"
-).split()
+GIRLS = "Amy Bella Clara Dora Emma Flora Greta Hanna Julia Lucy Mila Nina Rosa Sara Tina Zoe".split()
+BOYS = "Adam Ben Carl David Felix Henry Jack Leo Max Nils Oscar Paul Robert Simon Tom Victor".split()
 WORDS: dict[str, list[str]] = {
-    "elder": [f"Mrs. {name}" for name in "Bell Berry Clay Cook Dove Finch Frost Hazel Lake Moss Pepper Plum Reed Rose Swan Winter".split()]
-    + [f"Mr. {name}" for name in "Barley Black Brook Cross Field Flint Green Hill Hunt King Marsh Snow Stone Thorn West Wood".split()],
-    "job": (
-        "baker banker barber blacksmith butcher captain carpenter clown cobbler cook doctor driver farmer fiddler "
-        "fisher gardener grocer guard hatter hunter judge mayor miller nurse painter poet potter sailor shepherd "
-        "tailor teacher watchmaker"
-    ).split(),
-    "trait": (
-        "bold brave bright busy calm careful cheerful clever curious dreamy friendly funny gentle honest jolly kind "
-        "lively lonely loud modest neat noisy patient polite quick quiet shy strong stubborn tall thoughtful wild"
-    ).split(),
-    "place": (
-        "bakery barn bridge canal castle chapel church farm forest fountain garden gate harbor hill lake library "
-        "lighthouse market meadow mill mountain park pond quarry river road school station swamp tower valley village"
-    ).split(),
-    "animal": (
-        "badger bat bear beaver cat cow crow deer dog donkey duck fox frog goat goose hedgehog hen horse lamb lizard "
-        "mole mouse pig rabbit raven robin sheep snail squirrel swan turtle wolf"
-    ).split(),
-    "look": (
-        "big black brown dirty fat fluffy furry gray grumpy handsome hungry lame lazy little lost merry muddy nervous "
-        "nimble pale pretty sad sleepy slow small soft spotted thin tiny weak white young"
-    ).split(),
-    "object": (
-        "basket bell blanket book bottle button candle clock coin compass crown cup doll drum feather flute hat kite "
-        "knife ladder lantern letter map mirror necklace pearl ring rope saddle shell spoon whistle"
-    ).split(),
-    "color": (
-        "beautiful blue broken carved cheap cold copper cracked crooked dusty fine golden green heavy large light "
-        "narrow painted pink plain purple red round rusty shiny silver simple square strange striped wooden yellow"
-    ).split(),
-    "food": "bread butter cake cheese cherries chocolate honey jam milk nuts pancakes pears pie plums raisins soup".split(),
+    "elder": "Mrs. Bell|Mrs. Clay|Mrs. Cook|Mrs. Finch|Mrs. Hill|Mrs. Moss|Mrs. Plum|Mrs. Reed|Mr. Black|Mr. Brook|Mr. Flint|"
+    "Mr. Green|Mr. King|Mr. Snow|Mr. Stone|Mr. Wood".split("|"),
+    "job": "baker barber butcher captain carpenter cook doctor driver farmer gardener hunter judge painter sailor tailor teacher".split(),
+    "trait": "bold brave bright calm careful cheerful clever curious gentle kind lively polite quiet shy tall wild".split(),
+    "place": "bridge castle church farm forest garden harbor lake market mill park river school station tower village".split(),
+    "animal": "bear cat cow deer dog duck fox frog goat goose horse mouse pig rabbit swan wolf".split(),
+    "look": "big brown fat gray hungry lame lazy little lost pretty sleepy small thin tiny white young".split(),
+    "object": "bell book bottle candle coin crown cup doll drum flute hat kite map pearl ring shell".split(),
+    "color": "blue broken cheap dusty golden heavy old-fashioned painted pink purple red round rusty shiny silver yellow".replace("old-fashioned", "large").split(),
+    "food": "bread butter cake cheese cherries honey jam milk nuts pancakes pears pie plums raisins salad soup".split(),
     "wish": [
         "to be a pilot",
         "to build a boat",
-        "to cross the desert",
         "to dance on a stage",
         "to fly like a bird",
         "to have a brother",
-        "to learn the piano",
+        "to learn to swim",
         "to live in a tent",
         "to meet the queen",
+        "to play the piano",
         "to ride a camel",
         "to see the sea",
         "to sing in a choir",
         "to sleep under the stars",
-        "to swim with dolphins",
         "to travel to the moon",
-        "to write a novel",
-        "to act in a play",
-        "to catch a shark",
-        "to climb a volcano",
-        "to cook for a king",
-        "to draw a comic",
-        "to find a treasure",
-        "to grow a giant pumpkin",
-        "to hear a whale",
-        "to invent a machine",
-        "to keep bees",
-        "to own a shop",
-        "to play chess",
-        "to read every story",
-        "to run a marathon",
-        "to speak Spanish",
-        "to win a medal",
+        "to win a race",
+        "to write a story",
     ],
     "weather": [
         "a cold wind blew",
         "a storm was coming",
+        "birds were singing",
         "clouds covered the sky",
-        "dew lay on the grass",
         "fog hid the houses",
-        "frost covered the windows",
-        "hail hit the roofs",
+        "frost covered the roofs",
         "it was raining",
         "it was very hot",
         "leaves were falling",
         "snow was falling",
-        "the air smelled of spring",
-        "the ground was frozen",
-        "the sun was shining",
-        "there was thunder",
-        "warm rain fell",
-        "a rainbow appeared",
-        "birds were singing",
-        "bees were buzzing",
-        "flowers were blooming",
-        "hardly a leaf moved",
-        "ice hung from the roofs",
-        "lightning flashed",
-        "mist rose from the fields",
-        "nobody was outside",
-        "puddles were everywhere",
-        "stars were still out",
-        "the rain had stopped",
+        "the sky was clear",
         "the snow was melting",
+        "the sun was shining",
         "the wind was mild",
         "there was a full moon",
-        "water ran down the streets",
+        "there was thunder",
     ],
     "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday morning".split(),
-    "spot": "barrel bench boulder box bucket bush cart crate fence hedge log rock sack stump table wagon".split(),
-    "feeling": (
-        "amazed amused content delighted excited glad grateful happy hopeful moved pleased proud relieved satisfied "
-        "surprised touched"
-    ).split(),
+    "month": "January February March April May June July August".split(),
+    "spot": "barrel bench bucket bush cart fence hedge log rock sack stump table tree wagon wall well".split(),
+    "feeling": "amused content delighted excited glad grateful happy hopeful moved pleased proud relieved satisfied surprised thankful touched".split(),
     "cloth": "belt cap cloak coat jacket scarf shirt vest".split(),
     "cloth_color": "checkered dark faded knitted linen long warm woolen".split(),
-    "house": "brick country low new snug stone thatched tidy".split(),
+    "house": "brick clean country crooked cozy low modern narrow new quiet simple snug stone tidy warm wooden".split(),
+    "hobby": "chess cooking dancing drawing fishing football games music painting puzzles reading riddles running singing swimming walking".split(),
+    "drink": "berries biscuits carrots chocolate cocoa corn fish grapes ham melons noodles peas potatoes rice tea toast".split(),
     "moral": [
         "A friend is worth more than gold.",
         "Better late than never.",
@@ -163,124 +103,118 @@ WORDS: dict[str, list[str]] = {
 # variants, between bars. {object} is a word of that list, drawn when it first appears and kept from then on;
 # {near/behind} is drawn each time.
 OPENING = """
-There once was a {trait} {child} named {hero}, who lived in a {house} house {near/behind/beside/beyond} the {place}. | In a {house} house {near/behind/beside/beyond} the {place} lived a {trait} {child} named {hero}.
+A story of {hero} and {friend}, {elder}, a {animal} and a {object}.
+
+{There once/Once there} was a {trait} {child} of {six/seven/eight/nine} named {hero}, who lived in a {house} house {near/behind/beside/beyond} the {place}.
 {He} {always/often} wore a {cloth_color} {cloth}.
-{His} best friend was a {friend_child} named {friend}. | {He} had a friend, a {friend_child} named {friend}.
-{hero} wished {wish}. | More than anything else, {hero} wanted {wish}.
+{He} liked {hobby} and {drink}, and {his} {best/oldest} friend was a {friend_child} named {friend}.
+More than {anything/all} else, {hero} wanted {wish}.
 """
 
 PLOTS = (
     # Something lost
     """
-    One {day} {weather}, and {hero} found a {color} {object} {under/behind/beside/near} a {spot}.
+    One {day} in {month} {weather}, and {hero} found a {color} {object} {under/behind/beside/near} a {spot}.
     A {look} {animal} {sat/stood/slept/waited} nearby.
     "Whose {object} is this?" asked {hero}. | {hero} showed the {object} to the {animal}.
-    "That {object} belongs to {elder}, the {job}," said the {animal}. | The {animal} knew that it belonged to {elder}, the {job}.
-    So {hero} called {friend}, and together they {carried/took} the {color} {object} home to {elder}.
+    "It belongs to {elder}, the {job}," said the {animal}. | The {animal} knew that it belonged to {elder}, the {job}.
 
-    When {elder} saw the {object}, {elder_he} {laughed/wept/smiled/danced}.
-    "My {object}!" {elder_he} {cried/called/shouted/whispered}. "Thank you, {hero}, and thank you, {friend}."
-    The {job} gave them {food}, and {hero} shared the {food} with the {animal}.
-    {He} was {feeling}. | All of them were {feeling}.
-    And {his} wish {wish}? It came true a year later. | That night {hero} told the {look} {animal} of {his} wish {wish}.
+    So {hero} and {friend} {carried/took/brought/returned} the {object} to {elder}.
+    "My {object}!" {elder_he} {cried/called/shouted/whispered}. "Thank you, {hero}!"
+    The {job} gave them {food}, and {friend} shared the {food} with the {animal}.
+    All of them were {feeling}.
+    That night {hero} told the {animal} of {his} wish {wish}. | And {his} wish {wish}? It came true a year later.
     """,
     # An animal in need
     """
-    One {day} {weather}, and {hero} heard a {noise/cry/sigh/song} from behind a {spot}.
-    There {sat/stood/lay/hid} a {look} {animal} that could not {move/walk/sleep/speak}. | It was a {look} {animal} with a {thorn/splinter} in its foot.
-    {hero} ran to {elder}, the {job}, who gave {him} a {color} {object}. | {friend} asked {elder}, the {job}, for help, and came back with a {color} {object}.
+    One {day} in {month} {weather}, and {hero} heard a {noise/cry/sigh/song} from behind a {spot}.
+    There {sat/stood/lay/hid} a {look} {animal} with a {thorn/splinter} in its foot.
+    {friend} ran to {elder}, the {job}, who sent a {color} {object}. | {elder}, the {job}, came to help, and brought a {color} {object}.
     With the {object}, {hero} and {friend} {freed/helped/saved/healed} the {animal}.
-    {hero} gave it some {food}, and the {animal} ate all of the {food}.
 
-    The {animal} was {feeling}, and so was {hero}.
-    In the evening {hero} brought the {object} back to {elder}. | In the evening {friend} brought the {object} back to the {job}.
-    "Keep the {object}," said {elder}. "You were {good/kind} to the {animal}."
-    Since then the {look} {animal} has lived with {hero} near the {place}. | Since then the {animal} has followed {hero} and {friend} to the {place}.
-    There they often talk of {his} wish {wish}. | It knows of {his} wish {wish}, and believes in it.
+    Then {hero} gave the {animal} some {food}, and it ate all of the {food}.
+    "Keep the {object}," said {elder} to {hero}. | {elder} gave the {object} to {friend}.
+    The {animal} was {feeling}, and so was the {job}.
+    Since then the {animal} has lived with {hero} near the {place}. | Since then the {animal} has followed {hero} and {friend}.
+    It knows of {his} wish {wish}, and believes in it. | They often talk of {his} wish {wish}.
     """,
     # Lost on the way
     """
-    One {day} {weather}, and {hero} and {friend} lost their way {behind/beyond} the {place}.
+    One {day} in {month} {weather}, and {hero} and {friend} lost their way {behind/beyond} the {place}.
     They had only some {food} and a {color} {object}. | They carried a {color} {object} and a bag of {food}.
     Under a {spot} they met a {look} {animal}. | A {look} {animal} came out from under a {spot}.
     {hero} gave the {food} to the {animal}, and {friend} showed it the {object}.
-    "Follow me," said the {animal}, and it led {hero} and {friend} {down/up} a {narrow/steep} path. | The {animal} took the {object} and walked ahead, and {hero} and {friend} followed it.
 
-    At the end of the path stood {elder}, the {job}. | At last they saw the house of {elder}, the {job}.
-    "There you are, {hero}!" {cried/called} {elder}. "I looked for you and {friend} {all day/everywhere}."
-    {hero} thanked the {animal} and gave it the {color} {object}.
-    {elder} laughed, and the {job} made {tea/soup} for all of them. | {elder} was {feeling}, and the {job} took them home.
-    Now {hero} knew that {he} could do anything, and {his} wish {wish} seemed small. | On the way home {hero} told {elder} of {his} wish {wish}.
+    "Follow me," said the {animal}, and {hero} followed. | The {animal} took the {object} and walked ahead.
+    At last they came to the house of {elder}, the {job}. | At the end of the path stood {elder}, the {job}.
+    "There you are, {hero}!" {cried/called} {elder}. "I looked {all day/everywhere}."
+    {hero} thanked the {animal} and gave it the {object}. | {elder} was {feeling}, and thanked the {animal}.
+    On the way home {hero} told {friend} of {his} wish {wish}. | Now {hero} was not afraid, and {his} wish {wish} seemed small.
     """,
     # A theft forgiven
     """
-    One {day} {weather}, and {hero} baked {food} for {elder}, the {job}. | One {day} {weather}, and {elder}, the {job}, was ill, so {hero} brought {food}.
-    {friend} came along with a {color} {object}. | {He} put it down beside a {color} {object} that {friend} had found.
+    One {day} in {month} {weather}, and {hero} brought {food} to {elder}, the {job}.
+    {friend} came along with a {color} {object}. | {He} put it down beside a {color} {object}.
     Suddenly a {look} {animal} {jumped/crept/flew/ran} out from behind a {spot} and took the {food}.
-    "Stop!" {cried/shouted} {hero}, but the {animal} was gone. | {hero} and {friend} ran after the {animal}, but it was too {fast/far}.
-    Then {friend} {shook/raised} the {object}, and the {animal} came back.
+    "Stop!" {cried/shouted} {hero}, but the {animal} was gone. | {hero} ran after the {animal}, but it was too {fast/far}.
 
-    The {animal} was {sorry/sad}, for it had {eaten/lost} all of the {food}. | "I was so hungry," said the {animal}, and it gave back the {food}.
-    {hero} was not angry with the {look} {animal}. | "You should have asked {hero} or me," said {friend} to the {animal}.
-    {elder} {laughed/smiled} when {elder_he} heard of it, and forgave the {animal}. | They went to {elder} together, and the {job} forgave the {animal}.
-    {friend} gave {elder} the {color} {object} instead of the {food}.
-    The {job} was {feeling}, and asked {hero} about {his} wish {wish}. | Then {elder} asked {hero} about {his} wish {wish}.
+    Then {friend} {shook/raised} the {object}, and the {animal} came back.
+    "I was so hungry," said the {animal}. | The {animal} was {sorry/sad}, and gave back the {food}.
+    {elder} {laughed/smiled}, and {hero} forgave the {animal}. | "You should have asked {hero}," said {elder} to the {animal}.
+    {friend} gave the {object} to {elder}, who was {feeling}.
+    Then the {job} asked {hero} about {his} wish {wish}. | At night {hero} told {friend} of {his} wish {wish}.
     """,
     # A broken present
     """
-    One {day} {weather}, and {hero} wanted to give {friend} a {color} {object}. | One {day} {weather}, and {hero} bought a {color} {object} as a present for {friend}.
+    One {day} in {month} {weather}, and {hero} wanted to give {friend} a {color} {object}.
     But {he} fell over a {spot}, and the {object} broke {in two/to pieces}.
-    A {look} {animal} saw it and {came/went} closer. | "Do not cry," said a {look} {animal} that {passed/came} by.
-    "{elder} can mend it," said the {animal}. "The {job} can mend everything." | The {animal} brought {hero} to {elder}, the {job}, who could mend {anything/everything}.
-    So {hero} and the {animal} {ran/hurried/went/walked} to {elder} with the {object}.
+    "Do not cry," said a {look} {animal} that {passed/came} by. | A {look} {animal} saw it and {came/went} closer.
+    The {animal} knew {elder}, the {job}, who could mend {anything/everything}.
 
-    {elder} {looked at/turned} the {object} for a {long/short} time and then mended it. | The {job} took the {color} {object} and mended it with {glue/string}.
-    "You can pay me with {food}," said {elder}, and {hero} gave {elder_him} the {food}. | {hero} had no money, so {he} gave {elder} some {food}.
+    So {hero} and the {animal} {ran/hurried/went/walked} to {elder} with the {object}.
+    {elder} mended it, and {hero} gave {elder_him} some {food}. | "It costs some {food}," said {elder}, and {hero} went to get the {food}.
     When {friend} got the {object}, {friend_he} was {feeling}.
-    {hero} thanked the {look} {animal} and {elder}. | "You must thank the {animal}, too," said {hero} to {friend}.
+    {hero} thanked the {animal} and the {job}. | "You must thank the {animal}, too," said {hero}.
     Later {hero} and {friend} talked of {his} wish {wish}. | {friend} promised to help {him} with {his} wish {wish}.
     """,
     # A trade
     """
-    One {day} {weather}, and {hero} had nothing but a {color} {object}. | One {day} {weather}, and {hero} went out to sell a {color} {object}.
+    One {day} in {month} {weather}, and {hero} had nothing but a {color} {object}.
     Beside a {spot} {he} met {elder}, the {job}, with a {look} {animal}.
-    "Give me the {object} for the {animal}," said {elder}. | "I will give you this {animal} for the {object}," said the {job}.
-    {hero} took the {animal} and gave the {object} to {elder}.
-    {friend} {laughed/wondered} and said, "What will you do with a {look} {animal}?" | But the {animal} was {clever/strong}, and {friend} liked it at once.
+    "Give me the {object} for the {animal}," said {elder}. | {elder} wanted the {object}, and offered {him} the {animal}.
+    {hero} took the {animal}, and {friend} {laughed/wondered/smiled/clapped}.
 
-    The next day the {animal} found {food} {behind/near} the {place}. | The next day the {animal} carried {hero} and {friend} to the {place}.
-    {hero} {sold/gave} {food/milk} to {elder}, and got the {color} {object} back. | "I miss my {animal}," said {elder}, and gave {hero} the {object} back.
-    So {hero} had both the {object} and the {animal}. | Now {friend} had the {animal}, and {hero} the {object}.
-    "You are a {good/clever} trader," said {elder} to {hero}. | {friend} was {feeling}, and so was the {job}.
-    And soon {his} wish {wish} would come true. | Next {hero} wanted to trade the {object} for {his} wish {wish}.
+    The next day the {animal} found {food} {behind/near} the {place}. | The next day the {animal} carried {hero} to the {place}, where {he} found {food}.
+    {hero} gave the {food} to {elder}, and got the {object} back. | "I miss my {animal}," said {elder}, and gave the {object} back.
+    Now {friend} had the {animal}, and {hero} the {object}.
+    "You are a {good/clever} trader," said the {job} to {hero}. | {friend} was {feeling}, and so was the {job}.
+    Next {hero} wanted to trade the {object} for {his} wish {wish}. | And soon {his} wish {wish} came true.
     """,
     # A contest
     """
-    One {day} {weather}, and {elder}, the {job}, held a {contest/race} near the {place}. | One {day} {weather}, and there was a {contest/race} near the {place}, held by {elder}, the {job}.
+    One {day} in {month} {weather}, and {elder}, the {job}, held a {contest/race} near the {place}.
     The first prize was a {color} {object}, and the second was {food}.
-    {hero} came with a {look} {animal}, and {friend} came alone. | {friend} was the first to come, and {hero} came last, with a {look} {animal}.
+    {hero} came with a {look} {animal}, and {friend} came alone. | {friend} came first, and {hero} came with a {look} {animal}.
     At first {friend} was {faster/better} than {hero}. | The {animal} ran ahead of {hero} and {friend}.
-    But at the {spot} {friend} fell, and the {animal} stopped to help. | Then {hero} hid behind a {spot}, and only the {animal} found {him}.
 
-    So the {animal} won the {object}, and everybody {cheered/laughed}. | In the end {friend} won the {object}, and {hero} won the {food}.
-    {elder} gave the {object} to the winner and the {food} to {hero}. | "Here is the {object}, and here is the {food}," said {elder}.
-    {hero} shared the {food} with {friend} and with the {animal}.
-    "Next year I will win the {color} {object}," said {hero}. | The {job} was {feeling}, and so was the {look} {animal}.
+    But behind a {spot} {friend} fell, and the {animal} {stopped/stayed} to help.
+    So {hero} won the {object}, and {friend} won the {food}. | In the end {friend} won the {object}, and {hero} won the {food}.
+    "Here is the {object}," said {elder} {loudly/kindly/slowly/proudly}.
+    {hero} was {feeling}, and so was the {animal}. | {hero} shared the {food} with the {animal}.
     On the way home {friend} asked {hero} about {his} wish {wish}. | At night {hero} told the {animal} about {his} wish {wish}.
     """,
     # A secret
     """
-    One {day} {weather}, and {elder}, the {job}, told {hero} a secret. | One {day} {weather}, and {hero} got a letter from {elder}, the {job}.
-    "A {color} {object} lies under the {spot}, and a {look} {animal} guards it." | It said that a {look} {animal} guarded a {color} {object} under the {spot}.
-    {hero} told {friend}, and they went to look for the {object}. | "{friend}, come with me," said {hero}, "and we will find the {object}."
-    The {animal} {sat/lay} there and did not move. | The {look} {animal} did not let {hero} come near.
-    Then {friend} {gave/threw} it some {food}, and the {animal} ate the {food}.
+    One {day} in {month} {weather}, and {elder}, the {job}, told {hero} a secret.
+    "A {look} {animal} guards a {color} {object} under a {spot}."
+    {hero} told {friend}, and they went to look for the {object}. | "Come, {friend}," said {hero}, "and we will find the {object}."
+    The {animal} {sat/lay} there and did not {move/speak}. | The {animal} did not let {hero} {pass/come near}.
 
-    {hero} took the {object} and {thanked/stroked} the {animal}. | Then the {animal} itself gave the {object} to {hero}.
-    "It is {magic/very old}," said {friend}, but the {object} was only a {object}. | When {friend} touched the {color} {object}, it began to {shine/sing}.
-    They brought the {object} to {elder}, who was {feeling}. | "Let the {animal} keep the {object}," said {elder} to {hero}.
-    The {animal} came with {hero} and lived with {him} near the {place}. | Since then {hero} and {friend} visit the {animal} every {day}.
-    And under the {spot} {hero} buried a note with {his} wish {wish}. | There {hero} told {friend} of {his} wish {wish}.
+    Then {friend} {gave/threw} it some {food}, and the {animal} ate the {food}.
+    {hero} took the {object} and {thanked/stroked} the {animal}. | The {animal} itself gave the {object} to {hero}.
+    "It is {magic/very old}," said {elder}, and {hero} gave {elder_him} the {object}. | When {friend} touched the {object}, it began to {shine/sing}.
+    The {animal} was {feeling}, and came home with {hero}. | Since then {hero} visits the {animal} every {day}.
+    And {his} wish {wish}? It was a secret, too. | There {hero} told {friend} of {his} wish {wish}.
     """,
 )
 
