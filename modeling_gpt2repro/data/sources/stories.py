@@ -368,3 +368,10 @@ def write_story(number: int, seed: int = 0) -> Story:
     story.text, story.bits = text, bits.used
     story.combination = f"{words['hero']} {words['animal']} {words['object']}"
     return story
+
+
+STORIES = "stories"
+
+
+def story_documents() -> list[Document]:
+    return [Document(f"story:{story.combination}", story.text) for story in map(write_story, range(NUM_STORIES))]
