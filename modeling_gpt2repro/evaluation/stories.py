@@ -1,6 +1,7 @@
 """Score a model on whole stories that it has not seen, beside the best score that any model can have.
 
     python -m modeling_gpt2repro.evaluation.stories --model runs/stories/model
+    python -m modeling_gpt2repro.evaluation.stories --model runs/stories/step-001000 --num_stories 500
 
 Each story is read by itself, from the end-of-text token before it on. Scored are all of its tokens, and the end-of-text
 after it, because a model has to know that the story is over. The loss is the mean over all of these tokens.
@@ -15,8 +16,10 @@ its tokens is the most likely one for the model, given the story up to there.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from math import log
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -27,6 +30,18 @@ from transformers import PreTrainedTokenizerBase
 from modeling_gpt2repro.data.batches.sequences import IGNORE_INDEX
 from modeling_gpt2repro.data.sources.stories import NUM_STORIES, Story, write_story
 from modeling_gpt2repro.data.tokenize import is_validation
+from modeling_gpt2repro.runs.config import read_run_config
+from modeling_gpt2repro.runtime.collectives import call_main_process_first
+from modeling_gpt2repro.runtime.command_line import (
+    InputErrors,
+    arg,
+    check_limits,
+    exit_on_input_error,
+    parse_command_line,
+)
+from modeling_gpt2repro.storage.json_files import is_size
+
+from .load_model import best_device, device_problem, load_causal_lm, max_context, model_problem
 
 BATCH_STORIES = 8  # in one forward; GPT-2's logits of 8 stories of 200 tokens take 0.3 GB in float32
 Span = tuple[int, int]  # the first character, and one after the last
@@ -141,3 +156,72 @@ def count_mentions(story: Story, spans: Sequence[Span], is_right: Sequence[bool]
         counts[kind] += 1
         counts[kind, True] += all(is_right[place] for place in tokens)
     return counts
+
+
+@dataclass
+class StoryArguments:
+    """Which model to score on how many stories."""
+
+    model: str = arg(default="runs/quickstart/model", help="Model to score: a folder, or a model on the Hub.")
+    trust_remote_code: bool = arg(default=False, help="Let the model's repository run its own Python code.")
+    num_stories: int = arg(default=128, minimum=1, help="How many stories; fewer if fewer are held out.")
+    validation_share: float | None = arg(
+        default=None,
+        above=0,
+        below=1,
+        help="The share of the stories that was held out when the model was trained. If not given, that of its run, or "
+        "0.05 for a model that is not in the folder of a run.",
+    )
+    device: str | None = arg(
+        default=None, help="'cuda', 'mps' or 'cpu'. If not given, the first of these that exists; of several, one each."
+    )
+
+    def __post_init__(self):
+        self.device = self.device or best_device()
+        problems = filter(None, (model_problem(self.model), device_problem(self.device)))
+        InputErrors([*check_limits(self), *problems]).raise_if_any()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_command_line(StoryArguments, argv, description=__doc__)
+    with exit_on_input_error():
+        state = PartialState(cpu=args.device == "cpu")
+        device = state.device if state.num_processes > 1 else torch.device(args.device)
+        model, tokenizer = call_main_process_first(
+            state, lambda: load_causal_lm(args.model, "float32", device, args.trust_remote_code)
+        )
+        stories = held_out_stories(args.validation_share or share_of_run(args.model), args.num_stories)
+        check_can_read(args.model, model, tokenizer, stories)
+        numbers = score_stories(model, tokenizer, stories, device)
+    if state.is_main_process:
+        kinds = [name for name in numbers if name.endswith("_right") and name != "story_mentions_right"]
+        by_kind = ", ".join(f"{name.split('_')[1]} {numbers[name]:.1%}" for name in kinds)
+        print(f"\n{args.model} on {len(stories):,} whole stories, {numbers['story_tokens']:,} tokens")
+        print(f"nats per token   {numbers['story_loss']:.4f}")
+        print(
+            f"floor            {numbers['story_floor']:.4f}; {numbers['story_loss'] / numbers['story_floor']:.2f} x it"
+        )
+        print(f"right            {numbers['story_mentions_right']:.1%} of names, animals and things: {by_kind}")
+    state.destroy_process_group()
+
+
+def share_of_run(model: str) -> float:
+    """The share that its run has held out, if the model is in the folder of a run; else that of the quickstart."""
+    share = read_run_config(Path(model).parent).get("arguments", {}).get("validation_share")
+    return share if is_size(share) and share else 0.05
+
+
+def check_can_read(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, stories: Sequence[Story]):
+    """Raise ValueError unless there are stories, and they can be encoded, and fit into the context."""
+    if not stories:
+        raise ValueError("no story is held out by so small a --validation_share: give a larger one.")
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise ValueError(f"--model {name}: its tokenizer must be a fast one with an end-of-text token.")
+    longest = longest_story(tokenizer, stories)
+    context = max_context(model)
+    if context and longest > context:
+        raise ValueError(f"--model {name}: its context of {context} tokens is too short for a story of {longest}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -88,6 +88,10 @@ def start_message(
     empty = num_processes * count * size - args.sequences_per_step
     if empty:
         batch += f", less {counted(empty, 'sequence')} left empty to divide evenly"
+    floor = {}
+    if STORY_FLOOR in baselines:
+        nats = f"{baselines[STORY_FLOOR]:.3f} nats per token"
+        floor = {"floor": f"no model can do better than {nats} on whole held-out stories"}
     guesses = [f"{name} {loss:.2f}" for name, loss in baselines.items() if name != STORY_FLOOR]
     compiler = accelerator.state.dynamo_plugin.backend.value.lower()
     precision = accelerator.mixed_precision.replace("no", "fp32")
@@ -102,11 +106,9 @@ def start_message(
         "epochs": epochs_line(epochs),
         "schedule": f"learning rate {describe_schedule(args.schedule)}",
         "baselines": "; ".join(guesses) + " (nats per token)",
+        **floor,
         "writing to": args.output_dir + (f", resuming from step {step}" if step else ""),
     }
-    if STORY_FLOOR in baselines:
-        floor = f"{baselines[STORY_FLOOR]:.3f} nats per token on whole stories that it has not seen"
-        lines["floor"] = f"no model can do better than {floor}"
     text = table(lines)
     if args.warmup_steps >= args.total_steps:
         text += (

@@ -35,7 +35,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINE_STYLES = ("-", "--", ":", "-.")  # the palette again for runs 7 to 12, and so on
 LOSS_CURVES = {  # loss of each evaluation -> legend, color and marker
     "validation_loss": ("validation", "#D55E00", "o"),
-    "story_loss": ("whole stories not seen", "#009E73", "s"),
+    "story_loss": ("whole held-out stories", "#009E73", "s"),
 }
 GREY = "#555555"
 # Nats per token of OpenAI's GPT-2 124M on the FineWeb-Edu validation shard of build-nanogpt (its play.ipynb).
