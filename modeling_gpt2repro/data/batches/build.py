@@ -143,7 +143,8 @@ def load_built_in_text(
         tokenizer = train_tokenizer_on(source, vocab_size, max_length=block_size)
         prepare_shards(source, tokenizer, f"trained on {name}", folder, validation_share)
     dataset = open_shards(folder)
-    held = dataset.manifest["source"].get("dataset")
-    if held != name:  # the run, or a start that was interrupted, began with another text
-        raise ValueError(f"{folder} holds {held}, not {name}: give that --dataset_name, or another --output_dir.")
+    if dataset.manifest["source"] != source.description:  # the run, or an interrupted start, began with another text
+        held = dataset.manifest["source"].get("dataset")
+        advice = "give that --dataset_name, or another --output_dir" if held else "give another --output_dir"
+        raise ValueError(f"{folder} holds {held or 'another text'}, not {name}: {advice}.")
     return dataset
