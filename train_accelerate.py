@@ -27,6 +27,7 @@ from modeling_gpt2repro.evaluation.generation import sample_continuations
 from modeling_gpt2repro.evaluation.hellaswag.metrics import evaluate_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag.samples import write_scores
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask
+from modeling_gpt2repro.evaluation.stories import score_stories
 from modeling_gpt2repro.evaluation.validation import validation_loss, validation_numbers
 from modeling_gpt2repro.pretrain import setup
 from modeling_gpt2repro.pretrain.batch_size import apply_batch_size_finder
@@ -178,7 +179,7 @@ def train(args: TrainArguments, lock: FolderLock):
         else:
             evaluate(args, accelerator, model, data, hellaswag, bytes_per_token, state.step, logger, stop)
             model_folder = checkpointer.export(logger, uploads)
-            logger.print(end_message(args, state, model_folder))
+            logger.print(end_message(args, state, model_folder, data.tokenizer))
             exit_code = uploads.push_final(model_folder, logger.print, lambda: stop.signal_name is not None)
     del model, optimizer, checkpointer
     setup.shutdown(accelerator, exit_code)
@@ -268,7 +269,8 @@ def evaluate(
         batches = data.validation_batches(args.eval_tokens, batch_size)
         with accelerator.autocast():
             loss, tokens = validation_loss(module, batches, accelerator.device)
-        numbers = {**validation_numbers(loss, bytes_per_token), "validation_tokens": tokens}
+            stories = score_stories(module, data.tokenizer, data.stories, accelerator.device)  # {} for other data
+        numbers = {**validation_numbers(loss, bytes_per_token), "validation_tokens": tokens, **stories}
         if hellaswag is not None and not stop.should_stop():
             accuracies, scores = evaluate_hellaswag(module, hellaswag)
             numbers |= accuracies

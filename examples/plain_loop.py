@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from modeling_gpt2repro.data.batches.build import load_python_prose
+from modeling_gpt2repro.data.batches.build import load_built_in_text
 from modeling_gpt2repro.data.batches.sequences import TokenSequences
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig, ShuffledBatches
 from modeling_gpt2repro.data.shards.dataset import open_shards
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     args = parser.parse_args(argv)
     try:
         folder = Path("runs/plain_loop/data")
-        dataset = open_shards(args.shards) if args.shards else load_python_prose(folder, 2048, T, validation_share=0.05)
+        dataset = open_shards(args.shards) if args.shards else load_built_in_text("python-prose", folder, 2048, T, 0.05)
     except ValueError as error:
         parser.error(str(error))
     config = BatchConfig(block_size=T, sequences_per_step=TOKENS_PER_STEP // T, micro_batch_size=B, seed=SEED)

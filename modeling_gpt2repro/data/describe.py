@@ -13,6 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.shards.dataset import SPLITS, TokenDataset, open_shards
+from modeling_gpt2repro.runtime.progress import escape_controls
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 SHOWN_TOKENS = 120  # at each end of a long document: a few lines
@@ -139,7 +140,7 @@ def excerpt(ids: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> str:
 
     def escaped(part: np.ndarray) -> str:
         text = tokenizer.decode(part, clean_up_tokenization_spaces=False)
-        return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+        return escape_controls(text, kept="\n\t")
 
     if len(ids) <= 2 * SHOWN_TOKENS:
         return escaped(ids)

@@ -1,5 +1,6 @@
 """The model card: what the model is, how to use it, its results and how it was trained, read from the run's folder."""
 
+import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -9,12 +10,13 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from transformers import PreTrainedModel
 
-from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE
+from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, STORIES
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
 from modeling_gpt2repro.runs.config import is_complete
 from modeling_gpt2repro.runs.folder import LOSS_PICTURE, METRICS_FILE
 from modeling_gpt2repro.runs.read import FINEWEB_EDU, HELLASWAG_METRICS, HUB_ID, Run, read_run
 from modeling_gpt2repro.storage.model_files import find_file, loading_problem
+from modeling_gpt2repro.training.arguments import DEFAULT_PROMPT, SAMPLE_PROMPTS
 from modeling_gpt2repro.training.optimization import describe_schedule
 
 # Metadata that a card takes from another -> what a value must look like, so that it can be nothing but that.
@@ -29,6 +31,10 @@ MAX_VALUES = 100  # of one of them, such as languages
 MAX_TEXT = 300  # characters of a line in the card that somebody else has chosen
 MAX_CARD_BYTES = 2**20
 HELLASWAG_DATASET = "Rowan/hellaswag"
+BUILT_IN_DATA = {  # English, like FineWeb-Edu
+    PYTHON_PROSE: "the English prose in Python's documentation",
+    STORIES: "English stories that a program has put together at random, written for this purpose",
+}
 TASK = {"task_type": "text-generation", "task_name": "Text Generation"}
 CARD = """---
 {metadata}
@@ -44,7 +50,7 @@ from transformers import pipeline
 
 folder = "."  # path of this folder, or its name on the Hub
 generator = pipeline("text-generation", model=folder{trust})
-print(generator("Hello, I'm a language model,", max_new_tokens=30)[0]["generated_text"])
+print(generator({prompt}, max_new_tokens=30)[0]["generated_text"])
 ```
 """
 
@@ -139,6 +145,7 @@ def model_card(model: PreTrainedModel, origin: Origin = FROM_SCRATCH, run_folder
         parameters=model.num_parameters(),
         description=plain_text(origin.sentence),
         config=model.config,
+        prompt=json.dumps(SAMPLE_PROMPTS.get(built_in_text(run) if run else None, DEFAULT_PROMPT)),
         trust=", trust_remote_code=True" if isinstance(model, GPT2ReproForCausalLM) else "",
     )
     if evaluations:
@@ -167,6 +174,12 @@ def result_lines(run: Run, evaluation: dict) -> dict[str, str]:
         "after": f"step {evaluation['step']:,}, {evaluation['tokens']:,} tokens",
         "validation loss": f"{loss} on {evaluation['validation_tokens']:,} tokens",
     }
+    if {"story_loss", "story_mentions_right"} <= evaluation.keys() and evaluation.get("story_floor"):
+        ratio = evaluation["story_loss"] / evaluation["story_floor"]
+        lines["whole held-out stories"] = (
+            f"{evaluation['story_loss']:.4f} nats per token, {ratio:.2f} times the least that a model can have; "
+            f"{evaluation['story_mentions_right']:.1%} of names, animals and things right"
+        )
     for protocol, name in HELLASWAG_METRICS.items():
         if name not in evaluation:
             continue
@@ -188,9 +201,8 @@ def training_lines(run: Run) -> dict[str, str]:
     hardware = run.config["hardware"]
     precision = "fp32" if hardware["precision"] == "no" else hardware["precision"]
     hours = sum(record.get("step_seconds") or 0.0 for record in run.records) / 3600
-    data = run.dataset() or "private"
-    if trained_on_python_prose(run):
-        data = "the English prose in Python's documentation"
+    name = built_in_text(run)
+    data = BUILT_IN_DATA[name] if name else run.dataset() or "private"
     fingerprint = run.config["data"]["data"]
     if isinstance(fingerprint, str):  # of shards; a streamed dataset is described by a dict
         data += f", shards with fingerprint {plain_text(fingerprint[:12])}"
@@ -268,10 +280,12 @@ def used_public_hellaswag(run: Run) -> bool:
 
 def trained_on_english(run: Run) -> bool:
     """Whether its text is known to be English; the language of most text is not known."""
-    return run.dataset() == FINEWEB_EDU or trained_on_python_prose(run)
+    return run.dataset() == FINEWEB_EDU or built_in_text(run) is not None
 
 
-def trained_on_python_prose(run: Run) -> bool:
-    """Whether it trained on the quickstart's text, which Python ships."""
+def built_in_text(run: Run) -> str | None:
+    """Which of BUILT_IN_TEXTS it trained on; None if it trained on other data."""
     arguments = run.config.get("arguments", {})
-    return arguments.get("dataset_name") == PYTHON_PROSE and not (arguments.get("shards") or arguments.get("mix"))
+    name = arguments.get("dataset_name")
+    is_other = arguments.get("shards") or arguments.get("mix") or name not in BUILT_IN_DATA
+    return None if is_other else name

@@ -1,15 +1,20 @@
 """User-facing messages of a training run: at its start, at its end, and where it has to give up."""
 
 import math
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_gpt2repro.data.sources.resolve import STORIES
+from modeling_gpt2repro.evaluation.generation import check_prompt
 from modeling_gpt2repro.runs.folder import LOSS_PICTURE, METRICS_FILE
+from modeling_gpt2repro.runs.logger import one_line
+from modeling_gpt2repro.runs.read import STORY_FLOOR, read_samples
 from modeling_gpt2repro.runtime.hardware import (
     device_name,
     estimate_cpu_seconds,
@@ -25,6 +30,8 @@ from modeling_gpt2repro.training.state import TrainState
 GPT2_VOCABULARY = 50257
 MAX_EPOCHS = 4  # "up to 4 epochs of repeated data yield negligible changes to loss" (Muennighoff et al. 2023, abstract)
 SLOW_SECONDS = 3600
+SHORT_TEXT = 40  # new tokens, where texts have no length of their own
+SHOWN_WIDTH, SHOWN_LINES = 100, 5  # of a sample at the end
 
 
 def size_is_known(args: TrainArguments) -> bool:
@@ -37,7 +44,7 @@ def warn_of_slow_cpu(args: TrainArguments, accelerator: Accelerator, vocab_size:
     if accelerator.device.type != "cpu" or size_is_known(args) != (vocab_size is None):
         return
     if vocab_size is None:
-        vocab_size = args.tokenizer_vocab_size if args.dataset_name == "python-prose" else GPT2_VOCABULARY
+        vocab_size = args.tokenizer_vocab_size if args.built_in_text else GPT2_VOCABULARY
     parameters = args.n_layer * 12 * args.n_embd**2 + vocab_size * args.n_embd  # without biases
     flops = args.train_tokens * flops_per_token(parameters, args.n_layer, args.n_embd, args.block_size)
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
@@ -81,6 +88,11 @@ def start_message(
     empty = num_processes * count * size - args.sequences_per_step
     if empty:
         batch += f", less {counted(empty, 'sequence')} left empty to divide evenly"
+    floor = {}
+    if STORY_FLOOR in baselines:
+        nats = f"{baselines[STORY_FLOOR]:.3f} nats per token"
+        floor = {"floor": f"no model can do better than {nats} on whole held-out stories"}
+    guesses = [f"{name} {loss:.2f}" for name, loss in baselines.items() if name != STORY_FLOOR]
     compiler = accelerator.state.dynamo_plugin.backend.value.lower()
     precision = accelerator.mixed_precision.replace("no", "fp32")
     lines = {
@@ -93,7 +105,8 @@ def start_message(
         "training": f"{args.total_steps:,} steps of {args.tokens_per_step:,} tokens: {batch}",
         "epochs": epochs_line(epochs),
         "schedule": f"learning rate {describe_schedule(args.schedule)}",
-        "baselines": "; ".join(f"{name} {loss:.2f}" for name, loss in baselines.items()) + " (nats per token)",
+        "baselines": "; ".join(guesses) + " (nats per token)",
+        **floor,
         "writing to": args.output_dir + (f", resuming from step {step}" if step else ""),
     }
     text = table(lines)
@@ -169,21 +182,53 @@ def finished_message(args: TrainArguments, state: TrainState) -> str:
     )
 
 
-def end_message(args: TrainArguments, state: TrainState, model_folder: Path) -> str:
-    """What the run has produced, where it is, and how to generate text with it."""
+def end_message(args: TrainArguments, state: TrainState, model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the run has produced, where it is, what the model writes, and how to have it write more."""
     output_dir = Path(args.output_dir)
+    prompt = args.sample_prompts[0]
+    room = args.block_size - check_prompt(prompt, tokenizer, args.block_size)
+    new_tokens = room if args.built_in_text == STORIES else min(room, SHORT_TEXT)  # a story ends by itself
     return f"""
 trained      {state.step:,} steps, {state.tokens:,} tokens in {readable_duration(state.train_seconds)}
 model        {model_folder}
 loss plot    {output_dir / LOSS_PICTURE}
 numbers      {output_dir / METRICS_FILE}
-
+{before_and_after(read_samples(output_dir, prompt))}
 Make it talk:
 
     from transformers import pipeline
     talk = pipeline("text-generation", model={model_folder.as_posix()!r}, trust_remote_code=True)
-    print(talk({args.sample_prompts[0]!r}, max_new_tokens=40, do_sample=True, top_k=50)[0]["generated_text"])
+    print(talk({prompt!r}, max_new_tokens={new_tokens}, do_sample=True, top_k=50)[0]["generated_text"])
 """
+
+
+def before_and_after(samples: list[tuple[int, str]]) -> str:
+    """The first of the (step, text) that a run has sampled beside the last; "" if there are not two."""
+    if len(samples) < 2:
+        return ""
+    (first_step, first), (last_step, last) = samples[0], samples[-1]
+    return f"""
+At step {first_step:,} it wrote:
+
+{shortened(first)}
+
+Now, at step {last_step:,}, it writes:
+
+{shortened(last)}
+"""
+
+
+def shortened(text: str) -> str:
+    """A few lines of a text, as an indented block."""
+    indent = 4 * " "
+    return textwrap.fill(
+        one_line(text),
+        SHOWN_WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        max_lines=SHOWN_LINES,
+        placeholder=" ...",
+    )
 
 
 def stopped_message(stop: StopSignal, problem: str | None, step: int) -> str:

@@ -10,15 +10,17 @@ from modeling_gpt2repro.data.batches.build import (
     build_mixed_data,
     build_shuffled_data,
     build_streamed_data,
-    load_python_prose,
+    load_built_in_text,
     saved_order,
 )
 from modeling_gpt2repro.data.batches.mixture import MixedBatches, parse_mix
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig, TrainingBatches
-from modeling_gpt2repro.data.shards.dataset import open_shards
-from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, hub_source
+from modeling_gpt2repro.data.shards.dataset import TokenDataset, open_shards
+from modeling_gpt2repro.data.sources.resolve import STORIES, hub_source
+from modeling_gpt2repro.data.sources.stories import Story
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, save_tokenizer
 from modeling_gpt2repro.evaluation.generation import check_prompt
+from modeling_gpt2repro.evaluation.stories import held_out_stories, longest_story
 from modeling_gpt2repro.runs.folder import DATA_FOLDER
 from modeling_gpt2repro.runtime.collectives import call_main_process_first
 from modeling_gpt2repro.runtime.command_line import InputErrors
@@ -37,7 +39,7 @@ def data_order(start: InitialWeights | None) -> str:
 
 
 def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeights | None) -> TrainingData | None:
-    """Open prepared shards, a mix of several folders, the text that Python ships, or a Hub dataset to stream.
+    """Open prepared shards, a mix of several folders, a text that needs no download, or a Hub dataset to stream.
 
     Args:
         start: What the run starts from, or None if that could not be opened. A checkpoint decides the data's order.
@@ -64,11 +66,13 @@ def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeig
         data = build_shuffled_data(open_shards(args.shards), config, args.eval_tokens)
     elif args.mix is not None:
         data = build_mixed_data(parse_mix(args.mix), config, args.eval_tokens)
-    elif args.dataset_name == PYTHON_PROSE:
+    elif name := args.built_in_text:
         folder = Path(args.output_dir) / DATA_FOLDER
         recipe = (args.tokenizer_vocab_size, args.block_size, args.validation_share)
-        shards = call_main_process_first(accelerator, lambda: load_python_prose(folder, *recipe))
+        shards = call_main_process_first(accelerator, lambda: load_built_in_text(name, folder, *recipe))
         data = build_shuffled_data(shards, config, args.eval_tokens)
+        if name == STORIES:
+            data.stories = stories_to_score(args, accelerator, shards)
     else:
         source = hub_source(
             args.dataset_name, args.dataset_config_name, "train", args.dataset_revision, args.text_column
@@ -82,6 +86,19 @@ def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeig
         errors.capture(check_prompt, prompt, data.tokenizer, args.block_size)
     errors.raise_if_any()
     return data
+
+
+def stories_to_score(args: TrainArguments, accelerator: Accelerator, shards: TokenDataset) -> list[Story]:
+    """Stories that the run does not train on; none, with a message, if one does not fit into the context."""
+    stories = held_out_stories(shards.manifest["validation_share"])
+    longest = longest_story(shards.tokenizer, stories)
+    if longest > args.block_size:
+        accelerator.print(
+            f"Whole stories are not scored: they take up to {longest} tokens, and the context has {args.block_size}; "
+            f"with --block_size {longest} or more, they are."
+        )
+        return []
+    return stories
 
 
 def set_lengths(args: TrainArguments, accelerator: Accelerator, data: TrainingData):

@@ -18,6 +18,7 @@ from modeling_gpt2repro.data.batches.build import TrainingData
 from modeling_gpt2repro.data.batches.read_ahead import ReadAhead
 from modeling_gpt2repro.evaluation.hellaswag.metrics import evaluate_hellaswag
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask
+from modeling_gpt2repro.evaluation.stories import score_stories
 from modeling_gpt2repro.evaluation.validation import validation_loss
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import StepMetrics
@@ -162,7 +163,10 @@ def time_evaluation(
     started = time.perf_counter()
     with accelerator.autocast():
         validation_loss(module, data.validation_batches(part, batch_size), accelerator.device)
-    seconds = (time.perf_counter() - started) * args.eval_tokens / part
+        seconds = (time.perf_counter() - started) * args.eval_tokens / part
+        started = time.perf_counter()
+        score_stories(module, data.tokenizer, data.stories, accelerator.device)
+    seconds += time.perf_counter() - started
     if hellaswag is not None:
         examples = hellaswag.examples[:EVALUATED_PART]
         started = time.perf_counter()

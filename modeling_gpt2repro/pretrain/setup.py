@@ -20,6 +20,7 @@ from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS, Example,
 from modeling_gpt2repro.evaluation.hellaswag.metrics import BASELINES
 from modeling_gpt2repro.evaluation.hellaswag.score import without_autocast
 from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask, prepare_hellaswag
+from modeling_gpt2repro.evaluation.stories import story_floor
 from modeling_gpt2repro.evaluation.validation import unigram_entropy
 from modeling_gpt2repro.evaluation.validation_text import bytes_per_token
 from modeling_gpt2repro.hub.background_upload import UploadQueue
@@ -27,7 +28,7 @@ from modeling_gpt2repro.runs.config import diff_arguments, write_run_config
 from modeling_gpt2repro.runs.folder import BASELINES_FILE, METRICS_FILE, MODEL_FOLDER, RUN_CONFIG_FILE, STOPPED_FILE
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog
-from modeling_gpt2repro.runs.read import write_baselines
+from modeling_gpt2repro.runs.read import STORY_FLOOR, write_baselines
 from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.command_line import InputErrors, report_to_launcher
 from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record
@@ -218,6 +219,8 @@ def log_run_summary(
             "guessing evenly, ln(vocabulary)": math.log(vocab_size),  # the loss of the first step, if all is well
             "guessing by frequency, unigram entropy": unigram_entropy(batches, vocab_size),
         }
+        if data.stories:
+            baselines[STORY_FLOOR] = story_floor(data.tokenizer, data.stories)
         if accelerator.is_main_process and not args.preflight:
             logger.write_file(BASELINES_FILE, lambda: write_baselines(Path(args.output_dir), baselines, BASELINES))
         module = unwrapped_model(accelerator, model)

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from modeling_gpt2repro.runtime.hardware import peak_memory_gb, readable_duration
-from modeling_gpt2repro.runtime.progress import SteadyBar
+from modeling_gpt2repro.runtime.progress import SteadyBar, escape_controls
 from modeling_gpt2repro.storage.append import LineAppender
 from modeling_gpt2repro.storage.hub_files import READ_PATIENCE_SECONDS
 
@@ -27,6 +27,11 @@ from .metrics import MetricsLog, StepMetrics
 
 SMOOTHING = 0.02  # weight of a step in the running mean of step times: the last 50 or so count
 TRACKERS = "the log of the trackers"  # TensorBoard and others, in messages
+
+
+def one_line(text: str) -> str:
+    """What a model wrote, for a terminal: without line breaks, and with control characters escaped."""
+    return escape_controls(" ".join(text.split()))
 
 
 @dataclass(eq=False)
@@ -149,6 +154,12 @@ class RunLogger:
         if "validation_bits_per_byte" in numbers:
             losses.append(f"{numbers['validation_bits_per_byte']:.3f} bits per byte")
         self.print(f"step {step:>6}: {', '.join(losses)} ({numbers['evaluation_seconds']:.1f} s)")
+        if "story_loss" in numbers:
+            ratio = numbers["story_loss"] / numbers["story_floor"]
+            self.print(
+                f"    stories: {numbers['story_loss']:.3f} nats per token, {ratio:.2f} x the floor; "
+                f"{100 * numbers['story_mentions_right']:.0f} % of names, animals and things right"
+            )
         accuracies = []
         for name in [name for name in numbers if name.endswith(("_acc", "_acc_norm"))]:
             interval = f"[{numbers[f'{name}_low']:.4f}, {numbers[f'{name}_high']:.4f}]"
@@ -161,7 +172,7 @@ class RunLogger:
         record = {"step": step, "prompt": prompt, "samples": texts}
         self._samples.append(json.dumps(record, ensure_ascii=False))
         self.write_file(SAMPLES_FILE, self._samples.flush)
-        self.print("\n".join(f"    > {' '.join(text.split())}" for text in texts))
+        self.print("\n".join(f"    > {one_line(text)}" for text in texts))
 
     def record(self, step: int, numbers: dict):
         """Append one record, with its step and tokens, to metrics.jsonl and to the trackers."""

@@ -13,7 +13,7 @@ from modeling_gpt2repro.storage.atomic import write_json
 from modeling_gpt2repro.storage.json_files import is_count, is_size, parse_json, read_json_object, require, shown
 
 from .config import check_argument_types, read_run_config
-from .folder import BASELINES_FILE, METRICS_FILE
+from .folder import BASELINES_FILE, METRICS_FILE, SAMPLES_FILE
 
 OLD_BASELINES_FILE = "yardsticks.json"  # its keys end in _yardsticks; still read, never written
 HUB_ID = r"[\w.-]{1,96}/[\w.-]{1,96}"  # owner/name, with re.ASCII
@@ -24,6 +24,7 @@ HELLASWAG_METRICS = {
     "lm-eval": "hellaswag_lm_eval_acc_norm",
 }
 
+STORY_FLOOR = "floor of whole stories, their entropy"  # the baseline with which `story_loss` is compared
 NOT_NUMBERS = {"step", "tokens", "event", "changed", "rows_by_process"}  # all other values of a record are numbers
 
 
@@ -150,6 +151,24 @@ def read_run(folder: Path) -> Run:
 def read_metrics(folder: Path) -> list[dict]:
     """The records of a run as if it had never been interrupted; [] if there is no metrics.jsonl."""
     return read_run(folder).records if (folder / METRICS_FILE).is_file() else []
+
+
+def read_samples(folder: Path, prompt: str) -> list[tuple[int, str]]:
+    """(step, text) of the first sample for this prompt in each evaluation, in the order of the file.
+
+    [] if there is no samples.jsonl, or none that can be read; lines that are damaged are left out.
+    """
+    samples = []
+    with suppress(OSError):
+        for line in (folder / SAMPLES_FILE).read_bytes().split(b"\n"):
+            with suppress(ValueError):
+                record = parse_json(line)
+                require(type(record) is dict and record.get("prompt") == prompt, "it is of another prompt")
+                require(is_count(record.get("step")), "it has no step")
+                texts = record.get("samples")
+                require(type(texts) is list and len(texts) > 0 and type(texts[0]) is str, "it has no text")
+                samples.append((record["step"], texts[0]))
+    return samples
 
 
 def parse_record(line: str | bytes) -> dict | None:

@@ -1,10 +1,15 @@
-"""Progress bars, of steps, of tokens and of text; and a countdown."""
+"""Progress bars, of steps, of tokens and of text; a countdown; and text that is safe to print."""
 
 import sys
 import time
 from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
+
+
+def escape_controls(text: str, kept: str = "") -> str:
+    """Control characters spelled as in Python, but for those `kept`: a terminal would obey them."""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 class SteadyBar(tqdm):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from modeling_gpt2repro.data.sources.resolve import BUILT_IN_TEXTS, PYTHON_PROSE, STORIES
 from modeling_gpt2repro.runtime.command_line import InputErrors, arg
 
 from .flag_hints import FLAG_HINTS
@@ -21,6 +22,9 @@ from .validate import HUB_STRATEGIES, check_sizes, validate_args
 WARMUP_SHARE = 0.05
 EVALUATIONS = 10
 COOLDOWN_SHARE = 0.2  # enough to reach the loss of a cosine of the same length (Hägele et al. 2024, arXiv:2405.18392)
+# What a small model is good at is what it was trained on.
+SAMPLE_PROMPTS = {STORIES: "There once was a", PYTHON_PROSE: "This module provides"}
+DEFAULT_PROMPT = "Hello, I'm a language model,"  # the lecture's
 
 
 @dataclass
@@ -100,8 +104,8 @@ class TrainArguments:
     )
     dataset_name: str = arg(
         default="HuggingFaceFW/fineweb-edu",
-        help="Hub dataset to stream and tokenize while training; or 'python-prose', the documentation that comes with "
-        "Python, for which nothing is downloaded.",
+        help="Hub dataset to stream and tokenize while training; or one for which nothing is downloaded: 'stories', "
+        "generated ones, or 'python-prose', the documentation that comes with Python.",
     )
     dataset_config_name: str | None = arg(
         default=None,
@@ -113,11 +117,11 @@ class TrainArguments:
     text_column: str = arg(default="text", help="Column of the dataset that holds the text.")
     tokenizer: str | None = arg(
         default=None,
-        help="Tokenizer of a streamed dataset: 'gpt2', a folder or a Hub id. If not given, 'gpt2'. Shards and "
-        "python-prose have their own.",
+        help="Tokenizer of a streamed dataset: 'gpt2', a folder or a Hub id. If not given, 'gpt2'. Shards, "
+        "stories and python-prose have their own.",
     )
     tokenizer_vocab_size: int = arg(
-        default=4096, minimum=1, help="Vocabulary size of the tokenizer that is trained on python-prose."
+        default=4096, minimum=1, help="Vocabulary size of the tokenizer that is trained on stories or python-prose."
     )
     validation_share: float = arg(
         default=0.001,
@@ -135,8 +139,8 @@ class TrainArguments:
     num_train_epochs: float | None = arg(
         default=None,
         above=0,
-        help="Passes over the training data of --shards, --mix or python-prose, instead of --train_tokens. One pass "
-        "over a mix is as many tokens as its folders hold together. If not given, --train_tokens decides.",
+        help="Passes over the training data of --shards, --mix, stories or python-prose, instead of --train_tokens. "
+        "One pass over a mix is as many tokens as its folders hold together. If not given, --train_tokens decides.",
     )
     tokens_per_step: int = arg(
         default=2**19,
@@ -200,9 +204,10 @@ class TrainArguments:
         help="HellaSwag examples: a Hub dataset, a local .jsonl file, 'official' (the original file, which can no "
         "longer be downloaded and must be in the cache), or 'none'.",
     )
-    sample_prompts: list[str] = arg(
-        default_factory=lambda: ["Hello, I'm a language model,"],
-        help="Prompts for sampled text, each in quotes.",
+    sample_prompts: list[str] | None = arg(
+        default=None,
+        help="Prompts for sampled text, each in quotes. If not given, 'There once was a' for stories, 'This module "
+        "provides' for python-prose, and the lecture's \"Hello, I'm a language model,\" for other data.",
     )
     num_samples: int = arg(default=4, minimum=0, help="Samples per prompt at each evaluation; 0: none.")
     sample_tokens: int = arg(default=32, minimum=0, help="New tokens per sample.")
@@ -279,6 +284,8 @@ class TrainArguments:
             self.dataset_config_name = "sample-10BT"
         if self.final_learning_rate_ratio is None:
             self.final_learning_rate_ratio = 0.1 if self.lr_scheduler_type == "cosine" else 0.0
+        if self.sample_prompts is None:
+            self.sample_prompts = [SAMPLE_PROMPTS.get(self.built_in_text, DEFAULT_PROMPT)]
         InputErrors(validate_args(self)).raise_if_any()
         if self.train_tokens is not None:
             self.set_lengths()
@@ -303,6 +310,12 @@ class TrainArguments:
             self.eval_steps = -(-self.total_steps // EVALUATIONS)  # rounded up
         if self.save_steps is None:
             self.save_steps = -(-self.total_steps // 2)
+
+    @property
+    def built_in_text(self) -> str | None:
+        """The one of BUILT_IN_TEXTS that the run trains on; None if it trains on other data."""
+        is_other = self.shards is not None or self.mix is not None or self.dataset_name not in BUILT_IN_TEXTS
+        return None if is_other else self.dataset_name
 
     @property
     def total_steps(self) -> int:

@@ -92,13 +92,13 @@ def check_data(args: "TrainArguments") -> Iterator[str]:
             f"num_train_epochs ({args.num_train_epochs:g}) and train_tokens ({args.train_tokens}) exclude each other: "
             "give one."
         )
-    if args.num_train_epochs is not None and not prepared and args.dataset_name != "python-prose":
+    if args.num_train_epochs is not None and not prepared and args.built_in_text is None:
         yield (
             f"num_train_epochs ({args.num_train_epochs:g}) needs data of a known size, which a stream is not: prepare "
             "it with prepare_data.py and give --shards, or give --train_tokens."
         )
-    if args.tokenizer is not None and (prepared or args.dataset_name == "python-prose"):
-        yield f"tokenizer ({args.tokenizer}) must be left out: shards and python-prose have their own."
+    if args.tokenizer is not None and (prepared or args.built_in_text is not None):
+        yield f"tokenizer ({args.tokenizer}) must be left out: shards, stories and python-prose have their own."
 
 
 def check_output_dir(args: "TrainArguments") -> Iterator[str]:

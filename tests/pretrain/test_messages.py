@@ -1,6 +1,7 @@
 """What a run prints for people."""
 
 import ast
+import json
 import re
 import shlex
 import textwrap
@@ -13,6 +14,7 @@ import torch
 import prepare_data
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.pretrain import messages
+from modeling_gpt2repro.runs.read import STORY_FLOOR
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.presets import PRESETS
 
@@ -49,16 +51,85 @@ def test_the_warning_of_a_slow_cpu_counts_the_operations_of_the_model_that_is_tr
 
 
 @pytest.mark.parametrize("name", ["my run", "it's", 'the "best"', "a\\b", "тест-模型-🙂", "two\nlines", "{x}", "'''"])
-def test_the_python_line_at_the_end_of_a_run_holds_for_any_name_of_its_folder(name):
+def test_the_python_line_at_the_end_of_a_run_holds_for_any_name_of_its_folder(name, tiny_tokenizer):
     folder = Path("runs") / name / "model"
-    args = SimpleNamespace(output_dir=str(folder.parent), sample_prompts=[name])
-    text = messages.end_message(args, SimpleNamespace(step=1, tokens=2, train_seconds=3), folder)
+    args = SimpleNamespace(output_dir=str(folder.parent), sample_prompts=[name], block_size=64, built_in_text=None)
+    text = messages.end_message(args, SimpleNamespace(step=1, tokens=2, train_seconds=3), folder, tiny_tokenizer)
     code = ast.parse(textwrap.dedent(text.partition("Make it talk:")[2]))
     calls = [node for node in ast.walk(code) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     (pipeline,) = [call for call in calls if call.func.id == "pipeline"]
     (talk,) = [call for call in calls if call.func.id == "talk"]
     assert {word.arg: ast.literal_eval(word.value) for word in pipeline.keywords}["model"] == f"runs/{name}/model"
     assert ast.literal_eval(talk.args[0]) == name
+
+
+def end_of_a_run(tmp_path, tokenizer, samples=(), **arguments):
+    """What a run with these lines of samples.jsonl prints at its end."""
+    lines = [json.dumps({"step": step, "prompt": "the sea", "samples": texts}) for step, *texts in samples]
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines))
+    given = {"sample_prompts": ["the sea", "B"], "block_size": 64, "built_in_text": None, **arguments}
+    state = SimpleNamespace(step=200, tokens=2, train_seconds=3)
+    args = SimpleNamespace(output_dir=str(tmp_path), **given)
+    return messages.end_message(args, state, tmp_path / "model", tokenizer)
+
+
+def test_a_run_ends_with_what_it_wrote_first_and_last(tmp_path, tiny_tokenizer):
+    samples = [(0, "the sea xq\x1b[2Jzz\n\n\tv", "second"), (100, "the sea was"), (2000, "the sea was cold. " * 99)]
+    text = end_of_a_run(tmp_path, tiny_tokenizer, samples)
+    before, after = text.split("At step 0 it wrote:\n\n")[1].split("\n\nNow, at step 2,000, it writes:\n\n")
+    assert before == "    the sea xq\\x1b[2Jzz v"  # an escape sequence that would clear the screen
+    shown, _, _ = after.partition("\n\nMake it talk:")
+    assert len(shown.splitlines()) == 5
+    assert all(
+        line.startswith("    the sea" if number == 0 else "    ") for number, line in enumerate(shown.splitlines())
+    )
+    assert all(len(line) <= 100 for line in shown.splitlines())
+    assert shown.endswith(" ...")
+    assert not re.search(r"\n\n\n", text)
+
+
+@pytest.mark.parametrize("samples", [[], [(200, "the sea")]])
+def test_a_run_with_less_than_two_samples_ends_without_the_pair(tmp_path, tiny_tokenizer, samples):
+    text = end_of_a_run(tmp_path, tiny_tokenizer, samples)
+    assert "wrote" not in text
+    assert not re.search(r"\n\n\n", text)
+
+
+def test_a_resumed_run_without_a_first_sample_shows_the_earliest_that_there_is(tmp_path, tiny_tokenizer):
+    text = end_of_a_run(tmp_path, tiny_tokenizer, [(50, "the sea xq"), (200, "the sea was cold")])
+    assert "At step 50 it wrote:\n\n    the sea xq\n\nNow, at step 200, it writes:\n\n    the sea was cold\n" in text
+
+
+@pytest.mark.parametrize(
+    ("built_in_text", "block_size", "new_tokens"),
+    [("stories", 300, "300 - prompt"), ("python-prose", 300, "40"), (None, 300, "40"), (None, 12, "12 - prompt")],
+)
+def test_a_story_may_fill_the_context_and_other_text_is_short(
+    tmp_path, tiny_tokenizer, built_in_text, block_size, new_tokens
+):
+    prompt = len(tiny_tokenizer("the sea")["input_ids"])
+    text = end_of_a_run(tmp_path, tiny_tokenizer, built_in_text=built_in_text, block_size=block_size)
+    expected = block_size - prompt if "prompt" in new_tokens else int(new_tokens)
+    assert f"talk('the sea', max_new_tokens={expected}, " in text
+
+
+def test_the_start_of_a_run_names_the_floor_of_stories_only(tiny_model):
+    accelerator = SimpleNamespace(
+        num_processes=1,
+        device=torch.device("cpu"),
+        mixed_precision="no",
+        state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=SimpleNamespace(value="NO"))),
+    )
+
+    def start(baselines):
+        args = TrainArguments()
+        return messages.start_message(args, accelerator, tiny_model, "data", (1, 1), {}, baselines, 0)
+
+    guess = {"guessing evenly": 7.62451}
+    assert "no model can do better" not in start(guess)
+    text = start({**guess, STORY_FLOOR: 0.38751})
+    assert "\nbaselines    guessing evenly 7.62 (nats per token)\n" in text
+    assert "\nfloor        no model can do better than 0.388 nats per token on whole held-out stories\n" in text
 
 
 def test_commands_that_are_printed_are_quoted_for_the_shell(capsys):

@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+from modeling_gpt2repro.data.sources.stories import write_story
+from modeling_gpt2repro.runtime.command_line import parse_command_line
 from modeling_gpt2repro.training.arguments import TrainArguments
 
 
@@ -34,3 +36,37 @@ def test_other_schedules_end_at_zero_and_wsd_decays_in_the_last_fifth():
 def test_a_cool_down_that_cannot_be_is_one_sentence(given, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         TrainArguments(**given)
+
+
+HELLO = "Hello, I'm a language model,"
+PRESETS = {"gpt2-124m": {}, "own-text": {"sample_prompts": ["Preset"], "dataset_name": "stories"}}
+
+
+@pytest.mark.parametrize(
+    ("flags", "prompts"),
+    [
+        ([], [HELLO]),
+        (["--dataset_name", "stories"], ["There once was a"]),
+        (["--dataset_name", "python-prose"], ["This module provides"]),
+        (["--dataset_name", "stories", "--shards", "."], [HELLO]),  # stories are not what it trains on
+        (["--dataset_name", "stories", "--mix", ".:1.0"], [HELLO]),
+        (["--preset", "own-text"], ["Preset"]),
+        (["--preset", "own-text", "--sample_prompts", "A", "B"], ["A", "B"]),
+        (["--dataset_name", "stories", "--sample_prompts", "A"], ["A"]),
+    ],
+)
+def test_prompts_fit_the_data_unless_a_preset_or_a_flag_names_others(flags, prompts):
+    assert parse_command_line(TrainArguments, flags, PRESETS).sample_prompts == prompts
+
+
+def test_the_prompt_for_stories_begins_one_of_them():
+    [prompt] = TrainArguments(dataset_name="stories").sample_prompts
+    assert any(write_story(number).text.startswith(f"{prompt} ") for number in range(100))
+
+
+def test_stories_have_a_known_size_and_a_tokenizer_of_their_own():
+    args = TrainArguments(dataset_name="stories", num_train_epochs=2.0, train_tokens=None)
+    assert (args.built_in_text, args.train_tokens) == ("stories", None)
+    assert TrainArguments().built_in_text is None
+    with pytest.raises(ValueError, match="shards, stories and python-prose have their own"):
+        TrainArguments(dataset_name="stories", tokenizer="gpt2")

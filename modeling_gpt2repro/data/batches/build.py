@@ -1,6 +1,6 @@
 """What a training run reads, however it was named: a prepared folder, a mix of them, or a source that is streamed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.prepare.local import prepare_shards, train_tokenizer_on
 from modeling_gpt2repro.data.shards.dataset import MANIFEST, SPLITS, TokenDataset, open_shards
-from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, Source, python_prose_source
+from modeling_gpt2repro.data.sources.resolve import Source, built_in_source
+from modeling_gpt2repro.data.sources.stories import Story
 from modeling_gpt2repro.data.tokenizer import tokenizer_sha256
 from modeling_gpt2repro.runtime.command_line import InputErrors
 
@@ -30,6 +31,7 @@ class TrainingData:
     # resumed on other data; does not depend on processes and micro-batches.
     data_fingerprint: dict
     summary: str  # one line about it for the start of the log
+    stories: Sequence[Story] = ()  # whole ones that are never trained on, if the data are stories
 
     def validation_batches(self, tokens: int, micro_batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
         """This process's part of the first `tokens` tokens of validation."""
@@ -128,14 +130,21 @@ def saved_order(data_fingerprint: dict) -> str:
     return "keyed" if "order" in data_fingerprint else "argsort"
 
 
-def load_python_prose(folder: Path, vocab_size: int, block_size: int, validation_share: float) -> TokenDataset:
-    """The text that Python carries, with a tokenizer trained on it; prepared in `folder`, unless it is there already.
+def load_built_in_text(
+    name: str, folder: Path, vocab_size: int, block_size: int, validation_share: float
+) -> TokenDataset:
+    """One of BUILT_IN_TEXTS, with a tokenizer trained on it; prepared in `folder`, unless it is there already.
 
     Raises:
         ValueError: If there is too little of it, or `folder` holds something else.
     """
+    source = built_in_source(name)
     if not (folder / MANIFEST).exists():
-        source = python_prose_source()
         tokenizer = train_tokenizer_on(source, vocab_size, max_length=block_size)
-        prepare_shards(source, tokenizer, f"trained on {PYTHON_PROSE}", folder, validation_share)
-    return open_shards(folder)
+        prepare_shards(source, tokenizer, f"trained on {name}", folder, validation_share)
+    dataset = open_shards(folder)
+    if dataset.manifest["source"] != source.description:  # the run, or an interrupted start, began with another text
+        held = dataset.manifest["source"].get("dataset")
+        advice = "give that --dataset_name, or another --output_dir" if held else "give another --output_dir"
+        raise ValueError(f"{folder} holds {held or 'another text'}, not {name}: {advice}.")
+    return dataset

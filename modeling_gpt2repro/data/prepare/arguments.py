@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from modeling_gpt2repro.data.shards.nanogpt_format import LAYOUTS
 from modeling_gpt2repro.data.sources.files import raise_problems
-from modeling_gpt2repro.data.sources.resolve import Source
+from modeling_gpt2repro.data.sources.resolve import BUILT_IN_TEXTS, Source
 from modeling_gpt2repro.data.sources.text import WHOLE_FILE, compile_separator
 from modeling_gpt2repro.runtime.command_line import InputErrors, arg, check_limits
 
@@ -149,6 +149,8 @@ class PrepareArguments:
     def _check_text(self) -> Iterator[str]:
         if self.tokenizer == "train" and not self.train_files:
             yield "--tokenizer train works on --train_files only, because it reads all of the text twice: give files."
+        if self.dataset_name in BUILT_IN_TEXTS and not self.train_files:
+            yield f"dataset_name ({self.dataset_name}) needs no preparation: give it to train_accelerate.py."
 
     def _check_files(self):
         raise_problems(

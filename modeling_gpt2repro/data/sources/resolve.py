@@ -1,8 +1,8 @@
-"""From the name of a data set (local files, a Hub dataset, Python's own prose) to its partitions."""
+"""From the name of a data set (local files, a Hub dataset, a text that needs no download) to its partitions."""
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from huggingface_hub import HfApi, HfFileSystem
@@ -15,8 +15,15 @@ from .files import TEXT_KINDS, file_kind, file_state, find_files, is_compressed
 from .hub_rows import data_files, is_hub_rows, list_row_partitions, read_row_partition
 from .partitions import list_partitions
 from .python_docs import python_prose_documents
+from .stories import STORIES, story_documents
 
-PYTHON_PROSE = "python-prose"  # the --dataset_name of the text that every Python carries: nothing to download
+PYTHON_PROSE = "python-prose"
+# --dataset_name of a text for which nothing is downloaded -> its documents: what every Python carries, and what this
+# package writes.
+BUILT_IN_TEXTS: dict[str, Callable[[], list[Document]]] = {
+    PYTHON_PROSE: python_prose_documents,
+    STORIES: story_documents,
+}
 
 
 @dataclass(frozen=True)
@@ -42,16 +49,16 @@ class Source:
         on_wait: OnWait = lambda reason: None,
     ) -> Iterator[Document]:
         """Yield the partition's documents, in their order; the other arguments are those of `read_partition`."""
-        if partition.path == PYTHON_PROSE:
-            return iter(python_prose_documents())
+        if self.description == {"dataset": partition.path}:  # see `built_in_source`; a file may be called "stories"
+            return iter(BUILT_IN_TEXTS[partition.path]())
         if is_hub_rows(partition.path):
             return read_row_partition(partition, skipped, on_wait)
         return read_partition(partition, skipped, self.description.get("document_separator"), bad_lines, on_wait)
 
 
-def python_prose_source() -> Source:
-    """The English prose in this Python's own documentation, as one partition."""
-    return Source([Partition(PYTHON_PROSE, 0, 1)], {"dataset": PYTHON_PROSE})
+def built_in_source(name: str) -> Source:
+    """One of BUILT_IN_TEXTS, as one partition."""
+    return Source([Partition(name, 0, 1)], {"dataset": name})
 
 
 def local_source(
