@@ -83,9 +83,17 @@ class HoldOutCheck:
 
 
 def tokenize_documents(
-    documents: Iterable[Document], encode: Callable[[str], np.ndarray], end_of_text_id: int, validation_share: float
+    documents: Iterable[Document],
+    encode: Callable[[str], np.ndarray],
+    end_of_text_id: int,
+    validation_share: float,
+    document_length: int | None = None,
 ) -> TokenizedPartition:
-    """Encode documents, each after an end-of-text token; a piece that continues the one before has none."""
+    """Encode documents, each after an end-of-text token; a piece that continues the one before has none.
+
+    Args:
+        document_length: Make every document as long, see `pad_document`.
+    """
     # Bytes that grow in place: a compressed file is one partition, and joining a list of arrays would hold it twice.
     ids = {"train": bytearray(), "validation": bytearray()}
     text_bytes = {"train": 0, "validation": 0}
@@ -95,10 +103,30 @@ def tokenize_documents(
     previous_split = None
     for document in documents:
         split = "validation" if is_validation(document.id, validation_share) else "train"
+        text_bytes[split] += len(document.text.encode())
+        if document_length is not None:
+            ids[split] += pad_document(encode(document.text), end_of_text_id, encode("\n"), document_length).tobytes()
+            continue
         # Pieces of one text may fall to different splits; then it is no continuation of what this split holds.
         if not (document.continues and split == previous_split):
             ids[split] += end_of_text
         ids[split] += encode(document.text).tobytes()
-        text_bytes[split] += len(document.text.encode())
         previous_split = split
     return TokenizedPartition({split: np.frombuffer(data, np.uint16) for split, data in ids.items()}, text_bytes)
+
+
+def pad_document(ids: np.ndarray, end_of_text_id: int, padding: np.ndarray, length: int) -> np.ndarray:
+    """A document (n,), its end-of-text, and line breaks up to `length`: (length,) uint16.
+
+    With the block size as length, every training sequence is one whole document, which begins at position 0, as a
+    prompt does.
+
+    Raises:
+        ValueError: If it has more tokens.
+    """
+    if len(ids) >= length:
+        raise ValueError(
+            f"a document of {len(ids)} tokens and its end-of-text do not fit into sequences of {length} tokens: give "
+            f"--block_size {len(ids) + 1} or more."
+        )
+    return np.concatenate([ids, [end_of_text_id], np.resize(padding, length - len(ids) - 1)]).astype(np.uint16)

@@ -138,7 +138,7 @@ def load_built_in_text(
     Raises:
         ValueError: If there is too little of it, or `folder` holds something else.
     """
-    source = built_in_source(name)
+    source = built_in_source(name, block_size)
     if not (folder / MANIFEST).exists():
         tokenizer = train_tokenizer_on(source, vocab_size, max_length=block_size)
         prepare_shards(source, tokenizer, f"trained on {name}", folder, validation_share)

@@ -78,7 +78,13 @@ def tokenize_partitions(
                 continue
             documents = read()
             watched = hold_out.watch(documents)
-            tokenized = tokenize_documents(watched, encode, spec.end_of_text_id, spec.validation_share)
+            tokenized = tokenize_documents(
+                watched,
+                encode,
+                spec.end_of_text_id,
+                spec.validation_share,
+                document_length=source.description.get("document_length"),
+            )
         except (ValueError, OSError, HTTPError) as error:
             reason = " ".join(str(error).split()).removeprefix(f"{partition.path}: ")
             message = f"{partition.location}: {reason}"

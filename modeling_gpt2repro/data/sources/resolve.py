@@ -49,16 +49,17 @@ class Source:
         on_wait: OnWait = lambda reason: None,
     ) -> Iterator[Document]:
         """Yield the partition's documents, in their order; the other arguments are those of `read_partition`."""
-        if self.description == {"dataset": partition.path}:  # see `built_in_source`; a file may be called "stories"
+        if self.description.get("dataset") == partition.path:  # not if a file is called "stories"
             return iter(BUILT_IN_TEXTS[partition.path]())
         if is_hub_rows(partition.path):
             return read_row_partition(partition, skipped, on_wait)
         return read_partition(partition, skipped, self.description.get("document_separator"), bad_lines, on_wait)
 
 
-def built_in_source(name: str) -> Source:
-    """One of BUILT_IN_TEXTS, as one partition."""
-    return Source([Partition(name, 0, 1)], {"dataset": name})
+def built_in_source(name: str, block_size: int) -> Source:
+    """One of BUILT_IN_TEXTS, as one partition; each training sequence of `block_size` tokens is one whole story."""
+    description = {"dataset": name, "document_length": block_size} if name == STORIES else {"dataset": name}
+    return Source([Partition(name, 0, 1)], description)
 
 
 def local_source(
