@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from modeling_gpt2repro.runs.folder import LOSS_PICTURE, METRICS_FILE
@@ -19,7 +20,11 @@ from modeling_gpt2repro.runtime.hardware import (
 )
 from modeling_gpt2repro.runtime.signals import StopSignal
 from modeling_gpt2repro.training.arguments import TrainArguments
-from modeling_gpt2repro.training.optimization import describe_schedule, scheduled_learning_rate
+from modeling_gpt2repro.training.optimization import (
+    describe_optimizer,
+    describe_schedule,
+    scheduled_learning_rate,
+)
 from modeling_gpt2repro.training.state import TrainState
 
 GPT2_VOCABULARY = 50257
@@ -54,6 +59,7 @@ def start_message(
     args: TrainArguments,
     accelerator: Accelerator,
     model: PreTrainedModel,
+    optimizer: Optimizer,
     data_summary: str,
     micro_batch_shape: tuple[int, int],
     epochs: dict[str, float],
@@ -92,6 +98,8 @@ def start_message(
         "tokenizer": f"{config.vocab_size:,} ids",
         "training": f"{args.total_steps:,} steps of {args.tokens_per_step:,} tokens: {batch}",
         "epochs": epochs_line(epochs),
+        **({} if args.recipe == "lecture" else {"recipe": args.recipe_summary}),
+        "optimizer": describe_optimizer(optimizer),
         "schedule": f"learning rate {describe_schedule(args.schedule)}",
         "baselines": "; ".join(f"{name} {loss:.2f}" for name, loss in baselines.items()) + " (nats per token)",
         "writing to": args.output_dir + (f", resuming from step {step}" if step else ""),

@@ -55,6 +55,18 @@ def build_optimizer(
     return algorithm(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=fused)
 
 
+def describe_optimizer(optimizer: Optimizer) -> str:
+    """'AdamW 50 tensors (124,318,464 parameters), decay 0.1; AdamW 98 tensors (121,344 parameters), decay 0'."""
+    kinds: dict[tuple, list[torch.Tensor]] = {}
+    for group in optimizer.param_groups:
+        kind = ("Muon" if "split" in group else "AdamW", group["weight_decay"])
+        kinds.setdefault(kind, []).extend(group["params"])
+    return "; ".join(
+        f"{algorithm} {len(tensors)} tensors ({sum(t.numel() for t in tensors):,} parameters), decay {weight_decay:g}"
+        for (algorithm, weight_decay), tensors in kinds.items()
+    )
+
+
 def learning_rate_at(
     step: int,
     total_steps: int,
