@@ -34,3 +34,24 @@ def test_other_schedules_end_at_zero_and_wsd_decays_in_the_last_fifth():
 def test_a_cool_down_that_cannot_be_is_one_sentence(given, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         TrainArguments(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (
+            {"recipe": "muon"},
+            r"^muon \(modded-nanogpt.*\); predicted, not measured: 0\.42 x the tokens for the loss of",
+        ),
+        ({"recipe": "fast-adamw"}, r"^fast-adamw \(modded-nanogpt.*predicted, not measured: 0\.65 x the tokens"),
+        ({"recipe": "muon", "preset": "gpt2-350m", "n_layer": 24}, r"^muon; no source has tried it at this size"),
+        ({"recipe": "muon", "n_layer": 11}, r"^muon; no source has tried it at this size"),
+        ({"recipe": "muon", "init_from": "gpt2"}, r"^muon; no source has tried it in fine-tuning$"),
+        (
+            {"recipe": "fast-adamw", "preset": "quickstart", "n_layer": 2},
+            r"for the preset quickstart was found by trial$",
+        ),
+    ],
+)
+def test_a_recipe_names_its_source_where_there_is_one(given, sentence):
+    assert re.search(sentence, TrainArguments(**given).recipe_summary)

@@ -221,3 +221,38 @@ dist.destroy_process_group()
 def test_a_step_on_shards_is_the_step_on_the_whole(warm_python):
     for process in warm_python.run_together(2, "-c", STEPS_ON_TWO):
         assert float(process.stdout) < 1e-5
+
+
+DDP = """
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from modeling_gpt2repro.training.optimization import build_optimizer
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(rank)  # DDP sends the first process's weights to the others
+shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size": 97}
+model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape, bos_token_id=0, eos_token_id=0))
+optimizer = build_optimizer(model, 1e-2, optimizer="muon")
+wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+before = model.transformer.h[1].mlp.c_fc.weight.detach().clone()
+for step in range(5):
+    ids = torch.randint(0, 97, (4, 16), generator=torch.Generator().manual_seed(2 * step + rank))
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+assert not torch.equal(before, model.transformer.h[1].mlp.c_fc.weight)
+for tensor in [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]:
+    of_each = [torch.empty_like(tensor.detach()) for _ in range(2)]
+    dist.all_gather(of_each, tensor.detach())
+    assert torch.equal(*of_each)
+print("equal", flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_under_ddp_all_processes_have_the_same_bits(warm_python):
+    for process in warm_python.run_together(2, "-c", DDP):
+        assert process.stdout == "equal\n"
