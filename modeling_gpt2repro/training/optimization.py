@@ -56,14 +56,18 @@ def build_optimizer(
 
 
 def describe_optimizer(optimizer: Optimizer) -> str:
-    """'AdamW 50 tensors (124,318,464 parameters), decay 0.1; AdamW 98 tensors (121,344 parameters), decay 0'."""
-    kinds: dict[tuple, list[torch.Tensor]] = {}
+    """'AdamW on 671,744 parameters (10 tensors) with decay 0.1 and on 3,584 parameters (18 tensors) with decay 0'."""
+    by_decay: dict[str, dict[float, list[torch.Tensor]]] = {}
     for group in optimizer.param_groups:
-        kind = ("Muon" if "split" in group else "AdamW", group["weight_decay"])
-        kinds.setdefault(kind, []).extend(group["params"])
+        algorithm = "Muon" if "split" in group else "AdamW"
+        by_decay.setdefault(algorithm, {}).setdefault(group["weight_decay"], []).extend(group["params"])
     return "; ".join(
-        f"{algorithm} {len(tensors)} tensors ({sum(t.numel() for t in tensors):,} parameters), decay {weight_decay:g}"
-        for (algorithm, weight_decay), tensors in kinds.items()
+        f"{algorithm} "
+        + " and ".join(
+            f"on {sum(t.numel() for t in tensors):,} parameters ({len(tensors)} tensors) with decay {weight_decay:g}"
+            for weight_decay, tensors in groups.items()
+        )
+        for algorithm, groups in by_decay.items()
     )
 
 

@@ -120,7 +120,7 @@ def test_another_recipe_of_the_same_optimizer_continues_and_is_announced(finishe
 
 
 def test_the_start_shows_what_each_part_of_the_optimizer_updates(finished, shards, tmp_path, capsys):
-    assert "\noptimizer    AdamW 10 tensors (" in finished[1]
+    assert "\noptimizer    AdamW on 35," in finished[1]
     assert "\nrecipe " not in finished[1]
     assert train_here(tmp_path / "run", shards, recipe="muon", train_tokens=256) == 0
     output = capsys.readouterr().out
@@ -128,7 +128,7 @@ def test_the_start_shows_what_each_part_of_the_optimizer_updates(finished, shard
     rest = 300 * 32 + 32 * 32
     vectors = 2 * (4 + 9) * 32 + 2 * 32
     assert (
-        f"\noptimizer    AdamW 2 tensors ({rest:,} parameters), decay 0.1; AdamW 18 tensors ({vectors:,} parameters), "
-        f"decay 0; Muon 8 tensors ({matrices:,} parameters), decay 0.1\n"
+        f"\noptimizer    AdamW on {rest:,} parameters (2 tensors) with decay 0.1 and on {vectors:,} parameters (18 "
+        f"tensors) with decay 0; Muon on {matrices:,} parameters (8 tensors) with decay 0.1\n"
     ) in output
     assert "\nrecipe       muon; no source has tried it at this size, so 3 x the usual rate is a guess\n" in output

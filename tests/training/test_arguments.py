@@ -49,7 +49,7 @@ def test_a_cool_down_that_cannot_be_is_one_sentence(given, sentence):
         ({"recipe": "muon", "init_from": "gpt2"}, r"^muon; no source has tried it in fine-tuning$"),
         (
             {"recipe": "fast-adamw", "preset": "quickstart", "n_layer": 2},
-            r"for the preset quickstart was found by trial$",
+            r"with 1 x .* that of the preset quickstart$",
         ),
     ],
 )
