@@ -60,7 +60,7 @@ from modeling_gpt2repro.training.state import TrainState, is_due
 
 def main(argv: list[str] | None = None):
     """One training run, from the command line to a folder that generates text."""
-    args = parse_command_line(TrainArguments, argv, PRESETS, __doc__)  # field default < preset < command line
+    args = parse_command_line(TrainArguments, argv, PRESETS, __doc__)  # default < preset < recipe < flag
     # The lock is held until the run ends: two in one folder would mix their files.
     with FolderLock(Path(args.output_dir)) as lock, exit_message_to_launcher():
         train(args, lock)
@@ -104,12 +104,13 @@ def train(args: TrainArguments, lock: FolderLock):
         )
         model = GPT2ReproForCausalLM(config) if start.model is None else start.model
         check_model(args, model, data.tokenizer, start.tokenizer)
-        optimizer = build_optimizer(  # AdamW; decays matrices and embeddings, not biases and norms
+        optimizer = build_optimizer(  # decays matrices and embeddings, not biases and norms
             model,
             args.learning_rate,
             weight_decay=args.weight_decay,
             betas=(args.adam_beta1, args.adam_beta2),
             epsilon=args.adam_epsilon,
+            optimizer=args.optimizer,
         )
         # Moves the model to its device; wraps it in DDP or FSDP, autocast to bf16, and torch.compile.
         model, optimizer = accelerator.prepare(model, optimizer)
@@ -143,7 +144,7 @@ def train(args: TrainArguments, lock: FolderLock):
 
     with closing(reader), closing(logger), closing(uploads), stop, explain_oom(args):
         bytes_per_token = setup.validation_bytes_per_token(args, data)
-        setup.log_run_summary(args, accelerator, model, data, state.step, logger)
+        setup.log_run_summary(args, accelerator, model, optimizer, data, state.step, logger)
         first_step = state.step
         # What this step and the next train on must be in memory: a process that met an error in the middle of a step
         # would leave the others waiting. They all stop after this step instead.

@@ -336,3 +336,13 @@ def finished(shards, warm_python, tmp_path_factory) -> tuple[Path, str]:
 
     output_dir = tmp_path_factory.mktemp("runs") / "one"
     return output_dir, warm_python.run(SCRIPT, *toy_flags(output_dir, shards), **CPU_FP32).stdout
+
+
+@pytest.fixture(scope="session")
+def finished_muon(shards, warm_python, tmp_path_factory) -> Path:
+    """The same with `--recipe muon`."""
+    from toy_runs import CPU_FP32, SCRIPT, toy_flags
+
+    output_dir = tmp_path_factory.mktemp("runs") / "muon"
+    warm_python.run(SCRIPT, *toy_flags(output_dir, shards, recipe="muon"), **CPU_FP32)
+    return output_dir

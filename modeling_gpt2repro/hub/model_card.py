@@ -234,10 +234,12 @@ def stretched_lines(run: Run) -> dict[str, str]:
 
 def optimization_lines(arguments: dict) -> dict[str, str]:
     """Name -> value of the training's length, learning rate and optimizer."""
+    has_muon = arguments.get("optimizer") == "muon"  # run.json of older versions names none: AdamW
+    name = "Muon for the matrices in the blocks, AdamW for the rest" if has_muon else "AdamW"
     return {
         "tokens": f"{arguments['train_tokens']:,}, {arguments['tokens_per_step']:,} per step",
         "learning rate": describe_schedule(arguments),
-        "optimizer": f"AdamW, betas {arguments['adam_beta1']:g} and {arguments['adam_beta2']:g}, weight decay "
+        "optimizer": f"{name}, betas {arguments['adam_beta1']:g} and {arguments['adam_beta2']:g}, weight decay "
         f"{arguments['weight_decay']:g}, gradient norm at most {arguments['max_grad_norm']:g}",
     }
 

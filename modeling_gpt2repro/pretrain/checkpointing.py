@@ -65,9 +65,9 @@ class Checkpointer:
         """Load a checkpoint into optimizer, random number generators and states; the model has its weights already.
 
         Raises:
-            ValueError: If it is damaged, or was made with other data or in another order.
+            ValueError: If it is damaged, or was made with other data, in another order, or by another optimizer.
         """
-        state = checkpoints.read_state(checkpoint, self.data.data_fingerprint)
+        state = checkpoints.read_state(checkpoint, self.data.data_fingerprint, self.args.optimizer)
         old_metadata = FROM_SCRATCH.metadata if state["origin"] == FROM_SCRATCH.sentence else {}
         card = old_metadata if state["card"] is None else state["card"]
         self.origin = Origin(
@@ -163,6 +163,7 @@ class Checkpointer:
                 "card": self.origin.metadata,
                 "identity": self.data.data_fingerprint,
                 "schedule": self.args.schedule,
+                "optimizer": self.args.optimizer,
             },
             policy=policy,
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gpt2repro.data.sources.resolve import STORIES
@@ -24,7 +25,11 @@ from modeling_gpt2repro.runtime.hardware import (
 )
 from modeling_gpt2repro.runtime.signals import StopSignal
 from modeling_gpt2repro.training.arguments import TrainArguments
-from modeling_gpt2repro.training.optimization import describe_schedule, scheduled_learning_rate
+from modeling_gpt2repro.training.optimization import (
+    describe_optimizer,
+    describe_schedule,
+    scheduled_learning_rate,
+)
 from modeling_gpt2repro.training.state import TrainState
 
 GPT2_VOCABULARY = 50257
@@ -61,6 +66,7 @@ def start_message(
     args: TrainArguments,
     accelerator: Accelerator,
     model: PreTrainedModel,
+    optimizer: Optimizer,
     data_summary: str,
     micro_batch_shape: tuple[int, int],
     epochs: dict[str, float],
@@ -104,6 +110,8 @@ def start_message(
         "tokenizer": f"{config.vocab_size:,} ids",
         "training": f"{args.total_steps:,} steps of {args.tokens_per_step:,} tokens: {batch}",
         "epochs": epochs_line(epochs),
+        **({} if args.recipe == "lecture" else {"recipe": args.recipe_summary}),
+        "optimizer": describe_optimizer(optimizer),
         "schedule": f"learning rate {describe_schedule(args.schedule)}",
         "baselines": "; ".join(guesses) + " (nats per token)",
         **floor,

@@ -73,7 +73,7 @@ def preflight(
     Raises:
         SystemExit: With code 2, if the data cannot be read.
     """
-    log_run_summary(args, accelerator, model, data, checkpointer.state.step, logger)
+    log_run_summary(args, accelerator, model, optimizer, data, checkpointer.state.step, logger)
     skipped = []
     last_step = checkpointer.state.step + 2 * (WARMUP_STEPS + TIMED_STEPS)  # perhaps beyond the run's last
     reader = ReadAhead(data.batches, last_step)  # as the run reads them

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2repro.data.batches.build import TrainingData
@@ -209,7 +210,13 @@ def build_logger(
 
 
 def log_run_summary(
-    args: TrainArguments, accelerator: Accelerator, model: nn.Module, data: TrainingData, step: int, logger: RunLogger
+    args: TrainArguments,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    data: TrainingData,
+    step: int,
+    logger: RunLogger,
 ):
     """Print what will happen, and write what the losses are to be compared with into the run's folder."""
     with logger.untimed():
@@ -226,7 +233,7 @@ def log_run_summary(
         module = unwrapped_model(accelerator, model)
         shape = data.batches.micro_batch_shape
         epochs = epochs_of_run(args, data.batches)
-        logger.print(start_message(args, accelerator, module, data.summary, shape, epochs, baselines, step))
+        logger.print(start_message(args, accelerator, module, optimizer, data.summary, shape, epochs, baselines, step))
 
 
 def validation_bytes_per_token(args: TrainArguments, data: TrainingData) -> float:

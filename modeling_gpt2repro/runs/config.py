@@ -15,7 +15,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers", "tikto
 # The arguments that plots and model cards show.
 NUMBERS = ("train_tokens", "tokens_per_step", "learning_rate", "warmup_tokens", "final_learning_rate_ratio", "seed")
 NUMBERS += ("adam_beta1", "adam_beta2", "weight_decay", "max_grad_norm")
-TEXTS = ("shards", "mix", "dataset_name", "tokenizer", "hellaswag")
+TEXTS = ("shards", "mix", "dataset_name", "tokenizer", "hellaswag", "optimizer")
 # Where things are and what is shown may change without changing the run.
 NOT_COMPARED = ("output_dir", "resume_from_checkpoint", "report_to", "shards", "mix")
 

@@ -176,7 +176,8 @@ def parse_command_line(
 
     Args:
         arguments_class: A dataclass whose `__post_init__` raises a ValueError with one error per line. Its class
-            attribute `flag_hints`, if it has one, maps likely wrong flags to what to use instead, and its
+            attribute `flag_hints`, if it has one, maps likely wrong flags to what to use instead. Its `defaults_from`
+            maps a flag to a function from all defaults and the flag's value to the defaults that it replaces, and its
             `defaults_with` maps a flag to the defaults that other flags have if it is given.
         presets: Name -> overrides of defaults, chosen by the field `preset`.
 
@@ -185,13 +186,15 @@ def parse_command_line(
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = ArgumentParser(arguments_class, description)
-    if presets:
-        preset_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        preset_parser.add_argument("--preset", nargs="?", default=parser.get_default("preset"))
-        preset = preset_parser.parse_known_args(argv)[0].preset
-        parser.set_defaults(**presets.get(preset, {}))  # an unknown preset is reported with the other errors
-    not_given = object()  # in place of defaults, to see which flags the command line has
     names = [field.name for field in dataclasses.fields(arguments_class)]
+    chosen = {}
+    if presets:
+        chosen["preset"] = chosen_value(parser, "preset", argv)
+        parser.set_defaults(**presets.get(chosen["preset"], {}))  # an unknown preset is reported with the other errors
+    for flag, derive in getattr(arguments_class, "defaults_from", {}).items():
+        chosen[flag] = chosen_value(parser, flag, argv)
+        parser.set_defaults(**derive({name: parser.get_default(name) for name in names} | chosen))
+    not_given = object()  # in place of defaults, to see which flags the command line has
     namespace, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(names, not_given)))
     given = {name: value for name, value in vars(namespace).items() if value is not not_given}
     values = {name: parser.get_default(name) for name in names}
@@ -207,6 +210,13 @@ def parse_command_line(
     if errors.messages:
         exit_with_errors(errors.messages)
     return arguments
+
+
+def chosen_value(parser: argparse.ArgumentParser, flag: str, argv: list[str]) -> str | None:
+    """The value of a flag on which the defaults of others depend, so that it is read before them."""
+    of_one_flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    of_one_flag.add_argument(f"--{flag}", nargs="?", dest="value", default=parser.get_default(flag))
+    return of_one_flag.parse_known_args(argv)[0].value
 
 
 def exit_with_errors(messages: list[str]) -> NoReturn:

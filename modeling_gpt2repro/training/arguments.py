@@ -4,7 +4,7 @@ Lengths are given in tokens, so that they mean the same at every batch size; num
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -13,8 +13,9 @@ from modeling_gpt2repro.data.sources.resolve import BUILT_IN_TEXTS, PYTHON_PROSE
 from modeling_gpt2repro.runtime.command_line import InputErrors, arg
 
 from .flag_hints import FLAG_HINTS
-from .optimization import SCHEDULE, SCHEDULES
+from .optimization import OPTIMIZERS, SCHEDULE, SCHEDULES
 from .presets import FINE_TUNING, PRESETS
+from .recipes import GPT2_SMALL, RECIPES, describe_recipe, recipe_defaults
 from .validate import HUB_STRATEGIES, check_sizes, validate_args
 
 # For a run whose length follows from its data: a warm-up between the 4 % of the full run and the 6 % of the quickstart,
@@ -32,7 +33,9 @@ class TrainArguments:
     """Defaults are GPT-2 124M on 10 B tokens of FineWeb-Edu, as in the lecture."""
 
     flag_hints: ClassVar[Mapping[tuple[str, ...], str]] = FLAG_HINTS
-    # Flag -> the defaults of other flags where it is given; they override a preset. None: derived once data or model
+    # Flag -> the defaults of other flags that follow from its value and from theirs; they override a preset.
+    defaults_from: ClassVar[Mapping[str, Callable[[Mapping], Mapping]]] = {"recipe": recipe_defaults}
+    # Flag -> the defaults of other flags where it is given; they override a recipe. None: derived once data or model
     # are open.
     defaults_with: ClassVar[Mapping[str, Mapping[str, float | None]]] = {
         "init_from": FINE_TUNING,
@@ -136,6 +139,13 @@ class TrainArguments:
         help="Tokens to train on. May be written as 10e9.",
         group="optimization (lengths in tokens; steps = tokens / tokens_per_step)",
     )
+    recipe: str = arg(
+        default="lecture",
+        choices=RECIPES,
+        help="Defaults of optimizer, learning rate, warm-up and schedule. lecture: those of the preset. fast-adamw: 3 "
+        "x its rate, a short warm-up, then a line to 0; predicted to reach the lecture's loss at 124M with 0.65 x its "
+        "tokens. muon: the same with Muon; predicted to need 0.42 x. For the sources see training/recipes.py.",
+    )
     num_train_epochs: float | None = arg(
         default=None,
         above=0,
@@ -173,8 +183,14 @@ class TrainArguments:
         help="Learning rate at the end of the decay, as a fraction of the peak. If not given, 0.1 for cosine (GPT-3, "
         "appendix B), else 0.",
     )
+    optimizer: str = arg(
+        default="adamw",
+        choices=OPTIMIZERS,
+        help="adamw; or muon, which orthogonalizes the updates of the matrices in the blocks and leaves the rest to "
+        "AdamW, all with the same learning rate.",
+    )
     weight_decay: float = arg(
-        default=0.1, minimum=0, help="AdamW's weight decay, on matrices and embeddings; not on biases and LayerNorm."
+        default=0.1, minimum=0, help="Weight decay, on matrices and embeddings; not on biases and LayerNorm."
     )
     adam_beta1: float = arg(default=0.9, minimum=0, below=1, help="AdamW's beta1 (GPT-3, appendix B).")
     adam_beta2: float = arg(default=0.95, minimum=0, below=1, help="AdamW's beta2 (GPT-3, appendix B).")
@@ -331,6 +347,12 @@ class TrainArguments:
     def schedule(self) -> dict:
         """The arguments that decide the learning rate, see `scheduled_learning_rate`."""
         return {name: getattr(self, name) for name in SCHEDULE}
+
+    @property
+    def recipe_summary(self) -> str:
+        """The recipe, its source, and what to expect of it."""
+        shape = {name: getattr(self, name) for name in GPT2_SMALL}
+        return describe_recipe(self.recipe, self.preset, shape, fine_tuned=self.init_from is not None)
 
     @property
     def hub_repository(self) -> str | None:

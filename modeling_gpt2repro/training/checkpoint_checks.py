@@ -16,7 +16,8 @@ from modeling_gpt2repro.runs.folder import step_of
 from modeling_gpt2repro.storage.checksums import verify_checksums
 from modeling_gpt2repro.storage.json_files import is_count, is_size, is_text, read_json_object, require, shown
 
-from .optimization import SCHEDULE, SCHEDULES
+from .muon import is_muon_matrix
+from .optimization import OPTIMIZERS, SCHEDULE, SCHEDULES
 from .optimizer_state import OPTIMIZER_FILE, RANDOM_FILE
 from .outliers import WINDOW_STEPS
 from .state import TrainState
@@ -35,6 +36,7 @@ REQUIRED = (
 )
 STEP_FOLDER = re.compile(r"step-[0-9]+")
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
+MUON_STATE = ("momentum_buffer",)  # and Muon of each matrix
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 FLOAT32_LIMIT = 3.4e38
 
@@ -50,8 +52,8 @@ def checkpoint_problem(checkpoint: Path, read_config: Callable[[Path], object]) 
     problem = verify_checksums(checkpoint, CHECKSUMS_FILE, REQUIRED)
     if problem is None:
         try:
-            read_checked_state(checkpoint)
-            check_tensors(checkpoint)
+            state = read_checked_state(checkpoint)
+            check_tensors(checkpoint, state["optimizer"])
             read_config(checkpoint)
         except (OSError, ValueError) as error:
             problem = str(error).rstrip(".")
@@ -65,7 +67,7 @@ def read_checked_state(checkpoint: Path) -> dict:
         ValueError: If no training can have written it.
     """
     try:
-        state = {"schedule": {}, "card": None, **read_json_object(checkpoint / STATE_FILE)}
+        state = {"schedule": {}, "card": None, "optimizer": "adamw", **read_json_object(checkpoint / STATE_FILE)}
         for name in ("progress", "data", "guard", "identity", "schedule"):
             require(type(state.get(name)) is dict, f"{name} is {shown(state.get(name))}")
         step = step_of(checkpoint) if STEP_FOLDER.fullmatch(checkpoint.name) else None
@@ -76,13 +78,17 @@ def read_checked_state(checkpoint: Path) -> dict:
         origin, card = state.get("origin"), state["card"]
         require(is_text(origin), f"origin is {shown(origin)}")
         require(card is None or type(card) is dict, f"card is {shown(card)}")
+        require(state["optimizer"] in OPTIMIZERS, f"optimizer is {shown(state['optimizer'])}")
     except (OSError, ValueError) as error:
         raise ValueError(f"{STATE_FILE}: {error}") from None
     return state
 
 
-def check_tensors(checkpoint: Path):
+def check_tensors(checkpoint: Path, optimizer: str):
     """Compare config, weights, optimizer and generators with each other, and look for NaN and infinity.
+
+    Args:
+        optimizer: One of OPTIMIZERS, which decides what there must be of each parameter.
 
     Raises:
         ValueError: With the first tensor that is missing, unknown, of another shape or dtype, or not finite.
@@ -91,7 +97,9 @@ def check_tensors(checkpoint: Path):
     shapes = _shapes_of_finite_tensors(checkpoint / WEIGHTS_FILE, WEIGHT_DTYPES)
     _check_config(checkpoint, shapes)
     expected = {
-        f"{name}.{kind}": () if kind == "step" else shape for name, shape in shapes.items() for kind in ADAM_STATE
+        f"{name}.{kind}": () if kind == "step" else shape
+        for name, shape in shapes.items()
+        for kind in (MUON_STATE if optimizer == "muon" and is_muon_matrix(name, len(shape)) else ADAM_STATE)
     }
     found = _shapes_of_finite_tensors(folder / OPTIMIZER_FILE, ("F32",))
     for name in [*expected, *found]:

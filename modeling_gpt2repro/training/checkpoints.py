@@ -218,15 +218,15 @@ def raise_if_corrupt(checkpoint: Path) -> Iterator[None]:
         ) from error
 
 
-def read_state(checkpoint: Path, data_fingerprint: dict | None = None) -> dict:
+def read_state(checkpoint: Path, data_fingerprint: dict | None = None, optimizer: str | None = None) -> dict:
     """The checkpoint's state.json, see `read_checked_state`.
 
     Args:
-        data_fingerprint: The data of the run that continues, to be compared with the checkpoint's.
+        data_fingerprint, optimizer: Of the run that continues, to be compared with the checkpoint's.
 
     Raises:
-        ValueError: If it is damaged, or belongs to a run on other data or in another order: every difference, one a
-            line.
+        ValueError: If it is damaged, or belongs to a run on other data, in another order or with another optimizer:
+            every difference, one a line.
     """
     with raise_if_corrupt(checkpoint):
         state = read_checked_state(checkpoint)
@@ -237,6 +237,12 @@ def read_state(checkpoint: Path, data_fingerprint: dict | None = None) -> dict:
         for name, value in (data_fingerprint or {}).items()
         if saved.get(name) != value
     ]
+    if optimizer not in (None, state["optimizer"]):
+        differences.append(
+            f"{checkpoint} holds the state of the optimizer {state['optimizer']}, which {optimizer} cannot continue "
+            f"from: give the --recipe of its run, or --optimizer {state['optimizer']}, or start a new run from its "
+            f"weights with --init_from {checkpoint} and another --output_dir."
+        )
     if differences:
         raise ValueError("\n".join(differences))
     return state

@@ -26,7 +26,11 @@ FLAG_HINTS: dict[tuple[str, ...], str] = {
     ("warmup_steps", "warmup_iters", "warmup_ratio"): "use --warmup_tokens, which is steps * tokens_per_step.",
     ("beta1", "beta2"): "use --adam_beta1 and --adam_beta2.",
     ("grad_clip", "clip_grad", "grad_clip_norm"): "use --max_grad_norm.",
-    ("optim", "optimizer"): "the optimizer is always AdamW; its settings are --weight_decay and --adam_beta1, ...",
+    ("optim", "optimizer_type", "optimizer_name"): (
+        "use --optimizer adamw or --optimizer muon; --recipe also sets a learning rate and a schedule that go with it."
+    ),
+    ("muon", "use_muon"): "use --recipe muon.",
+    ("muon_lr", "adam_lr", "embed_lr"): "use --learning_rate, which is that of all parameters.",
     # Model.
     ("model", "model_name_or_path", "model_type", "pretrained"): (
         "use --init_from for weights to start from, or --preset for a size, such as gpt2-350m."

@@ -1,4 +1,4 @@
-"""AdamW with GPT-3's decay groups, and the learning rate as a pure function of the step."""
+"""AdamW with GPT-3's decay groups, or Muon, and the learning rate as a pure function of the step."""
 
 import math
 from collections.abc import Mapping
@@ -7,6 +7,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .muon import Muon, muon_groups
+
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 # The arguments that decide the learning rate of a step; kept in checkpoints, to say where a resumed run departs.
 SCHEDULE = (
@@ -26,21 +29,46 @@ def build_optimizer(
     weight_decay: float = 0.1,  # GPT-3, appendix B, as are betas and epsilon
     betas: tuple[float, float] = (0.9, 0.95),
     epsilon: float = 1e-8,
+    optimizer: str = "adamw",
 ) -> torch.optim.AdamW:
     """Build AdamW over two groups: tensors of two or more dimensions are decayed, biases and norms are not.
 
     Fused into one kernel per step, where torch has one for the device.
+
+    Args:
+        optimizer: `adamw`; or `muon`, where the matrices in the blocks have groups of their own, see `Muon`. All groups
+            share the learning rate.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    by_muon = muon_groups(model, weight_decay) if optimizer == "muon" else []
+    matrices = {parameter for group in by_muon for parameter in group["params"]}
+    parameters = [p for p in model.parameters() if p.requires_grad and p not in matrices]
     # Decay pulls weights toward zero, so that a matrix spreads its work over many of them. A bias or the gain of a
     # norm has nothing to spread. The tied embedding is one matrix, so it is in the first group, once.
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        *by_muon,
     ]
     # Unfused AdamW launches several kernels per tensor; fused, the update of all 148 tensors is a few kernels.
     fused = all(parameter.device.type in ("cpu", "cuda", "mps") for parameter in parameters)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=fused)
+    algorithm = Muon if by_muon else torch.optim.AdamW
+    return algorithm(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=fused)
+
+
+def describe_optimizer(optimizer: Optimizer) -> str:
+    """'AdamW on 671,744 parameters (10 tensors) with decay 0.1 and on 3,584 parameters (18 tensors) with decay 0'."""
+    by_decay: dict[str, dict[float, list[torch.Tensor]]] = {}
+    for group in optimizer.param_groups:
+        algorithm = "Muon" if "split" in group else "AdamW"
+        by_decay.setdefault(algorithm, {}).setdefault(group["weight_decay"], []).extend(group["params"])
+    return "; ".join(
+        f"{algorithm} "
+        + " and ".join(
+            f"on {sum(t.numel() for t in tensors):,} parameters ({len(tensors)} tensors) with decay {weight_decay:g}"
+            for weight_decay, tensors in groups.items()
+        )
+        for algorithm, groups in by_decay.items()
+    )
 
 
 def learning_rate_at(

@@ -137,6 +137,17 @@ def test_a_run_resumed_with_other_arguments_is_described_by_those_of_each_stretc
     assert "0.0009" not in card  # no step was trained with it
 
 
+@pytest.mark.parametrize(
+    ("saved", "line"), [(None, "AdamW, betas"), ("muon", "Muon for the matrices in the blocks, AdamW")]
+)
+def test_the_card_names_the_optimizer_and_runs_of_older_versions_had_adamw(run_folder, tiny_model, saved, line):
+    config = json.loads((run_folder / "run.json").read_text())
+    del config["arguments"]["optimizer"]
+    config["arguments"] |= {"optimizer": saved} if saved else {}
+    (run_folder / "run.json").write_text(json.dumps(config))
+    assert f"| optimizer | {line}" in model_card(tiny_model, run_folder=run_folder)
+
+
 def test_scores_on_another_file_are_not_in_the_metadata_whichever_the_run_was_started_with(run_folder, tiny_model):
     metrics = (run_folder / "metrics.jsonl").read_text()
     resumed = resume(1, seed=[1337, 7]) + resume(1, hellaswag=["Rowan/hellaswag", "few.jsonl"])

@@ -177,6 +177,8 @@ STATES = {
     "text as rate": (updated("schedule", learning_rate="1e-3"), "learning_rate is '1e-3'"),
     "half a schedule": (lambda state: state["schedule"].pop("warmup_tokens"), "warmup_tokens is None"),
     "half a character": (lambda state: state.update(origin="\ud800"), r"origin is '\ud800'"),
+    "unknown optimizer": (lambda state: state.update(optimizer="sgd"), "optimizer is 'sgd'"),
+    "optimizers": (lambda state: state.update(optimizer=["adamw"]), "optimizer is ['adamw']"),
     "a number as origin": (lambda state: state.update(origin=3), "origin is 3"),
 }  # fmt: skip
 
@@ -190,7 +192,8 @@ def test_a_state_that_no_training_writes(checkpoint, kind):
 
 
 def test_states_of_streams_and_of_older_versions_load(checkpoint):
-    for change in (stream(), updated("guard", window=WINDOW, good_steps=3), lambda state: state.pop("schedule")):
+    older = [lambda state: state.pop("schedule"), lambda state: state.pop("optimizer")]
+    for change in (stream(), updated("guard", window=WINDOW, good_steps=3), *older):
         edit_json(checkpoint / STATE_FILE, change)
         seal(checkpoint)
         load(checkpoint)
@@ -235,6 +238,36 @@ def test_tensors_that_are_not_those_of_the_model(checkpoint, kind):
     edit_tensors(checkpoint / name, change)
     seal(checkpoint)
     assert sentence in refusal(checkpoint)
+
+
+MOMENTUM = f"{WEIGHT}.momentum_buffer"
+MUON_TENSORS = {
+    "no momentum": (lambda t: t.pop(MOMENTUM), f"optimizer.safetensors has no '{MOMENTUM}'"),
+    "NaN momentum": (filled(MOMENTUM, float("nan")), f"'{MOMENTUM}' in optimizer.safetensors has NaN or infinity"),
+    "momentum of another shape": (replaced(MOMENTUM, torch.zeros(2)), f"'{MOMENTUM}' has the shape (2,), not (128, 32"),
+    "momentum of a norm": (replaced("transformer.ln_f.weight.momentum_buffer", torch.zeros(32)), "no such parameter"),
+    "moments, too": (replaced(f"{WEIGHT}.exp_avg", torch.zeros(128, 32)), "no such parameter"),
+    "no moment of a norm": (lambda t: t.pop("transformer.ln_f.weight.exp_avg"), "no 'transformer.ln_f.weight.exp_avg'"),
+}
+
+
+@pytest.mark.parametrize("kind", MUON_TENSORS)
+def test_tensors_that_are_not_those_of_muon(finished_muon, tmp_path, kind):
+    checkpoint = shutil.copytree(finished_muon / "step-000030", tmp_path / "run" / "step-000030")
+    load(checkpoint)
+    change, sentence = MUON_TENSORS[kind]
+    edit_tensors(checkpoint / OPTIMIZER, change)
+    seal(checkpoint)
+    assert sentence in refusal(checkpoint)
+
+
+def test_tensors_of_another_optimizer_than_the_checkpoint_names(finished_muon, checkpoint, tmp_path):
+    of_muon = shutil.copytree(finished_muon / "step-000030", tmp_path / "muon" / "step-000030")
+    for folder, name in ((of_muon, "adamw"), (checkpoint, "muon")):
+        edit_json(folder / STATE_FILE, lambda state, name=name: state.update(optimizer=name))
+        seal(folder)
+        kind = "step" if name == "adamw" else "momentum_buffer"
+        assert f"optimizer.safetensors has no 'transformer.h.0.attn.c_attn.weight.{kind}'" in refusal(folder)
 
 
 def test_a_tensor_that_weights_and_optimizer_both_lack(checkpoint):

@@ -25,6 +25,7 @@ from modeling_gpt2repro.runtime.command_line import (
 from modeling_gpt2repro.training import validate
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.presets import PRESETS
+from modeling_gpt2repro.training.recipes import RECIPES
 
 GROUPS = {  # script -> titles in --help, without the part in parentheses
     TrainArguments: "run model data optimization evaluation checkpoints hub hardware",
@@ -115,6 +116,57 @@ def test_defaults_depend_on_what_else_is_given_and_a_given_flag_always_counts(ar
     words = ["--shards", str(tmp_path), "--output_dir", str(tmp_path), *argv]
     args = parse_command_line(TrainArguments, words, PRESETS)
     assert {name: getattr(args, name) for name in expected} == expected
+
+
+MUON = ["--recipe", "muon"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], ("adamw", 6e-4, 375_000_000, "cosine", 0.1)),
+        (["--recipe", "lecture", *OWN_TEXT], ("adamw", 1e-3, None, "cosine", 0.1)),
+        (["--recipe", "fast-adamw"], ("adamw", 1.8e-3, 131_072_000, "linear", 0)),
+        (MUON, ("muon", 1.8e-3, 131_072_000, "linear", 0)),
+        ([*MUON, "--preset", "gpt2-774m"], ("muon", 7.5e-4, 131_072_000, "linear", 0)),  # 3 x the preset's rate
+        (["--preset", "gpt2-774m", *MUON], ("muon", 7.5e-4, 131_072_000, "linear", 0)),
+        (["--recipe", "fast-adamw", "--preset", "quickstart"], ("adamw", 2e-3, 60_130, "linear", 0)),  # its own factor
+        ([*MUON, "--learning_rate", "1e-3"], ("muon", 1e-3, 131_072_000, "linear", 0)),
+        ([*MUON, "--optimizer", "adamw", "--warmup_tokens", "0"], ("adamw", 1.8e-3, 0, "linear", 0)),
+        ([*MUON, "--lr_scheduler_type", "cosine"], ("muon", 1.8e-3, 131_072_000, "cosine", 0.1)),
+        ([*MUON, *FINE_TUNING], ("muon", 5e-5, None, "linear", 0)),  # the defaults of fine-tuning
+        ([*MUON, "--num_train_epochs", "2"], ("muon", 1.8e-3, None, "linear", 0)),
+    ],
+)
+def test_a_recipe_wins_over_the_preset_and_the_command_line_over_the_recipe(argv, expected, tmp_path):
+    words = ["--shards", str(tmp_path), "--output_dir", str(tmp_path), *argv]
+    args = parse_command_line(TrainArguments, words, PRESETS)
+    rate = (args.learning_rate, args.warmup_tokens, args.lr_scheduler_type, args.final_learning_rate_ratio)
+    assert (args.optimizer, *rate) == expected
+
+
+def test_a_preset_can_choose_the_recipe_and_the_command_line_another(tmp_path):
+    presets = {"gpt2-124m": {"recipe": "muon", "learning_rate": 1e-3, "output_dir": str(tmp_path)}}
+    for recipe, expected in ((None, ("muon", 3e-3)), ("lecture", ("adamw", 1e-3)), ("fast-adamw", ("adamw", 3e-3))):
+        words = [] if recipe is None else ["--recipe", recipe]
+        args = parse_command_line(TrainArguments, words, presets)
+        assert (args.optimizer, args.learning_rate) == expected
+
+
+def test_an_unknown_recipe_or_optimizer_is_refused_with_the_known_ones(capsys):
+    printed = errors_of(capsys, TrainArguments, ["--recipe", "soap", "--optimizer", "sgd"], PRESETS)
+    assert "recipe (soap) must be one of lecture, fast-adamw, muon.\n" in printed
+    assert "optimizer (sgd) must be one of adamw, muon.\n" in printed
+    assert "--recipe" in errors_of(capsys, TrainArguments, ["--recipe"], PRESETS)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_shows_the_values_of_the_recipe_and_of_the_preset(capsys, recipe):
+    rate = {"lecture": 0.0003, "fast-adamw": 0.0009, "muon": 0.0009}[recipe]
+    printed = " ".join(
+        help_of(capsys, TrainArguments, ["--recipe", recipe, "--preset", "gpt2-350m"], presets=PRESETS).split()
+    )
+    assert f"Peak learning rate, reached after warm-up. (default: {rate})" in printed
 
 
 def test_epochs_become_tokens_once_the_size_of_the_data_is_known(tmp_path):

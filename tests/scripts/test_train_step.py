@@ -16,7 +16,12 @@ from modeling_gpt2repro.data.batches.sequences import TokenSequences
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig, ShuffledBatches
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog
-from modeling_gpt2repro.training.optimization import build_optimizer, learning_rate_at, set_learning_rate
+from modeling_gpt2repro.training.optimization import (
+    OPTIMIZERS,
+    build_optimizer,
+    learning_rate_at,
+    set_learning_rate,
+)
 from modeling_gpt2repro.training.outliers import OutlierDetector
 from train_accelerate import step_unless, train_step
 
@@ -52,9 +57,11 @@ def test_the_gradient_is_clipped_and_the_norm_is_that_before_clipping(tiny_model
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
-def test_one_batch_can_be_memorized(tiny_model):
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_one_batch_can_be_memorized(tiny_model, kind):
     accelerator = accelerator_for(1)
-    model, optimizer = accelerator.prepare(tiny_model.train(), build_optimizer(tiny_model, 3e-3, weight_decay=0.0))
+    bare = build_optimizer(tiny_model, 3e-3, weight_decay=0.0, optimizer=kind)
+    model, optimizer = accelerator.prepare(tiny_model.train(), bare)
     batch = random_sequences(4)
     losses = [take_step(accelerator, model, optimizer, batch, micro_batch_size=4).loss.item() for _ in range(200)]
     assert losses[0] == pytest.approx(math.log(97), abs=0.1)
@@ -65,11 +72,13 @@ def test_one_batch_can_be_memorized(tiny_model):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_skipped_step_changes_neither_weights_nor_moments(tiny_model, fused):
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_skipped_step_changes_neither_weights_nor_moments(tiny_model, fused, kind):
     accelerator = accelerator_for(1)
-    bare = build_optimizer(tiny_model, 1e-2)
+    bare = build_optimizer(tiny_model, 1e-2, optimizer=kind)
     if not fused:
-        bare = torch.optim.AdamW(tiny_model.parameters(), lr=1e-2, fused=False)
+        groups = [{**group, "fused": False} for group in bare.param_groups]
+        bare = type(bare)(groups, lr=1e-2, fused=False)
     model, optimizer = accelerator.prepare(tiny_model, bare)
     batch = random_sequences(4)
     take_step(accelerator, model, optimizer, batch, micro_batch_size=4)
@@ -125,7 +134,7 @@ class CopiesBetweenDevices(TorchDispatchMode):
 
 @pytest.fixture
 def meta_run(tiny_config, tmp_path, monkeypatch):
-    """meta_run(skip_outliers) on torch's meta device, which holds no numbers: reading one, hence waiting, raises."""
+    """meta_run(skip_outliers, kind of optimizer) on torch's meta device, which holds no numbers: reading one raises."""
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
     meta = torch.device("meta")
@@ -134,11 +143,13 @@ def meta_run(tiny_config, tmp_path, monkeypatch):
     # Kernels only infer shapes there, the fused optimizer's too, which torch does not offer.
     monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"])
 
-    def run(skip_outliers: bool) -> SimpleNamespace:
+    def run(skip_outliers: bool, kind: str) -> SimpleNamespace:
         with meta:
             model = GPT2ReproForCausalLM(tiny_config).train()
         accelerator = accelerator_for(2)
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        optimizer = build_optimizer(model, 1e-3, optimizer=kind)
+        groups = [{**group, "fused": True} for group in optimizer.param_groups]
+        optimizer = type(optimizer)(groups, fused=True)
         model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, False])
         sequences = TokenSequences([np.arange(1000) % 97], 32)
         return SimpleNamespace(
@@ -160,8 +171,9 @@ def meta_run(tiny_config, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("skip_outliers", [False, True])
-def test_the_device_is_waited_for_at_logging_steps_only(meta_run, skip_outliers, monkeypatch):
-    run = meta_run(skip_outliers)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_device_is_waited_for_at_logging_steps_only(meta_run, skip_outliers, kind, monkeypatch):
+    run = meta_run(skip_outliers, kind)
     reads = []
 
     def read(numbers: torch.Tensor) -> list[list[float]]:

@@ -70,3 +70,24 @@ def test_stories_have_a_known_size_and_a_tokenizer_of_their_own():
     assert TrainArguments().built_in_text is None
     with pytest.raises(ValueError, match="shards, stories and python-prose have their own"):
         TrainArguments(dataset_name="stories", tokenizer="gpt2")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (
+            {"recipe": "muon"},
+            r"^muon \(modded-nanogpt.*\); predicted, not measured: 0\.42 x the tokens for the loss of",
+        ),
+        ({"recipe": "fast-adamw"}, r"^fast-adamw \(modded-nanogpt.*predicted, not measured: 0\.65 x the tokens"),
+        ({"recipe": "muon", "preset": "gpt2-350m", "n_layer": 24}, r"^muon; no source has tried it at this size"),
+        ({"recipe": "muon", "n_layer": 11}, r"^muon; no source has tried it at this size"),
+        ({"recipe": "muon", "init_from": "gpt2"}, r"^muon; no source has tried it in fine-tuning$"),
+        (
+            {"recipe": "fast-adamw", "preset": "quickstart", "n_layer": 2},
+            r"with 1 x .* that of the preset quickstart$",
+        ),
+    ],
+)
+def test_a_recipe_names_its_source_where_there_is_one(given, sentence):
+    assert re.search(sentence, TrainArguments(**given).recipe_summary)

@@ -36,19 +36,22 @@ train_accelerate.main(sys.argv[1:])
 """
 
 
+@pytest.mark.parametrize("recipe", ["lecture", "muon"])
 def test_a_sharded_run_equals_an_unsharded_one_and_each_resumes_from_the_others_checkpoint(
-    finished, shards, warm_python, tmp_path
+    finished, finished_muon, shards, warm_python, tmp_path, recipe
 ):
+    unsharded = finished_muon if recipe == "muon" else finished[0]
+    resumed = {"recipe": recipe, "resume_from_checkpoint": "latest"}
     later = shutil.ignore_patterns("step-000020", "step-000030", "model")
-    shutil.copytree(finished[0], tmp_path / "run", ignore=later)
-    flags = toy_flags(tmp_path / "run", shards, per_device_train_batch_size=2, resume_from_checkpoint="latest")
+    shutil.copytree(unsharded, tmp_path / "run", ignore=later)
+    flags = toy_flags(tmp_path / "run", shards, per_device_train_batch_size=2, **resumed)
     result = warm_python.run_together(2, "-c", SHARDED, *flags, **CPU_FP32)[0]
     assert "sharded: (150, 32) of (300, 32)" in result.stdout
     assert "resuming from step 10" in result.stdout
     for name in ("loss", "grad_norm", "validation_loss", "hellaswag_completion_acc_norm"):
-        assert logged_values(tmp_path / "run", name) == pytest.approx(logged_values(finished[0], name), abs=1e-5), name
+        assert logged_values(tmp_path / "run", name) == pytest.approx(logged_values(unsharded, name), abs=1e-5), name
 
     shutil.rmtree(tmp_path / "run" / "step-000030")
-    assert train_here(tmp_path / "run", shards, resume_from_checkpoint="latest") == 0
+    assert train_here(tmp_path / "run", shards, **resumed) == 0
     assert len(logged_values(tmp_path / "run")) == 30
-    assert logged_values(tmp_path / "run") == pytest.approx(logged_values(finished[0]), abs=1e-5)
+    assert logged_values(tmp_path / "run") == pytest.approx(logged_values(unsharded), abs=1e-5)
