@@ -99,6 +99,7 @@ def train(args: TrainArguments, lock: FolderLock):
             n_embd=args.n_embd,
             n_layer=args.n_layer,
             n_head=args.n_head,
+            initializer_range=args.initializer_range,
             bos_token_id=data.tokenizer.bos_token_id,
             eos_token_id=data.tokenizer.eos_token_id,
         )

@@ -16,7 +16,7 @@ from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.validate import check_sizes
 
-SHAPE = ("n_layer", "n_head", "n_embd")
+SHAPE = ("n_layer", "n_head", "n_embd", "initializer_range")
 
 
 @dataclass(frozen=True)

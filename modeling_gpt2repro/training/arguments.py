@@ -24,7 +24,10 @@ WARMUP_SHARE = 0.05
 EVALUATIONS = 10
 COOLDOWN_SHARE = 0.2  # enough to reach the loss of a cosine of the same length (Hägele et al. 2024, arXiv:2405.18392)
 # What a small model is good at is what it was trained on.
-SAMPLE_PROMPTS = {STORIES: "There once was a", PYTHON_PROSE: "This module provides"}
+SAMPLE_PROMPTS = {
+    STORIES: "A story of Mila and Tom, Mrs. Plum, a fox and a bell.",
+    PYTHON_PROSE: "This module provides",
+}
 DEFAULT_PROMPT = "Hello, I'm a language model,"  # the lecture's
 
 
@@ -78,6 +81,12 @@ class TrainArguments:
     n_head: int | None = arg(default=12, minimum=1, help="Attention heads per block. Must divide n_embd.")
     n_embd: int | None = arg(default=768, minimum=1, help="Width of the embeddings and of every block.")
     block_size: int | None = arg(default=1024, minimum=1, help="Context length in tokens.")
+    initializer_range: float | None = arg(
+        default=0.02,
+        above=0,
+        help="Standard deviation of the weights at initialization. 0.02 is that of GPT-2; a narrow model learns faster "
+        "with more, 0.02 * sqrt(768 / n_embd).",
+    )
     init_from: str | None = arg(
         default=None,
         help="Model to fine-tune: a folder or a Hub id, of this project or of transformers' GPT-2. Shape and context "
@@ -222,8 +231,8 @@ class TrainArguments:
     )
     sample_prompts: list[str] | None = arg(
         default=None,
-        help="Prompts for sampled text, each in quotes. If not given, 'There once was a' for stories, 'This module "
-        "provides' for python-prose, and the lecture's \"Hello, I'm a language model,\" for other data.",
+        help="Prompts for sampled text, each in quotes. If not given, a title for stories, 'This module provides' "
+        "for python-prose, and the lecture's \"Hello, I'm a language model,\" for other data.",
     )
     num_samples: int = arg(default=4, minimum=0, help="Samples per prompt at each evaluation; 0: none.")
     sample_tokens: int = arg(default=32, minimum=0, help="New tokens per sample.")

@@ -30,27 +30,30 @@ PRESETS: dict[str, dict] = {
         "learning_rate": 2e-4,  # GPT-3 XL, 1.3B
         "per_device_train_batch_size": 4,
     },
-    # Minutes on two CPU cores, with nothing to download. Values were found by trial; README.md shows the run.
+    # Minutes on two CPU cores, with nothing to download. Values were found by trial; docs/recipes.md has the runs.
     "quickstart": {
         "output_dir": "runs/quickstart",
-        "dataset_name": "python-prose",
-        "tokenizer_vocab_size": 2048,  # its embedding is 0.26 M of the model's 0.68 M parameters
+        "dataset_name": "stories",
+        "tokenizer_vocab_size": 1536,  # nearly every word is one token
         "hellaswag": "none",  # it would be downloaded
-        "n_layer": 2,
+        "n_layer": 4,
         "n_head": 2,
         "n_embd": 128,
-        "block_size": 128,
-        "train_tokens": 2_867_200,  # 2,800 steps
-        "tokens_per_step": 1024,  # 8 sequences: on a CPU many small updates achieve more than a few large ones
-        "warmup_tokens": 172_032,  # 168 steps, 6 % of the run
+        "block_size": 224,  # one whole story
+        "initializer_range": 0.05,  # 0.02 * sqrt(768 / 128): words must differ enough for attention to find them again
+        "recipe": "muon",  # with AdamW the names get mixed up
+        "train_tokens": 1_433_600,  # 800 steps
+        "tokens_per_step": 1792,  # 8 stories: on a CPU many small updates achieve more than a few large ones
+        "warmup_tokens": 153_600,
         "per_device_train_batch_size": 8,
         "learning_rate": 2e-3,  # the smaller the model, the larger the rate (GPT-3, table 2.1)
         "validation_share": 0.05,
-        "eval_tokens": 65_536,
-        "logging_steps": 100,
-        "eval_steps": 200,
+        "eval_tokens": 57_344,  # 256 stories
+        "logging_steps": 50,
+        "eval_steps": 100,
         "num_samples": 2,
-        "save_steps": 1400,  # once in the middle
+        "sample_tokens": 210,  # to the end of a story
+        "save_steps": 400,  # once in the middle
         "torch_compile": False,  # on a GPU neither: the run is too short
     },
     # A few megabytes of text, prepared with a tokenizer of its own: --shards FOLDER. Minutes on a laptop or one GPU.
@@ -78,9 +81,10 @@ PRESETS: dict[str, dict] = {
 # Defaults with --init_from. Epochs, rate and 8 sequences a step are those of transformers' `TrainingArguments` (5.23),
 # with which its examples fine-tune GPT-2.
 FINE_TUNING: dict[str, float | None] = {
-    "n_layer": None,  # this and the next three are taken from the model; None below: derived from the size of the data
+    "n_layer": None,  # this and the next four are taken from the model; None below: derived from the size of the data
     "n_head": None,
     "n_embd": None,
+    "initializer_range": None,
     "block_size": None,
     "train_tokens": None,
     "num_train_epochs": 3.0,

@@ -49,6 +49,7 @@ RECIPES = {
         expected_tokens=0.42,
         defaults={"optimizer": "muon", "lr_scheduler_type": "linear"},
         rate_factor=3.0,
+        preset_rate_factors={"quickstart": 2.0},
         warmup_factor=SHORT_WARMUP,
     ),
 }
