@@ -3,12 +3,12 @@
     python -m modeling_gpt2repro.evaluation.stories --model runs/stories/model
     python -m modeling_gpt2repro.evaluation.stories --model runs/stories/step-001000 --num_stories 500
 
-Each story is read by itself, from the end-of-text token before it on. Scored are all of its tokens, and the end-of-text
-after it, because a model has to know that the story is over. The loss is the mean over all of these tokens.
+Each story is read by itself. Scored are all of its tokens but the first, which is the same in all stories, and the
+end-of-text after it, because a model has to know that the story is over.
 
 The floor: a story that was written from b random bits has the probability 2^-b, so a model that knows the grammar has a
-loss of b * ln(2) nats on it. Another one may be luckier on some stories, but never on average. Divided by the same
-tokens as the loss, this is the floor.
+loss of b * ln(2) nats on it. Another one may be luckier on some stories, but never on average. Both are in nats a
+story, which compares across tokenizers.
 
 Names, animals and things: the story has named them before, and the model must find them again. One is right if each of
 its tokens is the most likely one for the model, given the story up to there.
@@ -57,15 +57,14 @@ def held_out_stories(validation_share: float, count: int = 128) -> list[Story]:
     return list(islice(held_out, count))
 
 
-def story_floor(tokenizer: PreTrainedTokenizerBase, stories: Sequence[Story]) -> float:
-    """The loss of a model that knows the grammar: nats per token of this tokenizer, end-of-text included."""
-    tokens = sum(len(ids) + 1 for ids, _ in encode_stories(tokenizer, stories))
-    return sum(story.bits for story in stories) * log(2) / tokens
+def story_floor(stories: Sequence[Story]) -> float:
+    """The loss of a model that knows the grammar, in nats a story."""
+    return sum(story.bits for story in stories) * log(2) / len(stories)
 
 
 def longest_story(tokenizer: PreTrainedTokenizerBase, stories: Sequence[Story]) -> int:
-    """Tokens that a model must be able to read to score the longest one: those of the story, after an end-of-text."""
-    return max(len(ids) + 1 for ids, _ in encode_stories(tokenizer, stories))
+    """Tokens of the longest one, which a model must be able to read to be scored."""
+    return max(len(ids) for ids, _ in encode_stories(tokenizer, stories))
 
 
 def encode_stories(
@@ -90,8 +89,8 @@ def score_stories(
         stories: The same on all processes; each must fit into the model's context, see `longest_story`.
 
     Returns:
-        Numbers for metrics.jsonl: `story_loss` and `story_floor` in nats per token, `story_tokens`, the share
-        `story_mentions_right`, and the same by kind, `story_hero_right`, ...; {} without stories.
+        Numbers for metrics.jsonl: `story_loss` and `story_floor` in nats a story, the share `story_mentions_right`,
+        and the same by kind, `story_hero_right`, ...; {} without stories.
     """
     if not stories:
         return {}
@@ -99,7 +98,7 @@ def score_stories(
     encoded = list(encode_stories(tokenizer, stories))
     longest_first = sorted(range(len(stories)), key=lambda index: len(encoded[index][0]), reverse=True)
     mine = longest_first[state.process_index :: state.num_processes]
-    nats, tokens, counts = 0.0, 0, Counter()
+    nats, counts = 0.0, Counter()
     was_training = model.training
     model.eval()
     try:
@@ -110,21 +109,17 @@ def score_stories(
             flat_targets = targets.to(device).flatten()
             losses = nn.functional.cross_entropy(logits.flatten(0, 1), flat_targets, reduction="none")
             nats += losses.cpu().double().sum().item()  # of padding they are 0
-            tokens += (targets != IGNORE_INDEX).sum().item()
             is_right = logits.argmax(-1).cpu() == targets  # (B, T)
             for right, index in zip(is_right.tolist(), batch, strict=True):
                 counts += count_mentions(stories[index], encoded[index][1], right)
     finally:
         model.train(was_training)
-    shares = gather_object([(nats, tokens, counts)])
-    nats = sum(share[0] for share in shares)
-    tokens = sum(share[1] for share in shares)
-    counts = sum((share[2] for share in shares), Counter())
+    shares = gather_object([(nats, counts)])
+    counts = sum((share[1] for share in shares), Counter())
     kinds = sorted({kind for story in stories for _, _, kind in story.mentions})
     return {
-        "story_loss": nats / tokens,
-        "story_floor": sum(story.bits for story in stories) * log(2) / tokens,
-        "story_tokens": tokens,
+        "story_loss": sum(share[0] for share in shares) / len(stories),
+        "story_floor": story_floor(stories),
         "story_mentions_right": sum(counts[kind, True] for kind in kinds) / sum(counts[kind] for kind in kinds),
         **{f"story_{kind}_right": counts[kind, True] / counts[kind] for kind in kinds},
     }
@@ -132,14 +127,14 @@ def score_stories(
 
 def as_padded_batch(sequences: Sequence[Sequence[int]], end_of_text: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids of stories, the longest first -> inputs and targets, (B, T) each: [[5, 6], [7]] with 0 as end-of-text gives
-    [[0, 5, 6], [0, 7, 0]] and [[5, 6, 0], [7, 0, -100]].
+    [[5, 6], [7, 0]] and [[6, 0], [0, -100]].
     """
     # Padding is on the right, where no token of the story sees it: any id will do, and no mask is needed.
-    inputs = torch.full((len(sequences), len(sequences[0]) + 1), end_of_text)
+    inputs = torch.full((len(sequences), len(sequences[0])), end_of_text)
     targets = torch.full_like(inputs, IGNORE_INDEX)
     for row, ids in enumerate(sequences):
-        inputs[row, 1 : len(ids) + 1] = torch.tensor(ids)
-        targets[row, : len(ids) + 1] = torch.tensor([*ids, end_of_text])
+        inputs[row, : len(ids)] = torch.tensor(ids)
+        targets[row, : len(ids)] = torch.tensor([*ids[1:], end_of_text])
     return inputs, targets
 
 
@@ -148,13 +143,13 @@ def count_mentions(story: Story, spans: Sequence[Span], is_right: Sequence[bool]
 
     Args:
         spans: Characters of each token. One may begin before the name, with the space.
-        is_right: Whether each token was the most likely one; what follows (end-of-text, padding) does not matter.
+        is_right: Whether each token but the first was the most likely one; what follows does not matter.
     """
     counts = Counter()
     for start, stop, kind in story.mentions:
         tokens = [place for place, (first, last) in enumerate(spans) if first < stop and last > start]
         counts[kind] += 1
-        counts[kind, True] += all(is_right[place] for place in tokens)
+        counts[kind, True] += all(is_right[place - 1] for place in tokens)
     return counts
 
 
@@ -196,11 +191,10 @@ def main(argv: list[str] | None = None) -> None:
     if state.is_main_process:
         kinds = [name for name in numbers if name.endswith("_right") and name != "story_mentions_right"]
         by_kind = ", ".join(f"{name.split('_')[1]} {numbers[name]:.1%}" for name in kinds)
-        print(f"\n{args.model} on {len(stories):,} whole stories, {numbers['story_tokens']:,} tokens")
-        print(f"nats per token   {numbers['story_loss']:.4f}")
-        print(
-            f"floor            {numbers['story_floor']:.4f}; {numbers['story_loss'] / numbers['story_floor']:.2f} x it"
-        )
+        ratio = numbers["story_loss"] / numbers["story_floor"]
+        print(f"\n{args.model} on {len(stories):,} whole stories that were held out")
+        print(f"nats a story     {numbers['story_loss']:.2f}, {ratio:.3f} x the floor")
+        print(f"floor            {numbers['story_floor']:.2f}")
         print(f"right            {numbers['story_mentions_right']:.1%} of names, animals and things: {by_kind}")
     state.destroy_process_group()
 

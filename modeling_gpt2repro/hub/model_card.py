@@ -177,7 +177,7 @@ def result_lines(run: Run, evaluation: dict) -> dict[str, str]:
     if {"story_loss", "story_mentions_right"} <= evaluation.keys() and evaluation.get("story_floor"):
         ratio = evaluation["story_loss"] / evaluation["story_floor"]
         lines["whole held-out stories"] = (
-            f"{evaluation['story_loss']:.4f} nats per token, {ratio:.2f} times the least that a model can have; "
+            f"{evaluation['story_loss']:.2f} nats a story, {ratio:.3f} times the least that a model can have; "
             f"{evaluation['story_mentions_right']:.1%} of names, animals and things right"
         )
     for protocol, name in HELLASWAG_METRICS.items():

@@ -96,8 +96,8 @@ def start_message(
         batch += f", less {counted(empty, 'sequence')} left empty to divide evenly"
     floor = {}
     if STORY_FLOOR in baselines:
-        nats = f"{baselines[STORY_FLOOR]:.3f} nats per token"
-        floor = {"floor": f"no model can do better than {nats} on whole held-out stories"}
+        nats = f"{baselines[STORY_FLOOR]:.3f} nats per token, {baselines[STORY_FLOOR] * args.block_size:.1f} a story"
+        floor = {"floor": f"no model can do better than {nats}"}
     guesses = [f"{name} {loss:.2f}" for name, loss in baselines.items() if name != STORY_FLOOR]
     compiler = accelerator.state.dynamo_plugin.backend.value.lower()
     precision = accelerator.mixed_precision.replace("no", "fp32")

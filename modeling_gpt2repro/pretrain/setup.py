@@ -227,7 +227,7 @@ def log_run_summary(
             "guessing by frequency, unigram entropy": unigram_entropy(batches, vocab_size),
         }
         if data.stories:
-            baselines[STORY_FLOOR] = story_floor(data.tokenizer, data.stories)
+            baselines[STORY_FLOOR] = story_floor(data.stories) / args.block_size  # a sequence is a story
         if accelerator.is_main_process and not args.preflight:
             logger.write_file(BASELINES_FILE, lambda: write_baselines(Path(args.output_dir), baselines, BASELINES))
         module = unwrapped_model(accelerator, model)

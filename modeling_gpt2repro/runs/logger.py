@@ -157,7 +157,7 @@ class RunLogger:
         if "story_loss" in numbers:
             ratio = numbers["story_loss"] / numbers["story_floor"]
             self.print(
-                f"    stories: {numbers['story_loss']:.3f} nats per token, {ratio:.2f} x the floor; "
+                f"    stories: {numbers['story_loss']:.1f} nats each, {ratio:.2f} x the floor; "
                 f"{100 * numbers['story_mentions_right']:.0f} % of names, animals and things right"
             )
         accuracies = []

@@ -33,10 +33,7 @@ STYLE = {
 # The colorblind-safe palette of Okabe and Ito (https://jfly.uni-koeln.de/color/).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINE_STYLES = ("-", "--", ":", "-.")  # the palette again for runs 7 to 12, and so on
-LOSS_CURVES = {  # loss of each evaluation -> legend, color and marker
-    "validation_loss": ("validation", "#D55E00", "o"),
-    "story_loss": ("whole held-out stories", "#009E73", "s"),
-}
+VALIDATION_COLOR = "#D55E00"
 GREY = "#555555"
 # Nats per token of OpenAI's GPT-2 124M on the FineWeb-Edu validation shard of build-nanogpt (its play.ipynb).
 GPT2_LOSS = 3.2924
@@ -115,21 +112,15 @@ def loss_panel(axes: Axes, runs: Sequence[Run]):
         shown.append(_plot_noisy(axes, *run.series("loss"), style))
         for tokens, marker in ((run.resumed_tokens(), "|"), (run.skipped_tokens(), "x")):
             axes.plot(tokens, np.full(len(tokens), 0.03), marker, color=style["color"], markersize=6, transform=foot)
-        first_losses += shown[-1][:1].tolist()
-        ends = []
-        for name, (_, color, marker) in LOSS_CURVES.items():
-            tokens, losses = run.series(name)
-            shown.append(losses)
-            first_losses += losses[:1].tolist()
-            if len(runs) > 1:  # points in the run's color
-                _plot_points(axes, tokens, losses, color=style["color"], linestyle="", marker=marker, markersize=4)
-            elif len(losses):
-                _plot_points(axes, tokens, losses, color=color, linewidth=1.2, marker=marker, markersize=4)
-                ends.append((losses[-1], tokens[-1], color))
-        for place, (loss, at, color) in enumerate(sorted(ends, reverse=True)):  # the lower one's label is below it
-            label = _label("right" if at else "left", color, above=place == 0)
-            axes.annotate(f"{loss:.3f}", (at, loss), **label)
-        shown.append(run.series("story_floor")[1])  # however far below the curves
+        tokens, losses = run.series("validation_loss")
+        shown.append(losses)
+        first_losses += [*shown[-2][:1], *losses[:1]]
+        if len(runs) > 1:  # points in the run's color
+            _plot_points(axes, tokens, losses, color=style["color"], linestyle="", markersize=4)
+        elif len(losses):
+            _plot_points(axes, tokens, losses, color=VALIDATION_COLOR, linewidth=1.2, markersize=4)
+            last = (tokens[-1], losses[-1])
+            axes.annotate(f"{losses[-1]:.3f}", last, **_label("right" if tokens[-1] else "left", VALIDATION_COLOR))
     _limit_and_draw_baselines(axes, shown, baselines, below=1.0, above=0.1, included=first_losses)
 
 
@@ -175,17 +166,10 @@ def legend_handles(runs: Sequence[Run]) -> list[Line2D]:
     handles = [] if alone else [Line2D([], [], label=name, **line_style(i)) for i, name in enumerate(names)]
     width = mean_width(len(runs[0].series("loss")[1]))
     training = f"training (mean of {width:,} steps)" if alone and width > 1 else "training"
-    curves = [
-        (
-            label,
-            any(len(run.series(name)[1]) for run in runs),
-            {"marker": marker, "markersize": 4} | ({"color": color} if alone else {"linestyle": ""}),
-        )
-        for name, (label, color, marker) in LOSS_CURVES.items()
-    ]
+    points = {"marker": "o", "markersize": 4} | ({"color": VALIDATION_COLOR} if alone else {"linestyle": ""})
     for label, found, style in (
         (training, any(len(run.series("loss")[1]) for run in runs), {}),
-        *curves,
+        ("validation", any(len(run.series("validation_loss")[1]) for run in runs), points),
         ("resumed", any(len(run.resumed_tokens()) for run in runs), {"marker": "|", "linestyle": ""}),
         ("update skipped", any(len(run.skipped_tokens()) for run in runs), {"marker": "x", "linestyle": ""}),
     ):
@@ -262,8 +246,8 @@ def _plot_noisy(axes: Axes, tokens: np.ndarray, values: np.ndarray, style: Mappi
     return values
 
 
-def _plot_points(axes: Axes, tokens: np.ndarray, values: np.ndarray, marker: str = "o", **style):
-    axes.plot(tokens, values, marker=marker, markevery=max(1, len(tokens) // MAX_MARKERS), **style)
+def _plot_points(axes: Axes, tokens: np.ndarray, values: np.ndarray, **style):
+    axes.plot(tokens, values, marker="o", markevery=max(1, len(tokens) // MAX_MARKERS), **style)
 
 
 def _limit_and_draw_baselines(

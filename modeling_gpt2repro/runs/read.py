@@ -24,7 +24,7 @@ HELLASWAG_METRICS = {
     "lm-eval": "hellaswag_lm_eval_acc_norm",
 }
 
-STORY_FLOOR = "floor of whole stories, their entropy"  # the baseline with which `story_loss` is compared
+STORY_FLOOR = "the floor, entropy of the stories"  # the baseline below which no model can be
 NOT_NUMBERS = {"step", "tokens", "event", "changed", "rows_by_process"}  # all other values of a record are numbers
 
 
