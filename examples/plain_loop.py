@@ -1,9 +1,10 @@
 """The lecture's training loop around our model, in one file and without Accelerate: to read first, and to change.
 
-    python examples/plain_loop.py                       # on the quickstart's text, minutes on a CPU
+    python examples/plain_loop.py                       # on the quickstart's stories, minutes on a CPU
     python examples/plain_loop.py --shards data/edu     # on a folder that prepare_data.py wrote
 
-Model, data and hyperparameters are those of `train_accelerate.py --preset quickstart`, and so are the losses.
+Model, data and hyperparameters are those of `train_accelerate.py --preset quickstart --recipe lecture`, and so are the
+losses.
 """
 
 import argparse
@@ -20,10 +21,10 @@ from modeling_gpt2repro.data.batches.sequences import TokenSequences
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig, ShuffledBatches
 from modeling_gpt2repro.data.shards.dataset import open_shards
 
-B, T = 4, 128  # micro-batch: sequences, and tokens of each
-TOKENS_PER_STEP = 1024
+B, T = 4, 224  # micro-batch: sequences, and tokens of each, a whole story
+TOKENS_PER_STEP = 1792
 GRAD_ACCUM_STEPS = TOKENS_PER_STEP // (B * T)
-MAX_LR, MIN_LR, WARMUP_STEPS, MAX_STEPS = 2e-3, 2e-4, 168, 2800
+MAX_LR, MIN_LR, WARMUP_STEPS, MAX_STEPS = 2e-3, 2e-4, 85, 800
 SEED = 1337
 
 
@@ -37,12 +38,12 @@ def get_lr(step: int, max_steps: int) -> float:
 def main(argv: list[str] | None = None) -> list[float]:
     """Train, print a line per step, and return the losses in nats per token."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=Path, help="a folder of tokens; by default the text that Python ships")
+    parser.add_argument("--shards", type=Path, help="a folder of tokens; by default generated stories")
     parser.add_argument("--max_steps", type=int, default=MAX_STEPS, help="optimizer steps (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         folder = Path("runs/plain_loop/data")
-        dataset = open_shards(args.shards) if args.shards else load_built_in_text("python-prose", folder, 2048, T, 0.05)
+        dataset = open_shards(args.shards) if args.shards else load_built_in_text("stories", folder, 1536, T, 0.05)
     except ValueError as error:
         parser.error(str(error))
     config = BatchConfig(block_size=T, sequences_per_step=TOKENS_PER_STEP // T, micro_batch_size=B, seed=SEED)
@@ -52,8 +53,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
     torch.manual_seed(SEED)
     V = len(dataset.tokenizer)
-    model = GPT2ReproForCausalLM(GPT2ReproConfig(vocab_size=V, n_positions=T, n_layer=2, n_head=2, n_embd=128,
-                                                 bos_token_id=0, eos_token_id=0)).to(device)  # fmt: skip
+    model = GPT2ReproForCausalLM(GPT2ReproConfig(vocab_size=V, n_positions=T, n_layer=4, n_head=2, n_embd=128,
+                                                 initializer_range=0.05, bos_token_id=0, eos_token_id=0)).to(device)  # fmt: skip
     matrices = [p for p in model.parameters() if p.ndim >= 2]  # decayed: matrices and embeddings
     vectors = [p for p in model.parameters() if p.ndim < 2]  # not decayed: biases and norms
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -81,9 +82,9 @@ def main(argv: list[str] | None = None) -> list[float]:
         losses.append(loss_accum.item())  # waits for the device
         speed = TOKENS_PER_STEP / (time.time() - started)
         print(f"step {step:4d} | loss {losses[-1]:.6f} | lr {lr:.4e} | norm {norm:.4f} | {speed:,.0f} tokens/s")
-    prompt = dataset.tokenizer("The function returns", return_tensors="pt").input_ids.to(device)
-    text = model.eval().generate(prompt, max_new_tokens=60, do_sample=True, top_k=50, pad_token_id=0)
-    print(dataset.tokenizer.decode(text[0]))
+    title = dataset.tokenizer("A story of Mila and Tom, Mrs. Plum, a fox and a bell.", return_tensors="pt").to(device)
+    text = model.eval().generate(**title, max_length=T, do_sample=True, top_k=50, pad_token_id=0)
+    print(dataset.tokenizer.decode(text[0], skip_special_tokens=True))
     return losses
 
 

@@ -61,11 +61,20 @@ def main(argv: list[str] | None = None):
 
 
 def index_shards(dataset: TokenDataset, split: str) -> list[ShardIndex]:
-    """Find where the split's documents begin, in one pass over its memory maps."""
+    """Find where the split's documents begin, in one pass over its memory maps; padding is left out."""
     names = [entry["file"] for entry in dataset.manifest["splits"][split]["shards"]]
     end_of_text = np.uint16(dataset.tokenizer.eos_token_id)
     maps = [np.asarray(ids) for ids in dataset.shards(split)]
+    if length := dataset.manifest["source"].get("document_length"):
+        maps = [without_padding(ids.reshape(-1, length), end_of_text) for ids in maps]
     return [ShardIndex(name, ids, np.flatnonzero(ids == end_of_text)) for name, ids in zip(names, maps, strict=True)]
+
+
+def without_padding(documents: np.ndarray, end_of_text: np.uint16) -> np.ndarray:
+    """Padded documents (n, T), see `pad_document`, as other shards have them: an end-of-text before each, (m,)."""
+    ends = (documents == end_of_text).argmax(axis=1)
+    kept = documents[np.arange(documents.shape[1]) <= ends[:, None]]  # each with its end-of-text after it
+    return np.concatenate([[end_of_text], kept[:-1]])
 
 
 def document_lengths(shards: list[ShardIndex]) -> np.ndarray:
@@ -94,7 +103,7 @@ def format_overview(dataset: TokenDataset, indexes: dict[str, list[ShardIndex]])
     lengths = {split: document_lengths(shards) for split, shards in indexes.items()}
     bytes_per_token = [dataset.bytes_per_token(split) for split in indexes]
     rows = {
-        "tokens": [f"{sum(len(shard.ids) for shard in shards):,}" for shards in indexes.values()],
+        "tokens": [f"{dataset.manifest['splits'][split]['tokens']:,}" for split in indexes],
         "documents": [f"{len(lengths[split]):,}" for split in indexes],
         "shards": [f"{len(shards):,}" for shards in indexes.values()],
         "bytes per token": [f"{ratio:.3f}" if ratio else "-" for ratio in bytes_per_token],

@@ -93,6 +93,9 @@ def tokenize_documents(
 
     Args:
         document_length: Make every document as long, see `pad_document`.
+
+    Raises:
+        ValueError: If a document is longer than that; the message names the length that the longest one needs.
     """
     # Bytes that grow in place: a compressed file is one partition, and joining a list of arrays would hold it twice.
     ids = {"train": bytearray(), "validation": bytearray()}
@@ -101,17 +104,27 @@ def tokenize_documents(
     # the prompt of an unconditional sample. (The lecture's fineweb.py does the same.)
     end_of_text = np.array([end_of_text_id], dtype=np.uint16).tobytes()
     previous_split = None
+    padding = encode("\n")
+    longest = 0
     for document in documents:
         split = "validation" if is_validation(document.id, validation_share) else "train"
         text_bytes[split] += len(document.text.encode())
         if document_length is not None:
-            ids[split] += pad_document(encode(document.text), end_of_text_id, encode("\n"), document_length).tobytes()
+            document_ids = encode(document.text)
+            longest = max(longest, len(document_ids) + 1)
+            if longest <= document_length:
+                ids[split] += pad_document(document_ids, end_of_text_id, padding, document_length).tobytes()
             continue
         # Pieces of one text may fall to different splits; then it is no continuation of what this split holds.
         if not (document.continues and split == previous_split):
             ids[split] += end_of_text
         ids[split] += encode(document.text).tobytes()
         previous_split = split
+    if document_length is not None and longest > document_length:
+        raise ValueError(
+            f"the longest document and its end-of-text are {longest} tokens, which do not fit into sequences of "
+            f"{document_length}: give --block_size {longest} or more."
+        )
     return TokenizedPartition({split: np.frombuffer(data, np.uint16) for split, data in ids.items()}, text_bytes)
 
 
@@ -120,13 +133,5 @@ def pad_document(ids: np.ndarray, end_of_text_id: int, padding: np.ndarray, leng
 
     With the block size as length, every training sequence is one whole document, which begins at position 0, as a
     prompt does.
-
-    Raises:
-        ValueError: If it has more tokens.
     """
-    if len(ids) >= length:
-        raise ValueError(
-            f"a document of {len(ids)} tokens and its end-of-text do not fit into sequences of {length} tokens: give "
-            f"--block_size {len(ids) + 1} or more."
-        )
     return np.concatenate([ids, [end_of_text_id], np.resize(padding, length - len(ids) - 1)]).astype(np.uint16)

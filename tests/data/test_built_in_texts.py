@@ -22,11 +22,13 @@ def short_texts(monkeypatch):
 def test_each_name_stands_for_its_own_documents():
     assert (PYTHON_PROSE, STORIES) == ("python-prose", "stories") == tuple(BUILT_IN_TEXTS)
     for name, kinds in ((PYTHON_PROSE, {"topic", "module"}), (STORIES, {"story"})):
-        source = built_in_source(name)
+        source = built_in_source(name, 224)
         documents = list(source.read(source.partitions[0]))
         assert {document.id.partition(":")[0] for document in documents} <= kinds
         assert len(documents) > 100
-        assert source.description == {"dataset": name}  # in the manifest, and in the checkpoints of earlier versions
+    # In the manifest, and of python-prose in the checkpoints of earlier versions.
+    assert built_in_source(PYTHON_PROSE, 224).description == {"dataset": "python-prose"}
+    assert built_in_source(STORIES, 224).description == {"dataset": "stories", "document_length": 224}
 
 
 def test_each_name_has_its_prompt_and_its_words_in_a_model_card():

@@ -24,10 +24,9 @@ from modeling_gpt2repro.evaluation.stories import (
 from modeling_gpt2repro.hub.export import save_hub_folder
 
 CPU = torch.device("cpu")
-# Two stories of one bit each, their first letter; it decides the rest.
-ANN = Story("Ann has a cat. Ann likes the cat.", 1, "Ann cat", [(15, 18, "hero"), (29, 32, "animal")])
-BOB = Story("Bob has a dog. Bob likes the dog.", 1, "Bob dog", [(15, 18, "hero"), (29, 32, "animal")])
-LENGTH = len(ANN.text)
+# Two stories of one bit each: the first letter after the "I" that all stories begin with decides the rest.
+ANN = Story("I, Ann, saw a cat. Ann likes the cat.", 1, "Ann cat", [(19, 22, "hero"), (33, 36, "animal")])
+BOB = Story("I, Bob, saw a dog. Bob likes the dog.", 1, "Bob dog", [(19, 22, "hero"), (33, 36, "animal")])
 SHARE = 0.05
 
 
@@ -46,12 +45,12 @@ def bytes_tokenizer():
 class Known(torch.nn.Module):
     """Knows which sequences there are, and gives all tokens that may follow the same probability.
 
-    `change(logits, place)` has the last word on what comes after `place` tokens.
+    `change(logits, place)` has the last word on what comes after the token at `place`.
     """
 
     def __init__(self, tokenizer, stories, change=lambda logits, place: logits):
         super().__init__()
-        self.sequences = [[0, *tokenizer(story.text)["input_ids"], 0] for story in stories]
+        self.sequences = [[*tokenizer(story.text)["input_ids"], 0] for story in stories]
         self.change = change
 
     def forward(self, input_ids, use_cache):
@@ -71,18 +70,18 @@ def right(numbers):
     return {name: value for name, value in numbers.items() if name.endswith("_right")}
 
 
-def test_the_floor_is_the_entropy_over_the_tokens_and_the_end_of_each_story(bytes_tokenizer):
-    """Stories of 5 and 9 letters, of 10 and 20 bits: 30 * ln(2) = 20.794 nats over 6 + 10 tokens."""
+def test_the_floor_is_the_entropy_of_a_story(bytes_tokenizer):
+    """Stories of 10 and 20 bits: 30 * ln(2) = 20.794 nats, half of it each. The longer one has 9 letters."""
     stories = [Story("A bee", 10, "", []), Story("Big bears", 20, "", [])]
-    assert story_floor(bytes_tokenizer, stories) == pytest.approx(20.794415 / 16)
-    assert longest_story(bytes_tokenizer, stories) == 10
+    assert story_floor(stories) == pytest.approx(20.794415 / 2)
+    assert longest_story(bytes_tokenizer, stories) == 9
 
 
 def test_a_model_that_knows_the_grammar_is_at_the_floor_with_every_mention_right(bytes_tokenizer):
     numbers = score_stories(Known(bytes_tokenizer, [ANN, BOB]), bytes_tokenizer, [ANN, BOB, ANN], CPU)
-    assert numbers["story_loss"] == pytest.approx(math.log(2) / (LENGTH + 1))  # the first letter, and nothing else
-    assert numbers["story_floor"] == pytest.approx(math.log(2) / (LENGTH + 1))
-    assert numbers["story_tokens"] == 3 * (LENGTH + 1)
+    assert numbers["story_loss"] == pytest.approx(0.693147)  # ln(2): one letter, and nothing else
+    assert numbers["story_floor"] == pytest.approx(0.693147)
+    assert "story_tokens" not in numbers
     assert right(numbers) == {"story_mentions_right": 1, "story_hero_right": 1, "story_animal_right": 1}
 
 
@@ -95,11 +94,11 @@ def test_a_model_that_is_always_wrong_has_no_mention_right(bytes_tokenizer):
 
 @pytest.mark.parametrize(
     ("place", "hero", "animal"),
-    [(14, 1, 1), (15, 0, 1), (16, 0, 1), (17, 0, 1), (18, 1, 1), (28, 1, 1), (29, 1, 0), (31, 1, 0), (32, 1, 1)],
+    [(18, 1, 1), (19, 0, 1), (20, 0, 1), (21, 0, 1), (22, 1, 1), (32, 1, 1), (33, 1, 0), (35, 1, 0), (36, 1, 1)],
 )
 def test_a_mention_is_right_if_each_of_its_tokens_is(bytes_tokenizer, place, hero, animal):
-    """One token is wrong, the one that spells the letter at `place`: 15 to 17 are the second Ann, 29 to 31 the cat."""
-    model = Known(bytes_tokenizer, [ANN], change=lambda logits, at: -logits if at == place else logits)
+    """One token is wrong, the one that spells the letter at `place`: 19 to 21 are the second Ann, 33 to 35 the cat."""
+    model = Known(bytes_tokenizer, [ANN], change=lambda logits, at: -logits if at == place - 1 else logits)
     numbers = score_stories(model, bytes_tokenizer, [ANN], CPU)
     mean = (hero + animal) / 2
     assert right(numbers) == {"story_mentions_right": mean, "story_hero_right": hero, "story_animal_right": animal}
@@ -113,9 +112,9 @@ def test_the_space_before_a_name_is_part_of_its_token():
     for wrong, hero in ((second, 0), (second - 1, 1), (second + 1, 1)):
 
         def forward(input_ids, use_cache, wrong=wrong):
-            logits = torch.zeros(1, len(ids) + 1, 273)
-            for place, token in enumerate([*ids, 0]):
-                logits[0, place, token] = -1.0 if place == wrong else 1.0
+            logits = torch.zeros(1, len(ids), 273)
+            for place, token in enumerate([*ids[1:], 0]):  # after the token at `place` comes the next one
+                logits[0, place, token] = -1.0 if place == wrong - 1 else 1.0
             return SimpleNamespace(logits=logits)
 
         model = torch.nn.Module()
@@ -123,16 +122,19 @@ def test_the_space_before_a_name_is_part_of_its_token():
         assert score_stories(model, tokenizer, [ANN], CPU)["story_hero_right"] == hero
 
 
-def test_the_loss_of_even_guesses_is_ln_of_the_vocabulary(bytes_tokenizer):
+def test_even_guesses_cost_ln_of_the_vocabulary_for_each_token_but_the_first_and_the_end(bytes_tokenizer):
+    """Stories of 37 and 7 letters: 36 + 6 of them are scored, and two ends, 44 tokens in two stories."""
     model = Known(bytes_tokenizer, [], change=lambda logits, place: 0 * logits)
-    stories = [ANN, Story("Bob.", 3, "", [(0, 3, "hero")])]
-    assert score_stories(model, bytes_tokenizer, stories, CPU)["story_loss"] == pytest.approx(math.log(257), rel=1e-6)
+    stories = [ANN, Story("I, Bob.", 3, "", [(3, 6, "hero")])]
+    numbers = score_stories(model, bytes_tokenizer, stories, CPU)
+    assert numbers["story_loss"] == pytest.approx(22 * math.log(257), rel=1e-6)
+    assert numbers["story_floor"] == pytest.approx(2 * math.log(2))  # of 1 and 3 bits
 
 
 def test_padded_batches_have_the_next_tokens_as_targets():
     inputs, targets = as_padded_batch([[5, 6], [7]], 0)
-    assert inputs.tolist() == [[0, 5, 6], [0, 7, 0]]
-    assert targets.tolist() == [[5, 6, 0], [7, 0, -100]]
+    assert inputs.tolist() == [[5, 6], [7, 0]]
+    assert targets.tolist() == [[6, 0], [0, -100]]
 
 
 @pytest.fixture
@@ -146,17 +148,15 @@ def test_batches_change_nothing(make_model, bytes_tokenizer, some_stories):
     """Each story by itself and in fp64, without padding."""
     model = make_model("ours", 257, n_positions=128)
     numbers = score_stories(model, bytes_tokenizer, some_stories, CPU)
-    nats, tokens, found = 0.0, 0, Counter()
+    nats, found = 0.0, Counter()
     double = make_model("ours", 257, n_positions=128).double()
     for story in some_stories:
-        ids = torch.tensor([0, *bytes_tokenizer(story.text)["input_ids"], 0])
+        ids = torch.tensor([*bytes_tokenizer(story.text)["input_ids"], 0])
         with torch.no_grad():
             log_probs = double(ids[None, :-1]).logits[0].log_softmax(-1)
         nats -= log_probs.gather(1, ids[1:, None]).sum().item()
-        tokens += len(ids) - 1
-        found[(log_probs.argmax(-1) == ids[1:])[8:11].all().item()] += 1
-    assert numbers["story_loss"] == pytest.approx(nats / tokens, rel=1e-5)
-    assert numbers["story_tokens"] == tokens
+        found[(log_probs.argmax(-1) == ids[1:])[7:10].all().item()] += 1  # the letters 8 to 10, "Bob"
+    assert numbers["story_loss"] == pytest.approx(nats / 20, rel=1e-5)
     assert numbers["story_hero_right"] == found[True] / 20
 
 
@@ -204,12 +204,10 @@ def test_the_command_prints_the_scores_and_two_processes_give_those_of_one(
     flags = ["--model", str(model_folder), "--num_stories", "5", "--device", "cpu"]
     main(flags)
     printed = capsys.readouterr().out
-    assert f"{model_folder} on 5 whole stories, {sum(len(story.text) + 1 for story in stories):,} tokens\n" in printed
-    assert f"nats per token   {numbers['story_loss']:.4f}\n" in printed
-    assert (
-        f"floor            {numbers['story_floor']:.4f}; {numbers['story_loss'] / numbers['story_floor']:.2f} x it"
-        in printed
-    )
+    floor = sum(story.bits for story in stories) * math.log(2) / 5
+    assert f"{model_folder} on 5 whole stories that were held out\n" in printed
+    assert f"nats a story     {numbers['story_loss']:.2f}, {numbers['story_loss'] / floor:.3f} x the floor\n" in printed
+    assert f"floor            {floor:.2f}\n" in printed
     assert f"right            {numbers['story_mentions_right']:.1%} of names, animals and things: animal " in printed
     together = warm_python.run_together(2, "-m", "modeling_gpt2repro.evaluation.stories", *flags, **CPU_FP32)
     assert together[0].stdout == printed

@@ -216,17 +216,17 @@ def test_the_language_is_named_where_the_text_is_known_to_be_english(run_folder,
 def test_a_card_says_that_stories_are_generated_and_how_near_the_floor_the_model_is(run_folder, tiny_model):
     assert 'print(generator("Hello, I\'m a language model,", max' in model_card(tiny_model, run_folder=run_folder)
     change_arguments(run_folder, dataset_name="stories")
-    stories = {"story_loss": 0.45, "story_floor": 0.375, "story_mentions_right": 0.9625}
+    stories = {"story_loss": 96.0, "story_floor": 80.0, "story_mentions_right": 0.9625}
     with open(run_folder / "metrics.jsonl", "a") as file:
         last = {"step": 20_000, "tokens": 10**10, "validation_loss": 0.5, "validation_perplexity": 1.6}
         file.write(json.dumps({**last, "validation_tokens": 10, **stories}) + "\n")
     card = model_card(tiny_model, run_folder=run_folder)
     for line in (
-        "| whole held-out stories | 0.4500 nats per token, 1.20 times the least that a model can have; 96.2% of names, "
+        "| whole held-out stories | 96.00 nats a story, 1.200 times the least that a model can have; 96.2% of names, "
         "animals and things right |",
         "| data | English stories that a program has put together at random, written for this purpose, shards with "
         "fingerprint 0123456789ab |",
-        'print(generator("There once was a", max_new_tokens=30)[0]["generated_text"])',
+        'print(generator("A story of Mila and Tom, Mrs. Plum, a fox and a bell.", max_new_tokens=30)[0]["generated_text"])',
     ):
         assert f"{line}\n" in card
     change_arguments(run_folder, shards=str(run_folder))

@@ -34,7 +34,8 @@ def test_the_warning_of_a_slow_cpu_counts_the_operations_of_the_model_that_is_tr
         messages.warn_of_slow_cpu(args, accelerator)
         messages.warn_of_slow_cpu(args, accelerator, 50257)  # once the data are open; it has been said
     # 6 operations a parameter and token, and those of attention: 12 * layers * width * context.
-    assert operations[0] == pytest.approx(2_867_200 * (6 * 675_328 + 12 * 2 * 128 * 128), rel=0.03)
+    # The quickstart: 1,536 ids and 4 blocks of 12 * 128^2 weights, 1.0 M without positions, biases and norms.
+    assert operations[0] == pytest.approx(1_433_600 * (6 * 983_040 + 12 * 4 * 128 * 224), rel=0.03)
     assert operations[1] == pytest.approx(1e10 * (6 * 124_439_808 + 12 * 12 * 768 * 1024), rel=0.03)
     assert "Fewer --train_tokens take less time." in printed[0]
     assert "--preset quickstart trains a small GPT-2 in minutes" in printed[1]
@@ -123,13 +124,15 @@ def test_the_start_of_a_run_names_the_floor_of_stories_only(tiny_model):
 
     def start(baselines):
         args = TrainArguments()
-        return messages.start_message(args, accelerator, tiny_model, "data", (1, 1), {}, baselines, 0)
+        optimizer = torch.optim.AdamW(tiny_model.parameters(), fused=True)
+        return messages.start_message(args, accelerator, tiny_model, optimizer, "data", (1, 1), {}, baselines, 0)
 
     guess = {"guessing evenly": 7.62451}
     assert "no model can do better" not in start(guess)
-    text = start({**guess, STORY_FLOOR: 0.38751})
+    text = start({**guess, STORY_FLOOR: 0.07422})
     assert "\nbaselines    guessing evenly 7.62 (nats per token)\n" in text
-    assert "\nfloor        no model can do better than 0.388 nats per token on whole held-out stories\n" in text
+    # A sequence is a story, and has 1,024 tokens by default: 0.07422 * 1,024 = 76.0.
+    assert "\nfloor        no model can do better than 0.074 nats per token, 76.0 a story\n" in text
 
 
 def test_commands_that_are_printed_are_quoted_for_the_shell(capsys):

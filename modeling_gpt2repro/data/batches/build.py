@@ -144,7 +144,14 @@ def load_built_in_text(
         prepare_shards(source, tokenizer, f"trained on {name}", folder, validation_share)
     dataset = open_shards(folder)
     if dataset.manifest["source"] != source.description:  # the run, or an interrupted start, began with another text
-        held = dataset.manifest["source"].get("dataset")
-        advice = "give that --dataset_name, or another --output_dir" if held else "give another --output_dir"
-        raise ValueError(f"{folder} holds {held or 'another text'}, not {name}: {advice}.")
+        held = dataset.manifest["source"]
+        if held.get("dataset") == name:
+            length = held.get("document_length")
+            raise ValueError(
+                f"{folder} holds {name} for --block_size {length}, not {block_size}: give {length}, or another --output_dir."
+            )
+        advice = (
+            "give that --dataset_name, or another --output_dir" if "dataset" in held else "give another --output_dir"
+        )
+        raise ValueError(f"{folder} holds {held.get('dataset', 'another text')}, not {name}: {advice}.")
     return dataset
