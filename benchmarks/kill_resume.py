@@ -59,8 +59,8 @@ def command(output_dir: Path, steps: int) -> list[str]:
     flags = {
         "preset": "quickstart",
         "output_dir": output_dir,
-        "train_tokens": steps * 1024,
-        "warmup_tokens": 20 * 1024,
+        "train_tokens": steps * 1792,
+        "warmup_tokens": 20 * 1792,
         "eval_steps": 0,
         "save_steps": SAVE_STEPS,
         "save_total_limit": 3,

@@ -53,8 +53,9 @@ def main(argv: list[str] | None = None) -> list[float]:
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
     torch.manual_seed(SEED)
     V = len(dataset.tokenizer)
-    model = GPT2ReproForCausalLM(GPT2ReproConfig(vocab_size=V, n_positions=T, n_layer=4, n_head=2, n_embd=128,
-                                                 initializer_range=0.05, bos_token_id=0, eos_token_id=0)).to(device)  # fmt: skip
+    gpt_config = GPT2ReproConfig(vocab_size=V, n_positions=T, n_layer=4, n_head=2, n_embd=128, bos_token_id=0,
+                                 eos_token_id=0, initializer_range=0.05)  # fmt: skip
+    model = GPT2ReproForCausalLM(gpt_config).to(device)
     matrices = [p for p in model.parameters() if p.ndim >= 2]  # decayed: matrices and embeddings
     vectors = [p for p in model.parameters() if p.ndim < 2]  # not decayed: biases and norms
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]

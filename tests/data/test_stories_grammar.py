@@ -56,10 +56,9 @@ class Recorder(StoryWriter):
         return chosen
 
 
-def sentences_of(template: str) -> list[tuple[str, list[str]]]:
+def sentences_of(template: str, separator: str) -> list[tuple[str, list[str]]]:
     """What is before each sentence, and its variants."""
     found = []
-    separator = ""
     for line in map(str.strip, template.strip().splitlines()):
         if not line:
             separator = "\n\n"
@@ -73,12 +72,11 @@ def sentences_of(template: str) -> list[tuple[str, list[str]]]:
 
 def readings(text: str) -> list[float]:
     """The bits of every way in which a text can come from the templates."""
+    opening, closing = sentences_of(OPENING, ""), [(" ", [CLOSING])]
     return [
-        bits + math.log2(len(PLOTS))
+        math.log2(len(PLOTS)) + bits
         for plot in PLOTS
-        for bits in read_sentences(
-            [*sentences_of(OPENING), *sentences_of("\n\n" + plot.strip()), (" ", [CLOSING])], text, {}
-        )
+        for bits in read_sentences([*opening, *sentences_of(plot, "\n\n"), *closing], text, {})
     ]
 
 
@@ -159,7 +157,7 @@ def test_each_story_can_be_read_in_one_way_of_as_many_bits():
 def test_two_equal_words_would_give_a_story_two_readings(monkeypatch, kind):
     """So the test above can fail: the last word of a list becomes the first one, and that is in some stories."""
     monkeypatch.setitem(WORDS, kind, [*WORDS[kind][:-1], WORDS[kind][0]])
-    assert {len(readings(write_story(number).text)) for number in range(200)} == {1, 2}
+    assert {len(readings(write_story(number).text)) for number in range(100)} == {1, 2}
 
 
 def test_a_text_with_another_name_or_pronoun_has_no_reading():
@@ -228,7 +226,7 @@ def test_mentions_are_where_the_words_are_and_none_is_left_out():
         words = dict(zip(MENTIONS, (hero, friend, elder, animal, thing, food), strict=True))
         expected = []
         for kind, word in words.items():
-            first, *again = re.finditer(rf"\b{word}\b", story.text)
+            _first, *again = re.finditer(rf"\b{word}\b", story.text)
             expected += [(place.start(), place.end(), kind) for place in again]
         assert story.mentions == sorted(expected)
         assert {kind for _, _, kind in story.mentions} >= {"hero", "friend", "elder", "animal", "object"}
@@ -246,7 +244,6 @@ def test_combinations_of_held_out_stories_are_never_trained_on():
     assert 0.04 < counts[True] / counts.total() < 0.06
     assert not combinations[True] & combinations[False]
     # Each part of them is trained on, with others.
-    for held_out, trained in zip(
-        zip(*combinations[True], strict=True), zip(*combinations[False], strict=True), strict=True
-    ):
-        assert set(held_out) <= set(trained)
+    for part in range(3):
+        held_out, trained = ({words[part] for words in combinations[split]} for split in (True, False))
+        assert held_out <= trained

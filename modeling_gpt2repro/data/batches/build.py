@@ -148,10 +148,11 @@ def load_built_in_text(
         if held.get("dataset") == name:
             length = held.get("document_length")
             raise ValueError(
-                f"{folder} holds {name} for --block_size {length}, not {block_size}: give {length}, or another --output_dir."
+                f"{folder} holds {name} for --block_size {length}, not {block_size}: give that one, or another "
+                "--output_dir."
             )
-        advice = (
-            "give that --dataset_name, or another --output_dir" if "dataset" in held else "give another --output_dir"
+        advice = "give that --dataset_name, or" if "dataset" in held else "give"
+        raise ValueError(
+            f"{folder} holds {held.get('dataset', 'another text')}, not {name}: {advice} another --output_dir."
         )
-        raise ValueError(f"{folder} holds {held.get('dataset', 'another text')}, not {name}: {advice}.")
     return dataset
