@@ -84,7 +84,8 @@ def main(argv: list[str] | None = None) -> list[float]:
         speed = TOKENS_PER_STEP / (time.time() - started)
         print(f"step {step:4d} | loss {losses[-1]:.6f} | lr {lr:.4e} | norm {norm:.4f} | {speed:,.0f} tokens/s")
     title = dataset.tokenizer("A story of Mila and Tom, Mrs. Plum, a fox and a bell.", return_tensors="pt").to(device)
-    text = model.eval().generate(**title, max_length=T, do_sample=True, top_k=50, pad_token_id=0)
+    room = T - title.input_ids.shape[1]
+    text = model.eval().generate(**title, max_new_tokens=room, do_sample=True, top_k=50, pad_token_id=0)
     print(dataset.tokenizer.decode(text[0], skip_special_tokens=True))
     return losses
 

@@ -36,7 +36,7 @@ GPT2_VOCABULARY = 50257
 MAX_EPOCHS = 4  # "up to 4 epochs of repeated data yield negligible changes to loss" (Muennighoff et al. 2023, abstract)
 SLOW_SECONDS = 3600
 SHORT_TEXT = 40  # new tokens, where texts have no length of their own
-SHOWN_WIDTH, SHOWN_LINES = 100, 5  # of a sample at the end
+SHOWN_WIDTH, SHOWN_LINES = 100, 10  # of a sample at the end: a whole story
 
 
 def size_is_known(args: TrainArguments) -> bool:

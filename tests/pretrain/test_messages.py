@@ -80,7 +80,7 @@ def test_a_run_ends_with_what_it_wrote_first_and_last(tmp_path, tiny_tokenizer):
     before, after = text.split("At step 0 it wrote:\n\n")[1].split("\n\nNow, at step 2,000, it writes:\n\n")
     assert before == "    the sea xq\\x1b[2Jzz v"  # an escape sequence that would clear the screen
     shown, _, _ = after.partition("\n\nMake it talk:")
-    assert len(shown.splitlines()) == 5
+    assert len(shown.splitlines()) == 10
     assert all(
         line.startswith("    the sea" if number == 0 else "    ") for number, line in enumerate(shown.splitlines())
     )
