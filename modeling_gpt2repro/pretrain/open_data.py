@@ -15,12 +15,11 @@ from modeling_gpt2repro.data.batches.build import (
 )
 from modeling_gpt2repro.data.batches.mixture import MixedBatches, parse_mix
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig, TrainingBatches
-from modeling_gpt2repro.data.shards.dataset import TokenDataset, open_shards
+from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.sources.resolve import STORIES, hub_source
-from modeling_gpt2repro.data.sources.stories import Story
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, save_tokenizer
 from modeling_gpt2repro.evaluation.generation import check_prompt
-from modeling_gpt2repro.evaluation.stories import held_out_stories, longest_story
+from modeling_gpt2repro.evaluation.stories import held_out_stories
 from modeling_gpt2repro.runs.folder import DATA_FOLDER
 from modeling_gpt2repro.runtime.collectives import call_main_process_first
 from modeling_gpt2repro.runtime.command_line import InputErrors
@@ -72,7 +71,7 @@ def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeig
         shards = call_main_process_first(accelerator, lambda: load_built_in_text(name, folder, *recipe))
         data = build_shuffled_data(shards, config, args.eval_tokens)
         if name == STORIES:
-            data.stories = stories_to_score(args, accelerator, shards)
+            data.stories = held_out_stories(shards.manifest["validation_share"])
     else:
         source = hub_source(
             args.dataset_name, args.dataset_config_name, "train", args.dataset_revision, args.text_column
@@ -86,19 +85,6 @@ def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeig
         errors.capture(check_prompt, prompt, data.tokenizer, args.block_size)
     errors.raise_if_any()
     return data
-
-
-def stories_to_score(args: TrainArguments, accelerator: Accelerator, shards: TokenDataset) -> list[Story]:
-    """Stories that the run does not train on; none, with a message, if one does not fit into the context."""
-    stories = held_out_stories(shards.manifest["validation_share"])
-    longest = longest_story(shards.tokenizer, stories)
-    if longest > args.block_size:
-        accelerator.print(
-            f"Whole stories are not scored: they take up to {longest} tokens, and the context has {args.block_size}; "
-            f"with --block_size {longest} or more, they are."
-        )
-        return []
-    return stories
 
 
 def set_lengths(args: TrainArguments, accelerator: Accelerator, data: TrainingData):
