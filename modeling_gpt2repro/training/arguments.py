@@ -18,7 +18,7 @@ from .presets import FINE_TUNING, PRESETS
 from .recipes import GPT2_SMALL, RECIPES, describe_recipe, recipe_defaults
 from .validate import HUB_STRATEGIES, check_sizes, validate_args
 
-# For a run whose length follows from its data: a warm-up between the 4 % of the full run and the 6 % of the quickstart,
+# For a run whose length follows from its data: a warm-up near the 4 % of the full run and of the quickstart,
 # and a validation curve of ten points.
 WARMUP_SHARE = 0.05
 EVALUATIONS = 10

@@ -1,7 +1,7 @@
 """The English prose in every Python: the help topics of the language reference and the standard library's docstrings.
 
-About two million characters without a download, enough for a quickstart. The text differs between Python versions, so
-losses on it compare only on one version: tests and documents must not expect a certain one.
+About two million characters without a download, enough for minutes of training. The text differs between Python
+versions, so losses on it compare only on one version: tests and documents must not expect a certain one.
 """
 
 import ast
