@@ -25,7 +25,7 @@ EVALUATIONS = 10
 COOLDOWN_SHARE = 0.2  # enough to reach the loss of a cosine of the same length (Hägele et al. 2024, arXiv:2405.18392)
 # What a small model is good at is what it was trained on.
 SAMPLE_PROMPTS = {
-    STORIES: "A story of Mila and Tom, Mrs. Plum, a fox and a bell.",
+    STORIES: "A story of Mila and Tom, Mrs. Plum, a fox, a bell and some honey.",
     PYTHON_PROSE: "This module provides",
 }
 DEFAULT_PROMPT = "Hello, I'm a language model,"  # the lecture's

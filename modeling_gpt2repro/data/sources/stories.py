@@ -76,7 +76,7 @@ PRONOUNS = {"he": ("she", "he"), "him": ("her", "him"), "his": ("her", "his"), "
 # list, drawn where it comes first and the same from there on; {near/behind} is drawn each time; {friend_he} is the
 # friend's pronoun, and {he} the hero's.
 OPENING = """
-    A story of {hero} and {friend}, {elder}, a {animal} and a {object}.
+    A story of {hero} and {friend}, {elder}, a {animal}, a {object} and some {food}.
 
     {There once/Once there} was a {trait} {child} of {six/seven/eight/nine} named {hero}.
     {He} lived in a {house} house {near/behind/beside/beyond} the {place}.
