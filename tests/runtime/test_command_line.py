@@ -14,6 +14,7 @@ from warm_python import ROOT
 
 from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
 from modeling_gpt2repro.evaluation.hellaswag.arguments import EvalHellaSwagArguments
+from modeling_gpt2repro.evaluation.talk_arguments import TalkArguments
 from modeling_gpt2repro.evaluation.validation_arguments import ValidationArguments
 from modeling_gpt2repro.runtime.command_line import (
     InputErrors,
@@ -31,6 +32,7 @@ GROUPS = {  # script -> titles in --help, without the part in parentheses
     PrepareArguments: "text tokenizer shards hardware verification",
     EvalHellaSwagArguments: "model examples results hardware",
     ValidationArguments: "model data results hardware",
+    TalkArguments: "model text sampling hardware",
 }
 LAUNCH_FLAGS = {"mixed_precision", "cpu", "num_processes", "config_file"}  # of `accelerate launch`
 SLIPS = [
