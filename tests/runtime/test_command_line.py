@@ -123,7 +123,7 @@ OWN_TEXT = ["--preset", "own-text"]
         ([*OWN_TEXT, "--train_tokens", "204800"], {"num_train_epochs": None, "total_steps": 100, "warmup_steps": 5}),
         ([*OWN_TEXT], {"num_train_epochs": 4, "train_tokens": None}),
         (["--preset", "quickstart", "--num_train_epochs", "0.5"], {"num_train_epochs": 0.5, "train_tokens": None}),
-        (["--preset", "quickstart"], {"num_train_epochs": None, "train_tokens": 2_867_200, "eval_steps": 200}),
+        (["--preset", "quickstart"], {"num_train_epochs": None, "train_tokens": 1_433_600, "eval_steps": 100}),
     ],
 )
 def test_defaults_depend_on_what_else_is_given_and_a_given_flag_always_counts(argv, expected, tmp_path):
@@ -144,7 +144,7 @@ MUON = ["--recipe", "muon"]
         (MUON, ("muon", 1.8e-3, 131_072_000, "linear", 0)),
         ([*MUON, "--preset", "gpt2-774m"], ("muon", 7.5e-4, 131_072_000, "linear", 0)),  # 3 x the preset's rate
         (["--preset", "gpt2-774m", *MUON], ("muon", 7.5e-4, 131_072_000, "linear", 0)),
-        (["--recipe", "fast-adamw", "--preset", "quickstart"], ("adamw", 2e-3, 60_130, "linear", 0)),  # its own factor
+        (["--recipe", "fast-adamw", "--preset", "quickstart"], ("adamw", 2e-3, 53_687, "linear", 0)),  # its own factor
         ([*MUON, "--learning_rate", "1e-3"], ("muon", 1e-3, 131_072_000, "linear", 0)),
         ([*MUON, "--optimizer", "adamw", "--warmup_tokens", "0"], ("adamw", 1.8e-3, 0, "linear", 0)),
         ([*MUON, "--lr_scheduler_type", "cosine"], ("muon", 1.8e-3, 131_072_000, "cosine", 0.1)),
