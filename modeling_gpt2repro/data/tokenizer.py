@@ -14,7 +14,13 @@ from transformers.utils import logging
 
 from modeling_gpt2repro.storage.atomic import write_json
 from modeling_gpt2repro.storage.json_files import read_json_object
-from modeling_gpt2repro.storage.model_files import LoadingError, check_json_files, find_file, loading_problem
+from modeling_gpt2repro.storage.model_files import (
+    NO_TOKENIZER,
+    LoadingError,
+    check_json_files,
+    find_file,
+    loading_problem,
+)
 
 from .gpt2_bpe import END_OF_TEXT, as_gpt2_tokenizer, gpt2_tokenizer, tiktoken_encoding
 
@@ -62,6 +68,8 @@ def load_auto_tokenizer(
         # False and not the default, None, with which it stops and asks the user whether to run such code.
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         tokenizer = tokenizer_class(name).from_pretrained(name, **options)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers 5 makes one without its files, too
+            raise LoadingError(NO_TOKENIZER)
         file = find_file(name, "tokenizer.json", revision)
         is_remote_code = type(tokenizer).__module__.startswith("transformers_modules")
         if file is None or is_remote_code or not isinstance(tokenizer, PreTrainedTokenizerFast):

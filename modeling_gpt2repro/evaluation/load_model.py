@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gpt2repro.data.tokenizer import load_auto_tokenizer
-from modeling_gpt2repro.runs.folder import MODEL_FOLDER
+from modeling_gpt2repro.runs.folder import MODEL_FOLDER, RUN_CONFIG_FILE, step_of
 from modeling_gpt2repro.storage.model_files import (
     NEEDS_CODE,
     LoadingError,
@@ -24,11 +24,18 @@ NO_SUCH_FOLDER = "there is no such folder, and a model on the Hub is named owner
 
 
 def load_causal_lm(
-    name: str, dtype: str = "float32", device: str | torch.device = "cpu", trust_remote_code: bool = False
+    name: str,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    flag: str = "--model",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model, from a folder or the Hub, in eval mode on its device, and its tokenizer.
 
     Unless `trust_remote_code`, none of its code runs, and no attention kernel that its config.json names is downloaded.
+
+    Args:
+        flag: Where the name was given, for the messages.
 
     Raises:
         ValueError: If either cannot be loaded, weights are missing or not tied as the config says, or the tokenizer has
@@ -53,23 +60,23 @@ def load_causal_lm(
         reason = loading_problem(error)
         if any(isinstance(each, LocalEntryNotFoundError | RepositoryNotFoundError) for each in exception_chain(error)):
             raise ValueError(
-                f"--model {name}: there is no folder {name} here, and the Hub has no such model or cannot be reached "
+                f"{flag} {name}: there is no folder {name} here, and the Hub has no such model or cannot be reached "
                 f"({reason})."
             ) from error
         if reason == NEEDS_CODE:
             reason += ": give --trust_remote_code if you have read that code"
-        raise ValueError(f"--model {name}: its {loading} could not be loaded: {reason}.") from error
+        raise ValueError(f"{flag} {name}: its {loading} could not be loaded: {reason}.") from error
     if loading_info["missing_keys"]:
         missing = sorted(loading_info["missing_keys"])
         raise ValueError(
-            f"--model {name}: {len(missing)} of its weights are missing ({missing[0]}, ...) and would be random; "
+            f"{flag} {name}: {len(missing)} of its weights are missing ({missing[0]}, ...) and would be random; "
             "give a complete checkpoint of a causal language model."
         )
-    check_tied_weights(model, f"--model {name}")
+    check_tied_weights(model, f"{flag} {name}")
     vocab_size = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocab_size:
         raise ValueError(
-            f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embedding only {vocab_size}: give the "
+            f"{flag} {name}: its tokenizer has {len(tokenizer)} tokens, its embedding only {vocab_size}: give the "
             "tokenizer that it was trained with."
         )
     return model.to(device), tokenizer
@@ -127,17 +134,17 @@ def device_problem(device: str) -> str | None:
         return f"--device {device} cannot be used here ({reason}); leave it out or give cpu."
 
 
-def model_problem(name: str) -> str | None:
+def model_problem(name: str, flag: str = "--model") -> str | None:
     """What is wrong with the name of a model, as far as can be seen without the network; None if nothing is."""
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
             if problem := run_folder_problem(name):
-                return f"--model {problem}"
-            return f"--model {name} has no config.json: give a folder that save_pretrained has written."
+                return f"{flag} {problem}"
+            return f"{flag} {name} has no config.json: give a folder that save_pretrained has written."
     elif os.path.exists(name):
-        return f"--model {name} is a file: give the folder it is in."
+        return f"{flag} {name} is a file: give the folder it is in."
     elif is_missing_folder(name):
-        return f"--model {name}: {NO_SUCH_FOLDER}."
+        return f"{flag} {name}: {NO_SUCH_FOLDER}."
 
 
 def is_missing_folder(name: str) -> bool:
@@ -148,9 +155,18 @@ def is_missing_folder(name: str) -> bool:
 
 def run_folder_problem(name: str) -> str | None:
     """A sentence that names the model's folder, if `name` is the folder of a run; else None."""
-    for folder in (Path(name) / MODEL_FOLDER, *sorted(Path(name).glob("step-*"), reverse=True)):
+    if folder := model_of_run(name):
+        return f"{name} is the folder of a run: give {folder}."
+    if os.path.isfile(os.path.join(name, RUN_CONFIG_FILE)):
+        return f"{name} is the folder of a run that has saved no model yet: wait for its first checkpoint."
+
+
+def model_of_run(name: str) -> Path | None:
+    """The final model in the folder of a run, or else its last checkpoint; None if there is neither."""
+    checkpoints = [path for path in Path(name).glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    for folder in (Path(name) / MODEL_FOLDER, *sorted(checkpoints, key=step_of, reverse=True)):
         if (folder / "config.json").is_file():
-            return f"{name} is the folder of a run: give {folder}."
+            return folder
 
 
 def output_problem(path: str) -> str | None:

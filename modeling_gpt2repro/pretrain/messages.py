@@ -25,11 +25,7 @@ from modeling_gpt2repro.runtime.hardware import (
 )
 from modeling_gpt2repro.runtime.signals import StopSignal
 from modeling_gpt2repro.training.arguments import TrainArguments
-from modeling_gpt2repro.training.optimization import (
-    describe_optimizer,
-    describe_schedule,
-    scheduled_learning_rate,
-)
+from modeling_gpt2repro.training.optimization import describe_optimizer, describe_schedule, scheduled_learning_rate
 from modeling_gpt2repro.training.state import TrainState
 
 GPT2_VOCABULARY = 50257

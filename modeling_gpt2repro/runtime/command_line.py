@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import operator
 import os
@@ -33,7 +34,7 @@ BOUNDS = {
     "above": ("greater than", operator.gt),
     "below": ("less than", operator.lt),
 }
-OWN_METADATA = ("group", "choices", *BOUNDS)  # argparse's add_argument must not see these
+OWN_METADATA = ("group", "choices", "positional", *BOUNDS)  # argparse's add_argument must not see these
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", string_to_bool: "BOOL"}
 EXPECTED = {int: "a whole number, such as 12 or 1e9", float: "a number", string_to_bool: "true or false"}
 RANK_0_HEAD_START_SECONDS = 20  # a launcher ends the other ranks a few seconds after rank 0 has exited
@@ -47,6 +48,7 @@ def arg(
     above: float | None = None,
     below: float | None = None,
     choices: Iterable[str] | None = None,
+    positional: bool = False,
     **field_options: Any,
 ) -> Any:
     """`HfArg` with limits for `check_limits` and a group for `--help`.
@@ -55,10 +57,11 @@ def arg(
         help: Sentences for `--help`; a default other than None is added to them.
         group: Title of the group that begins with this field and lasts until the next title.
         minimum, above, below: Bounds of the value; it may equal the minimum, but neither of the others.
+        positional: The value, a text, is given without a flag. None if it is missing: `__post_init__` must report that.
         field_options: `default` or `default_factory`, as for `dataclasses.field`.
     """
     limits = {"minimum": minimum, "above": above, "below": below, "choices": choices and tuple(choices)}
-    return HfArg(help=help, metadata={"group": group, **limits}, **field_options)
+    return HfArg(help=help, metadata={"group": group, "positional": positional, **limits}, **field_options)
 
 
 def check_limits(args: Any) -> Iterator[str]:
@@ -100,9 +103,11 @@ class ArgumentParser(HfArgumentParser):
         self.errors: list[str] = []
         self.hints: Mapping[tuple[str, ...], str] = getattr(arguments_class, "flag_hints", {})
         self.group = self
+        fields = dataclasses.fields(arguments_class)
+        self.positionals = [field.name for field in fields if field.metadata.get("positional")]
         super().__init__(
             arguments_class,
-            usage="%(prog)s [flags]",
+            usage=" ".join(["%(prog)s", *map(str.upper, self.positionals), "[flags]"]),
             description=description,
             formatter_class=HelpFormatter,
             allow_abbrev=False,
@@ -121,6 +126,10 @@ class ArgumentParser(HfArgumentParser):
         """Add a field to its group; HfArgumentParser calls this for each field in order."""
         if title := field.metadata.get("group"):
             self.group = self.add_argument_group(title)
+        if field.name in self.positionals:
+            action = self.group.add_argument(field.name, metavar=field.name.upper(), help=field.metadata["help"])
+            action.required = False  # argparse would stop here, and the other errors be lost
+            return
         field = copy.copy(field)
         choices = field.metadata.get("choices")
         field.metadata = {name: value for name, value in field.metadata.items() if name not in OWN_METADATA}
@@ -138,13 +147,24 @@ class ArgumentParser(HfArgumentParser):
 
         return convert_or_default
 
+    def separate_switches(self, argv: list[str]) -> list[str]:
+        """['--loud', 'FILE'] -> ['--loud=true', 'FILE']: argparse would take the positional for the switch's value."""
+        words = list(argv)
+        for place, (word, value) in enumerate(itertools.pairwise(words)):
+            action = self._option_string_actions.get(word)
+            if self.positionals and action and action.const is True and not is_boolean(value):
+                words[place] += "=true"
+        return words
+
     def unknown_flag_message(self, word: str) -> str:
         """Say what to use instead: the class's own hint, else up to three flags with its words, else a near one."""
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
+        if name in self.positionals:
+            return f"there is no flag {word}: give {name.upper()} without a flag."
         for slips, hint in self.hints.items():
             if name in slips:
                 return f"there is no flag {word}: {hint}"
-        flags = [action.dest for action in self._actions]
+        flags = [action.dest for action in self._actions if action.option_strings]
         similar = [flag for flag in flags if set(name.split("_")) <= set(flag.split("_"))][:3]
         similar = similar or get_close_matches(name, flags, n=1, cutoff=0.75)
         question = f": did you mean {' or '.join(f'--{flag}' for flag in similar)}?" if similar else ";"
@@ -153,6 +173,13 @@ class ArgumentParser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Report what argparse cannot continue after, such as a flag without its value, with the errors so far."""
         exit_with_errors([*self.errors, message])
+
+
+def is_boolean(text: str) -> bool:
+    try:
+        return string_to_bool(text) in (True, False)
+    except argparse.ArgumentTypeError:
+        return False
 
 
 def whole_number(text: str) -> int:
@@ -186,6 +213,7 @@ def parse_command_line(
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = ArgumentParser(arguments_class, description)
+    argv = parser.separate_switches(argv)
     names = [field.name for field in dataclasses.fields(arguments_class)]
     chosen = {}
     if presets:

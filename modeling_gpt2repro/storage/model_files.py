@@ -34,6 +34,7 @@ MAX_LAYERS = 10_000
 LAYERS = ("n_layer", "n_layers", "num_layers", "num_hidden_layers")
 AT_LEAST_ONE = (*LAYERS, "n_head", "num_attention_heads", "n_embd", "hidden_size", "vocab_size")
 NEEDS_CODE = "it needs Python code of its own, which is not run"
+NO_TOKENIZER = "it has no tokenizer.json, and no other vocabulary that can be read here"
 MAX_REASON = 400  # characters of a library's message
 
 
@@ -142,6 +143,8 @@ def loading_problem(error: Exception) -> str:
         return str(error).rstrip(".")
     if "trust_remote_code" in str(error):
         return NEEDS_CODE
+    if "instantiate the backend tokenizer" in str(error):
+        return NO_TOKENIZER
     if any(isinstance(cause, LocalEntryNotFoundError) for cause in exception_chain(error)):
         return "the Hub does not answer, or is turned off by HF_HUB_OFFLINE, and the file is not in the cache"
     reason = describe_error(error).strip().rstrip(".:") or type(error).__name__

@@ -25,7 +25,7 @@ EVALUATIONS = 10
 COOLDOWN_SHARE = 0.2  # enough to reach the loss of a cosine of the same length (Hägele et al. 2024, arXiv:2405.18392)
 # What a small model is good at is what it was trained on.
 SAMPLE_PROMPTS = {
-    STORIES: "A story of Mila and Tom, Mrs. Plum, a fox and a bell.",
+    STORIES: "A story of Mila and Tom, Mrs. Plum, a fox, a bell and some honey.",
     PYTHON_PROSE: "This module provides",
 }
 DEFAULT_PROMPT = "Hello, I'm a language model,"  # the lecture's
@@ -142,18 +142,18 @@ class TrainArguments:
         help="Fraction of the dataset held out for validation. Shards have a validation split of their own.",
     )
 
-    train_tokens: int | None = arg(
-        default=10_000_000_000,
-        minimum=1,
-        help="Tokens to train on. May be written as 10e9.",
-        group="optimization (lengths in tokens; steps = tokens / tokens_per_step)",
-    )
     recipe: str = arg(
         default="lecture",
         choices=RECIPES,
         help="Defaults of optimizer, learning rate, warm-up and schedule. lecture: those of the preset. fast-adamw: 3 "
         "x its rate, a short warm-up, then a line to 0; predicted to reach the lecture's loss at 124M with 0.65 x its "
         "tokens. muon: the same with Muon; predicted to need 0.42 x. For the sources see training/recipes.py.",
+        group="optimization (lengths in tokens; steps = tokens / tokens_per_step)",
+    )
+    train_tokens: int | None = arg(
+        default=10_000_000_000,
+        minimum=1,
+        help="Tokens to train on. May be written as 10e9.",
     )
     num_train_epochs: float | None = arg(
         default=None,

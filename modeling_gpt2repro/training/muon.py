@@ -63,7 +63,8 @@ class Muon(torch.optim.AdamW):
 
     def _step_matrices(self, group: dict):
         parameters = [p for p in group["params"] if p.grad is not None]  # of one shape, (rows, columns)
-        found_inf = getattr(self, "found_inf", None)
+        # Two tensors that a loss scale or `step_unless` in train_accelerate.py may set, as for fused AdamW.
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         skip = None if found_inf is None else found_inf.bool()  # on the device: reading it would wait for the step
         # In 16 bits, since only directions count; a CPU may compute faster in 32.
         dtype = torch.bfloat16 if parameters[0].is_cuda else torch.float32
@@ -73,8 +74,9 @@ class Muon(torch.optim.AdamW):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             momentum = state["momentum_buffer"]
-            # The mean of a momentum and itself is that momentum, so a skipped step leaves it as it is.
-            gradient = p.grad if skip is None else torch.where(skip, momentum, p.grad)
+            gradient = p.grad if grad_scale is None else p.grad / grad_scale
+            if skip is not None:  # the mean of a momentum and itself is that momentum: it stays as it is
+                gradient = torch.where(skip, momentum, gradient)
             momentum.lerp_(gradient, 1 - MOMENTUM)
             direction = gradient.lerp(momentum, MOMENTUM)  # Nesterov: one step further along
             directions.append(full_tensor(direction.to(dtype)))

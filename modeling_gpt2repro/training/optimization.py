@@ -38,7 +38,12 @@ def build_optimizer(
     Args:
         optimizer: `adamw`; or `muon`, where the matrices in the blocks have groups of their own, see `Muon`. All groups
             share the learning rate.
+
+    Raises:
+        ValueError: If it is neither, or Muon finds no such matrices.
     """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer ({optimizer}) must be one of {', '.join(OPTIMIZERS)}.")
     by_muon = muon_groups(model, weight_decay) if optimizer == "muon" else []
     matrices = {parameter for group in by_muon for parameter in group["params"]}
     parameters = [p for p in model.parameters() if p.requires_grad and p not in matrices]

@@ -48,10 +48,10 @@ PRESETS: dict[str, dict] = {
         "per_device_train_batch_size": 8,
         "learning_rate": 2e-3,  # the smaller the model, the larger the rate (GPT-3, table 2.1)
         "validation_share": 0.05,
-        "eval_tokens": 57_344,  # 256 stories
+        "eval_tokens": 28_672,  # 128 stories
         "logging_steps": 50,
         "eval_steps": 100,
-        "num_samples": 2,
+        "num_samples": 1,
         "sample_tokens": 210,  # to the end of a story
         "save_steps": 400,  # once in the middle
         "torch_compile": False,  # on a GPU neither: the run is too short

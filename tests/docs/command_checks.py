@@ -76,8 +76,8 @@ def check_program(module, arguments: list[str], tmp_path: Path, monkeypatch: pyt
         assert not arguments, f"{module.__name__} takes no arguments"
         return
     arguments = [word.removeprefix("/") for word in arguments if word != "--help"]
-    for word in arguments:
-        make_stand_in(tmp_path, word)
+    for flag, word in zip(["", *arguments], arguments, strict=False):
+        make_stand_in(tmp_path, word, is_output=flag == "--output_dir")
     stderr = io.StringIO()
     end = None
     with monkeypatch.context() as patch:
@@ -121,7 +121,7 @@ def stops_after(parse: Callable) -> Callable:
     return parse_and_stop
 
 
-def make_stand_in(folder: Path, word: str):
+def make_stand_in(folder: Path, word: str, is_output: bool = False):
     """Make the file or folder that a word of a command names: 'texts/*.txt', 'data/edu', 'a.jsonl', 'a:0.9,b:0.1'."""
     for part in re.split(r":[\d.]+,?", word):
         name = part.replace("*", "stand-in")
@@ -135,6 +135,9 @@ def make_stand_in(folder: Path, word: str):
             path.mkdir(parents=True)
             if path.parent.parent.name == "runs":
                 (path / "config.json").write_text("{}")
+            elif path.parent.name == "runs" and not is_output:
+                (path / "model").mkdir()
+                (path / "model" / "config.json").write_text("{}")
 
 
 def check_pytest(arguments: list[str]):

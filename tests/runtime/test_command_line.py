@@ -14,6 +14,7 @@ from warm_python import ROOT
 
 from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
 from modeling_gpt2repro.evaluation.hellaswag.arguments import EvalHellaSwagArguments
+from modeling_gpt2repro.evaluation.talk_arguments import TalkArguments
 from modeling_gpt2repro.evaluation.validation_arguments import ValidationArguments
 from modeling_gpt2repro.runtime.command_line import (
     InputErrors,
@@ -32,6 +33,7 @@ GROUPS = {  # script -> titles in --help, without the part in parentheses
     PrepareArguments: "text tokenizer shards hardware verification",
     EvalHellaSwagArguments: "model examples results hardware",
     ValidationArguments: "model data results hardware",
+    TalkArguments: "model text sampling hardware",
 }
 LAUNCH_FLAGS = {"mixed_precision", "cpu", "num_processes", "config_file"}  # of `accelerate launch`
 SLIPS = [
@@ -55,6 +57,18 @@ class ToyArguments:
 
     def __post_init__(self):
         InputErrors(check_limits(self)).raise_if_any()
+
+
+@dataclasses.dataclass
+class ToyReader:
+    """A value without a flag, beside a switch and a flag with a value."""
+
+    file: str = arg(positional=True, help="A file.", group="input")
+    loud: bool = arg(default=False, help="A switch.")
+    words: str | None = arg(default=None, help="Words. If not given, there are none.")
+
+    def __post_init__(self):
+        InputErrors(["FILE is missing."] if self.file is None else []).raise_if_any()
 
 
 def errors_of(capsys, script, argv, presets=None) -> str:
@@ -205,6 +219,38 @@ def test_epochs_that_cannot_be_counted_are_refused(capsys, tmp_path):
 )
 def test_values_of_each_kind(argv, field, value):
     assert getattr(parse_command_line(ToyArguments, argv), field) == value
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["a"], ("a", False, None)),
+        (["a", "--loud"], ("a", True, None)),
+        (["--loud", "a"], ("a", True, None)),
+        (["--loud", "false", "a", "--words", "b c"], ("a", False, "b c")),
+        (["--loud=true", "--words", "b", "a"], ("a", True, "b")),
+        (["--words=b", "--loud", "a"], ("a", True, "b")),
+        (["a", "--loud", "--words", "b"], ("a", True, "b")),
+        (["--loud", "true", "true"], ("true", True, None)),
+    ],
+)
+def test_a_value_without_a_flag_may_be_anywhere(argv, expected):
+    assert dataclasses.astuple(parse_command_line(ToyReader, argv)) == expected
+
+
+def test_a_missing_value_without_a_flag_is_reported_with_the_other_problems(capsys):
+    assert errors_of(capsys, ToyReader, []).endswith(": FILE is missing.\n")
+    printed = errors_of(capsys, ToyReader, ["--file", "a", "--fill=3"])
+    assert "there is no flag --file: give FILE without a flag." in printed
+    assert "there is no flag --fill=3; --help lists all." in printed  # --file is not one to suggest
+    assert "FILE is missing" not in printed
+    assert "'b' belongs to no flag" in errors_of(capsys, ToyReader, ["a", "b"])
+
+
+def test_help_shows_a_value_without_a_flag_in_its_group(capsys):
+    lines = help_of(capsys, ToyReader).splitlines()
+    assert lines[0].endswith(" FILE [flags]")
+    assert re.fullmatch(r"  FILE +A file\.", lines[lines.index("input:") + 1])
 
 
 def test_all_problems_of_a_command_line_are_reported_together(capsys, tmp_path):
@@ -379,7 +425,8 @@ def test_help_has_every_flag_in_a_group_and_in_sentences(script, capsys, monkeyp
     assert titles == ["options", *GROUPS[script].split()]
     fields = dataclasses.fields(script)
     assert fields[0].metadata["group"]
-    assert re.findall(r"^  --(\w+)", printed, re.MULTILINE) == [field.name for field in fields]
+    shown = [field.name.upper() if field.metadata["positional"] else f"--{field.name}" for field in fields]
+    assert re.findall(r"^  (--\w+|[A-Z]+\b)", printed, re.MULTILINE) == shown
     for field in fields:
         assert field.metadata["help"].endswith("."), field.name
         if field.default is None:

@@ -117,7 +117,35 @@ def test_a_model_without_such_matrices_is_refused(stock, one_sentence):
     one_sentence(error)
 
 
+def test_an_unknown_optimizer_is_refused(tiny_model, one_sentence):
+    with pytest.raises(ValueError, match=r"optimizer \(sgd\) must be one of adamw, muon") as error:
+        build_optimizer(tiny_model, 1e-3, optimizer="sgd")
+    one_sentence(error)
+
+
 # What it is used in
+
+
+def test_under_a_loss_scale_that_changes_it_takes_the_same_steps_and_skips_overflows(tiny_config):
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+
+    results = []
+    for is_scaled in (True, False):
+        torch.manual_seed(0)
+        model = GPT2ReproForCausalLM(tiny_config)
+        optimizer = build_optimizer(model, 1e-2, optimizer="muon")
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1, enabled=is_scaled)
+        for step in range(5):
+            for i, p in enumerate(model.parameters()):
+                p.grad = random_matrix(*p.shape, seed=100 * step + i) * scaler.scale(torch.tensor(1.0))
+                if step == 3:
+                    p.grad[0] = math.inf
+            if is_scaled or step != 3:
+                scaler.step(optimizer)
+                scaler.update()
+        results.append([p.detach() for p in model.parameters()])
+    for scaled, plain in zip(*results, strict=True):
+        torch.testing.assert_close(scaled, plain, atol=1e-6, rtol=0)
 
 
 def test_the_learning_rate_is_that_of_all_groups(tiny_model):

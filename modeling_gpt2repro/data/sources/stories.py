@@ -76,7 +76,7 @@ PRONOUNS = {"he": ("she", "he"), "him": ("her", "him"), "his": ("her", "his"), "
 # list, drawn where it comes first and the same from there on; {near/behind} is drawn each time; {friend_he} is the
 # friend's pronoun, and {he} the hero's.
 OPENING = """
-    A story of {hero} and {friend}, {elder}, a {animal} and a {object}.
+    A story of {hero} and {friend}, {elder}, a {animal}, a {object} and some {food}.
 
     {There once/Once there} was a {trait} {child} of {six/seven/eight/nine} named {hero}.
     {He} lived in a {house} house {near/behind/beside/beyond} the {place}.
@@ -241,7 +241,8 @@ class Story:
     text: str = ""
     bits: int = 0  # how many random bits decided it: its probability is 2^-bits
     combination: str = ""  # hero, animal and object
-    # Where the text mentions again what it has named before: first character, one after the last, and a MENTIONS.
+    # Where the text mentions again what it has named before, and nothing else could stand there: first character, one
+    # after the last, and a MENTIONS.
     mentions: list[tuple[int, int, str]] = field(default_factory=list)
 
 
@@ -273,8 +274,9 @@ class StoryWriter:
             self.story.text += "\n\n" if self.story.text else ""
             for number, variants in enumerate(paragraph):
                 self.story.text += " " if number else ""
-                self.write_sentence(self.choose(variants))
-        self.write_sentence(" " + CLOSING)
+                sentence = self.choose(variants)
+                self.write_sentence(sentence, FIRST_OF_PLOTS if sentence in FIRST_OF_PLOTS else variants)
+        self.write_sentence(f" {CLOSING}", [])
         self.story.combination = " ".join(self.words[kind] for kind in ("hero", "animal", "object"))
         return self.story
 
@@ -289,11 +291,16 @@ class StoryWriter:
         self.story.bits += bits
         return options[int(drawn or "0", 2)]
 
-    def write_sentence(self, template: str):
-        for literal, name in re.findall(r"([^{}]+)|{([^}]+)}", template):
+    def write_sentence(self, template: str, alternatives: Sequence[str]):
+        """Append the sentence; `alternatives` are the sentences that could stand in its place."""
+        for part in re.finditer(r"[^{}]+|{([^}]+)}", template):
+            name = part[1]
             is_again = name in self.words
-            text = literal or self.fill(name)
-            if is_again and name in MENTIONS:
+            text = self.fill(name) if name else part[0]
+            # Who has read this far does not know which of those that begin alike it is.
+            alike = [other for other in alternatives if other.startswith(template[: part.start()])]
+            is_certain = all(other.startswith(template[: part.end()]) for other in alike)
+            if is_again and is_certain and name in MENTIONS:
                 start = len(self.story.text)
                 self.story.mentions.append((start, start + len(text), name))
             self.story.text += text
@@ -329,3 +336,6 @@ def paragraphs(template: str) -> list[list[list[str]]]:
         [sentence.split("\n| ") for sentence in re.split(r"\n(?!\|)", re.sub(r"\n +", "\n", paragraph.strip()))]
         for paragraph in template.split("\n\n")
     ]
+
+
+FIRST_OF_PLOTS = [paragraphs(plot)[0][0][0] for plot in PLOTS]
