@@ -83,7 +83,9 @@ def main(argv: list[str] | None = None) -> list[float]:
         losses.append(loss_accum.item())  # waits for the device
         speed = TOKENS_PER_STEP / (time.time() - started)
         print(f"step {step:4d} | loss {losses[-1]:.6f} | lr {lr:.4e} | norm {norm:.4f} | {speed:,.0f} tokens/s")
-    title = dataset.tokenizer("A story of Mila and Tom, Mrs. Plum, a fox and a bell.", return_tensors="pt").to(device)
+    title = dataset.tokenizer(
+        "A story of Mila and Tom, Mrs. Plum, a fox, a bell and some honey.", return_tensors="pt"
+    ).to(device)
     room = T - title.input_ids.shape[1]
     text = model.eval().generate(**title, max_new_tokens=room, do_sample=True, top_k=50, pad_token_id=0)
     print(dataset.tokenizer.decode(text[0], skip_special_tokens=True))

@@ -25,22 +25,48 @@ from modeling_gpt2repro.data.sources.stories import (
 )
 from modeling_gpt2repro.data.tokenize import is_validation
 
-TITLE = re.compile(r"A story of (\w+) and (\w+), (Mrs?\. \w+), a (\w+) and a (\w+)\.")
+TITLE = re.compile(r"A story of (\w+) and (\w+), (Mrs?\. \w+), a (\w+), a (\w+) and some (\w+)\.")
 # To be changed with the grammar only, knowingly: runs on the two texts cannot be compared.
-TEXTS_SHA256 = "a6b6fb338120234cba123da2b4c3434c3aea34b353da5f46c582cb684c654f27"
+TEXTS_SHA256 = "fd7ae4673943435de4eebb485de563d45666f0ab3244d6803eb3b144535383d6"
 STORY_7 = """\
-A story of Max and Amy, Mr. Stone, a goat and a bottle.
+A story of Max and Amy, Mr. Stone, a goat, a bottle and some cheese.
 
-There once was a curious boy of six named Max. He lived in a quiet house beyond the church. He always wore a warm \
-belt. He liked singing and potatoes, and his oldest friend was a girl named Amy. More than anything else, Max wanted \
-to see the sea.
+Once there was a bright boy of seven named Max. He lived in a stone house beside the harbor. He always wore a dark \
+scarf. He liked running and noodles, and his oldest friend was a girl named Amy. More than anything else, Max wanted \
+to play the piano.
 
-One Friday in March birds were singing, and Mr. Stone, the teacher, told Max a secret. "A lame goat guards a yellow \
-bottle under a tree." "Come, Amy," said Max, "and we will find the bottle." The goat did not let Max pass.
+One Friday in March there was thunder, and Mr. Stone, the cook, told Max a secret. "A young goat guards a rusty \
+bottle under a tree." Max told Amy, and they went to look for the bottle. The goat did not let Max pass.
 
-Then Amy gave it some cherries, and the goat ate the cherries. Max took the bottle and stroked the goat. "It is very \
+Then Amy gave it some cheese, and the goat ate the cheese. Max took the bottle and stroked the goat. "It is very \
 old," said Mr. Stone, and Max gave him the bottle. The goat was proud, and came home with Max. There Max told Amy of \
-his wish to see the sea. Kind words cost nothing."""
+his wish to play the piano. Kind words cost nothing."""
+# What is before each, and the word; worked out from the templates of the opening and of the secret.
+MENTIONS_7 = [
+    ("n named ", "Max"),
+    ("l named ", "Amy"),
+    ("g else, ", "Max"),
+    ("k, told ", "Max"),
+    ("A young ", "goat"),
+    ("a rusty ", "bottle"),
+    ("ax told ", "Amy"),
+    ("for the ", "bottle"),
+    ("le. The ", "goat"),
+    ("not let ", "Max"),
+    (".\n\nThen ", "Amy"),
+    ("it some ", "cheese"),
+    ("and the ", "goat"),
+    ("ate the ", "cheese"),
+    ("ook the ", "bottle"),
+    ("ked the ", "goat"),
+    ('," said ', "Mr. Stone"),
+    ("ne, and ", "Max"),
+    ("him the ", "bottle"),
+    ("le. The ", "goat"),
+    ("me with ", "Max"),
+    (". There ", "Max"),
+    ("ax told ", "Amy"),
+]
 
 
 class Recorder(StoryWriter):
@@ -195,11 +221,11 @@ def test_eight_plots_in_three_paragraphs_below_a_title():
     for number in range(300):
         story = write_story(number)
         title, opening, first, second = story.text.split("\n\n")
-        hero, friend, elder, animal, thing = TITLE.fullmatch(title).groups()
+        hero, friend, elder, animal, thing, food = TITLE.fullmatch(title).groups()
         assert story.combination == f"{hero} {animal} {thing}"
         assert opening.count(hero) == 2
         assert opening.count(friend) == 1
-        for word in (hero, friend, elder, animal, thing):
+        for word in (hero, friend, elder, animal, thing, food):
             assert re.search(rf"\b{word}\b", f"{first} {second}"), word
         assert "  " not in story.text
         assert not re.search(r"\ba [aeiou]|[{}|]", story.text)
@@ -218,18 +244,23 @@ def test_the_pronouns_of_the_hero_agree_throughout():
         assert re.findall(r"\b(her|his) wish\b", " ".join(plot)) == [his]
 
 
-def test_mentions_are_where_the_words_are_and_none_is_left_out():
+def test_mentions_are_where_the_words_of_the_title_are_again():
     for number in range(300):
         story = write_story(number)
-        hero, friend, elder, animal, thing = TITLE.match(story.text).groups()
-        food = next(word for word in WORDS["food"] if re.search(rf"\b{word}\b", story.text.partition("One ")[2]))
-        words = dict(zip(MENTIONS, (hero, friend, elder, animal, thing, food), strict=True))
-        expected = []
-        for kind, word in words.items():
-            _first, *again = re.finditer(rf"\b{word}\b", story.text)
-            expected += [(place.start(), place.end(), kind) for place in again]
-        assert story.mentions == sorted(expected)
-        assert {kind for _, _, kind in story.mentions} >= {"hero", "friend", "elder", "animal", "object"}
+        again = set()
+        for kind, word in zip(MENTIONS, TITLE.match(story.text).groups(), strict=True):
+            _first, *others = re.finditer(rf"\b{word}\b", story.text)
+            again |= {(place.start(), place.end(), kind) for place in others}
+        assert set(story.mentions) <= again
+        assert story.mentions == sorted(set(story.mentions))
+        assert {kind for _, _, kind in story.mentions} >= {"hero", "friend", "elder"}
+
+
+def test_a_mention_is_counted_where_no_other_sentence_could_go_on():
+    """The opening's names are; the sentences of the plot that have a variant are up to where the two differ."""
+    story = write_story(7)
+    counted = [(story.text[start - 8 : start], story.text[start:stop]) for start, stop, _ in story.mentions]
+    assert counted == MENTIONS_7
 
 
 def test_combinations_of_held_out_stories_are_never_trained_on():
@@ -238,7 +269,7 @@ def test_combinations_of_held_out_stories_are_never_trained_on():
     counts = Counter()
     for document in story_documents():
         is_held_out = is_validation(document.id, 0.05)
-        hero, _, _, animal, thing = TITLE.match(document.text).groups()
+        hero, _, _, animal, thing, _ = TITLE.match(document.text).groups()
         combinations[is_held_out].add((hero, animal, thing))
         counts[is_held_out] += 1
     assert 0.04 < counts[True] / counts.total() < 0.06

@@ -226,7 +226,7 @@ def test_a_card_says_that_stories_are_generated_and_how_near_the_floor_the_model
         "animals and things right |",
         "| data | English stories that a program has put together at random, written for this purpose, shards with "
         "fingerprint 0123456789ab |",
-        'print(generator("A story of Mila and Tom, Mrs. Plum, a fox and a bell.", max_new_tokens=30)'
+        'print(generator("A story of Mila and Tom, Mrs. Plum, a fox, a bell and some honey.", max_new_tokens=30)'
         '[0]["generated_text"])',
     ):
         assert f"{line}\n" in card

@@ -39,7 +39,7 @@ def test_a_cool_down_that_cannot_be_is_one_sentence(given, sentence):
 
 
 HELLO = "Hello, I'm a language model,"
-TITLE = "A story of Mila and Tom, Mrs. Plum, a fox and a bell."
+TITLE = "A story of Mila and Tom, Mrs. Plum, a fox, a bell and some honey."
 PRESETS = {"gpt2-124m": {}, "own-text": {"sample_prompts": ["Preset"], "dataset_name": "stories"}}
 
 
@@ -61,13 +61,13 @@ def test_prompts_fit_the_data_unless_a_preset_or_a_flag_names_others(flags, prom
 
 
 def test_the_prompt_for_stories_begins_one_of_them():
-    """Of the 2^23 titles only a few are in the text, so the first story stands for its form, with its words."""
+    """Of the 2^27 titles only a few are in the text, so the first story stands for its form, with its words."""
     assert TrainArguments(dataset_name="stories").sample_prompts == [TITLE]
     title = write_story(0).text.partition("\n")[0]
-    form = r"A story of (\w+) and (\w+), (Mrs?\. \w+), a (\w+) and a (\w+)\."
+    form = r"A story of (\w+) and (\w+), (Mrs?\. \w+), a (\w+), a (\w+) and some (\w+)\."
     words = re.fullmatch(form, TITLE).groups()
     assert re.fullmatch(form, title)
-    for word, kind in zip(words, ("girl", "boy", "elder", "animal", "object"), strict=True):
+    for word, kind in zip(words, ("girl", "boy", "elder", "animal", "object", "food"), strict=True):
         assert word in WORDS[kind]
 
 
