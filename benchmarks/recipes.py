@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None):
     file = Path(args.output)
     with exit_on_input_error():
         split_page(Path(args.page))  # an error comes now, not after half an hour
-        results = read_json_object(file, any_numbers=True) if file.exists() else {"runs": []}
+        results = read_results(file)
         try:
             if missing_runs(args, results["runs"]):
                 train_missing(args, results, header)
@@ -122,6 +122,14 @@ def main(argv: list[str] | None = None):
 
 
 # What to train
+
+
+def read_results(file: Path) -> dict:
+    """What earlier commands have written; `runs` is empty if there is no such file."""
+    try:
+        return read_json_object(file, any_numbers=True) if file.exists() else {"runs": []}
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it, or give another --output.") from None
 
 
 def train_missing(args: BenchmarkArguments, results: dict, header: dict):

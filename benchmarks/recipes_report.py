@@ -126,6 +126,8 @@ def table(results: dict) -> str:
     target_losses = losses["lecture"][longest]
     target = target_losses.mean()
     deviation, degrees = pooled_deviation(group for by_steps in losses.values() for group in by_steps.values())
+    versions = results["versions"]
+    measured_on = f"{machine_name(results['machine'])}, Python {versions['python']}, torch {versions['torch']}"
     rows = []
     sentences = []
     for recipe, by_steps in losses.items():
@@ -154,8 +156,7 @@ def table(results: dict) -> str:
             *sentences,
             "",
             f"From run to run the final loss deviates by {deviation:.4f} nats, pooled over all rows ({degrees} degrees",
-            f"of freedom). Measured on {machine_name(results['machine'])}, Python {results['versions']['python']}, torch",
-            f"{results['versions']['torch']}.",
+            f"of freedom). {measured_on}.",
             "",
             "",
         ]
