@@ -203,6 +203,7 @@ def train_all(runs: list[Run], args: BenchmarkArguments, folder: Path) -> Iterat
     if args.workers == 1:
         yield from map(train, runs)
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, or the workers would be left behind
     ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)  # the parent stops them
     with multiprocessing.get_context("spawn").Pool(args.workers, signal.signal, ignore_interrupts) as pool:
         yield from pool.imap_unordered(train, runs)
