@@ -201,7 +201,7 @@ def draw(results: dict) -> Figure:
                 and run["seed"] != TUNING_SEED
             ]
             tokens, curve = np.mean(curves, axis=0).T
-            axes.plot(tokens, curve, color=color, linewidth=0.8, alpha=0.5, linestyle="--")
+            axes.plot(tokens, curve, color=color, linewidth=1, alpha=0.6, linestyle=":")
             tokens = np.array(list(by_steps)) * settings["tokens_per_step"]
             group = np.array(list(by_steps.values()))  # (lengths, seeds)
             axes.fill_between(tokens, group.min(axis=1), group.max(axis=1), color=color, alpha=0.2, linewidth=0)
@@ -210,7 +210,9 @@ def draw(results: dict) -> Figure:
             for place, finals in zip(tokens, group, strict=True):
                 axes.plot([place] * len(finals), finals, ".", color=color, markersize=3)
         axes.axhline(target, color=GREY, linestyle=(0, (4, 3)), linewidth=0.8)
-        axes.plot([], [], color=GREY, linewidth=0.8, linestyle="--", label="on the way through the longest runs")
+        label = f"final loss of lecture: {target:.3f}"
+        axes.annotate(label, (0.01, target), xycoords=("axes fraction", "data"), va="top", fontsize=8.5, color=GREY)
+        axes.plot([], [], color=GREY, linewidth=1, linestyle=":", label="on the way through the longest runs")
         finals = np.concatenate([group for by_steps in losses.values() for group in by_steps.values()])
         axes.set_ylim(finals.min() - 0.1, max(finals.max() + 0.1, target + 0.8))
         axes.set_xlim(left=0)
