@@ -15,6 +15,8 @@ import pytest
 from command_checks import check_command, known_flags
 from markdown_pages import PAGES, README, ROOT, anchors_of, blocks_of, named_files, named_functions, written_commands
 
+from benchmarks import recipes_report
+
 PACKAGE = "modeling_gpt2repro"
 README_LINES = 200
 
@@ -155,3 +157,10 @@ def test_the_figures_are_those_of_the_results_files():
                 ]
                 cells = f"| {' | '.join(megabytes)} |"
                 assert cells in data, f"docs/data.md has no cells {cells}"
+
+
+def test_the_table_of_recipes_is_that_of_its_results():
+    page = ROOT / "docs" / "recipes.md"
+    results = json.loads((ROOT / "benchmarks" / "results" / "recipes_cpu.json").read_text())
+    before, after = recipes_report.split_page(page)
+    assert page.read_text(encoding="utf-8") == before + recipes_report.table(results) + after
