@@ -1,7 +1,7 @@
 """Train four small GPT-2s on stories for the same seconds, 2 or 4 layers with AdamW or Muon, and show what each writes.
 
     python -m benchmarks.first_model                 # 4 x 150 s of training on one thread, some 15 minutes in all
-    python -m benchmarks.first_model --seconds 20    # to see it work; it rewrites the page with what it found
+    python -m benchmarks.first_model --seconds 60    # sooner; file, picture and page are rewritten all the same
 
 The runs come one after the other, each in its own process, on an otherwise idle machine: their seconds are compared. A
 learning rate that falls to zero needs to know how many steps there will be, so each run is preceded by a few steps that
@@ -10,7 +10,6 @@ stopped. The lesson is docs/first-model.md.
 """
 
 import json
-import os
 import shlex
 import shutil
 import statistics
@@ -26,6 +25,7 @@ import torch
 
 from benchmarks.first_model_page import draw, rewrite_page
 from benchmarks.harness import result_header
+from benchmarks.kill_resume import ROOT, environment
 from modeling_gpt2repro.data.sources.stories import Story
 from modeling_gpt2repro.evaluation.stories import held_out_stories
 from modeling_gpt2repro.runs.read import read_metrics, read_samples
@@ -33,7 +33,6 @@ from modeling_gpt2repro.runtime.command_line import arg, check_limits, parse_com
 from modeling_gpt2repro.runtime.hardware import readable_duration
 from modeling_gpt2repro.training.presets import PRESETS
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
 RUNS = [(n_layer, recipe) for n_layer in (2, 4) for recipe in ("lecture", "muon")]
 QUICKSTART = PRESETS["quickstart"]
@@ -93,12 +92,9 @@ def train(args: BenchmarkArguments, folder: Path, n_layer: int, recipe: str, ste
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, str(ROOT / "train_accelerate.py"), "--preset", "quickstart", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    environment |= {
-        "ACCELERATE_USE_CPU": "true",
-        "ACCELERATE_MIXED_PRECISION": "bf16",
-    }  # as accelerate_configs/cpu.yaml
-    ended = subprocess.run([*command, *shlex.split(args.train_flags)], env=environment)
+    ended = subprocess.run(
+        [*command, *shlex.split(args.train_flags)], env={**environment(), "OMP_NUM_THREADS": str(args.threads)}
+    )
     if ended.returncode:
         raise SystemExit(ended.returncode)
 

@@ -1,5 +1,7 @@
 """Picture and text of the results of benchmarks.first_model, for the lesson."""
 
+import math
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from modeling_gpt2repro.runs.plots import GREY, STYLE, save_figure
 UNIT = "nats per token"  # of the loss on whole stories and of their floor
 COLORS = {"lecture": "#0072B2", "muon": "#D55E00"}  # Okabe and Ito's
 OPTIMIZERS = {"lecture": "AdamW", "muon": "Muon"}
-QUOTED_WORDS = 110
+QUOTED_WORDS = 160  # a whole story
 SECONDS = 150  # of the results that the lesson is about
 BEGIN, END = "<!-- {}: written by python -m benchmarks.first_model -->", "<!-- end of {} -->"
 
@@ -121,11 +123,12 @@ def kinds_table(results: Sequence[dict]) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text as a quotation, in one paragraph, shortened, without Markdown and what cannot be printed."""
-    words = "".join(c if c.isprintable() or c.isspace() else "�" for c in text).split()
-    text = " ".join(words[:QUOTED_WORDS]) + (" ..." if len(words) > QUOTED_WORDS else "")
+    """A text as a quotation, shortened, without Markdown and what cannot be printed."""
+    text = "".join(c if c.isprintable() or c.isspace() else "�" for c in text).strip()
     text = "".join(f"\\{c}" if c in "\\`*_<>[]|#" else c for c in text)
-    return wrapped(text, indent="> ")
+    shown = re.match(rf"(\S+\s*){{0,{QUOTED_WORDS}}}", text)[0]
+    paragraphs = re.split(r"\s*\n\s*", shown.strip() + (" ..." if shown != text else ""))
+    return "\n>\n".join(wrapped(paragraph, indent="> ") for paragraph in paragraphs)
 
 
 def wrapped(text: str, indent: str = "") -> str:
@@ -141,8 +144,10 @@ def sections(results: Sequence[dict]) -> dict[str, str]:
     source = f"Source: `{first['command']}`, {machine_name(first['machine'])}, {versions}."
     toy = first["settings"]["seconds"] != SECONDS or first["settings"]["train_flags"] or len(results) < 4
     warning = ["**Toy figures, not yet those of the lesson**: run `python -m benchmarks.first_model`."] if toy else []
+    nats = first["story_bits"] * math.log(2)
+    bits = wrapped(f"It was written from {first['story_bits']} random bits, which are {nats:.1f} nats.")
     return {
-        "story": f"{quoted(first['story'])}\n\nIt was written from {first['story_bits']} random bits.",
+        "story": f"{quoted(first['story'])}\n\n{bits}",
         "table": "\n\n".join([*warning, table(results), wrapped(source)]),
         "samples": "\n\n".join(f"{name_of(result)}:\n\n{quoted(result['sample'])}" for result in results),
         "kinds": kinds_table(results),

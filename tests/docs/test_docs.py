@@ -15,6 +15,8 @@ import pytest
 from command_checks import check_command, known_flags
 from markdown_pages import PAGES, README, ROOT, anchors_of, blocks_of, named_files, named_functions, written_commands
 
+from benchmarks import first_model, first_model_page
+
 PACKAGE = "modeling_gpt2repro"
 README_LINES = 200
 
@@ -155,3 +157,11 @@ def test_the_figures_are_those_of_the_results_files():
                 ]
                 cells = f"| {' | '.join(megabytes)} |"
                 assert cells in data, f"docs/data.md has no cells {cells}"
+
+
+def test_the_lesson_is_made_of_its_results():
+    results = json.loads((ROOT / "benchmarks" / "results" / "first_model_cpu.json").read_text(encoding="utf-8"))
+    lesson = (ROOT / "docs" / "first-model.md").read_text(encoding="utf-8")
+    assert len(results) == len(first_model.RUNS)
+    for name, part in first_model_page.sections(results).items():
+        assert part in lesson, f"{name} in docs/first-model.md is another: run python -m benchmarks.first_model"

@@ -101,7 +101,8 @@ def test_the_page_has_the_results_and_keeps_what_is_around_them(results, tmp_pat
     assert "| right, of | hero | animal |" in text
     assert "| 4 layers, Muon | 100% | 81% |" in text
     assert "2 layers, AdamW:\n\n> 2 lecture\n" in text
-    assert "> A \\`fox\\` \\<b\\> and�\\[0m word" in text
+    assert "> A \\`fox\\` \\<b\\>\n>\n> and�\\[0m word" in text
+    assert "word ...\n" in text
     assert text.count("word") == first_model_page.QUOTED_WORDS - 4
     assert first_model.prompt() in text.replace("\n> ", " ")
     assert "Toy figures" not in text
