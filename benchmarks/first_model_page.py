@@ -19,6 +19,10 @@ COLORS = {"lecture": "#0072B2", "muon": "#D55E00"}  # Okabe and Ito's
 OPTIMIZERS = {"lecture": "AdamW", "muon": "Muon"}
 QUOTED_WORDS = 160  # a whole story
 SECONDS = 150  # of the results that the lesson is about
+PICTURE = (
+    "![Above, the loss of the four models on whole stories over seconds of training, with the floor as a dotted line; "
+    "below, the share of names, animals and things that each gets right](images/first_model.png)"
+)
 BEGIN, END = "<!-- {}: written by python -m benchmarks.first_model -->", "<!-- end of {} -->"
 
 
@@ -148,7 +152,7 @@ def sections(results: Sequence[dict]) -> dict[str, str]:
     bits = wrapped(f"It was written from {first['story_bits']} random bits, which are {nats:.1f} nats.")
     return {
         "story": f"{quoted(first['story'])}\n\n{bits}",
-        "table": "\n\n".join([*warning, table(results), wrapped(source)]),
+        "table": "\n\n".join([*warning, PICTURE, table(results), wrapped(source)]),
         "samples": "\n\n".join(f"{name_of(result)}:\n\n{quoted(result['sample'])}" for result in results),
         "kinds": kinds_table(results),
     }
