@@ -15,7 +15,7 @@ import pytest
 from command_checks import check_command, known_flags
 from markdown_pages import PAGES, README, ROOT, anchors_of, blocks_of, named_files, named_functions, written_commands
 
-from benchmarks import recipes_report
+from benchmarks import first_model, first_model_page, recipes_report
 
 PACKAGE = "modeling_gpt2repro"
 README_LINES = 200
@@ -164,3 +164,17 @@ def test_the_table_of_recipes_is_that_of_its_results():
     results = json.loads((ROOT / "benchmarks" / "results" / "recipes_cpu.json").read_text())
     before, after = recipes_report.split_page(page)
     assert page.read_text(encoding="utf-8") == before + recipes_report.table(results) + after
+
+
+def test_the_lesson_is_made_of_its_results():
+    file = ROOT / "benchmarks" / "results" / "first_model_cpu.json"
+    lesson = (ROOT / "docs" / "first-model.md").read_text(encoding="utf-8")
+    marks = re.escape(first_model_page.BEGIN).replace(r"\{\}", r"(\w+)") + r"\n(.*?)<!-- end of \1 -->"
+    written = {name: part.strip() for name, part in re.findall(marks, lesson, re.DOTALL)}
+    assert written.keys() == {"story", "table", "samples", "kinds"}
+    if not file.exists():  # nothing has been measured, so no figure may be there
+        assert set(written.values()) == {""}
+        return
+    results = json.loads(file.read_text(encoding="utf-8"))
+    assert len(results) == len(first_model.RUNS)
+    assert written == first_model_page.sections(results), "run python -m benchmarks.first_model again"
