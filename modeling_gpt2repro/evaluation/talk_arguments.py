@@ -45,7 +45,7 @@ class TalkArguments:
         help="Text to continue. If not given, each line that is typed, or piped into stdin, is one.",
         group="text",
     )
-    max_new_tokens: int = arg(default=100, minimum=1, help="Most tokens of a continuation; end-of-text may end it.")
+    max_new_tokens: int = arg(default=200, minimum=1, help="Most tokens of a continuation; end-of-text may end it.")
     num_return_sequences: int = arg(default=1, minimum=1, help="Continuations of each prompt.")
     probabilities: bool = arg(
         default=False,
