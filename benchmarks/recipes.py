@@ -75,8 +75,12 @@ class BenchmarkArguments:
         problems = list(check_limits(self))
         if unknown := sorted(set(self.recipes) - set(RECIPES)):
             problems.append(f"recipes ({', '.join(unknown)}) must be of {', '.join(RECIPES)}.")
-        if not all(0 < share < 1 and share * self.steps >= 1 for share in self.fast_adamw_shares + self.muon_shares):
-            problems.append("Shares must be below 1, which is always trained, and at least one step.")
+        for name in ("fast_adamw_shares", "muon_shares"):
+            if wrong := [share for share in getattr(self, name) if not 1 <= share * self.steps < self.steps]:
+                given = ", ".join(f"{share:g}" for share in wrong)
+                problems.append(
+                    f"{name} ({given}) must be below 1, always trained anyway, and at least one of {self.steps} steps."
+                )
         if Path(self.picture).suffix not in (".png", ".svg"):
             problems.append(f"picture ({self.picture}) must end in .png or .svg.")
         if problems:

@@ -211,7 +211,8 @@ def draw(results: dict) -> Figure:
                 axes.plot([place] * len(finals), finals, ".", color=color, markersize=3)
         axes.axhline(target, color=GREY, linestyle=(0, (4, 3)), linewidth=0.8)
         label = f"final loss of lecture: {target:.3f}"
-        axes.annotate(label, (0.01, target), xycoords=("axes fraction", "data"), va="top", fontsize=8.5, color=GREY)
+        label_style = {"xytext": (0, -3), "textcoords": "offset points", "va": "top", "fontsize": 8.5, "color": GREY}
+        axes.annotate(label, (0.01, target), xycoords=("axes fraction", "data"), **label_style)
         axes.plot([], [], color=GREY, linewidth=1, linestyle=":", label="on the way through the longest runs")
         finals = np.concatenate([group for by_steps in losses.values() for group in by_steps.values()])
         axes.set_ylim(finals.min() - 0.1, max(finals.max() + 0.1, target + 0.8))
