@@ -30,7 +30,7 @@ PRESETS: dict[str, dict] = {
         "learning_rate": 2e-4,  # GPT-3 XL, 1.3B
         "per_device_train_batch_size": 4,
     },
-    # Minutes on two CPU cores, with nothing to download. Values were found by trial; docs/recipes.md has the runs.
+    # Minutes on two CPU cores, with nothing to download. Values were found by trial; docs/first-model.md says why.
     "quickstart": {
         "output_dir": "runs/quickstart",
         "dataset_name": "stories",
