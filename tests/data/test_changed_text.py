@@ -41,10 +41,10 @@ def tokenized_again(folder, arguments, monkeypatch):
     again = []
     tokenize = local.tokenize_documents
 
-    def recorded(documents, *more):
+    def recorded(documents, *more, **options):
         documents = list(documents)
         again.append(int(documents[0].id.split("-")[0]) if documents else None)
-        return tokenize(documents, *more)
+        return tokenize(documents, *more, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(local, "tokenize_documents", recorded)

@@ -26,7 +26,7 @@ def measured(n_layer: int, recipe: str, right: float = 0.5) -> dict:
 
 def flags_for(folder) -> list[str]:
     """The command's flags that let it write into this folder, and a page for it to write into."""
-    marks = (first_model_page.BEGIN + "\nold\n" + first_model_page.END + "\n" for _ in NAMES)
+    marks = (first_model_page.BEGIN + "\nearlier text\n" + first_model_page.END + "\n" for _ in NAMES)
     (folder / "page.md").write_text("".join(mark.format(name, name) for mark, name in zip(marks, NAMES, strict=True)))
     files = {"output": "results.json", "picture": "images/a.png", "page": "page.md", "runs_dir": "runs"}
     return [word for flag, name in files.items() for word in (f"--{flag}", str(folder / name))]
@@ -95,7 +95,7 @@ def test_the_page_has_the_results_and_keeps_what_is_around_them(results, tmp_pat
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert "old" not in text
+    assert "earlier text" not in text
     assert "| 2 | Muon | 1,200 | 10 | 0.500 | 1.25 | 90% | 5 s |" in text
     assert "| 4 | Muon | 1,200 | 10 | 0.500 | 1.25 | 90% | 10 s |" in text
     assert "| right, of | hero | animal |" in text
