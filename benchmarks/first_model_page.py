@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMeth
 from benchmarks.harness import machine_name
 from modeling_gpt2repro.runs.plots import GREY, STYLE, save_figure
 
-UNIT = "nats per token"  # of the loss on whole stories and of their floor
+UNIT = "nats a story"
 COLORS = {"lecture": "#0072B2", "muon": "#D55E00"}  # Okabe and Ito's
 OPTIMIZERS = {"lecture": "AdamW", "muon": "Muon"}
 QUOTED_WORDS = 160  # a whole story

@@ -125,12 +125,12 @@ def test_the_readmes_snippet_talks_to_a_model(tiny_tokenizer, tmp_path, monkeypa
     from modeling_gpt2repro.hub.export import save_hub_folder
 
     ids = {"vocab_size": len(tiny_tokenizer), "bos_token_id": tiny_tokenizer.bos_token_id, "eos_token_id": 0}
-    model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1, n_head=2, n_embd=16, n_positions=128, **ids))
+    model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1, n_head=2, n_embd=16, n_positions=512, **ids))
     save_hub_folder(model, tiny_tokenizer, tmp_path / "runs" / "quickstart" / "model")
     monkeypatch.chdir(tmp_path)
     snippet = next(block for block in blocks_of(README) if block.language == "python")
     exec(compile(snippet.text, str(snippet), "exec"), {})
-    assert capsys.readouterr().out.startswith("Hello, I'm a language model,")
+    assert capsys.readouterr().out.startswith("A story of Mila and Tom, Mrs. Plum, a fox, a bell and some honey.")
 
 
 def test_the_figures_are_those_of_the_results_files():
