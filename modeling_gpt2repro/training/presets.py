@@ -41,7 +41,7 @@ PRESETS: dict[str, dict] = {
         "n_embd": 128,
         "block_size": 224,  # one whole story
         "initializer_range": 0.05,  # 0.02 * sqrt(768 / 128): words must differ enough for attention to find them again
-        "recipe": "muon",  # with AdamW the names get mixed up
+        "recipe": "muon",  # AdamW needs more steps to keep the names apart
         "train_tokens": 1_433_600,  # 800 steps
         "tokens_per_step": 1792,  # 8 stories: on a CPU many small updates achieve more than a few large ones
         "warmup_tokens": 153_600,
