@@ -5,7 +5,6 @@ import re
 import select
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -343,10 +342,18 @@ class Terminal:
     def press(self, keys):
         os.write(self.terminal, keys.encode())
 
-    def read_until(self, pattern):
-        """What appeared before the pattern, which may be the end: None."""
+    def read_until(self, pattern, again=""):
+        """What appeared before the pattern, which may be the end: None.
+
+        Args:
+            again: Keys to press in each second of silence.
+        """
+        silent_seconds = 0
         while pattern is None or not re.search(pattern, self.text):
-            assert select.select([self.terminal], [], [], PATIENCE_SECONDS)[0], f"nothing more after {self.text!r}"
+            while not select.select([self.terminal], [], [], 1)[0]:
+                silent_seconds += 1
+                assert silent_seconds < PATIENCE_SECONDS, f"nothing more after {self.text!r}"
+                self.press(again)
             try:
                 new = os.read(self.terminal, 4096)
             except OSError:  # on Linux, the end
@@ -358,22 +365,9 @@ class Terminal:
         before, self.text = (self.text, "") if pattern is None else re.split(f"(?:{pattern})", self.text, maxsplit=1)
         return before
 
-    def exit_code(self):
-        self.read_until(None)
+    def exit_code(self, again=""):
+        self.read_until(None, again)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-    def exit_code_after(self, key):
-        """Press the key each second until the program ends: a signal that comes just before readline begins to wait for
-        a key is noticed at the next one only (Python's `input`).
-        """
-        for _ in range(PATIENCE_SECONDS):
-            self.press(key)
-            for _ in range(10):
-                ended, status = os.waitpid(self.pid, os.WNOHANG)
-                if ended:
-                    return os.waitstatus_to_exitcode(status)
-                time.sleep(0.1)
-        raise AssertionError(f"the program does not end by {key!r}")
 
 
 def test_in_a_terminal_text_is_streamed_until_ctrl_c_and_a_second_one_ends_the_program(save, terminal_signals):
@@ -384,7 +378,9 @@ def test_in_a_terminal_text_is_streamed_until_ctrl_c_and_a_second_one_ends_the_p
     terminal.press("\x03")
     terminal.read_until(r"\[stopped, seed 3\]")
     terminal.read_until("> ")
-    assert terminal.exit_code_after("\x03") == 130
+    terminal.press("\x03")
+    # Python's `input` notices a signal that comes just before it waits for keys at the next key only.
+    assert terminal.exit_code(again="\x03") == 130
 
 
 def test_in_a_terminal_prompts_have_a_history_and_ctrl_d_ends_the_program(save, terminal_signals):
