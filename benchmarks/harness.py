@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from modeling_gpt2repro.runtime.hardware import device_name
+from modeling_gpt2repro.storage.atomic import atomic_write
 
 Result = TypeVar("Result")
 BySide = dict[str, list[float]]
@@ -42,19 +44,69 @@ def timed(seconds: list[float], cpu_seconds: list[float]) -> Iterator[None]:
     cpu_seconds.append(time.process_time() - cpu_started)
 
 
+def process_context() -> multiprocessing.context.BaseContext:
+    """For processes in which nothing has been allocated or cached yet. On Linux they start with the imports done."""
+    if sys.platform != "linux":  # macOS can fork, but not safely with its own libraries loaded
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_accelerate"])
+    return context
+
+
 def in_fresh_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function of a module in a new interpreter, where nothing has been allocated or cached yet."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    """Call a function of a module in a new process."""
+    with ProcessPoolExecutor(1, process_context()) as pool:
         return pool.submit(function, *arguments).result()
 
 
-def quartiles(seconds: BySide) -> dict[str, float]:
+@contextmanager
+def kept_process(build: Callable[..., Callable[..., Result]], *arguments: Any) -> Iterator[Callable[..., Result]]:
+    """Let a new process build something that can be called; yields a function that calls it there and waits.
+
+    Sides that take turns have a process each, because they share neither global state nor the peak of their memory.
+
+    Raises:
+        RuntimeError: From the call, if the process has died; its error is on stderr.
+    """
+    context = process_context()
+    ours, theirs = context.Pipe()
+    process = context.Process(target=answer_calls, args=(theirs, build, arguments), daemon=True)
+    process.start()
+    theirs.close()  # else there would be no end of file when the process dies
+
+    def call(*request: Any) -> Result:
+        try:
+            ours.send(request)
+            return ours.recv()
+        except (EOFError, BrokenPipeError):
+            raise RuntimeError(f"a process of the benchmark ({build.__name__}) died.") from None
+
+    try:
+        yield call
+    finally:
+        ours.close()
+        process.join()
+
+
+def answer_calls(connection: Connection, build: Callable[..., Callable], arguments: tuple):
+    """In the new process: build, then answer calls until there is nobody left to make them."""
+    function = build(*arguments)
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
+        connection.send(function(*request))
+
+
+def quartiles(seconds: BySide, other: str | None = None, ours: str = "ours") -> dict[str, float]:
     """Quartiles, over the rounds, of the other side's time divided by ours: above 1.0 ours is faster.
 
     Ratios within a round, because a machine that is now fast and now slow is so for both sides.
     """
-    [other] = seconds.keys() - {"ours"}
-    low, median, high = np.quantile(np.divide(seconds[other], seconds["ours"]), (0.25, 0.5, 0.75))
+    if other is None:
+        [other] = seconds.keys() - {ours}
+    low, median, high = np.quantile(np.divide(seconds[other], seconds[ours]), (0.25, 0.5, 0.75))
     return {"median": float(median), "lower_quartile": float(low), "upper_quartile": float(high)}
 
 
@@ -94,9 +146,40 @@ def machine_name(machine: dict[str, str | int]) -> str:
     return machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
 
 
+def choose_device(args: Any) -> list[str]:
+    """Replace `args.device` "auto" by cuda, if there is a GPU, or else cpu; returns what is wrong with it."""
+    has_gpu = torch.cuda.is_available()
+    if args.device == "auto":
+        args.device = "cuda" if has_gpu else "cpu"
+    if args.device == "cuda" and not has_gpu:
+        return ["--device cuda cannot be used here: torch sees no GPU; give cpu."]
+    return []
+
+
+def benchmark_of(result: dict[str, Any]) -> str:
+    """The name of the benchmark that a result is of, from its command."""
+    return shlex.split(result["command"])[2].removeprefix("benchmarks.")
+
+
+def read_results(file: Path) -> list[dict[str, Any]]:
+    """What a results file holds; nothing if there is no such file.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    if not file.exists():
+        return []
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        _ = [(benchmark_of(result), result["settings"]) for result in results]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{file} is not a list of results ({error}): delete it, or give another --output.") from None
+    return results
+
+
 def add_to_file(file: Path, result: dict[str, Any]):
-    """Put a result into the file's list, in place of an earlier one with the same settings."""
-    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    results = [old for old in results if old["settings"] != result["settings"]] + [result]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    """Put a result into the file's list, in place of an earlier one of this benchmark with the same settings."""
+    of_what = (benchmark_of(result), result["settings"])
+    results = [old for old in read_results(file) if (benchmark_of(old), old["settings"]) != of_what]
+    with atomic_write(file) as output:
+        output.write((json.dumps([*results, result], indent=1) + "\n").encode())

@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.harness import result_header
-from benchmarks.recipes_report import TUNING_SEED, draw, rates_to_try, split_page, table, tuned_rate
+from benchmarks.reports.recipes_report import TUNING_SEED, draw, rates_to_try, split_page, table, tuned_rate
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.data.batches.build import build_shuffled_data, load_built_in_text
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig

@@ -15,7 +15,8 @@ import pytest
 from command_checks import check_command, known_flags
 from markdown_pages import PAGES, README, ROOT, anchors_of, blocks_of, named_files, named_functions, written_commands
 
-from benchmarks import first_model, first_model_page, recipes_report
+from benchmarks import first_model
+from benchmarks.reports import first_model_page, recipes_report
 
 PACKAGE = "modeling_gpt2repro"
 README_LINES = 200
