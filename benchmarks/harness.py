@@ -7,10 +7,11 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib import import_module
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -99,6 +100,20 @@ def answer_calls(connection: Connection, build: Callable[..., Callable], argumen
         connection.send(function(*request))
 
 
+def run_program(module: str, words: list[str]) -> int:
+    """What `python -m MODULE WORDS...` does, in a new process; returns its exit code."""
+    process = process_context().Process(target=call_main, args=(module, words))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def call_main(module: str, words: list[str]):
+    """In the new process."""
+    sys.argv = [f"{module.split('.')[-1]}.py", *words]
+    import_module(module).main(words)
+
+
 def quartiles(seconds: BySide, other: str | None = None, ours: str = "ours") -> dict[str, float]:
     """Quartiles, over the rounds, of the other side's time divided by ours: above 1.0 ours is faster.
 
@@ -125,10 +140,32 @@ def result_header(
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # not on Windows
     return {
         "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *words]),
-        "settings": {name: value for name, value in asdict(args).items() if name not in NOT_SETTINGS},
+        "settings": settings_of(args),
         "machine": machine(device) | {"load_average_before": load},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": versions(packages),
     }
+
+
+def settings_of(args: Any) -> dict[str, Any]:
+    """The arguments that change what is measured, as JSON gives them back."""
+    return json.loads(json.dumps({name: v for name, v in asdict(args).items() if name not in NOT_SETTINGS}))
+
+
+def was_measured(results: list[dict[str, Any]], benchmark: str, args: Any, device: str) -> bool:
+    """Whether there is a result with these arguments, from this machine and the installed versions."""
+    settings = settings_of(args)
+    not_compared = {"load_average_before"} | ({"threads"} & settings.keys())
+    now = machine(device)
+    return any(
+        (benchmark_of(result), result["settings"]) == (benchmark, settings)
+        and all(now.get(name) == was for name, was in result["machine"].items() if name not in not_compared)
+        and versions([name for name in result["versions"] if name != "python"]) == result["versions"]
+        for result in results
+    )
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def machine(device: str) -> dict[str, str | int]:
@@ -171,7 +208,9 @@ def read_results(file: Path) -> list[dict[str, Any]]:
         return []
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
-        _ = [(benchmark_of(result), result["settings"]) for result in results]
+        _ = [
+            (benchmark_of(result), *map(result.__getitem__, ("settings", "machine", "versions"))) for result in results
+        ]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{file} is not a list of results ({error}): delete it, or give another --output.") from None
     return results

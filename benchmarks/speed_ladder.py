@@ -84,6 +84,11 @@ class BenchmarkArguments:
     )
     rounds: int = arg(default=5, minimum=1, help="How often the rungs take turns.")
     steps: int = arg(default=2, minimum=1, help="Optimizer steps a turn.")
+    compile: bool = arg(default=True, help="Climb the rung of torch.compile, which takes most of the minutes.")
+    clock: Literal["wall", "processor"] = arg(
+        default="wall",
+        help="processor: time of this process, for a CPU that other programs keep busy; take one thread.",
+    )
     device: Literal["auto", "cpu", "cuda"] = arg(default="auto", help="auto: CUDA if there is a GPU.")
     picture: str | None = arg(default=None, help="Draw the ladder, .png or .svg.")
     output: str | None = arg(default=None, help="Add the result to this JSON file (a list of results).")
@@ -92,6 +97,8 @@ class BenchmarkArguments:
         problems = [*check_limits(self), *choose_device(self)]
         if self.picture and Path(self.picture).suffix not in (".png", ".svg"):
             problems.append(f"picture ({self.picture}) must end in .png or .svg.")
+        if self.device == "cuda" and self.clock == "processor":
+            problems.append("--clock processor cannot be used on a GPU, whose time it does not count; give wall.")
         if problems:
             raise ValueError("\n".join(problems))
         if self.shape == "auto":
@@ -139,7 +146,7 @@ class Machine:
 def main(argv: list[str] | None = None):
     args = parse_command_line(BenchmarkArguments, argv, description=__doc__)
     header = result_header("speed_ladder", argv, args, ("torch", "transformers", "accelerate"), device=args.device)
-    rungs = list(plan(Machine.of(args.device)))
+    rungs = list(plan(Machine.of(args.device), args.compile))
     seconds, losses = climb(args, [rung for rung in rungs if rung.exists])
     check_losses(args, rungs, losses)
     result = header | {
@@ -156,7 +163,7 @@ def main(argv: list[str] | None = None):
         save_figure(draw(result), Path(args.picture))
 
 
-def plan(machine: Machine) -> Iterator[Rung]:
+def plan(machine: Machine, compiled: bool = True) -> Iterator[Rung]:
     """The rungs from the lowest to the highest."""
     rung = Rung("fp32")
     yield rung
@@ -170,11 +177,12 @@ def plan(machine: Machine) -> Iterator[Rung]:
         yield rung
     else:
         yield replace(rung, name="bf16", dtype="bf16", note="emulated here, so the rungs above are in fp32")
-    if machine.compiler:
+    if machine.compiler and compiled:
         rung = replace(rung, name="compile", compiled=True)
         yield rung
     else:
-        yield replace(rung, name="compile", exists=False, note="no C++ compiler here: the rungs above are eager")
+        reason = "left out" if machine.compiler else "no C++ compiler here"
+        yield replace(rung, name="compile", exists=False, note=f"{reason}: the rungs above are eager")
     for name, change in (
         ("flash attention", {"fused_attention": True}),
         ("aligned vocabulary", {"aligned": True}),
@@ -209,10 +217,13 @@ def climb(args: BenchmarkArguments, rungs: list[Rung]) -> tuple[BySide, BySide]:
     def take_turn(name: str, first_step: int, count: int):
         torch.set_float32_matmul_precision(by_name[name].matmul_precision)
         batches = [draw(number) for number in range(first_step, first_step + count)]
-        with timed(seconds[name], []):
+        cpu_seconds = []
+        wall_seconds = []
+        with timed(wall_seconds, cpu_seconds):
             found = [steps[name](micro_batches) for micro_batches in batches]
             if args.device == "cuda":
                 torch.cuda.synchronize()  # the last update
+        seconds[name] += cpu_seconds if args.clock == "processor" else wall_seconds
         losses[name] += [float(loss) for loss in found]
 
     for rung in rungs:
@@ -270,7 +281,7 @@ def records(args: BenchmarkArguments, rungs: list[Rung], seconds: BySide, losses
 
 def report(args: BenchmarkArguments, result: dict):
     """Print the ladder beside the lecture's."""
-    rounds = f"{args.rounds} rounds of {args.steps} steps"
+    rounds = f"{args.rounds} rounds of {args.steps} steps by the {args.clock} clock"
     print(f"\n{args.shape}, {args.tokens_per_step:,} tokens a step, {rounds}; {machine_name(result['machine'])}\n")
     print(f"{'':19} {'ms a step':>10} {'tokens/s':>9} {'gain':>6}   {'A100, ms':>8} {'gain':>6}")
     below = None

@@ -68,11 +68,16 @@ def test_training_step_benchmark_writes_the_sources_of_its_figures(benchmark_run
         assert f"ours is {result[f'{peer}_over_ours']['seconds']['median']:.3f} times as fast as {peer}" in printed
 
 
-def test_a_results_file_keeps_the_latest_result_of_each_setting(tmp_path):
+def result_of(benchmark: str, dtype: str, speed: int) -> dict:
+    command = f"python -m benchmarks.{benchmark} --dtype {dtype}"
+    return {"command": command, "settings": {"dtype": dtype}, "machine": {}, "versions": {}, "speed": speed}
+
+
+def test_a_results_file_keeps_the_latest_result_of_each_benchmark_and_setting(tmp_path):
     file = tmp_path / "results.json"
     for dtype, speed in (("fp32", 1), ("bf16", 2), ("fp32", 3)):
-        harness.add_to_file(file, {"command": "python -m benchmarks.rows", "settings": {"a": dtype}, "speed": speed})
-    harness.add_to_file(file, {"command": "python -m benchmarks.prepare", "settings": {"a": "fp32"}, "speed": 4})
+        harness.add_to_file(file, result_of("rows", dtype, speed))
+    harness.add_to_file(file, result_of("prepare", "fp32", 4))
     assert [result["speed"] for result in json.loads(file.read_text())] == [2, 3, 4]
 
 
@@ -81,7 +86,7 @@ def test_a_damaged_results_file_is_left_as_it_is(text, tmp_path):
     file = tmp_path / "results.json"
     file.write_text(text)
     with pytest.raises(ValueError, match=r"results.json is not a list of results .*: delete it, or give another"):
-        harness.add_to_file(file, {"command": "python -m benchmarks.rows", "settings": {}})
+        harness.add_to_file(file, result_of("rows", "fp32", 1))
     assert file.read_text() == text
 
 
