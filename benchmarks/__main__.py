@@ -16,20 +16,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
 from benchmarks.harness import machine, machine_name, read_results, run_program, was_measured
-from benchmarks.reports.recipes_report import split_page
+from benchmarks.reports.page import split_page, write_into_page
 from benchmarks.reports.results_table import MARKERS, table
 from modeling_gpt2repro.runtime.command_line import arg, exit_on_input_error, parse_command_line
-from modeling_gpt2repro.storage.atomic import atomic_write
 
 NAMES = ("training_step", "speed_ladder", "generation", "hellaswag", "rows", "prepare", "kill_resume")
 SLOW_START = ("prepare", "kill_resume")  # they start whole programs, which alone takes a minute
+QUICK_DATA = "build/benchmarks"
 FOLDER = Path(__file__).parent / "results"
-PEERS = ["--against", "stock", "lecture", "trainer"]
+PEERS = ("--against", "stock", "lecture", "trainer")
 
 
 @dataclass
@@ -41,16 +40,19 @@ class BenchmarksArguments:
     page: str | None = arg(default=None, help="Write the table into this page, between its markers.")
 
     def __post_init__(self):
-        if unknown := [name for name in self.only or () if name not in NAMES]:
-            raise ValueError(f"only ({', '.join(unknown)}) must be of {', '.join(NAMES)}.")
+        allowed = [name for name in NAMES if not self.quick or name not in SLOW_START]
+        if unknown := [name for name in self.only or () if name not in allowed]:
+            what = "only, with --quick," if self.quick else "only"
+            raise ValueError(f"{what} ({', '.join(unknown)}) must be of {', '.join(allowed)}.")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A benchmark's module and its flags."""
+    """A benchmark's module and its flags; `data`: flags of generated_data, which makes what it reads."""
 
     name: str
     flags: tuple[str, ...]
+    data: tuple[str, ...] = ()
 
 
 def main(argv: list[str] | None = None):
@@ -58,10 +60,11 @@ def main(argv: list[str] | None = None):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     suffix = "-quick" if args.quick else ""
     file = Path(args.output) if args.output else FOLDER / f"{file_name(machine_name(machine(device)))}{suffix}.json"
-    with exit_on_input_error(), TemporaryDirectory() as folder:
+    with exit_on_input_error():
         if args.page:
             split_page(Path(args.page), MARKERS)  # an error comes now, not after half an hour
-        parts = quick_plan(Path(folder)) if args.quick else full_plan(device)
+        gpu_bytes = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else None
+        parts = quick_plan() if args.quick else full_plan(gpu_bytes)
         parts = [part for part in parts if not args.only or part.name in args.only]
         try:
             failed = [part for part in parts if not run_part(part, file, device, args.again)]
@@ -71,9 +74,7 @@ def main(argv: list[str] | None = None):
     text = table(results)
     print(f"\n{file}:\n\n{text}")
     if args.page and results:
-        before, after = split_page(Path(args.page), MARKERS)
-        with atomic_write(Path(args.page)) as page:
-            page.write((before + text + after).encode())
+        write_into_page(Path(args.page), MARKERS, text)
     if failed:
         names = ", ".join(dict.fromkeys(part.name for part in failed))
         raise SystemExit(f"no result of {names}: see its error above; the same command tries it again.")
@@ -84,10 +85,10 @@ def file_name(machine: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
 
 
-def full_plan(device: str) -> Iterator[Part]:
+def full_plan(gpu_bytes: int | None) -> Iterator[Part]:
     """On a GPU the model is GPT-2 124M in bf16; a CPU gets small ones, but where 124M is a matter of minutes."""
-    if device == "cuda":
-        rows = rows_that_fit(torch.cuda.get_device_properties(0).total_memory)
+    if gpu_bytes:
+        rows = rows_that_fit(gpu_bytes)
         setting = ("--shape", "124m", "--dtype", "bf16", "--batch_rows", str(rows))
         yield Part("training_step", (*setting, *PEERS))
         yield Part("training_step", (*setting, "--compile", *PEERS))
@@ -99,9 +100,9 @@ def full_plan(device: str) -> Iterator[Part]:
         yield Part("training_step", ("--compile", *PEERS))
         yield Part("speed_ladder", ())
         yield Part("generation", ())
-        yield Part("hellaswag", ("--rows", "50"))
+        yield Part("hellaswag", ("--rows", "24"))
     yield Part("rows", ())
-    yield Part("prepare", ("--megabytes", "50", "--large_megabytes", "0"))
+    yield Part("prepare", ("--megabytes", "50", "--large_megabytes", "0", "--workers", "2", "--rounds", "3"))
     yield Part("kill_resume", ("--kills", "4", "--steps", "160"))
 
 
@@ -111,12 +112,15 @@ def rows_that_fit(total_bytes: int) -> int:
     return max(count for count in (1, 2, 4, 8, 16) if count <= max(1, rows))
 
 
-def quick_plan(folder: Path) -> Iterator[Part]:
-    """The same programs at toy size, on a CPU; `folder` is for what they read."""
+def quick_plan() -> Iterator[Part]:
+    """The same programs at toy size, on a CPU, with data that mean nothing."""
     toy = ("--shape", "toy", "--rounds", "1", "--device", "cpu")
+    data = ("--output_dir", QUICK_DATA, "--shape", "tiny", "--tokens", "2000", "--examples", "8")
+    texts = ("--data", f"{QUICK_DATA}/hellaswag.jsonl", "--tokenizer", f"{QUICK_DATA}/model")
     yield Part("training_step", (*toy, "--steps", "1", *PEERS))
     yield Part("speed_ladder", (*toy, "--steps", "1", "--compile", "false"))
     yield Part("generation", (*toy, "--new_tokens", "40"))
+    yield Part("hellaswag", (*toy, "--shape", "tiny", "--rows", "4", *texts), data)
     yield Part("rows", ("--tokens", "600_000", "--rounds", "1"))
 
 
@@ -129,6 +133,8 @@ def run_part(part: Part, file: Path, device: str, again: bool) -> bool:
         print(f"{line}: measured before")
         return True
     print(f"\n{line}", flush=True)
+    if part.data and run_program("benchmarks.generated_data", list(part.data)):
+        return False
     return run_program(f"benchmarks.{part.name}", [*part.flags, "--output", str(file)]) == 0
 
 

@@ -40,7 +40,8 @@ from benchmarks.harness import (
     timed,
 )
 from benchmarks.peers.lecture_gpt import LectureGPT, lecture_loss
-from benchmarks.reports.ladder import draw
+from benchmarks.reports.ladder import MARKERS, draw, table
+from benchmarks.reports.page import split_page, write_into_page
 from benchmarks.training_step import (
     BATCH_ROWS,
     FLOPS_CONVENTION,
@@ -55,7 +56,7 @@ from benchmarks.training_step import (
     shape_flops,
 )
 from modeling_gpt2repro.runs.plots import save_figure
-from modeling_gpt2repro.runtime.command_line import arg, check_limits, parse_command_line
+from modeling_gpt2repro.runtime.command_line import arg, check_limits, exit_on_input_error, parse_command_line
 from modeling_gpt2repro.runtime.hardware import cpu_lacks_bf16
 
 ALIGNMENT = 64  # 50257 -> 50304, the lecture's
@@ -91,6 +92,7 @@ class BenchmarkArguments:
     )
     device: Literal["auto", "cpu", "cuda"] = arg(default="auto", help="auto: CUDA if there is a GPU.")
     picture: str | None = arg(default=None, help="Draw the ladder, .png or .svg.")
+    page: str | None = arg(default=None, help="Write the table into this page, between its markers.")
     output: str | None = arg(default=None, help="Add the result to this JSON file (a list of results).")
 
     def __post_init__(self):
@@ -145,6 +147,9 @@ class Machine:
 
 def main(argv: list[str] | None = None):
     args = parse_command_line(BenchmarkArguments, argv, description=__doc__)
+    with exit_on_input_error():
+        if args.page:
+            split_page(Path(args.page), MARKERS)  # an error comes now, not after minutes
     header = result_header("speed_ladder", argv, args, ("torch", "transformers", "accelerate"), device=args.device)
     rungs = list(plan(Machine.of(args.device), args.compile))
     seconds, losses = climb(args, [rung for rung in rungs if rung.exists])
@@ -161,6 +166,8 @@ def main(argv: list[str] | None = None):
         add_to_file(Path(args.output), result)
     if args.picture:
         save_figure(draw(result), Path(args.picture))
+    if args.page:
+        write_into_page(Path(args.page), MARKERS, table(result))
 
 
 def plan(machine: Machine, compiled: bool = True) -> Iterator[Rung]:

@@ -6,6 +6,8 @@ from matplotlib.figure import Figure
 from benchmarks.harness import machine_name
 from modeling_gpt2repro.runs.plots import COLORS, GREY, STYLE
 
+MARKERS = ("<!-- written by python -m benchmarks.speed_ladder -->\n", "<!-- until here -->")
+
 
 def draw(result: dict) -> Figure:
     """Milliseconds of each rung as bars from top to bottom; on the right the lecture's on an A100."""
@@ -58,7 +60,7 @@ def draw(result: dict) -> Figure:
 
 
 def table(result: dict) -> str:
-    """The ladder in Markdown."""
+    """The ladder in Markdown, and how it was measured."""
     lines = [
         "| rung | ms a step | tokens/s | times as fast as below | lecture's A100, ms | times |",
         "|---|---|---|---|---|---|",
@@ -75,4 +77,13 @@ def table(result: dict) -> str:
         note = f" ({rung['note']})" if rung["note"] else ""
         lines.append(f"| {rung['name']}{note} | {cells} | {theirs} |".replace("  ", " "))
         before = lecture
+    settings = result["settings"]
+    total = result["total_gain"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines += [
+        "",
+        f"From the first rung to the last {total['median']:.2f} times as fast (quartiles "
+        f"{total['lower_quartile']:.2f} to {total['upper_quartile']:.2f}). {machine_name(result['machine'])}; {settings['shape']}, "
+        f"{result['tokens_per_step']:,} tokens a step; {settings['clock']} clock; {versions}.",
+    ]
     return "\n".join(lines) + "\n"
