@@ -80,10 +80,9 @@ def table(result: dict) -> str:
     settings = result["settings"]
     total = result["total_gain"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    lines += [
-        "",
-        f"From the first rung to the last {total['median']:.2f} times as fast (quartiles "
-        f"{total['lower_quartile']:.2f} to {total['upper_quartile']:.2f}). {machine_name(result['machine'])}; {settings['shape']}, "
-        f"{result['tokens_per_step']:,} tokens a step; {settings['clock']} clock; {versions}.",
-    ]
+    low, median, high = (total[name] for name in ("lower_quartile", "median", "upper_quartile"))
+    gain = f"{median:.2f} times as fast (quartiles {low:.2f} to {high:.2f})"
+    size = f"{settings['shape']}, {result['tokens_per_step']:,} tokens a step"
+    lines.append(f"\nFrom the first rung to the last {gain}.")
+    lines.append(f"{machine_name(result['machine'])}; {size}; {settings['clock']} clock; {versions}.")
     return "\n".join(lines) + "\n"
