@@ -183,13 +183,13 @@ def plan(machine: Machine, compiled: bool = True) -> Iterator[Rung]:
         rung = replace(rung, name="bf16", dtype="bf16")
         yield rung
     else:
-        yield replace(rung, name="bf16", dtype="bf16", note="emulated here, so the rungs above are in fp32")
+        yield replace(rung, name="bf16", dtype="bf16", note="emulated here, so the next rungs are in fp32")
     if machine.compiler and compiled:
         rung = replace(rung, name="compile", compiled=True)
         yield rung
     else:
         reason = "left out" if machine.compiler else "no C++ compiler here"
-        yield replace(rung, name="compile", exists=False, note=f"{reason}: the rungs above are eager")
+        yield replace(rung, name="compile", exists=False, note=f"{reason}: the next rungs are eager")
     for name, change in (
         ("flash attention", {"fused_attention": True}),
         ("aligned vocabulary", {"aligned": True}),

@@ -17,7 +17,7 @@ def draw(result: dict) -> Figure:
         here, lecture = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
         shape = result["settings"]["shape"]
         title = f"{machine_name(result['machine'])}: {shape}, {result['tokens_per_step']:,} tokens a step"
-        for axes, heading in ((here, title), (lecture, "the lecture's A100: 124M, 16,384 tokens a step")):
+        for axes, heading in ((here, title), (lecture, "lecture: A100, 124M, 16,384 tokens")):
             axes.set_title(heading)
             axes.grid(axis="y", visible=False)
             axes.set_xlabel("ms a step")
@@ -30,7 +30,8 @@ def draw(result: dict) -> Figure:
             shown = min(rung["ms"], 1.15 * longest)  # a rung that is ten times slower would hide the others
             here.barh(place, shown, height=0.65, color=color, alpha=0.4 if rung["note"] else 1)
             inside = shown > 0.5 * longest
-            text = f"{rung['ms']:,.0f}" + (f"  x {rung['gain']['median']:.2f}" if rung["gain"] else "")
+            text = f"{rung['ms']:,.0f}{' (bar cut off)' if shown < rung['ms'] else ''}"
+            text += f"  x {rung['gain']['median']:.2f}" if rung["gain"] else ""
             text += f"  {rung['note']}" if rung["note"] else ""
             here.text(
                 shown * (0.01 if inside else 1),
