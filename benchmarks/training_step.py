@@ -44,6 +44,7 @@ from benchmarks.peers.lecture_gpt import LectureGPT, lecture_loss
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.runtime.command_line import arg, check_limits, parse_command_line
 from modeling_gpt2repro.runtime.hardware import flops_per_token, peak_memory_gb
+from modeling_gpt2repro.runtime.loss import ModelWithLoss
 from modeling_gpt2repro.training.optimization import build_optimizer
 from modeling_gpt2repro.training.outliers import OutlierDetector
 from train_accelerate import train_step
@@ -210,7 +211,7 @@ def build_our_step(shape: dict[str, int], *, micro_batches: int, device: str, dt
     )
     model = build_our_model(shape)
     optimizer = build_optimizer(model, LEARNING_RATE, WEIGHT_DECAY, BETAS, EPSILON)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(ModelWithLoss(model), optimizer)
     model.train()
     detector = OutlierDetector(accelerator.device)
 
