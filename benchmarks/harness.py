@@ -67,7 +67,7 @@ def kept_process(build: Callable[..., Callable[..., Result]], *arguments: Any) -
     Sides that take turns have a process each, because they share neither global state nor the peak of their memory.
 
     Raises:
-        RuntimeError: From the call, if the process has died; its error is on stderr.
+        SystemExit: From the call, if the process has died; its error is on stderr.
     """
     context = process_context()
     ours, theirs = context.Pipe()
@@ -80,7 +80,8 @@ def kept_process(build: Callable[..., Callable[..., Result]], *arguments: Any) -
             ours.send(request)
             return ours.recv()
         except (EOFError, BrokenPipeError):
-            raise RuntimeError(f"a process of the benchmark ({build.__name__}) died.") from None
+            words = " ".join(map(str, (build.__name__, *arguments[:1])))
+            raise SystemExit(f"a process of the benchmark ({words}) died: see its error above.") from None
 
     try:
         yield call

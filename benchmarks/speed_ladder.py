@@ -5,8 +5,7 @@
 
 Karpathy's "Let's reproduce GPT-2 (124M)" makes a step of 16 x 1,024 tokens on an A100 eleven times as fast. Here the
 same model (peers/lecture_gpt.py) in the same loop goes the same way, and the last rung is what `train_accelerate.py`
-runs: the loss without the logits, no waiting for the device within a step, attention by measurement, and the vocabulary
-as it is in the file.
+runs: the loss without the logits, no waiting for the device within a step, and the vocabulary as it is in the file.
 
 All rungs begin with the same weights and see the same sequences. They take turns, and in every other round in reverse
 order; times are medians of the rounds, gains medians of the rounds' ratios. A rung whose losses are not the first one's
@@ -152,7 +151,12 @@ def main(argv: list[str] | None = None):
             split_page(Path(args.page), MARKERS)  # an error comes now, not after minutes
     header = result_header("speed_ladder", argv, args, ("torch", "transformers", "accelerate"), device=args.device)
     rungs = list(plan(Machine.of(args.device), args.compile))
-    seconds, losses = climb(args, [rung for rung in rungs if rung.exists])
+    try:
+        seconds, losses = climb(args, [rung for rung in rungs if rung.exists])
+    except torch.OutOfMemoryError:
+        raise SystemExit(
+            f"{args.batch_rows} sequences a step do not fit into the GPU's memory: give a smaller --batch_rows."
+        ) from None
     check_losses(args, rungs, losses)
     result = header | {
         "tokens_per_step": args.tokens_per_step,

@@ -222,6 +222,15 @@ def test_a_rung_that_computes_something_else_ends_the_ladder():
             speed_ladder.check_losses(args, in_fp32, losses | wrong)
 
 
+def test_a_gpu_that_is_too_small_is_named(monkeypatch):
+    def climb(args, rungs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(speed_ladder, "climb", climb)
+    with pytest.raises(SystemExit, match="7 sequences a step do not fit into the GPU's memory: give a smaller"):
+        speed_ladder.main(["--shape", "toy", "--batch_rows", "7", "--device", "cpu"])
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

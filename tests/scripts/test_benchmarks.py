@@ -72,6 +72,12 @@ def test_training_step_benchmark_writes_the_sources_of_its_figures(benchmark_run
         assert f"ours is {result[f'{peer}_over_ours']['seconds']['median']:.3f} times as fast as {peer}" in printed
 
 
+def test_a_side_whose_process_dies_ends_the_benchmark_in_one_sentence():
+    sentence = r"a process of the benchmark \(exit 3\) died: see its error above\."
+    with harness.kept_process(sys.exit, 3) as call, pytest.raises(SystemExit, match=sentence):
+        call()
+
+
 def result_of(benchmark: str, dtype: str, speed: int) -> dict:
     command = f"python -m benchmarks.{benchmark} --dtype {dtype}"
     return {"command": command, "settings": {"dtype": dtype}, "machine": {}, "versions": {}, "speed": speed}
