@@ -136,9 +136,10 @@ def train(args: TrainArguments, lock: FolderLock):
         logger = setup.build_logger(args, accelerator, model, data, state, start.checkpoint)
 
     if args.preflight:
-        with closing(logger), explain_oom(args):
+        # As a run does, so that what would end one as it begins ends this.
+        with closing(reader), closing(logger), closing(uploads), stop, explain_oom(args):
             exit_code = preflight(
-                args, accelerator, model, optimizer, data, hellaswag, detector, checkpointer, logger, train_step
+                args, accelerator, model, optimizer, data, hellaswag, detector, checkpointer, logger, stop, train_step
             )
         del model, optimizer, checkpointer
         return setup.shutdown(accelerator, exit_code)

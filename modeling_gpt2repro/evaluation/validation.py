@@ -25,6 +25,7 @@ from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.tokenizer import tokenizer_sha256
 from modeling_gpt2repro.runtime.collectives import call_main_process_first
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
+from modeling_gpt2repro.runtime.network import choose_gloo_interface
 from modeling_gpt2repro.runtime.progress import SteadyBar
 from modeling_gpt2repro.storage.atomic import write_json
 
@@ -109,6 +110,7 @@ def score_text(model: nn.Module, text: ValidationText, batch_size: int, device: 
 def main(argv: list[str] | None = None) -> None:
     args = parse_command_line(ValidationArguments, argv, description=__doc__)
     with exit_on_input_error():
+        choose_gloo_interface()
         state = PartialState(cpu=args.device == "cpu")
         device = state.device if state.num_processes > 1 else torch.device(args.device)
         shards = open_shards(args.shards)

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -18,9 +17,8 @@ from torch.utils._triton import has_triton
 from transformers.utils.logging import disable_progress_bar
 
 from .hardware import cpu_lacks_bf16, usable_cores
+from .network import MAX_SAVE_TIME, choose_gloo_interface
 from .signals import requested_num_processes
-
-MAX_SAVE_TIME = timedelta(hours=1)  # 1558M: 19 GB are written, hashed and flushed; torch's default is ten minutes
 
 
 def build_accelerator(
@@ -62,6 +60,7 @@ def build_accelerator(
     if deterministic:
         enable_determinism()
     compiled = on_cuda and has_triton() if torch_compile is None else torch_compile
+    choose_gloo_interface()
     bf16_is_emulated = on_cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and cpu_lacks_bf16()
     accelerator = Accelerator(
         mixed_precision="no" if bf16_is_emulated else None,
