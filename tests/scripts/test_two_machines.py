@@ -9,7 +9,7 @@ import pytest
 from patience import PATIENCE_SECONDS, wait_until
 from toy_runs import CPU_FP32, SCRIPT, WEIGHTS, logged_values, toy_flags
 
-MACHINES = {"first": "10.77.0.1", "second": "10.77.0.2"}
+MACHINES = {"first": "192.168.77.1", "second": "10.77.0.2"}
 SHORT = {"train_tokens": 6 * 256, "warmup_tokens": 256, "save_steps": 3, "eval_steps": 0, "num_samples": 0}
 # What a machine has for itself. Its processes end with it.
 UNSHARE = ("unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
