@@ -25,6 +25,7 @@ from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.tokenizer import tokenizer_sha256
 from modeling_gpt2repro.runtime.collectives import call_main_process_first
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
+from modeling_gpt2repro.runtime.hardware import to_device
 from modeling_gpt2repro.runtime.network import choose_gloo_interface
 from modeling_gpt2repro.runtime.progress import SteadyBar
 from modeling_gpt2repro.storage.atomic import write_json
@@ -54,7 +55,7 @@ def validation_loss(
     tokens = 0
     try:
         for batch in batches:
-            inputs = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+            inputs = {name: to_device(values, device) for name, values in batch.items()}
             labels = inputs.pop("shift_labels")  # already the next tokens: nothing is shifted here
             logits = model(**inputs, use_cache=False).logits
             losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")

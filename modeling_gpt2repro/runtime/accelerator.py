@@ -37,7 +37,7 @@ def build_accelerator(
 
     Args:
         num_processes: Processes that the launcher says there are.
-        torch_compile: Whether to compile; None: on CUDA, if Triton is installed.
+        torch_compile: Whether to compile; None: on CUDA and XPU, if Triton is installed.
         deterministic: Whether equal runs give equal bits; None: on the CPU.
         attn_implementation: Checked against the precision, since flash-attention computes in 16 bits only.
         report_to: Tracker of accelerate, "all" or "none", which logs to `output_dir`.
@@ -53,6 +53,7 @@ def build_accelerator(
         )
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     on_cuda = torch.cuda.is_available() and not on_cpu
+    is_compilable = on_cuda or (torch.xpu.is_available() and not on_cpu)  # inductor makes Triton code for these
     torch.set_float32_matmul_precision("high")  # TF32 for the matrix products that stay in fp32
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     disable_progress_bar()  # of transformers, one for each save
@@ -60,7 +61,7 @@ def build_accelerator(
         deterministic = on_cpu
     if deterministic:
         enable_determinism()
-    compiled = on_cuda and has_triton() if torch_compile is None else torch_compile
+    compiled = is_compilable and has_triton() if torch_compile is None else torch_compile
     choose_gloo_interface()
     bf16_is_emulated = on_cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and cpu_lacks_bf16()
     accelerator = Accelerator(
@@ -78,7 +79,7 @@ def build_accelerator(
     )
     if bf16_is_emulated:
         accelerator.print("bf16 is much slower than fp32 on this processor, so fp32 is taken.")
-    if torch_compile is None and on_cuda and not compiled:
+    if torch_compile is None and is_compilable and not compiled:
         accelerator.print("Nothing is compiled, because Triton is not installed.")
     if accelerator.mixed_precision == "fp16":
         raise ValueError("mixed precision fp16 needs a loss scale, which checkpoints do not hold: use bf16 or no.")
