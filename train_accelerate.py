@@ -49,6 +49,7 @@ from modeling_gpt2repro.runtime.command_line import (
     parse_command_line,
 )
 from modeling_gpt2repro.runtime.fsdp import full_tensor
+from modeling_gpt2repro.runtime.hardware import to_device
 from modeling_gpt2repro.runtime.loss import ModelWithLoss
 from modeling_gpt2repro.runtime.signals import StopSignal
 from modeling_gpt2repro.storage.lock import FolderLock
@@ -113,6 +114,7 @@ def train(args: TrainArguments, lock: FolderLock):
             betas=(args.adam_beta1, args.adam_beta2),
             epsilon=args.adam_epsilon,
             optimizer=args.optimizer,
+            device=accelerator.device,  # where the model will be
         )
         # Moves the model to its device; wraps it in DDP or FSDP, autocast to bf16, and torch.compile.
         model, optimizer = accelerator.prepare(ModelWithLoss(model), optimizer)
@@ -139,9 +141,10 @@ def train(args: TrainArguments, lock: FolderLock):
         logger = setup.build_logger(args, accelerator, model, data, state, start.checkpoint)
 
     if args.preflight:
-        with closing(logger), explain_oom(args):
+        # As a run does, so that what would end one as it begins ends this.
+        with closing(reader), closing(logger), closing(uploads), stop, explain_oom(args):
             exit_code = preflight(
-                args, accelerator, model, optimizer, data, hellaswag, detector, checkpointer, logger, train_step
+                args, accelerator, model, optimizer, data, hellaswag, detector, checkpointer, logger, stop, train_step
             )
         del model, optimizer, checkpointer
         return setup.shutdown(accelerator, exit_code)
@@ -246,11 +249,6 @@ def step_unless(skip: torch.Tensor, optimizer: Optimizer):
         optimizer.step()
     elif not skip:
         optimizer.step()
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to the device. Only from pinned memory does a copy to a GPU run while the host continues."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def evaluate(

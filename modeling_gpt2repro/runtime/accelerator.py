@@ -3,13 +3,13 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     parse_flag_from_env,
@@ -18,9 +18,8 @@ from torch.utils._triton import has_triton
 from transformers.utils.logging import disable_progress_bar
 
 from .hardware import cpu_lacks_bf16, usable_cores
+from .network import MAX_SAVE_TIME, choose_gloo_interface
 from .signals import requested_num_processes
-
-MAX_SAVE_TIME = timedelta(hours=1)  # 1558M: 19 GB are written, hashed and flushed; torch's default is ten minutes
 
 
 def build_accelerator(
@@ -38,14 +37,14 @@ def build_accelerator(
 
     Args:
         num_processes: Processes that the launcher says there are.
-        torch_compile: Whether to compile; None: on CUDA, if Triton is installed.
+        torch_compile: Whether to compile; None: on CUDA and XPU, if Triton is installed.
         deterministic: Whether equal runs give equal bits; None: on the CPU.
         attn_implementation: Checked against the precision, since flash-attention computes in 16 bits only.
         report_to: Tracker of accelerate, "all" or "none", which logs to `output_dir`.
 
     Raises:
         ValueError: If the launcher started several processes that do not see each other, or asks for fp16, DeepSpeed,
-            or flash-attention in fp32.
+            FSDP's first version, or flash-attention in fp32.
     """
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
@@ -54,6 +53,7 @@ def build_accelerator(
         )
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     on_cuda = torch.cuda.is_available() and not on_cpu
+    is_compilable = on_cuda or (torch.xpu.is_available() and not on_cpu)  # inductor makes Triton code for these
     torch.set_float32_matmul_precision("high")  # TF32 for the matrix products that stay in fp32
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     disable_progress_bar()  # of transformers, one for each save
@@ -61,13 +61,15 @@ def build_accelerator(
         deterministic = on_cpu
     if deterministic:
         enable_determinism()
-    compiled = on_cuda and has_triton() if torch_compile is None else torch_compile
+    compiled = is_compilable and has_triton() if torch_compile is None else torch_compile
+    choose_gloo_interface()
     bf16_is_emulated = on_cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and cpu_lacks_bf16()
     accelerator = Accelerator(
         mixed_precision="no" if bf16_is_emulated else None,
         # 1, because `train_step` accumulates gradients itself: the data decide how many micro-batches a step has.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         dynamo_backend="inductor" if compiled else None,
+        fsdp_plugin=build_fsdp_plugin("no" if bf16_is_emulated else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")),
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # saves a copy of the gradients
             InitProcessGroupKwargs(timeout=MAX_SAVE_TIME),  # while one process saves, the others wait for it
@@ -77,7 +79,7 @@ def build_accelerator(
     )
     if bf16_is_emulated:
         accelerator.print("bf16 is much slower than fp32 on this processor, so fp32 is taken.")
-    if torch_compile is None and on_cuda and not compiled:
+    if torch_compile is None and is_compilable and not compiled:
         accelerator.print("Nothing is compiled, because Triton is not installed.")
     if accelerator.mixed_precision == "fp16":
         raise ValueError("mixed precision fp16 needs a loss scale, which checkpoints do not hold: use bf16 or no.")
@@ -88,6 +90,32 @@ def build_accelerator(
         )
     check_num_processes(accelerator.num_processes, launched=num_processes, requested=requested_num_processes())
     return accelerator
+
+
+def build_fsdp_plugin(mixed_precision: str) -> FullyShardedDataParallelPlugin | None:
+    """FSDP2 with the launcher's options and a precision of our own; None if the launcher does not ask for FSDP.
+
+    Blocks compute in 16 bits, as autocast lets them under DDP. Gradients are added up over micro-batches and processes
+    in fp32, and what the model returns stays as it is: accelerate would have all of it in 16 bits, and a loss near 3.3
+    could then be 3.297, 3.312 and nothing between.
+
+    Raises:
+        ValueError: If it asks for the first version of FSDP.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError(
+            "FSDP version 1 flattens parameters, which the checkpoints here do not hold: launch with "
+            "accelerate_configs/fsdp2.yaml, or give fsdp_version: 2."
+        )
+    from torch.distributed.fsdp import MixedPrecisionPolicy  # half a second, for nothing where nothing is sharded
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    # What is not given here, accelerate reads from the environment.
+    return FullyShardedDataParallelPlugin(
+        mixed_precision_policy=dtype and MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    )
 
 
 def check_num_processes(found: int, launched: int, requested: int | None):

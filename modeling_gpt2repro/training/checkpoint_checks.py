@@ -175,7 +175,7 @@ def _check_random(path: Path):
     names = set()
     for name, tensor in _tensors(path, ("U8",)):
         names.add(name)
-        require(re.fullmatch(r"[0-9]+\.(cpu|cuda)", name) is not None, f"{path.name} has {shown(name)}")
+        require(re.fullmatch(r"[0-9]+\.(cpu|cuda|xpu|hpu|mps)", name) is not None, f"{path.name} has {shown(name)}")
         if name.endswith("cpu"):
             try:
                 torch.Generator().set_state(tensor)
