@@ -17,7 +17,8 @@ from accelerate.utils import (
 from torch.utils._triton import has_triton
 from transformers.utils.logging import disable_progress_bar
 
-from .hardware import cpu_lacks_bf16, usable_cores
+from .hardware import usable_cores
+from .precision import check_same_precision, choose_precision
 from .signals import requested_num_processes
 
 MAX_SAVE_TIME = timedelta(hours=1)  # 1558M: 19 GB are written, hashed and flushed; torch's default is ten minutes
@@ -32,9 +33,7 @@ def build_accelerator(
     report_to: str = "none",
     output_dir: str | Path = ".",
 ) -> Accelerator:
-    """Build the accelerator of this process; devices and precision are those of the launcher.
-
-    Takes fp32 on a CPU that would only emulate bf16.
+    """Build the accelerator of this process; devices and precision are those of the launcher, see `choose_precision`.
 
     Args:
         num_processes: Processes that the launcher says there are.
@@ -44,8 +43,8 @@ def build_accelerator(
         report_to: Tracker of accelerate, "all" or "none", which logs to `output_dir`.
 
     Raises:
-        ValueError: If the launcher started several processes that do not see each other, or asks for fp16, DeepSpeed,
-            or flash-attention in fp32.
+        ValueError: If the launcher started several processes that do not see each other, or asks for DeepSpeed, for
+            fp16 where it cannot be, or for flash-attention in fp32.
     """
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
@@ -62,9 +61,9 @@ def build_accelerator(
     if deterministic:
         enable_determinism()
     compiled = on_cuda and has_triton() if torch_compile is None else torch_compile
-    bf16_is_emulated = on_cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and cpu_lacks_bf16()
+    precision, message = choose_precision(on_cpu)
     accelerator = Accelerator(
-        mixed_precision="no" if bf16_is_emulated else None,
+        mixed_precision=precision,
         # 1, because `train_step` accumulates gradients itself: the data decide how many micro-batches a step has.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         dynamo_backend="inductor" if compiled else None,
@@ -75,18 +74,17 @@ def build_accelerator(
         log_with=None if report_to == "none" else report_to,
         project_dir=output_dir,
     )
-    if bf16_is_emulated:
-        accelerator.print("bf16 is much slower than fp32 on this processor, so fp32 is taken.")
+    if message:
+        accelerator.print(message)
     if torch_compile is None and on_cuda and not compiled:
         accelerator.print("Nothing is compiled, because Triton is not installed.")
-    if accelerator.mixed_precision == "fp16":
-        raise ValueError("mixed precision fp16 needs a loss scale, which checkpoints do not hold: use bf16 or no.")
     if "flash" in attn_implementation and accelerator.mixed_precision == "no":
         raise ValueError(
             f"attn_implementation ({attn_implementation}) computes in 16 bits only: launch with --mixed_precision "
             "bf16, or use sdpa."
         )
     check_num_processes(accelerator.num_processes, launched=num_processes, requested=requested_num_processes())
+    check_same_precision(accelerator)
     return accelerator
 
 

@@ -65,6 +65,11 @@ def cpu_lacks_bf16() -> bool:
     return measured_flops(cpu, torch.bfloat16, side=512) < 0.5 * measured_flops(cpu, torch.float32, side=512)
 
 
+def gpu_lacks_bf16() -> bool:
+    """Whether this process's NVIDIA GPU emulates bf16, as those before Ampere do (T4, V100, RTX 20xx)."""
+    return not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 # Dense bf16 operations per second, from NVIDIA's data sheets. The first entry found in the GPU's name counts.
 PEAK_FLOPS = (
     ("GB200", 2500e12),
