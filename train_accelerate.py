@@ -118,7 +118,7 @@ def train(args: TrainArguments, lock: FolderLock):
         model, optimizer = accelerator.prepare(model, optimizer)
         model.train()
         if args.find_batch_size:
-            apply_batch_size_finder(args, accelerator, model, data.batches)
+            apply_batch_size_finder(args, accelerator, model, optimizer, data.batches)
         accelerator.gradient_accumulation_steps, _ = data.batches.micro_batch_shape
         hellaswag = setup.prepare_hellaswag_task(accelerator, model, data.tokenizer, examples)
 

@@ -35,7 +35,6 @@ from .validation_text import ValidationText, load_validation_text, text_batches
 DEFAULT_BLOCK_SIZE = 1024  # GPT-2's context; a model with a longer one would predict from more text than the others
 
 
-@torch.no_grad()
 def validation_loss(
     model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], device: torch.device
 ) -> tuple[float, int]:
@@ -46,6 +45,16 @@ def validation_loss(
             because processes may have different numbers of batches.
         batches: This process's share: `input_ids` and `shift_labels`, (B, T) each, and what else the model takes.
     """
+    total, tokens = summed_loss(model, batches, device)
+    total, tokens = reduce(torch.stack([total, torch.full_like(total, tokens)]), reduction="sum").tolist()
+    return total / tokens, int(tokens)
+
+
+@torch.no_grad()
+def summed_loss(
+    model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], device: torch.device
+) -> tuple[torch.Tensor, int]:
+    """This process's part of `validation_loss`: the sum in nats, on the device, and the number of tokens."""
     was_training = model.training
     model.eval()
     # A sum and not a mean, so that processes with different numbers of tokens can be added up exactly.
@@ -61,8 +70,7 @@ def validation_loss(
             tokens += labels.numel()
     finally:
         model.train(was_training)
-    total, tokens = reduce(torch.stack([total, torch.full_like(total, tokens)]), reduction="sum").tolist()
-    return total / tokens, int(tokens)
+    return total, tokens
 
 
 def validation_numbers(loss: float, bytes_per_token: float | None) -> dict[str, float]:
