@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from modeling_gpt2repro.runtime import accelerator as build
 from modeling_gpt2repro.runtime import precision
 from modeling_gpt2repro.runtime.precision import check_same_precision, choose_precision, update_loss_scale
 
@@ -67,9 +68,26 @@ def test_fp16_is_refused_on_a_cpu_and_in_shards(launch, asked, on_cpu, advice, o
     one_sentence(error)
 
 
+def test_the_accelerator_gets_what_is_chosen_and_the_sentence_is_printed(launch, monkeypatch, capsys):
+    """As on a T4, up to where accelerate would look for it."""
+    given = {}
+
+    def accelerator_on_cpu(**options) -> Accelerator:
+        given.update(options)
+        return Accelerator(cpu=True, mixed_precision="no")
+
+    sentence = launch("bf16", has_bf16=False)[1]
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(build, "Accelerator", accelerator_on_cpu)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    build.build_accelerator(num_processes=1, torch_compile=False, deterministic=False)
+    assert given["mixed_precision"] == "fp16"
+    assert capsys.readouterr().out == f"{sentence}\n"
+
+
 def test_processes_in_different_precisions_are_refused(monkeypatch, one_sentence):
     """A T4 beside an A100: the loss scale of the one would be in the gradients of the other."""
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
     check_same_precision(accelerator)
     monkeypatch.setattr(precision, "gather_object", lambda own: [*own, "fp16"])
     with pytest.raises(ValueError, match=r"different precisions \(fp16, no\)") as error:
