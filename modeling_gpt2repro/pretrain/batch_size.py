@@ -15,6 +15,7 @@ from modeling_gpt2repro.data.batches.shuffled import TrainingBatches
 from modeling_gpt2repro.evaluation.validation import summed_loss
 from modeling_gpt2repro.runtime.fsdp import is_sharded
 from modeling_gpt2repro.runtime.hardware import is_out_of_memory, peak_memory_gb, reset_peak_memory
+from modeling_gpt2repro.runtime.loss import ModelWithLoss
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.optimization import set_learning_rate
 
@@ -28,7 +29,7 @@ CPU_MARGIN = 0.5
 def apply_batch_size_finder(
     args: TrainArguments, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, batches: TrainingBatches
 ):
-    """Set the largest batches that fit in the arguments and the data; the sequences of a step stay the same.
+    """Set the largest batch that fits in the arguments and the data; the sequences of a step stay the same.
 
     Raises:
         ValueError: If the model is sharded, or not even one sequence fits.
@@ -38,26 +39,21 @@ def apply_batch_size_finder(
         raise ValueError("find_batch_size needs whole models: with FSDP give --per_device_train_batch_size.")
     # Compiled again: accelerate, asked to keep the compiled module, removes DDP from it for good.
     compiled = torch.compile(module) if is_compiled_module(model) else module
-    size, evaluation_size = find_batch_sizes(
+    size = find_batch_size(
         accelerator,
         compiled,
-        module,
+        ModelWithLoss(module.model),
         optimizer,
         block_size=args.block_size,
-        vocab_size=module.config.vocab_size,
+        vocab_size=module.model.config.vocab_size,
         largest_useful=-(-args.sequences_per_step // accelerator.num_processes),
     )
-    found = f"--per_device_train_batch_size {size}"
     args.per_device_train_batch_size = size
     batches.config = replace(batches.config, micro_batch_size=size)
-    # An evaluation takes the batch of the training, and may need more memory than that: it is not compiled.
-    if args.per_device_eval_batch_size is None and evaluation_size < size:
-        args.per_device_eval_batch_size = evaluation_size
-        found += f" --per_device_eval_batch_size {evaluation_size}"
-    accelerator.print(f"The largest batch that fits: {found}.")
+    accelerator.print(f"The largest batch that fits: --per_device_train_batch_size {size}.")
 
 
-def find_batch_sizes(
+def find_batch_size(
     accelerator: Accelerator,
     model: nn.Module,
     evaluated: nn.Module,
@@ -66,20 +62,20 @@ def find_batch_sizes(
     block_size: int,
     vocab_size: int,
     largest_useful: int,
-) -> tuple[int, int]:
+) -> int:
     """Double the batch of one forward and backward until it does not fit on some process, then narrow it down.
+
+    An evaluation takes the same batch unless another is given, so it has to fit, too. It needs less memory, as it keeps
+    nothing for a backward pass, unless the model has hardly any layers: it is not compiled.
 
     Whatever else training holds is held meanwhile: gradients, and the optimizer's state. Weights and random states stay
     as they are, and the peak of memory begins anew.
 
     Args:
         model: Unwrapped from DDP, compiled as it will be trained.
-        evaluated: The same as it will be evaluated, not compiled.
+        evaluated: The same as it will be evaluated.
         optimizer: Without a state yet. Its learning rate is left at 0.
         largest_useful: The sequences that a process has in a step.
-
-    Returns:
-        The largest batch of the training, and the largest up to that of an evaluation.
 
     Raises:
         ValueError: If not even one sequence fits.
@@ -91,24 +87,15 @@ def find_batch_sizes(
         count = accelerator.reduce(torch.tensor(float(fits_here), device=device), reduction="sum")
         return bool(count == accelerator.num_processes)
 
-    def random_ids(size: int) -> torch.Tensor:
-        return torch.randint(vocab_size, (size, block_size), generator=torch.Generator().manual_seed(0)).to(device)
-
-    def train(size: int):  # its gradients are added to those that are there
-        ids = random_ids(size)
-        model(input_ids=ids, shift_labels=ids, use_cache=False, return_logits=False).loss.backward()
-
-    def evaluate(size: int):
-        ids = random_ids(size)
-        with accelerator.autocast():
-            summed_loss(evaluated, [{"input_ids": ids, "shift_labels": ids}], device)
+    def train_and_evaluate(size: int):
+        ids = torch.randint(vocab_size, (size, block_size), generator=torch.Generator().manual_seed(0)).to(device)
+        model(input_ids=ids, shift_labels=ids, use_cache=False).loss.backward()  # adds to the gradients that are there
+        with torch.no_grad(), accelerator.autocast():
+            summed_loss(evaluated, {"input_ids": ids}, ids)
 
     size = 0
     if fits_everywhere(lambda: take_empty_step(model, optimizer), with_margin=False):
-        size = largest(lambda n: fits_everywhere(lambda: train(n)), largest_useful)
-    evaluation_size = 0
-    if size:
-        evaluation_size = largest(lambda n: fits_everywhere(lambda: evaluate(n)), size)
+        size = largest(lambda n: fits_everywhere(lambda: train_and_evaluate(n)), largest_useful)
     model.zero_grad()
     optimizer.state.clear()
     if device.type == "cuda":
@@ -116,11 +103,11 @@ def find_batch_sizes(
     reset_peak_memory(device)
     if hasattr(model, "_orig_mod"):  # compiled: drop the graphs of the sizes that were tried
         torch.compiler.reset()
-    if not evaluation_size:
+    if not size:
         raise ValueError(
             f"not even one sequence of block_size {block_size} fits into memory: use a smaller model or block_size."
         )
-    return size, evaluation_size
+    return size
 
 
 def take_empty_step(model: nn.Module, optimizer: Optimizer):

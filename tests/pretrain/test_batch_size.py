@@ -15,11 +15,12 @@ from modeling_gpt2repro.data.batches.shuffled import BatchConfig
 from modeling_gpt2repro.pretrain import batch_size
 from modeling_gpt2repro.pretrain.batch_size import (
     apply_batch_size_finder,
-    find_batch_sizes,
+    find_batch_size,
     fits_in_memory,
     largest,
 )
 from modeling_gpt2repro.runtime.hardware import peak_memory_gb, reset_peak_memory
+from modeling_gpt2repro.runtime.loss import ModelWithLoss
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.muon import Muon
 from modeling_gpt2repro.training.optimization import OPTIMIZERS, build_optimizer
@@ -54,23 +55,23 @@ def test_the_result_is_zero_where_nothing_fits():
 
 @pytest.fixture
 def find():
-    """find(model, largest_useful, optimizer) -> the largest batches of training and evaluation, of 64 tokens."""
+    """find(model, largest_useful, optimizer) -> the largest batch of sequences of 64 tokens."""
 
-    def sizes(model, largest_useful: int, optimizer=None) -> tuple[int, int]:
+    def size(model, largest_useful: int, optimizer=None) -> int:
         optimizer = optimizer or build_optimizer(model, 1e-3)
         limits = {"block_size": 64, "vocab_size": 97, "largest_useful": largest_useful}
-        found = find_batch_sizes(Accelerator(cpu=True), model, model, optimizer, **limits)
+        found = find_batch_size(Accelerator(cpu=True), model, model, optimizer, **limits)
         assert not optimizer.state
         return found
 
-    return sizes
+    return size
 
 
 def limit_batch(model, training: int, evaluation: int):
     """Let a batch of more sequences find no memory."""
 
     def check(module, inputs):
-        if len(inputs[0]) > (training if model.training else evaluation):
+        if len(inputs[0]) > (training if torch.is_grad_enabled() else evaluation):
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     return model.get_input_embeddings().register_forward_pre_hook(check)
@@ -80,34 +81,22 @@ def limit_batch(model, training: int, evaluation: int):
 def test_the_batch_that_memory_allows_is_found_and_weights_do_not_change(tiny_model, find, kind, one_sentence):
     before = [parameter.detach().clone() for parameter in tiny_model.parameters()]
     optimizer = build_optimizer(tiny_model.train(), 1e-3, optimizer=kind)
+    model = ModelWithLoss(tiny_model)
     random_state = torch.get_rng_state()
-    hook = limit_batch(tiny_model, training=5, evaluation=64)
-    assert find(tiny_model, 64, optimizer) == (5, 5)
-    hook.remove()
+    for training, evaluation in ((5, 64), (64, 5)):
+        hook = limit_batch(tiny_model, training, evaluation)
+        assert find(model, 64, optimizer) == 5
+        hook.remove()
     assert torch.equal(torch.get_rng_state(), random_state)
     assert tiny_model.training
     for parameter, old in zip(tiny_model.parameters(), before, strict=True):
         assert torch.equal(parameter, old)
         assert parameter.grad is None
-    assert find(tiny_model, 4, optimizer) == (4, 4)
-    for limits in ((0, 4), (4, 0)):
-        hook = limit_batch(tiny_model, *limits)
-        with pytest.raises(ValueError, match="not even one sequence of block_size 64 fits") as error:
-            find(tiny_model, 4, optimizer)
-        one_sentence(error)
-        hook.remove()
-
-
-@pytest.mark.parametrize(("given", "taken"), [(None, 3), (7, 7)])
-def test_an_evaluation_that_needs_more_memory_gets_a_smaller_batch(tiny_model, given, taken, capsys):
-    limit_batch(tiny_model.train(), training=6, evaluation=3)
-    args = TrainArguments(block_size=64, tokens_per_step=16 * 64, per_device_eval_batch_size=given)
-    batches = SimpleNamespace(config=BatchConfig(64, 16, 8, 1))
-    apply_batch_size_finder(args, Accelerator(cpu=True), tiny_model, build_optimizer(tiny_model, 1e-3), batches)
-    assert (args.per_device_train_batch_size, args.per_device_eval_batch_size) == (6, taken)
-    assert batches.config.micro_batch_size == 6
-    flags = "--per_device_train_batch_size 6" + (" --per_device_eval_batch_size 3" if given is None else "")
-    assert f"The largest batch that fits: {flags}.\n" in capsys.readouterr().out
+    assert find(model, 4, optimizer) == 4
+    limit_batch(tiny_model, 0, 4)
+    with pytest.raises(ValueError, match="not even one sequence of block_size 64 fits") as error:
+        find(model, 4, optimizer)
+    one_sentence(error)
 
 
 class OneLargeParameter(torch.nn.Module):
@@ -119,7 +108,7 @@ class OneLargeParameter(torch.nn.Module):
         self.on_forward = on_forward
 
     def forward(self, input_ids, **inputs):
-        if self.training:
+        if torch.is_grad_enabled():
             self.on_forward(len(input_ids))
         return SimpleNamespace(loss=self.weight[0, 0], logits=torch.zeros(*input_ids.shape, 97))
 
@@ -135,7 +124,7 @@ def test_gradient_and_moments_of_the_optimizer_are_held_while_batches_are_tried(
     with contextlib.suppress(AttributeError):  # not every C library has it, or holds on to what other tests have freed
         ctypes.CDLL(None).malloc_trim(0)
     before = memory().rss
-    assert find(model, 2, optimizer) == (2, 2)
+    assert find(model, 2, optimizer) == 2
     assert seen == pytest.approx([held, held], abs=0.4)
     assert (memory().rss - before) / 40e6 == pytest.approx(0, abs=0.4)
     if sys.platform == "linux":  # the peak that a run reports is not that of the search
@@ -151,9 +140,8 @@ def test_on_a_cpu_less_than_half_of_the_free_memory_is_taken(find, is_linux, mon
     if not is_linux:
         monkeypatch.setattr(batch_size, "reset_peak_memory", lambda device: None)
     model = OneLargeParameter(lambda batch: torch.ones(batch * 25 * 10**5))  # 10 MB a sequence
-    training, evaluation = find(model, 64)
-    assert training == 6 if is_linux else 6 <= training < 8
-    assert evaluation == training
+    found = find(model, 64)
+    assert found == 6 if is_linux else 6 <= found < 8
 
 
 @pytest.mark.parametrize(("held_then", "fits"), [(22.7e9, True), (22.9e9, False)])
@@ -181,10 +169,10 @@ def test_a_compiled_model_keeps_ddp_when_its_batch_size_is_found(tiny_model, mon
     """Without DDP's `no_sync` the gradients of every micro-batch would be sent to all processes."""
     import torch.distributed as dist
 
-    monkeypatch.setattr(batch_size, "find_batch_sizes", lambda *arguments, **limits: (2, 2))
+    monkeypatch.setattr(batch_size, "find_batch_size", lambda *arguments, **limits: 2)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        wrapped = torch.nn.parallel.DistributedDataParallel(tiny_model)
+        wrapped = torch.nn.parallel.DistributedDataParallel(ModelWithLoss(tiny_model))
         compiled = torch.compile(wrapped)
         args = TrainArguments(block_size=64, tokens_per_step=512)
         batches = SimpleNamespace(config=BatchConfig(64, 8, 8, 1))

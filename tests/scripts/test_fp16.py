@@ -14,6 +14,7 @@ from toy_runs import CPU_FP32, TOKENS_PER_STEP, WEIGHTS, logged_values, toy_flag
 
 import train_accelerate
 from modeling_gpt2repro.runs.read import read_metrics
+from modeling_gpt2repro.runtime.loss import ModelWithLoss
 from modeling_gpt2repro.training.optimization import OPTIMIZERS, build_optimizer
 from modeling_gpt2repro.training.outliers import OutlierDetector
 
@@ -40,7 +41,7 @@ def test_scaled_steps_are_unscaled_ones_bit_for_bit(tiny_config, kind):
         torch.manual_seed(0)
         model = GPT2ReproForCausalLM(tiny_config)
         accelerator = accelerator_for(2)
-        model, optimizer = accelerator.prepare(model, build_optimizer(model, 1e-2, optimizer=kind))
+        model, optimizer = accelerator.prepare(ModelWithLoss(model), build_optimizer(model, 1e-2, optimizer=kind))
         if is_scaled:
             in_fp16(accelerator)
         steps = [
@@ -67,7 +68,7 @@ def test_fp16_gives_nearly_the_losses_of_fp32_with_weights_in_fp32(tiny_config):
         accelerator = accelerator_for(2)
         if precision == "fp16":
             in_fp16(accelerator)
-        model, optimizer = accelerator.prepare(model, build_optimizer(model, 1e-3))
+        model, optimizer = accelerator.prepare(ModelWithLoss(model), build_optimizer(model, 1e-3))
         losses.append([take_step(accelerator, model, optimizer, random_sequences(8), 4).loss.item() for _ in range(4)])
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert losses[1] == pytest.approx(losses[0], abs=2e-3)
@@ -93,7 +94,7 @@ def fp16_run(request, tiny_model):
         if not fused:
             groups = [{**group, "fused": False} for group in bare.param_groups]
             bare = type(bare)(groups, lr=1e-2, fused=False)
-        prepared = accelerator.prepare(tiny_model, bare)
+        prepared = accelerator.prepare(ModelWithLoss(tiny_model), bare)
         assert step(accelerator, *prepared).skipped == 0
         return accelerator, *prepared
 
@@ -127,11 +128,11 @@ def test_nan_is_skipped_as_a_fault_and_the_scaler_sees_it_too(fp16_run):
     accelerator, model, optimizer = fp16_run()
     before = [tensor.clone() for tensor in weights_and_moments(model, optimizer)]
     with torch.no_grad():
-        saved = model.lm_head.weight[3, 3].clone()
-        model.lm_head.weight[3, 3] = math.nan
+        saved = model.model.lm_head.weight[3, 3].clone()
+        model.model.lm_head.weight[3, 3] = math.nan
     metrics = step(accelerator, model, optimizer)
     with torch.no_grad():
-        model.lm_head.weight[3, 3] = saved
+        model.model.lm_head.weight[3, 3] = saved
     assert metrics.skipped
     assert not metrics.overflowed
     assert accelerator.scaler.get_scale() == SCALE / 2
