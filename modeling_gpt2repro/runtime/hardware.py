@@ -143,9 +143,9 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def reset_peak_memory(device: torch.device):
-    """Let `peak_memory_gb` begin anew; where the system cannot (a CPU, but on Linux), it keeps the old peak."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    """Let `peak_memory_gb` begin anew. On MPS, and on a CPU under another system than Linux, nothing can."""
+    if device.type in ("cuda", "xpu", "hpu"):
+        torch.get_device_module(device).reset_peak_memory_stats(device)
     elif device.type == "cpu":
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5)
