@@ -51,6 +51,7 @@ from modeling_gpt2repro.runtime.command_line import (
 from modeling_gpt2repro.runtime.fsdp import full_tensor
 from modeling_gpt2repro.runtime.hardware import to_device
 from modeling_gpt2repro.runtime.loss import ModelWithLoss
+from modeling_gpt2repro.runtime.precision import update_loss_scale
 from modeling_gpt2repro.runtime.signals import StopSignal
 from modeling_gpt2repro.storage.lock import FolderLock
 from modeling_gpt2repro.training.arguments import TrainArguments
@@ -120,7 +121,7 @@ def train(args: TrainArguments, lock: FolderLock):
         model, optimizer = accelerator.prepare(ModelWithLoss(model), optimizer)
         model.train()
         if args.find_batch_size:
-            apply_batch_size_finder(args, accelerator, model, data.batches)
+            apply_batch_size_finder(args, accelerator, model, optimizer, data.batches)
         accelerator.gradient_accumulation_steps, _ = data.batches.micro_batch_shape
         hellaswag = setup.prepare_hellaswag_task(
             accelerator, unwrapped_model(accelerator, model), data.tokenizer, examples
@@ -130,7 +131,7 @@ def train(args: TrainArguments, lock: FolderLock):
         detector = OutlierDetector(accelerator.device, args.skip_outliers)
         stop = StopSignal(on_stop=lock.announce_stop)
         reader = ReadAhead(data.batches, args.total_steps, is_stopping=stop.is_requested)
-        stateful = {"progress": state, "data": reader, "guard": detector}
+        stateful = {"progress": state, "data": reader, "guard": detector, "loss_scale": accelerator.scaler}
         checkpointer = Checkpointer(args, accelerator, model, optimizer, data, stateful, origin=start.origin)
         if start.checkpoint is not None:
             checkpointer.restore(start.checkpoint)
@@ -228,13 +229,15 @@ def train_step(
             losses.append(outputs.loss.detach())
     assert accelerator.sync_gradients, "there must be as many micro-batches as accumulation steps"
     # A bad batch can give a huge gradient, which would throw the model off: scale the whole gradient down to norm 1.
+    # In fp16 accelerate divides by the loss scale first. A single gradient that is infinite makes the norm infinite.
     grad_norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
     loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
     skip = detector.should_skip(loss, grad_norm)
     step_unless(skip, optimizer)
     optimizer.zero_grad()
+    fp16 = () if accelerator.scaler is None else update_loss_scale(accelerator.scaler, loss)
     # Still on the device: `.item()` here would make the host wait for the GPU in every step.
-    return StepMetrics(loss, grad_norm, skip)
+    return StepMetrics(loss, grad_norm, skip, *fp16)
 
 
 def step_unless(skip: torch.Tensor, optimizer: Optimizer):
@@ -243,12 +246,13 @@ def step_unless(skip: torch.Tensor, optimizer: Optimizer):
     A fused optimizer reads the decision on the device, in the tensor `found_inf` that loss scaling uses after an
     overflow in fp16; for any other, the host waits for it here.
     """
-    unwrapped = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    # Without accelerate's wrapper, which would leave the decision to fp16's scaler alone.
+    unwrapped = getattr(optimizer, "optimizer", optimizer)
     if unwrapped.defaults.get("fused"):
         unwrapped.found_inf = skip.float()
-        optimizer.step()
+        unwrapped.step()
     elif not skip:
-        optimizer.step()
+        unwrapped.step()
 
 
 def evaluate(

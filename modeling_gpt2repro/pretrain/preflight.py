@@ -100,7 +100,7 @@ def preflight(
             detector=detector,
         )
         checkpointer.state.advance(args.tokens_per_step)
-        skipped.append(bool(metrics.skipped))  # waits for the device
+        skipped.append(bool(metrics.skipped) and not metrics.overflowed)  # waits for the device
         return reader.waited_seconds
 
     nondeterministic_median = None

@@ -17,8 +17,9 @@ from accelerate.utils import (
 from torch.utils._triton import has_triton
 from transformers.utils.logging import disable_progress_bar
 
-from .hardware import cpu_lacks_bf16, usable_cores
+from .hardware import usable_cores
 from .network import MAX_SAVE_TIME, choose_gloo_interface
+from .precision import check_same_precision, choose_precision
 from .signals import requested_num_processes
 
 
@@ -31,9 +32,7 @@ def build_accelerator(
     report_to: str = "none",
     output_dir: str | Path = ".",
 ) -> Accelerator:
-    """Build the accelerator of this process; devices and precision are those of the launcher.
-
-    Takes fp32 on a CPU that would only emulate bf16.
+    """Build the accelerator of this process; devices and precision are those of the launcher, see `choose_precision`.
 
     Args:
         num_processes: Processes that the launcher says there are.
@@ -43,8 +42,8 @@ def build_accelerator(
         report_to: Tracker of accelerate, "all" or "none", which logs to `output_dir`.
 
     Raises:
-        ValueError: If the launcher started several processes that do not see each other, or asks for fp16, DeepSpeed,
-            FSDP's first version, or flash-attention in fp32.
+        ValueError: If the launcher started several processes that do not see each other, or asks for DeepSpeed, for
+            FSDP's first version, for fp16 where it cannot be, or for flash-attention in fp32.
     """
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
@@ -63,13 +62,13 @@ def build_accelerator(
         enable_determinism()
     compiled = is_compilable and has_triton() if torch_compile is None else torch_compile
     choose_gloo_interface()
-    bf16_is_emulated = on_cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and cpu_lacks_bf16()
+    precision, message = choose_precision(on_cpu)
     accelerator = Accelerator(
-        mixed_precision="no" if bf16_is_emulated else None,
+        mixed_precision=precision,
         # 1, because `train_step` accumulates gradients itself: the data decide how many micro-batches a step has.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         dynamo_backend="inductor" if compiled else None,
-        fsdp_plugin=build_fsdp_plugin("no" if bf16_is_emulated else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")),
+        fsdp_plugin=build_fsdp_plugin(precision),
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # saves a copy of the gradients
             InitProcessGroupKwargs(timeout=MAX_SAVE_TIME),  # while one process saves, the others wait for it
@@ -77,18 +76,17 @@ def build_accelerator(
         log_with=None if report_to == "none" else report_to,
         project_dir=output_dir,
     )
-    if bf16_is_emulated:
-        accelerator.print("bf16 is much slower than fp32 on this processor, so fp32 is taken.")
+    if message:
+        accelerator.print(message)
     if torch_compile is None and is_compilable and not compiled:
         accelerator.print("Nothing is compiled, because Triton is not installed.")
-    if accelerator.mixed_precision == "fp16":
-        raise ValueError("mixed precision fp16 needs a loss scale, which checkpoints do not hold: use bf16 or no.")
     if "flash" in attn_implementation and accelerator.mixed_precision == "no":
         raise ValueError(
             f"attn_implementation ({attn_implementation}) computes in 16 bits only: launch with --mixed_precision "
             "bf16, or use sdpa."
         )
     check_num_processes(accelerator.num_processes, launched=num_processes, requested=requested_num_processes())
+    check_same_precision(accelerator)
     return accelerator
 
 

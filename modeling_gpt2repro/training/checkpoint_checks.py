@@ -61,19 +61,21 @@ def checkpoint_problem(checkpoint: Path, read_config: Callable[[Path], object]) 
 
 
 def read_checked_state(checkpoint: Path) -> dict:
-    """The checkpoint's state.json, with what older versions did not write.
+    """The checkpoint's state.json, with what older versions, or runs in another precision, did not write.
 
     Raises:
         ValueError: If no training can have written it.
     """
     try:
-        state = {"schedule": {}, "card": None, "optimizer": "adamw", **read_json_object(checkpoint / STATE_FILE)}
+        not_in_all = {"schedule": {}, "card": None, "optimizer": "adamw", "loss_scale": None}
+        state = {**not_in_all, **read_json_object(checkpoint / STATE_FILE)}
         for name in ("progress", "data", "guard", "identity", "schedule"):
             require(type(state.get(name)) is dict, f"{name} is {shown(state.get(name))}")
         step = step_of(checkpoint) if STEP_FOLDER.fullmatch(checkpoint.name) else None
         _check_progress(state["progress"], step)
         _check_data(state["data"], state["progress"]["step"])
         _check_guard(state["guard"])
+        _check_loss_scale(state["loss_scale"])
         _check_schedule(state["schedule"])
         origin, card = state.get("origin"), state["card"]
         require(is_text(origin), f"origin is {shown(origin)}")
@@ -141,6 +143,20 @@ def _check_guard(guard: dict):
     require(is_window, f"window has not 2 x {WINDOW_STEPS} numbers")
     require(all(is_size(value) and value < FLOAT32_LIMIT for row in window for value in row), "window has bad numbers")
     require(is_count(guard.get("good_steps")), f"good_steps is {shown(guard.get('good_steps'))}")
+
+
+def _check_loss_scale(scaler: dict | None):
+    """What `torch.amp.GradScaler` keeps; None if the run is not in fp16."""
+    if scaler is None:
+        return
+    limits = {"scale": (0, FLOAT32_LIMIT), "growth_factor": (1, 1e3), "backoff_factor": (0, 1)}
+    names = {*limits, "growth_interval", "_growth_tracker"}
+    require(type(scaler) is dict and set(scaler) == names, f"loss_scale is {shown(scaler)}")
+    for name, (low, high) in limits.items():
+        require(type(scaler[name]) in (int, float) and low < scaler[name] < high, f"{name} is {shown(scaler[name])}")
+    for name, minimum in (("growth_interval", 1), ("_growth_tracker", 0)):
+        fits = is_count(scaler[name], minimum) and scaler[name] < 2**31
+        require(fits, f"{name} is {shown(scaler[name])}")
 
 
 def _check_schedule(schedule: dict):

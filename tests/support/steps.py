@@ -42,3 +42,16 @@ def take_step(
         max_grad_norm=max_grad_norm,
         detector=OutlierDetector(torch.device("cpu")),
     )
+
+
+def in_fp16(accelerator: Accelerator, **scaler) -> Accelerator:
+    """What accelerate makes on a GPU: autocast to fp16, and a loss scale. On a CPU it has neither, but torch has both.
+
+    Args:
+        accelerator: Whose models are not prepared yet; those that are stay in fp32.
+        scaler: Of torch.amp.GradScaler, such as `init_scale`.
+    """
+    accelerator.state._mixed_precision = "fp16"
+    accelerator.native_amp = True
+    accelerator.scaler = torch.amp.GradScaler("cpu", **scaler)
+    return accelerator
