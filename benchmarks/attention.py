@@ -95,35 +95,42 @@ def main(argv: list[str] | None = None):
         rows.append(asdict(workload) | measure(workload, args, device))
         ratios = ", ".join(f"{name} {found['median']:.2f}" for name, found in rows[-1]["sdpa_over"].items())
         print(f"{workload}: sdpa {1000 * rows[-1]['sdpa_seconds']:.2f} ms; {ratios}", flush=True)
-    if args.output:
-        add_to_file(Path(args.output), header | {"rows": rows})
-        write_table(Path(args.table or TABLE_FILE), rows)
+        if args.output:  # each time, so that an interruption loses one row
+            add_to_file(Path(args.output), header | {"rows": rows})
+            write_table(Path(args.table or TABLE_FILE), rows)
 
 
 def workloads(args: BenchmarkArguments, device: torch.device) -> Iterator[Workload]:
-    """All that is measured on this device; in 16 bits where training computes in them."""
-    dtypes = ["fp32"]
+    """All that is measured on this device, first in the 16 bits that training computes in there."""
     if device.type == "cpu":
-        dtypes += [] if cpu_lacks_bf16() else ["bf16"]
+        dtypes = ["fp32"] if cpu_lacks_bf16() else ["bf16", "fp32"]
     else:
-        dtypes += ["bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["fp16"]
+        dtypes = ["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16", "fp32"]
     for dtype, compiled, head_size, length in product(dtypes, (False, True), args.head_sizes, args.lengths):
         yield Workload(device_kind(device), dtype, compiled, head_size, length)
 
 
 def measure(workload: Workload, args: BenchmarkArguments, device: torch.device) -> dict:
-    """Seconds of sdpa, its time over that of each other implementation, and those in the order of the table."""
+    """Seconds of sdpa, its time over that of each other implementation, those that failed, and the table's order."""
     torch.compiler.reset()
     names = [name for name in CANDIDATES if is_available(name, device)]
     if workload.dtype == "fp32":
         names = [name for name in names if "flash" not in name]  # 16 bits only
-    calls = {name: build_call(name, workload, args, device) for name in (DEFAULT, *names)}
-    outputs = {}
-    for name, call in calls.items():
-        with sdpa_kernels(name):
-            outputs[name] = [call() for _ in range(WARMUP_CALLS)][-1]
-    for name in names:
+    calls, outputs, failed = {}, {}, {}
+    for name in (DEFAULT, *names):
+        try:
+            with sdpa_kernels(name):
+                call = build_call(name, workload, args, device)
+                outputs[name] = [call() for _ in range(WARMUP_CALLS)][-1]
+        except (ImportError, NotImplementedError, RuntimeError) as error:  # a kernel that this device or size has not
+            if name == DEFAULT:
+                raise
+            failed[name] = str(error).splitlines()[0]
+            print(f"{name} is left out: {failed[name]}")
+            continue
         check_equal(name, outputs[name], outputs[DEFAULT], workload)
+        calls[name] = call
+    names = [name for name in names if name in calls]
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(args.rounds):
@@ -138,6 +145,7 @@ def measure(workload: Workload, args: BenchmarkArguments, device: torch.device) 
     return {
         "sdpa_seconds": float(np.median(taken[DEFAULT])),
         "sdpa_over": sdpa_over,
+        "failed": failed,
         "fastest_first": fastest_first(sdpa_over),
     }
 

@@ -41,16 +41,16 @@ def test_the_benchmark_adds_this_machine_to_the_table_that_training_reads(tmp_pa
     assert result["command"].startswith("python -m benchmarks.attention --lengths 8")
     assert result["settings"]["kind"] == HERE.device
     assert [(row["dtype"], row["compiled"]) for row in result["rows"]] == [
-        ("fp32", False),
-        ("fp32", True),
         ("bf16", False),
         ("bf16", True),
+        ("fp32", False),
+        ("fp32", True),
     ]
     rows = json.loads(table.read_text())
     assert len(rows) == 4 + 1
     assert other | {"fastest_first": ["sdpa_cudnn", "sdpa"]} in rows
     monkeypatch.setattr(attention, "TABLE_FILE", table)
-    assert list(attention.fastest_first(HERE)) == result["rows"][0]["fastest_first"]
+    assert list(attention.fastest_first(HERE)) == result["rows"][2]["fastest_first"]
     assert f"{HERE}: sdpa " in capsys.readouterr().out
 
 
@@ -63,6 +63,19 @@ def test_an_implementation_that_computes_something_else_is_refused(monkeypatch):
     args = benchmark.BenchmarkArguments(device="cpu", head_sizes=[8], width=16, tokens=16)
     with pytest.raises(ValueError, match=r"eager and sdpa differ by .* of the largest output \(cpu"):
         benchmark.measure(HERE, args, torch.device("cpu"))
+
+
+def test_a_kernel_that_fails_is_left_out(monkeypatch, capsys):
+    def failing(*args, **kwargs):
+        raise RuntimeError("No available kernel.\nAborting execution.")
+
+    monkeypatch.setattr(benchmark, "eager_attention_forward", failing)
+    args = benchmark.BenchmarkArguments(device="cpu", head_sizes=[8], width=16, tokens=16, rounds=1)
+    found = benchmark.measure(HERE, args, torch.device("cpu"))
+    assert found["failed"] == {"eager": "No available kernel."}
+    assert found["sdpa_over"] == {}
+    assert found["fastest_first"] == ["sdpa"]
+    assert "eager is left out: No available kernel." in capsys.readouterr().out
 
 
 def test_the_candidates_of_a_gpu_are_all_that_are_here(monkeypatch):
