@@ -107,7 +107,7 @@ def train(args: TrainArguments, lock: FolderLock):
         )
         model = GPT2ReproForCausalLM(config) if start.model is None else start.model
         check_tokenizer(args, data.tokenizer, start.tokenizer)
-        set_attention(args, accelerator, model, start.checkpoint)  # the fastest that was measured on such a device
+        attention = set_attention(args, accelerator, model, start.checkpoint)  # the fastest, where it is known
         optimizer = build_optimizer(  # decays matrices and embeddings, not biases and norms
             model,
             args.learning_rate,
@@ -138,7 +138,7 @@ def train(args: TrainArguments, lock: FolderLock):
             exit_code = setup.leave_finished_run(args, accelerator, data, uploads, state)
             del model, optimizer, checkpointer
             return setup.shutdown(accelerator, exit_code)
-        logger = setup.build_logger(args, accelerator, model, data, state, start.checkpoint)
+        logger = setup.build_logger(args, accelerator, model, data, state, start.checkpoint, attention)
 
     if args.preflight:
         with closing(logger), explain_oom(args):

@@ -23,17 +23,23 @@ from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
 
 
-def set_attention(args: TrainArguments, accelerator: Accelerator, model: PreTrainedModel, checkpoint: Path | None):
-    """Set the attention implementation, and `args.attn_implementation` to what `auto` means here; said if it is auto.
+def set_attention(
+    args: TrainArguments, accelerator: Accelerator, model: PreTrainedModel, checkpoint: Path | None
+) -> str | None:
+    """Set the attention implementation, and `args.attn_implementation` to what `auto` means here.
 
     All processes must call this, and get the same one: their numbers must not differ, whatever the machines are.
+
+    Returns:
+        What auto has taken and why, a line for the start of the run; None if a flag names the implementation.
 
     Raises:
         ValueError: If the implementation is not installed.
     """
+    message = None
     if args.attn_implementation == "auto":
         args.attn_implementation, reason = choose_attention(args, accelerator, model.config, checkpoint)
-        accelerator.print(f"attention    {args.attn_implementation}, {reason}")
+        message = f"attention    {args.attn_implementation}, {reason}"
     name = args.attn_implementation
     if name in SDPA_KERNELS:
         stack = ExitStack()
@@ -44,6 +50,7 @@ def set_attention(args: TrainArguments, accelerator: Accelerator, model: PreTrai
         model.set_attn_implementation(name)
     except ImportError as error:
         raise ValueError(f"attn_implementation ({name}) is not installed: {error}") from error
+    return message
 
 
 def choose_attention(

@@ -169,9 +169,12 @@ def build_logger(
     data: TrainingData,
     state: TrainState,
     checkpoint: Path | None,
+    attention_message: str | None,
 ) -> RunLogger:
     """Build the logger, write run.json, and say which arguments have changed since the run, or `checkpoint`, began."""
     output_dir = Path(args.output_dir)
+    if attention_message is not None:
+        accelerator.print(attention_message)
     changed = diff_arguments(output_dir, asdict(args))
     for name, (then, now) in changed.items():
         accelerator.print(f"This run began with {name} {then} and continues with {now}.")

@@ -126,12 +126,11 @@ def test_a_record_of_a_strangers_kernel_is_damage(accelerator, finished, tmp_pat
         choice(accelerator, checkpoint)
 
 
-def test_a_flag_wins_without_a_word(accelerator, measured, tiny_model, capsys):
+def test_a_flag_wins_without_a_word(accelerator, measured, tiny_model):
     measured("eager", "sdpa")
     args = TrainArguments(block_size=32, attn_implementation="sdpa")
-    set_attention(args, accelerator, tiny_model, None)
+    assert set_attention(args, accelerator, tiny_model, None) is None
     assert tiny_model.config._attn_implementation == args.attn_implementation == "sdpa"
-    assert capsys.readouterr().out == ""
 
 
 def test_cudnn_first_is_sdpa_whose_kernels_stay_in_that_order(accelerator, tiny_model, monkeypatch):
@@ -190,7 +189,7 @@ from modeling_gpt2repro.runtime.accelerator import build_accelerator
 from modeling_gpt2repro.training.arguments import TrainArguments
 accelerator = build_accelerator(num_processes=2)
 model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1, n_embd=32, n_head=2))
-set_attention(TrainArguments(block_size=32), accelerator, model, None)
+print(set_attention(TrainArguments(block_size=32), accelerator, model, None))
 print("took", model.config._attn_implementation)
 accelerator.end_training()
 """
