@@ -30,9 +30,10 @@ from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask
 from modeling_gpt2repro.evaluation.stories import score_stories
 from modeling_gpt2repro.evaluation.validation import validation_loss, validation_numbers
 from modeling_gpt2repro.pretrain import setup
+from modeling_gpt2repro.pretrain.attention import set_attention
 from modeling_gpt2repro.pretrain.batch_size import apply_batch_size_finder
 from modeling_gpt2repro.pretrain.checkpointing import Checkpointer, unsharded_model, unwrapped_model
-from modeling_gpt2repro.pretrain.initial_weights import check_model, load_initial_weights
+from modeling_gpt2repro.pretrain.initial_weights import check_tokenizer, load_initial_weights
 from modeling_gpt2repro.pretrain.messages import end_message, explain_oom, warn_of_slow_cpu
 from modeling_gpt2repro.pretrain.open_data import load_data, set_lengths
 from modeling_gpt2repro.pretrain.preflight import preflight
@@ -107,7 +108,8 @@ def train(args: TrainArguments, lock: FolderLock):
             eos_token_id=data.tokenizer.eos_token_id,
         )
         model = GPT2ReproForCausalLM(config) if start.model is None else start.model
-        check_model(args, model, data.tokenizer, start.tokenizer)
+        check_tokenizer(args, data.tokenizer, start.tokenizer)
+        attention = set_attention(args, accelerator, model, start.checkpoint)  # the fastest, where it is known
         optimizer = build_optimizer(  # decays matrices and embeddings, not biases and norms
             model,
             args.learning_rate,
@@ -139,7 +141,7 @@ def train(args: TrainArguments, lock: FolderLock):
             exit_code = setup.leave_finished_run(args, accelerator, data, uploads, state)
             del model, optimizer, checkpointer
             return setup.shutdown(accelerator, exit_code)
-        logger = setup.build_logger(args, accelerator, model, data, state, start.checkpoint)
+        logger = setup.build_logger(args, accelerator, model, data, state, start.checkpoint, attention)
 
     if args.preflight:
         # As a run does, so that what would end one as it begins ends this.

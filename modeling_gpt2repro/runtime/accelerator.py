@@ -93,8 +93,8 @@ def build_accelerator(
 def build_fsdp_plugin(mixed_precision: str) -> FullyShardedDataParallelPlugin | None:
     """FSDP2 with the launcher's options and a precision of our own; None if the launcher does not ask for FSDP.
 
-    Blocks compute in 16 bits, as autocast lets them under DDP. Gradients are added up over micro-batches and processes
-    in fp32, and what the model returns stays as it is: accelerate would have all of it in 16 bits, and a loss near 3.3
+    Blocks compute in bf16, as autocast lets them under DDP. Gradients are added up over micro-batches and processes
+    in fp32, and what the model returns stays as it is: accelerate would have all of it in bf16, and a loss near 3.3
     could then be 3.297, 3.312 and nothing between.
 
     Raises:
@@ -109,11 +109,9 @@ def build_fsdp_plugin(mixed_precision: str) -> FullyShardedDataParallelPlugin | 
         )
     from torch.distributed.fsdp import MixedPrecisionPolicy  # half a second, for nothing where nothing is sharded
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    in_bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     # What is not given here, accelerate reads from the environment.
-    return FullyShardedDataParallelPlugin(
-        mixed_precision_policy=dtype and MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    )
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=in_bf16 if mixed_precision == "bf16" else None)
 
 
 def check_num_processes(found: int, launched: int, requested: int | None):
