@@ -17,6 +17,7 @@ from accelerate.utils import (
 from torch.utils._triton import has_triton
 from transformers.utils.logging import disable_progress_bar
 
+from .compilation import give_up_failing_compilation
 from .hardware import usable_cores
 from .network import MAX_SAVE_TIME, choose_gloo_interface
 from .precision import check_same_precision, choose_precision
@@ -36,7 +37,7 @@ def build_accelerator(
 
     Args:
         num_processes: Processes that the launcher says there are.
-        torch_compile: Whether to compile; None: on CUDA and XPU, if Triton is installed.
+        torch_compile: Whether to compile, where that works; None: on CUDA and XPU, if Triton is installed.
         deterministic: Whether equal runs give equal bits; None: on the CPU.
         attn_implementation: Checked against the precision, since flash-attention computes in 16 bits only.
         report_to: Tracker of accelerate, "all" or "none", which logs to `output_dir`.
@@ -87,6 +88,7 @@ def build_accelerator(
         )
     check_num_processes(accelerator.num_processes, launched=num_processes, requested=requested_num_processes())
     check_same_precision(accelerator)
+    give_up_failing_compilation(accelerator)
     return accelerator
 
 

@@ -299,7 +299,8 @@ class TrainArguments:
         default=False, help="Find the largest per_device_train_batch_size that fits into memory, and use it."
     )
     torch_compile: bool | None = arg(
-        default=None, help="Compile the training step with torch.compile. If not given, on CUDA and XPU only."
+        default=None,
+        help="Compile the training step with torch.compile, where it works. If not given, on CUDA and XPU only.",
     )
     deterministic: bool | None = arg(
         default=None,
