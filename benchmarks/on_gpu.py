@@ -33,6 +33,7 @@ PATIENCE = 2  # a part gets at most so many times its estimate
 ATTEMPTS = 2
 KEPT_OUTPUT = 6_000  # characters of a part's output in the results; the .log has all
 OVER = ("done", "failed")
+TOY_SECONDS = 240  # of any part at toy size, on a CPU that other programs use, too
 # Only their files are collected: others import packages that a GPU machine may lack.
 GPU_TESTS = "python -m pytest -m gpu -v -p no:cacheprovider $(grep -rl mark.gpu tests --include='test_*.py')"
 RUN = "python -m benchmarks.training_run --seconds {seconds} --runs_dir {work} --output {result}"
@@ -88,13 +89,13 @@ def toy_plan() -> list[Part]:
     lecture = f"{LECTURE} --tokenizer {model} --data {texts} --rows 4 --shape tiny --device cpu"
     step = "python -m benchmarks.training_step --shape toy --device cpu"
     return [
-        Part("environment", 20, "python -m torch.utils.collect_env"),
-        Part("tests", 60, GPU_TESTS),
-        Part("training", 60, run),
-        Part("training_step", 60, f"{step} --rounds 1 --output {{result}}"),
-        Part("hellaswag", 60, f"{data} && {score} --output {{result}}"),
-        Part("hellaswag_lecture", 60, f"{data} && {lecture}"),
-        Part("deterministic", 60, f"{run} --deterministic true"),
+        Part("environment", TOY_SECONDS, "python -m torch.utils.collect_env"),
+        Part("tests", TOY_SECONDS, GPU_TESTS),
+        Part("training", TOY_SECONDS, run),
+        Part("training_step", TOY_SECONDS, f"{step} --rounds 1 --output {{result}}"),
+        Part("hellaswag", TOY_SECONDS, f"{data} && {score} --output {{result}}"),
+        Part("hellaswag_lecture", TOY_SECONDS, f"{data} && {lecture}"),
+        Part("deterministic", TOY_SECONDS, f"{run} --deterministic true"),
     ]
 
 
