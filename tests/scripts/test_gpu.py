@@ -23,6 +23,7 @@ from modeling_gpt2repro.evaluation.hellaswag.examples import PROTOCOLS
 from modeling_gpt2repro.evaluation.hellaswag.score import score_hellaswag
 from modeling_gpt2repro.pretrain.batch_size import find_batch_size
 from modeling_gpt2repro.runtime.hardware import measured_flops, peak_flops
+from modeling_gpt2repro.runtime.loss import ModelWithLoss, linear_cross_entropy
 from modeling_gpt2repro.training.optimization import build_optimizer
 from modeling_gpt2repro.training.optimizer_state import RANDOM_FILE, load_random, random_tensors
 from train_accelerate import step_unless
@@ -53,7 +54,7 @@ def losses_of_five_steps(config: GPT2ReproConfig, device: str, **options) -> lis
     torch.manual_seed(0)
     model = GPT2ReproForCausalLM(config).train()
     accelerator = accelerator_for(2, device, **options)
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, 3e-3))
+    model, optimizer = accelerator.prepare(ModelWithLoss(model), build_optimizer(model, 3e-3))
     steps = [take_step(accelerator, model, optimizer, random_sequences(8), 4) for _ in range(5)]
     return [metrics.loss.item() for metrics in steps]
 
@@ -82,6 +83,49 @@ def test_steps_in_fp32_on_a_gpu_are_those_on_the_cpu(tiny_config, device):
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_loss_in_chunks_is_cross_entropy(device, dtype, tolerance):
+    hidden_states, weight, labels = loss_problem(tokens=5000, channels=64, ids=301, device=device)
+    results = []
+    for loss, enabled in ((linear_cross_entropy, dtype != torch.float32), (cross_entropy, False)):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled):
+            total = loss(hidden_states, weight, labels)
+        results.append([total, *torch.autograd.grad(total, (hidden_states, weight))])
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == torch.float32
+        assert (found - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_the_loss_in_chunks_takes_less_than_half_of_the_memory(device):
+    problem = loss_problem(tokens=16_384, channels=768, ids=50_257, device=device)
+    peaks = []
+    for loss in (linear_cross_entropy, cross_entropy):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast(device, dtype=torch.bfloat16):
+            total = loss(*problem)
+        torch.autograd.grad(total, problem[:2])
+        del total
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[0] < 0.5 * peaks[1]
+
+
+def loss_problem(tokens: int, channels: int, ids: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden_states = torch.randn(tokens, channels, generator=generator).to(device).requires_grad_()
+    weight = torch.randn(ids, channels, generator=generator).to(device).requires_grad_()
+    labels = torch.randint(ids, (tokens,), generator=generator)
+    labels[::7] = -100
+    return hidden_states, weight, labels.to(device)
+
+
+def cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = torch.nn.functional.linear(hidden_states, weight)
+    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_fused_adamw_leaves_everything_as_it_is_where_a_step_is_skipped(device):
     weights = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
     results = []
@@ -100,7 +144,7 @@ def test_fused_adamw_leaves_everything_as_it_is_where_a_step_is_skipped(device):
 def test_a_step_waits_for_nothing_on_the_gpu(tiny_config, device):
     model = GPT2ReproForCausalLM(tiny_config).train()
     accelerator = accelerator_for(2, device, mixed_precision="bf16")
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, 1e-3))
+    model, optimizer = accelerator.prepare(ModelWithLoss(model), build_optimizer(model, 1e-3))
     take_step(accelerator, model, optimizer, random_sequences(8), 4)  # allocates the moments
     torch.cuda.set_sync_debug_mode("error")  # whatever reads a number from the GPU raises
     try:
@@ -125,7 +169,7 @@ def test_the_batch_that_is_found_fits_into_a_small_part_of_the_gpu(tiny_config, 
     limit = 2e9 / torch.cuda.get_device_properties(0).total_memory
     model = GPT2ReproForCausalLM(tiny_config).train()
     accelerator = accelerator_for(1, device)
-    model = accelerator.prepare(model)
+    model = accelerator.prepare(ModelWithLoss(model))
     torch.cuda.set_per_process_memory_fraction(limit)
     try:
         size = find_batch_size(accelerator, model, block_size=32, vocab_size=97, largest_useful=2**20)
