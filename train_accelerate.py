@@ -31,7 +31,7 @@ from modeling_gpt2repro.evaluation.stories import score_stories
 from modeling_gpt2repro.evaluation.validation import validation_loss, validation_numbers
 from modeling_gpt2repro.pretrain import setup
 from modeling_gpt2repro.pretrain.batch_size import apply_batch_size_finder
-from modeling_gpt2repro.pretrain.checkpointing import Checkpointer, unsharded_model
+from modeling_gpt2repro.pretrain.checkpointing import Checkpointer, unsharded_model, unwrapped_model
 from modeling_gpt2repro.pretrain.initial_weights import check_model, load_initial_weights
 from modeling_gpt2repro.pretrain.messages import end_message, explain_oom, warn_of_slow_cpu
 from modeling_gpt2repro.pretrain.open_data import load_data, set_lengths
@@ -49,6 +49,7 @@ from modeling_gpt2repro.runtime.command_line import (
     parse_command_line,
 )
 from modeling_gpt2repro.runtime.fsdp import full_tensor
+from modeling_gpt2repro.runtime.loss import ModelWithLoss
 from modeling_gpt2repro.runtime.signals import StopSignal
 from modeling_gpt2repro.storage.lock import FolderLock
 from modeling_gpt2repro.training.arguments import TrainArguments
@@ -114,12 +115,14 @@ def train(args: TrainArguments, lock: FolderLock):
             optimizer=args.optimizer,
         )
         # Moves the model to its device; wraps it in DDP or FSDP, autocast to bf16, and torch.compile.
-        model, optimizer = accelerator.prepare(model, optimizer)
+        model, optimizer = accelerator.prepare(ModelWithLoss(model), optimizer)
         model.train()
         if args.find_batch_size:
             apply_batch_size_finder(args, accelerator, model, data.batches)
         accelerator.gradient_accumulation_steps, _ = data.batches.micro_batch_shape
-        hellaswag = setup.prepare_hellaswag_task(accelerator, model, data.tokenizer, examples)
+        hellaswag = setup.prepare_hellaswag_task(
+            accelerator, unwrapped_model(accelerator, model), data.tokenizer, examples
+        )
 
         state = TrainState()
         detector = OutlierDetector(accelerator.device, args.skip_outliers)
@@ -217,7 +220,7 @@ def train_step(
         # DDP averages gradients over processes while `backward` computes them. Only the last micro-batch needs that:
         # `accumulate` turns it off (`no_sync`) for all others, which saves sending every gradient several times.
         with accelerator.accumulate(model):
-            outputs = model(**micro_batch, num_items_in_batch=tokens_each, use_cache=False, return_logits=False)
+            outputs = model(**micro_batch, num_items_in_batch=tokens_each, use_cache=False)
             accelerator.backward(outputs.loss)  # divides by the accumulation steps; gradients add up in .grad
             losses.append(outputs.loss.detach())
     assert accelerator.sync_gradients, "there must be as many micro-batches as accumulation steps"
@@ -270,7 +273,7 @@ def evaluate(
         batch_size = args.per_device_eval_batch_size or args.per_device_train_batch_size
         batches = data.validation_batches(args.eval_tokens, batch_size)
         with accelerator.autocast():
-            loss, tokens = validation_loss(module, batches, accelerator.device)
+            loss, tokens = validation_loss(ModelWithLoss(module), batches, accelerator.device)
             stories = score_stories(module, data.tokenizer, data.stories, accelerator.device)  # {} for other data
         numbers = {**validation_numbers(loss, bytes_per_token), "validation_tokens": tokens, **stories}
         if hellaswag is not None and not stop.should_stop():

@@ -35,6 +35,7 @@ from benchmarks.harness import (
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.runtime.command_line import arg, check_limits, parse_command_line
 from modeling_gpt2repro.runtime.hardware import peak_memory_gb
+from modeling_gpt2repro.runtime.loss import ModelWithLoss
 from modeling_gpt2repro.training.optimization import build_optimizer
 from modeling_gpt2repro.training.outliers import OutlierDetector
 from train_accelerate import train_step
@@ -148,7 +149,7 @@ def build_our_step(args: BenchmarkArguments) -> tuple[nn.Module, Step]:
     )
     model = GPT2ReproForCausalLM(GPT2ReproConfig(**SHAPES[args.shape], **NO_SPECIAL_TOKENS))
     optimizer = build_optimizer(model, LEARNING_RATE, WEIGHT_DECAY, BETAS, EPSILON)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
+    prepared, optimizer = accelerator.prepare(ModelWithLoss(model), optimizer)
     prepared.train()
     detector = OutlierDetector(accelerator.device)
 

@@ -234,7 +234,6 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        return_logits: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Return `logits` (B, T, V) for the next token, and `loss` in nats per token (a scalar) if labels were given.
@@ -244,7 +243,6 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             labels: (B, T), the input ids themselves, shifted here. The last position and padding predict nothing.
             logits_to_keep: Compute logits for the last N positions only (0: all), or for those in a tensor: (N,) for
                 every sequence, (B, N) for each one, or a boolean mask (B, T), which gives logits (N, V).
-            return_logits: False if only the loss is needed: accelerate would copy B T V unused numbers to fp32.
             kwargs: `shift_labels` (B, T), already shifted: the token after each position, all T of which are trained.
                 `num_items_in_batch`, what the summed loss is divided by. `output_hidden_states`, `output_attentions`.
         """
@@ -264,7 +262,6 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, shift_labels=shift_labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        logits = logits if return_logits else None
         return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
 

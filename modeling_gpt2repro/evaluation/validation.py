@@ -25,6 +25,7 @@ from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.tokenizer import tokenizer_sha256
 from modeling_gpt2repro.runtime.collectives import call_main_process_first
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
+from modeling_gpt2repro.runtime.loss import ModelWithLoss
 from modeling_gpt2repro.runtime.progress import SteadyBar
 from modeling_gpt2repro.storage.atomic import write_json
 
@@ -42,8 +43,8 @@ def validation_loss(
     """Mean next-token loss in nats per token over the batches of all processes, and the number of those tokens.
 
     Args:
-        model: Any module whose output has `.logits` (B, T, V). Put into eval mode (no dropout) and back. Unwrapped,
-            because processes may have different numbers of batches.
+        model: Any module whose output has `.logits` (B, T, V), or a `ModelWithLoss`, which needs no memory for them.
+            Put into eval mode and back. Unwrapped, because processes may have different numbers of batches.
         batches: This process's share: `input_ids` and `shift_labels`, (B, T) each, and what else the model takes.
     """
     was_training = model.training
@@ -55,14 +56,20 @@ def validation_loss(
         for batch in batches:
             inputs = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
             labels = inputs.pop("shift_labels")  # already the next tokens: nothing is shifted here
-            logits = model(**inputs, use_cache=False).logits
-            losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-            total += losses.to(total.dtype).sum()
+            total += summed_loss(model, inputs, labels)
             tokens += labels.numel()
     finally:
         model.train(was_training)
     total, tokens = reduce(torch.stack([total, torch.full_like(total, tokens)]), reduction="sum").tolist()
     return total / tokens, int(tokens)
+
+
+def summed_loss(model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """Sum of -log p(label) over a batch: labels (B, T) -> a scalar."""
+    if isinstance(model, ModelWithLoss):
+        return model(labels, num_items_in_batch=1, **inputs, use_cache=False).loss
+    logits = model(**inputs, use_cache=False).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
 
 
 def validation_numbers(loss: float, bytes_per_token: float | None) -> dict[str, float]:

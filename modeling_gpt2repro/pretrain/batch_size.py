@@ -31,7 +31,7 @@ def apply_batch_size_finder(args: TrainArguments, accelerator: Accelerator, mode
         accelerator,
         compiled,
         block_size=args.block_size,
-        vocab_size=module.config.vocab_size,
+        vocab_size=module.model.config.vocab_size,
         largest_useful=-(-args.sequences_per_step // accelerator.num_processes),
     )
     args.per_device_train_batch_size = size
@@ -109,7 +109,7 @@ def one_pass_fits(model: nn.Module, batch_size: int, block_size: int, vocab_size
     free_bytes = psutil.virtual_memory().available
     used_bytes = psutil.Process().memory_info().rss
     try:
-        model(input_ids=ids, shift_labels=ids, use_cache=False, return_logits=False).loss.backward()
+        model(input_ids=ids, shift_labels=ids, use_cache=False).loss.backward()
         if device.type == "cpu":
             return 1e9 * peak_memory_gb(device) - used_bytes < 0.5 * free_bytes
         torch.accelerator.synchronize()

@@ -226,8 +226,8 @@ def is_text_or_texts(value: object) -> bool:
 
 
 def unwrapped_model(accelerator: Accelerator, model: nn.Module) -> GPT2ReproForCausalLM:
-    """The model without torch.compile and DDP, but with autocast: ragged evaluation batches cause no recompilation."""
-    return accelerator.unwrap_model(model, keep_torch_compile=False)
+    """The model inside `ModelWithLoss`, DDP and torch.compile, without autocast: shapes that vary recompile nothing."""
+    return accelerator.unwrap_model(model, keep_torch_compile=False).model
 
 
 def unsharded_model(

@@ -25,6 +25,7 @@ from modeling_gpt2repro.runs.metrics import StepMetrics
 from modeling_gpt2repro.runtime.accelerator import nondeterministic
 from modeling_gpt2repro.runtime.command_line import exit_with_errors
 from modeling_gpt2repro.runtime.hardware import peak_memory_gb, readable_bytes, readable_duration
+from modeling_gpt2repro.runtime.loss import ModelWithLoss
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.checkpoints import PREFLIGHT_NAME, RetentionPolicy
 from modeling_gpt2repro.training.optimization import scheduled_learning_rate, set_learning_rate
@@ -162,7 +163,7 @@ def time_evaluation(
     part = min(args.eval_tokens, EVALUATED_PART * batch_size * args.block_size * accelerator.num_processes)
     started = time.perf_counter()
     with accelerator.autocast():
-        validation_loss(module, data.validation_batches(part, batch_size), accelerator.device)
+        validation_loss(ModelWithLoss(module), data.validation_batches(part, batch_size), accelerator.device)
         seconds = (time.perf_counter() - started) * args.eval_tokens / part
         started = time.perf_counter()
         score_stories(module, data.tokenizer, data.stories, accelerator.device)

@@ -109,13 +109,16 @@ def load_hellaswag_examples(args: TrainArguments, accelerator: Accelerator) -> l
 def prepare_hellaswag_task(
     accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> HellaSwagTask | None:
-    """Tokenize this process's share of the examples, once for all evaluations; None without examples."""
+    """Tokenize this process's share of the examples, once for all evaluations; None without examples.
+
+    Args:
+        model: Unwrapped.
+    """
     if not examples:
         return None
-    module = unwrapped_model(accelerator, model)
-    with without_autocast(module):
+    with without_autocast(model):
         return prepare_hellaswag(
-            module,
+            model,
             tokenizer,
             examples,
             protocols=PROTOCOLS,

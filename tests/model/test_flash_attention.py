@@ -233,7 +233,7 @@ def test_flash_attention_trains_fp32_weights_in_mixed_precision(carried, random_
         carried.set_attn_implementation(attention)
         carried.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = carried(**inputs, return_logits=False).loss
+            loss = carried(**inputs).loss
         loss.backward()
         gradients.append({name: parameter.grad for name, parameter in carried.named_parameters()})
     assert calls == ["batch"] * carried.config.n_layer * (1 + checkpointing)

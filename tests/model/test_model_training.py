@@ -204,7 +204,7 @@ def test_model_compiles_to_one_graph_forward_and_backward(carried, random_ids, p
     expected = [parameter.grad.clone() for parameter in carried.parameters()]
     carried.zero_grad()
     compiled = torch.compile(carried.train(), fullgraph=True, backend="aot_eager")
-    compiled(**inputs, return_logits=False).loss.backward()
+    compiled(**inputs).loss.backward()
     for parameter, gradient in zip(carried.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
 
@@ -214,7 +214,7 @@ def test_compiled_loss_equals_eager_loss(carried, random_ids):
     ids = random_ids(2, 20)
     expected = carried(ids, labels=ids).loss
     compiled = torch.compile(carried.train(), fullgraph=True)
-    loss = compiled(ids, labels=ids, use_cache=False, return_logits=False).loss
+    loss = compiled(ids, labels=ids, use_cache=False).loss
     loss.backward()
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
 

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig
 from modeling_gpt2repro.pretrain import batch_size
 from modeling_gpt2repro.pretrain.batch_size import apply_batch_size_finder, find_batch_size, largest
+from modeling_gpt2repro.runtime.loss import ModelWithLoss
 from modeling_gpt2repro.training.arguments import TrainArguments
 
 
@@ -103,7 +104,7 @@ def test_a_compiled_model_keeps_ddp_when_its_batch_size_is_found(tiny_model, mon
     monkeypatch.setattr(batch_size, "find_batch_size", lambda *arguments, **limits: 2)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        wrapped = torch.nn.parallel.DistributedDataParallel(tiny_model)
+        wrapped = torch.nn.parallel.DistributedDataParallel(ModelWithLoss(tiny_model))
         compiled = torch.compile(wrapped)
         args = TrainArguments(block_size=64, tokens_per_step=512)
         batches = SimpleNamespace(config=BatchConfig(64, 8, 8, 1))

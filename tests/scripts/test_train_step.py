@@ -16,6 +16,7 @@ from modeling_gpt2repro.data.batches.sequences import TokenSequences
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig, ShuffledBatches
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog
+from modeling_gpt2repro.runtime.loss import ModelWithLoss
 from modeling_gpt2repro.training.optimization import (
     OPTIMIZERS,
     build_optimizer,
@@ -35,7 +36,7 @@ def test_micro_batches_of_two_three_or_five_sequences_equal_one_of_eight(tiny_co
         torch.manual_seed(0)
         model = GPT2ReproForCausalLM(tiny_config)
         accelerator = accelerator_for(-(-8 // size))
-        model, optimizer = accelerator.prepare(model, build_optimizer(model, 1e-2))
+        model, optimizer = accelerator.prepare(ModelWithLoss(model), build_optimizer(model, 1e-2))
         steps = [
             take_step(accelerator, model, optimizer, random_sequences(8, seed=seed), micro_batch_size=size)[:2]
             for seed in range(3)
@@ -150,7 +151,7 @@ def meta_run(tiny_config, tmp_path, monkeypatch):
         optimizer = build_optimizer(model, 1e-3, optimizer=kind)
         groups = [{**group, "fused": True} for group in optimizer.param_groups]
         optimizer = type(optimizer)(groups, fused=True)
-        model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, False])
+        model, optimizer = accelerator.prepare(ModelWithLoss(model), optimizer, device_placement=[False, False])
         sequences = TokenSequences([np.arange(1000) % 97], 32)
         return SimpleNamespace(
             accelerator=accelerator,

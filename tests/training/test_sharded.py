@@ -20,15 +20,16 @@ prepare = Accelerator.prepare
 def sharded(self, model, optimizer):
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-    for block in model.transformer.h:
+    for block in model.model.transformer.h:
         fully_shard(block)
     fully_shard(model)
     parameters = dict(model.named_parameters())
     assert all(isinstance(parameter, DTensor) for parameter in parameters.values())
-    assert model.lm_head.weight is model.transformer.wte.weight
+    head = model.model.lm_head
+    assert head.weight is model.model.transformer.wte.weight
     for group, of_group in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = [parameters[name] for name in of_group]
-    print("sharded:", tuple(model.lm_head.weight.to_local().shape), "of", tuple(model.lm_head.weight.shape), flush=True)
+    print("sharded:", tuple(head.weight.to_local().shape), "of", tuple(head.weight.shape), flush=True)
     return model, prepare(self, optimizer)
 
 Accelerator.prepare = sharded
