@@ -62,7 +62,8 @@ def test_an_evaluation_copies_asynchronously_to_cuda_alone(tiny_model, copies, k
 )
 def test_peak_memory_and_name_are_those_of_the_device(kind, peak, monkeypatch):
     functions = {peak: lambda device: 7e9, "get_device_name": lambda device: f"a {device}"}
-    monkeypatch.setattr(torch, kind, SimpleNamespace(**functions), raising=False)
+    modules = {torch.device(kind): SimpleNamespace(**functions)}
+    monkeypatch.setattr(torch, "get_device_module", modules.get)  # which keeps what it has found
     assert hardware.peak_memory_gb(torch.device(kind)) == 7
     assert hardware.device_name(torch.device(kind)) == f"a {kind}"
 
@@ -90,6 +91,7 @@ def test_training_is_compiled_where_triton_makes_code_for_the_device(kind, trito
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     for name in ("cuda", "xpu"):
         monkeypatch.setattr(getattr(torch, name), "is_available", lambda name=name: name == kind)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(accelerator, "has_triton", lambda: triton)
     monkeypatch.setattr(accelerator, "Accelerator", start)
     with pytest.raises(Started) as started:

@@ -40,7 +40,7 @@ def take_step(
         [as_batch(part.numpy(), pad_to=micro_batch_size) for part in parts],
         tokens_per_step=sequences[:, 1:].numel(),
         max_grad_norm=max_grad_norm,
-        detector=OutlierDetector(accelerator.device),
+        detector=OutlierDetector(next(model.parameters()).device),
     )
 
 

@@ -37,7 +37,7 @@ if os.environ["ACCELERATE_USE_FSDP"] == "true":
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 train_step_of_the_script, train_accelerate.train_step = train_accelerate.train_step, train_step
 step_unless_of_the_script, train_accelerate.step_unless = train_accelerate.step_unless, step_unless
-with patch("modeling_gpt2repro.runtime.accelerator.cpu_lacks_bf16", return_value=False):
+with patch("modeling_gpt2repro.runtime.precision.cpu_lacks_bf16", return_value=False):
     train_accelerate.main(sys.argv[2:])
 if os.environ["RANK"] == "0":
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
