@@ -6,7 +6,7 @@ pytest -m gpu tests/scripts/test_compiled_run.py        # on a CUDA GPU, in bf16
 
 import pytest
 import torch
-from toy_runs import STEPS, logged_values, train
+from toy_runs import CPU_FP32, SCRIPT, STEPS, logged_values, toy_flags, train
 
 
 @pytest.mark.slow
@@ -19,6 +19,14 @@ def test_a_compiled_run_on_the_cpu_equals_an_eager_one_and_compiles_once(finishe
     for name in ("validation_loss", "hellaswag_completion_acc_norm", "hellaswag_lm_eval_acc"):
         assert logged_values(tmp_path / "run", name) == pytest.approx(logged_values(finished[0], name), abs=1e-4), name
     assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.slow
+def test_two_compiled_processes_equal_one_eager_one(finished, shards, warm_python, tmp_path):
+    flags = toy_flags(tmp_path / "run", shards, torch_compile=True, per_device_train_batch_size=2)
+    result = warm_python.run_together(2, SCRIPT, *flags, **CPU_FP32)[0]
+    assert "compile: inductor" in result.stdout
+    assert logged_values(tmp_path / "run") == pytest.approx(logged_values(finished[0]), abs=1e-4)
 
 
 @pytest.mark.gpu
