@@ -9,7 +9,8 @@ import pytest
 from patience import PATIENCE_SECONDS, wait_until
 from toy_runs import CPU_FP32, SCRIPT, WEIGHTS, logged_values, toy_flags
 
-MACHINES = {"first": "192.168.77.1", "second": "10.77.0.2"}
+# Above 127.0.1.1: gloo has the higher address connect to the lower, so the second machine must reach the first.
+MACHINES = {"first": "192.168.77.1", "second": "192.168.77.2"}
 SHORT = {"train_tokens": 6 * 256, "warmup_tokens": 256, "save_steps": 3, "eval_steps": 0, "num_samples": 0}
 # What a machine has for itself. Its processes end with it.
 UNSHARE = ("unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
