@@ -30,9 +30,10 @@ from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask
 from modeling_gpt2repro.evaluation.stories import score_stories
 from modeling_gpt2repro.evaluation.validation import validation_loss, validation_numbers
 from modeling_gpt2repro.pretrain import setup
+from modeling_gpt2repro.pretrain.attention import set_attention
 from modeling_gpt2repro.pretrain.batch_size import apply_batch_size_finder
 from modeling_gpt2repro.pretrain.checkpointing import Checkpointer, unsharded_model, unwrapped_model
-from modeling_gpt2repro.pretrain.initial_weights import check_model, load_initial_weights
+from modeling_gpt2repro.pretrain.initial_weights import check_tokenizer, load_initial_weights
 from modeling_gpt2repro.pretrain.messages import end_message, explain_oom, warn_of_slow_cpu
 from modeling_gpt2repro.pretrain.open_data import load_data, set_lengths
 from modeling_gpt2repro.pretrain.preflight import preflight
@@ -49,6 +50,7 @@ from modeling_gpt2repro.runtime.command_line import (
     parse_command_line,
 )
 from modeling_gpt2repro.runtime.fsdp import full_tensor
+from modeling_gpt2repro.runtime.hardware import to_device
 from modeling_gpt2repro.runtime.loss import ModelWithLoss
 from modeling_gpt2repro.runtime.precision import update_loss_scale
 from modeling_gpt2repro.runtime.signals import StopSignal
@@ -106,7 +108,8 @@ def train(args: TrainArguments, lock: FolderLock):
             eos_token_id=data.tokenizer.eos_token_id,
         )
         model = GPT2ReproForCausalLM(config) if start.model is None else start.model
-        check_model(args, model, data.tokenizer, start.tokenizer)
+        check_tokenizer(args, data.tokenizer, start.tokenizer)
+        attention = set_attention(args, accelerator, model, start.checkpoint)  # the fastest, where it is known
         optimizer = build_optimizer(  # decays matrices and embeddings, not biases and norms
             model,
             args.learning_rate,
@@ -114,6 +117,7 @@ def train(args: TrainArguments, lock: FolderLock):
             betas=(args.adam_beta1, args.adam_beta2),
             epsilon=args.adam_epsilon,
             optimizer=args.optimizer,
+            device=accelerator.device,  # where the model will be
         )
         # Moves the model to its device; wraps it in DDP or FSDP, autocast to bf16, and torch.compile.
         model, optimizer = accelerator.prepare(ModelWithLoss(model), optimizer)
@@ -137,12 +141,13 @@ def train(args: TrainArguments, lock: FolderLock):
             exit_code = setup.leave_finished_run(args, accelerator, data, uploads, state)
             del model, optimizer, checkpointer
             return setup.shutdown(accelerator, exit_code)
-        logger = setup.build_logger(args, accelerator, model, data, state, start.checkpoint)
+        logger = setup.build_logger(args, accelerator, model, data, state, start.checkpoint, attention)
 
     if args.preflight:
-        with closing(logger), explain_oom(args):
+        # As a run does, so that what would end one as it begins ends this.
+        with closing(reader), closing(logger), closing(uploads), stop, explain_oom(args):
             exit_code = preflight(
-                args, accelerator, model, optimizer, data, hellaswag, detector, checkpointer, logger, train_step
+                args, accelerator, model, optimizer, data, hellaswag, detector, checkpointer, logger, stop, train_step
             )
         del model, optimizer, checkpointer
         return setup.shutdown(accelerator, exit_code)
@@ -250,11 +255,6 @@ def step_unless(skip: torch.Tensor, optimizer: Optimizer):
         unwrapped.step()
     elif not skip:
         unwrapped.step()
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to the device. Only from pinned memory does a copy to a GPU run while the host continues."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def evaluate(

@@ -31,6 +31,7 @@ from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.optimizer_state import load_optimizer, load_random, optimizer_tensors, random_tensors
 from modeling_gpt2repro.training.state import TrainState
 
+from .attention import attention_record
 from .messages import cannot_export_message, cannot_save_message
 
 MAX_FAILED_SAVES = 3  # in a row, after which a run stops
@@ -166,6 +167,7 @@ class Checkpointer:
                 "identity": self.data.data_fingerprint,
                 "schedule": self.args.schedule,
                 "optimizer": self.args.optimizer,
+                "attention": attention_record(self.args, self.accelerator, module.config),
             },
             policy=policy,
         )

@@ -314,6 +314,21 @@ class InputErrors:
 
 
 @contextlib.contextmanager
+def explain_missing_package(purpose: str, instead: str = "") -> Iterator[None]:
+    """Around the import of a package that most commands do without: a ValueError says what needs it.
+
+    Args:
+        instead: What to do without the package, such as ", or give a local file".
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{purpose} needs the package {error.name}, which is not installed: pip install {error.name}{instead}."
+        ) from error
+
+
+@contextlib.contextmanager
 def exit_on_input_error() -> Iterator[None]:
     """Turn a ValueError or OSError of the block, raised by what the user named, into messages and exit code 2."""
     try:

@@ -67,6 +67,17 @@ def cpu_lacks_bf16() -> bool:
     return measured_flops(cpu, torch.bfloat16, side=512) < 0.5 * measured_flops(cpu, torch.float32, side=512)
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to the device; to a CUDA GPU while the host continues, which only works from pinned memory.
+
+    Elsewhere the host waits. MPS would also take a copy from ordinary memory and return at once, and read it when
+    `tensor` may be gone (pytorch#189690): the model would train on garbage, without a word.
+    """
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def gpu_lacks_bf16() -> bool:
     """Whether this process's NVIDIA GPU emulates bf16, as those before Ampere do (T4, V100, RTX 20xx)."""
     return not torch.cuda.is_bf16_supported(including_emulation=False)
@@ -130,8 +141,10 @@ def measured_flops(device: torch.device, dtype: torch.dtype, side: int = 8192) -
 
 def peak_memory_gb(device: torch.device) -> float:
     """Peak memory of this process in 10**9 bytes: on the GPU, or else in main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 1e9
+    if device.type in ("cuda", "xpu"):
+        return torch.get_device_module(device).max_memory_reserved(device) / 1e9
+    if device.type == "hpu":  # reserves the whole device
+        return torch.get_device_module(device).max_memory_allocated(device) / 1e9
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 1e9
     try:
@@ -158,8 +171,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def device_name(device: torch.device) -> str:
     """A name that people recognize: that of the GPU, or of the processor with its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if device.type in ("cuda", "xpu", "hpu"):
+        return torch.get_device_module(device).get_device_name(device)
     if device.type == "mps":
         return f"Apple {platform.machine()} (MPS)"
     return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"

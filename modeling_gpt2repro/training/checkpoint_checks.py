@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from modeling_gpt2repro.runs.folder import step_of
+from modeling_gpt2repro.runtime.attention import IMPLEMENTATIONS
 from modeling_gpt2repro.storage.checksums import verify_checksums
 from modeling_gpt2repro.storage.json_files import is_count, is_size, is_text, read_json_object, require, shown
 
@@ -67,9 +68,9 @@ def read_checked_state(checkpoint: Path) -> dict:
         ValueError: If no training can have written it.
     """
     try:
-        not_in_all = {"schedule": {}, "card": None, "optimizer": "adamw", "loss_scale": None}
+        not_in_all = {"schedule": {}, "card": None, "optimizer": "adamw", "loss_scale": None, "attention": {}}
         state = {**not_in_all, **read_json_object(checkpoint / STATE_FILE)}
-        for name in ("progress", "data", "guard", "identity", "schedule"):
+        for name in ("progress", "data", "guard", "identity", "schedule", "attention"):
             require(type(state.get(name)) is dict, f"{name} is {shown(state.get(name))}")
         step = step_of(checkpoint) if STEP_FOLDER.fullmatch(checkpoint.name) else None
         _check_progress(state["progress"], step)
@@ -81,6 +82,8 @@ def read_checked_state(checkpoint: Path) -> dict:
         require(is_text(origin), f"origin is {shown(origin)}")
         require(card is None or type(card) is dict, f"card is {shown(card)}")
         require(state["optimizer"] in OPTIMIZERS, f"optimizer is {shown(state['optimizer'])}")
+        attention = state["attention"].get("implementation")  # no name of a kernel that would be downloaded
+        require(not state["attention"] or attention in IMPLEMENTATIONS, f"attention is {shown(attention)}")
     except (OSError, ValueError) as error:
         raise ValueError(f"{STATE_FILE}: {error}") from None
     return state
@@ -191,7 +194,7 @@ def _check_random(path: Path):
     names = set()
     for name, tensor in _tensors(path, ("U8",)):
         names.add(name)
-        require(re.fullmatch(r"[0-9]+\.(cpu|cuda)", name) is not None, f"{path.name} has {shown(name)}")
+        require(re.fullmatch(r"[0-9]+\.(cpu|cuda|xpu|hpu|mps)", name) is not None, f"{path.name} has {shown(name)}")
         if name.endswith("cpu"):
             try:
                 torch.Generator().set_state(tensor)
