@@ -171,7 +171,8 @@ def load_module(name: str):
     if name.split(".")[0] not in (PACKAGE, "benchmarks"):
         assert importlib.util.find_spec(name), f"there is no module {name}"
         return argparse.Namespace(__name__=name)
-    module = importlib.import_module(name)
+    package = importlib.util.find_spec(name).submodule_search_locations
+    module = importlib.import_module(f"{name}.__main__" if package else name)
     return sys.modules[module.main.__module__]
 
 

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_runs import ROOT
 
 from benchmarks import roofline, scaling
+from benchmarks.reports.page import split_page
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
@@ -46,9 +47,11 @@ def test_a_step_of_eight_gpus_worked_out_by_hand():
     assert roofline.exposed_seconds(all_reduce=4.0, last_bucket=1.0, hiding=3.5) == 1.0
 
 
-def test_the_page_has_the_tables_of_the_script():
-    page = roofline.PAGE.read_text(encoding="utf-8")
-    assert roofline.with_tables(page) == page, "run python -m benchmarks.roofline --write"
+@pytest.mark.parametrize("name", roofline.TABLES)
+def test_the_page_has_the_tables_of_the_script(name):
+    before, after = split_page(roofline.PAGE, roofline.markers(name))
+    expected = before + roofline.TABLES[name]() + after
+    assert roofline.PAGE.read_text(encoding="utf-8") == expected, "run python -m benchmarks.roofline --write"
 
 
 def test_the_page_has_the_figures_of_the_two_processes():

@@ -40,5 +40,18 @@ def take_step(
         [as_batch(part.numpy(), pad_to=micro_batch_size) for part in parts],
         tokens_per_step=sequences[:, 1:].numel(),
         max_grad_norm=max_grad_norm,
-        detector=OutlierDetector(accelerator.device),
+        detector=OutlierDetector(next(model.parameters()).device),
     )
+
+
+def in_fp16(accelerator: Accelerator, **scaler) -> Accelerator:
+    """What accelerate makes on a GPU: autocast to fp16, and a loss scale. On a CPU it has neither, but torch has both.
+
+    Args:
+        accelerator: Whose models are not prepared yet; those that are stay in fp32.
+        scaler: Of torch.amp.GradScaler, such as `init_scale`.
+    """
+    accelerator.state._mixed_precision = "fp16"
+    accelerator.native_amp = True
+    accelerator.scaler = torch.amp.GradScaler("cpu", **scaler)
+    return accelerator
