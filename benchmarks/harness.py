@@ -79,7 +79,7 @@ def kept_process(build: Callable[..., Callable[..., Result]], *arguments: Any) -
         try:
             ours.send(request)
             return ours.recv()
-        except (EOFError, BrokenPipeError):
+        except (EOFError, ConnectionError):
             words = " ".join(map(str, (build.__name__, *arguments[:1])))
             raise SystemExit(f"a process of the benchmark ({words}) died: see its error above.") from None
 
