@@ -68,11 +68,11 @@ def gpu_plan() -> list[Part]:
         Part("training", 260, f"{run} --steps 140"),
         Part("speed_ladder", 120, "python -m benchmarks.speed_ladder --output {result}"),
         Part("training_step", 120, f"{step} --rounds 5 --output {{result}}"),
-        Part("attention", 90, "python -m benchmarks.attention --output {result}"),
+        Part("attention", 150, "python -m benchmarks.attention --lengths 256 1024 --head_sizes 64 --output {result}"),
         Part("hellaswag", 90, f"{data} && {score} --output {{result}}"),
         Part("hellaswag_lecture", 60, f"{data} && {lecture}"),
         Part("fp16", 90, f"{run} --steps 30 --precision fp16"),
-        Part("memory", 90, "python -m benchmarks.memory --output {result}"),
+        Part("memory", 120, "python -m benchmarks.memory --presets gpt2-124m --batches 16 32 --output {result}"),
         Part("deterministic", 90, f"{run} --steps 30 --deterministic true"),
         Part("eager", 90, f"{run} --steps 30 --compile false"),
         Part("flash_attention_2", 90, f"{run} --steps 30 --attn_implementation flash_attention_2"),
@@ -88,13 +88,19 @@ def toy_plan() -> list[Part]:
     score = f"python eval_hellaswag.py --model {model} --data {texts} --device cpu"
     lecture = f"{LECTURE} --tokenizer {model} --data {texts} --rows 4 --shape tiny --device cpu"
     step = "python -m benchmarks.training_step --shape toy --device cpu"
+    ladder = "python -m benchmarks.speed_ladder --shape toy --device cpu --rounds 1 --compile false"
+    attention = "python -m benchmarks.attention --device cpu --lengths 32 --head_sizes 32 --tokens 64 --width 32"
+    memory = "python -m benchmarks.memory --presets gpt2-124m --modes eager --batches 1 2 --block_size 64"
     return [
         Part("environment", TOY_SECONDS, "python -m torch.utils.collect_env"),
         Part("tests", TOY_SECONDS, GPU_TESTS),
         Part("training", TOY_SECONDS, run),
+        Part("speed_ladder", TOY_SECONDS, f"{ladder} --output {{result}}"),
         Part("training_step", TOY_SECONDS, f"{step} --rounds 1 --output {{result}}"),
+        Part("attention", TOY_SECONDS, f"{attention} --rounds 1 --table {{work}}/attention.json --output {{result}}"),
         Part("hellaswag", TOY_SECONDS, f"{data} && {score} --output {{result}}"),
         Part("hellaswag_lecture", TOY_SECONDS, f"{data} && {lecture}"),
+        Part("memory", TOY_SECONDS, f"{memory} --output {{result}}"),
         Part("deterministic", TOY_SECONDS, f"{run} --deterministic true"),
     ]
 

@@ -12,10 +12,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.reports.page import Markers, write_into_page
 from modeling_gpt2repro.runtime.command_line import arg, parse_command_line
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
-MARKS = "<!-- {}: python -m benchmarks.roofline --write -->\n", "<!-- end of {} -->\n"
 
 # GPT-2 124M: L layers of C channels, V ids, T tokens of context.
 L, C, V, T = 12, 768, 50257, 1024
@@ -184,15 +184,6 @@ def scaling_table() -> str:
 TABLES = {"roofline": roofline_table, "scaling": scaling_table}
 
 
-def with_tables(page: str) -> str:
-    """The page with its tables made anew."""
-    for name, table in TABLES.items():
-        begin, end = (mark.format(name) for mark in MARKS)
-        before, rest = page.split(begin)
-        page = before + begin + table() + end + rest.split(end)[1]
-    return page
-
-
 @dataclass
 class RooflineArguments:
     write: bool = arg(default=False, help="Write the tables into docs/performance.md.")
@@ -201,9 +192,15 @@ class RooflineArguments:
 def main(argv: list[str] | None = None):
     args = parse_command_line(RooflineArguments, argv, description=__doc__)
     if args.write:
-        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        for name, table in TABLES.items():
+            write_into_page(PAGE, markers(name), table())
     for table in TABLES.values():
         print(table())
+
+
+def markers(name: str) -> Markers:
+    """The lines around a table in the page."""
+    return f"<!-- {name}: python -m benchmarks.roofline --write -->\n", f"<!-- end of {name} -->"
 
 
 if __name__ == "__main__":
