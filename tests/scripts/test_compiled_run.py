@@ -27,6 +27,14 @@ def test_a_compiled_run_on_the_cpu_equals_an_eager_one_and_compiles_once(finishe
     assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.slow
+def test_two_compiled_processes_equal_one_eager_one(finished, shards, warm_python, tmp_path):
+    flags = toy_flags(tmp_path / "run", shards, torch_compile=True, per_device_train_batch_size=2)
+    result = warm_python.run_together(2, SCRIPT, *flags, **CPU_FP32)[0]
+    assert "compile: inductor" in result.stdout
+    assert logged_values(tmp_path / "run") == pytest.approx(logged_values(finished[0]), abs=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_compiled_bf16_run_on_a_gpu_stays_near_fp32_on_the_cpu_and_resumes(finished, shards, tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ import train_accelerate
 from modeling_gpt2repro.pretrain import checkpointing, setup
 from modeling_gpt2repro.runs.read import read_metrics
 from modeling_gpt2repro.runtime import signals
-from modeling_gpt2repro.runtime.accelerator import MAX_SAVE_TIME
+from modeling_gpt2repro.runtime.network import MAX_SAVE_TIME
 from modeling_gpt2repro.runtime.signals import requested_num_processes
 
 

@@ -1,6 +1,6 @@
 """The lecture's way of preparing data, after build-nanogpt's fineweb.py, for benchmarks/prepare.py to compare with.
 
-    python -m benchmarks.lecture_fineweb FILE.parquet CACHE_DIR OUTPUT_DIR WORKERS
+    python -m benchmarks.peers.lecture_fineweb FILE.parquet CACHE_DIR OUTPUT_DIR WORKERS
 
 It imports nothing of ours, because its start-up is part of what is timed.
 """
