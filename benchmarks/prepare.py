@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 from random import Random
@@ -60,6 +61,8 @@ class BenchmarkArguments:
         problems += [f"workers ({count}) must be at least 1." for count in self.workers if count < 1]
         if self.text_file and not Path(self.text_file).is_file():
             problems.append(f"there is no file {self.text_file} for --text_file.")
+        if find_spec("datasets") is None:
+            problems.append("the lecture's side needs the package datasets: pip install datasets.")
         if problems:
             raise ValueError("\n".join(problems))
 

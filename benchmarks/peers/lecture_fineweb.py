@@ -10,7 +10,6 @@ import os
 import sys
 from functools import lru_cache
 
-import datasets
 import numpy as np
 import tiktoken
 
@@ -35,6 +34,8 @@ def tokenize(row: dict) -> np.ndarray:
 
 def load_rows(file: str, cache: str):
     """The file's rows from `datasets`, which caches them as an Arrow table in `cache`."""
+    import datasets  # here, so that benchmarks.prepare can be imported without it
+
     datasets.disable_progress_bars()
     return datasets.load_dataset("parquet", data_files=file, split="train", cache_dir=cache)
 
