@@ -312,6 +312,8 @@ def build_trainer_step(model: GPT2LMHeadModel, args: BenchmarkArguments) -> Step
 
 def build_turn(side: str, args: BenchmarkArguments) -> Callable[[int, int], tuple[float, float, list[float], int]]:
     """In the side's own process: a function from first step and steps to seconds, CPU seconds, losses, peak bytes."""
+    if side == "trainer":
+        import benchmarks.peers.hf_trainer  # noqa: F401 (its libraries are not what its step takes)
     before_gb = peak_memory_gb(torch.device("cpu"))
     step = build_step(side, args)
 

@@ -16,7 +16,7 @@ def table(results: list[dict]) -> str:
     head = ("what", "against", "times as fast (quartiles)", "")
     rows = "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ("---",) * 4, *lines))
     machines = "; ".join(dict.fromkeys(machine_name(result["machine"]) for result in results))
-    clock = " By processor time, but prepare." if all(map(by_processor_time, results)) else ""
+    clock = " Ratios of processor time, for prepare of wall time." if all(map(by_processor_time, results)) else ""
     versions = {name: version for result in results for name, version in result["versions"].items()}
     return f"{rows}\n{machines}; {', '.join(f'{name} {version}' for name, version in versions.items())}.{clock}\n"
 

@@ -113,8 +113,13 @@ def loss_and_gradient(x: Tensor, matrix: Tensor, bias: Tensor | None, labels: Te
     is_ignored = (labels == IGNORE_INDEX)[:, None]  # (n, 1)
     index = labels[:, None].masked_fill(is_ignored, 0)  # (n, 1)
     loss = -log_probabilities.gather(1, index).masked_fill(is_ignored, 0.0).sum()
-    grad = log_probabilities.exp_()  # in place: nobody needs the logarithms any more
-    grad.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=grad.dtype)).masked_fill_(is_ignored, 0.0)
+    if torch.compiler.is_compiling():  # all of it in one kernel, which writes nothing but the gradient in 16 bits
+        is_label = torch.arange(logits.shape[1], device=x.device) == index  # (n, V')
+        grad = log_probabilities.exp() - is_label.to(torch.float32)
+    else:
+        grad = log_probabilities.exp_()  # in place: nobody needs the logarithms any more
+        grad.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=grad.dtype))
+    grad = grad.masked_fill_(is_ignored, 0.0)
     # Without the 1/N of a mean, which fp16 could not hold: it comes in the backward pass.
     return loss, grad.to(x.dtype)
 

@@ -79,7 +79,7 @@ def test_a_signal_at_the_last_step_or_during_an_evaluation_costs_nothing(finishe
 
 
 def make_nan(take_step, model):
-    embedding = model.get_input_embeddings()
+    embedding = model.model.get_input_embeddings()
     hook = embedding.register_forward_hook(lambda module, inputs, output: output * math.nan)
     try:
         return take_step()
