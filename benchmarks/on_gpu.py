@@ -37,6 +37,7 @@ TOY_SECONDS = 240  # of any part at toy size, on a CPU that other programs use, 
 # Only their files are collected: others import packages that a GPU machine may lack.
 GPU_TESTS = "python -m pytest -m gpu -v -p no:cacheprovider $(grep -rl mark.gpu tests --include='test_*.py')"
 RUN = "python -m benchmarks.training_run --seconds {seconds} --runs_dir {work} --output {result}"
+MEMORY = "python -m benchmarks.memory --presets gpt2-124m --losses 'in chunks' --output {result}"
 LECTURE = "python -m benchmarks.hellaswag --rounds 1 --output {result}"
 
 
@@ -72,7 +73,7 @@ def gpu_plan() -> list[Part]:
         Part("hellaswag", 90, f"{data} && {score} --output {{result}}"),
         Part("hellaswag_lecture", 60, f"{data} && {lecture}"),
         Part("fp16", 90, f"{run} --steps 30 --precision fp16"),
-        Part("memory", 120, "python -m benchmarks.memory --presets gpt2-124m --batches 16 32 --output {result}"),
+        Part("memory", 120, f"{MEMORY} --batches 16 32"),
         Part("deterministic", 90, f"{run} --steps 30 --deterministic true"),
         Part("eager", 90, f"{run} --steps 30 --compile false"),
         Part("flash_attention_2", 90, f"{run} --steps 30 --attn_implementation flash_attention_2"),
@@ -90,17 +91,20 @@ def toy_plan() -> list[Part]:
     step = "python -m benchmarks.training_step --shape toy --device cpu"
     ladder = "python -m benchmarks.speed_ladder --shape toy --device cpu --rounds 1 --compile false"
     attention = "python -m benchmarks.attention --device cpu --lengths 32 --head_sizes 32 --tokens 64 --width 32"
-    memory = "python -m benchmarks.memory --presets gpt2-124m --modes eager --batches 1 2 --block_size 64"
     return [
         Part("environment", TOY_SECONDS, "python -m torch.utils.collect_env"),
         Part("tests", TOY_SECONDS, GPU_TESTS),
         Part("training", TOY_SECONDS, run),
         Part("speed_ladder", TOY_SECONDS, f"{ladder} --output {{result}}"),
         Part("training_step", TOY_SECONDS, f"{step} --rounds 1 --output {{result}}"),
-        Part("attention", TOY_SECONDS, f"{attention} --rounds 1 --table {{work}}/attention.json --output {{result}}"),
+        Part(
+            "attention",
+            TOY_SECONDS,
+            f"{attention} --rounds 1 --table {{work}}/attention_table.json --output {{result}}",
+        ),
         Part("hellaswag", TOY_SECONDS, f"{data} && {score} --output {{result}}"),
         Part("hellaswag_lecture", TOY_SECONDS, f"{data} && {lecture}"),
-        Part("memory", TOY_SECONDS, f"{memory} --output {{result}}"),
+        Part("memory", TOY_SECONDS, f"{MEMORY} --modes eager --batches 1 2 --block_size 64"),
         Part("deterministic", TOY_SECONDS, f"{run} --deterministic true"),
     ]
 

@@ -137,7 +137,7 @@ def test_a_runs_summary_leaves_the_first_steps_out():
     found = training_run.summary(records)
     assert found["tokens_per_second"] == 130  # of 110, 120, ... 150
     assert (found["first_loss"], found["last_loss"]) == (8.8, 6.0)
-    with pytest.raises(ValueError, match="logged 10 steps, and 10 are not timed"):
+    with pytest.raises(ValueError, match=r"logged 10 steps, .* 10 are not timed"):
         training_run.summary(records[:10])
 
 
