@@ -15,7 +15,7 @@ import pytest
 from command_checks import check_command, known_flags
 from markdown_pages import PAGES, README, ROOT, anchors_of, blocks_of, named_files, named_functions, written_commands
 
-from benchmarks import first_model, first_model_page, recipes_report
+from benchmarks import first_model, first_model_page, memory, recipes_report
 
 PACKAGE = "modeling_gpt2repro"
 README_LINES = 200
@@ -164,6 +164,14 @@ def test_the_table_of_recipes_is_that_of_its_results():
     results = json.loads((ROOT / "benchmarks" / "results" / "recipes_cpu.json").read_text())
     before, after = recipes_report.split_page(page)
     assert page.read_text(encoding="utf-8") == before + recipes_report.table(results) + after
+
+
+def test_the_table_of_memory_is_that_of_its_results():
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "benchmarks" / "results" / "memory_reckoned.json").read_text())
+    assert memory.table(results) in page
+    for check in [check for result in results for check in result["checks"]]:
+        assert check["reckoned"] == pytest.approx(check["measured"], rel=0.1)
 
 
 def test_the_lesson_is_made_of_its_results():
