@@ -31,6 +31,7 @@ from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask, prep
 from modeling_gpt2repro.evaluation.load_model import load_causal_lm
 from modeling_gpt2repro.runtime.collectives import call_main_process_first
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
+from modeling_gpt2repro.runtime.network import choose_gloo_interface
 from modeling_gpt2repro.runtime.progress import SteadyBar
 from modeling_gpt2repro.storage.atomic import write_json
 
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_input_error():
         if args.compare:
             return compare(args)
+        choose_gloo_interface()
         state = PartialState(cpu=args.device == "cpu")
         device = state.device if state.num_processes > 1 else args.device
         # Data before model: a typo in --data should not cost the download of a model.

@@ -11,16 +11,17 @@ them. Train on it with train_accelerate.py --shards FOLDER. A preparation that w
 when the same command is run again.
 """
 
+from __future__ import annotations
+
 import os
 import shlex
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     os.environ.setdefault("GPT2REPRO_LAZY", "1")  # here and in the workers: without the model, and so without torch
-
-from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
 from modeling_gpt2repro.data.prepare.assemble import assemble
@@ -38,6 +39,9 @@ from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_c
 from modeling_gpt2repro.runtime.progress import ProgressBar
 from modeling_gpt2repro.storage.atomic import explain_disk_full
 from modeling_gpt2repro.storage.lock import FolderLock
+
+if TYPE_CHECKING:  # importing transformers takes a second, and --help does without
+    from transformers import PreTrainedTokenizerFast
 
 
 def main(argv: list[str] | None = None):

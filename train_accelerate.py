@@ -30,9 +30,10 @@ from modeling_gpt2repro.evaluation.hellaswag.tokenize import HellaSwagTask
 from modeling_gpt2repro.evaluation.stories import score_stories
 from modeling_gpt2repro.evaluation.validation import validation_loss, validation_numbers
 from modeling_gpt2repro.pretrain import setup
+from modeling_gpt2repro.pretrain.attention import set_attention
 from modeling_gpt2repro.pretrain.batch_size import apply_batch_size_finder
 from modeling_gpt2repro.pretrain.checkpointing import Checkpointer, unsharded_model, unwrapped_model
-from modeling_gpt2repro.pretrain.initial_weights import check_model, load_initial_weights
+from modeling_gpt2repro.pretrain.initial_weights import check_tokenizer, load_initial_weights
 from modeling_gpt2repro.pretrain.messages import end_message, explain_oom, warn_of_slow_cpu
 from modeling_gpt2repro.pretrain.open_data import load_data, set_lengths
 from modeling_gpt2repro.pretrain.preflight import preflight
@@ -49,7 +50,9 @@ from modeling_gpt2repro.runtime.command_line import (
     parse_command_line,
 )
 from modeling_gpt2repro.runtime.fsdp import full_tensor
+from modeling_gpt2repro.runtime.hardware import to_device
 from modeling_gpt2repro.runtime.loss import ModelWithLoss
+from modeling_gpt2repro.runtime.precision import update_loss_scale
 from modeling_gpt2repro.runtime.signals import StopSignal
 from modeling_gpt2repro.storage.lock import FolderLock
 from modeling_gpt2repro.training.arguments import TrainArguments
@@ -105,7 +108,8 @@ def train(args: TrainArguments, lock: FolderLock):
             eos_token_id=data.tokenizer.eos_token_id,
         )
         model = GPT2ReproForCausalLM(config) if start.model is None else start.model
-        check_model(args, model, data.tokenizer, start.tokenizer)
+        check_tokenizer(args, data.tokenizer, start.tokenizer)
+        attention = set_attention(args, accelerator, model, start.checkpoint)  # the fastest, where it is known
         optimizer = build_optimizer(  # decays matrices and embeddings, not biases and norms
             model,
             args.learning_rate,
@@ -113,12 +117,13 @@ def train(args: TrainArguments, lock: FolderLock):
             betas=(args.adam_beta1, args.adam_beta2),
             epsilon=args.adam_epsilon,
             optimizer=args.optimizer,
+            device=accelerator.device,  # where the model will be
         )
         # Moves the model to its device; wraps it in DDP or FSDP, autocast to bf16, and torch.compile.
         model, optimizer = accelerator.prepare(ModelWithLoss(model), optimizer)
         model.train()
         if args.find_batch_size:
-            apply_batch_size_finder(args, accelerator, model, data.batches)
+            apply_batch_size_finder(args, accelerator, model, optimizer, data.batches)
         accelerator.gradient_accumulation_steps, _ = data.batches.micro_batch_shape
         hellaswag = setup.prepare_hellaswag_task(
             accelerator, unwrapped_model(accelerator, model), data.tokenizer, examples
@@ -128,7 +133,7 @@ def train(args: TrainArguments, lock: FolderLock):
         detector = OutlierDetector(accelerator.device, args.skip_outliers)
         stop = StopSignal(on_stop=lock.announce_stop)
         reader = ReadAhead(data.batches, args.total_steps, is_stopping=stop.is_requested)
-        stateful = {"progress": state, "data": reader, "guard": detector}
+        stateful = {"progress": state, "data": reader, "guard": detector, "loss_scale": accelerator.scaler}
         checkpointer = Checkpointer(args, accelerator, model, optimizer, data, stateful, origin=start.origin)
         if start.checkpoint is not None:
             checkpointer.restore(start.checkpoint)
@@ -136,12 +141,13 @@ def train(args: TrainArguments, lock: FolderLock):
             exit_code = setup.leave_finished_run(args, accelerator, data, uploads, state)
             del model, optimizer, checkpointer
             return setup.shutdown(accelerator, exit_code)
-        logger = setup.build_logger(args, accelerator, model, data, state, start.checkpoint)
+        logger = setup.build_logger(args, accelerator, model, data, state, start.checkpoint, attention)
 
     if args.preflight:
-        with closing(logger), explain_oom(args):
+        # As a run does, so that what would end one as it begins ends this.
+        with closing(reader), closing(logger), closing(uploads), stop, explain_oom(args):
             exit_code = preflight(
-                args, accelerator, model, optimizer, data, hellaswag, detector, checkpointer, logger, train_step
+                args, accelerator, model, optimizer, data, hellaswag, detector, checkpointer, logger, stop, train_step
             )
         del model, optimizer, checkpointer
         return setup.shutdown(accelerator, exit_code)
@@ -225,13 +231,15 @@ def train_step(
             losses.append(outputs.loss.detach())
     assert accelerator.sync_gradients, "there must be as many micro-batches as accumulation steps"
     # A bad batch can give a huge gradient, which would throw the model off: scale the whole gradient down to norm 1.
+    # In fp16 accelerate divides by the loss scale first. A single gradient that is infinite makes the norm infinite.
     grad_norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
     loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
     skip = detector.should_skip(loss, grad_norm)
     step_unless(skip, optimizer)
     optimizer.zero_grad()
+    fp16 = () if accelerator.scaler is None else update_loss_scale(accelerator.scaler, loss)
     # Still on the device: `.item()` here would make the host wait for the GPU in every step.
-    return StepMetrics(loss, grad_norm, skip)
+    return StepMetrics(loss, grad_norm, skip, *fp16)
 
 
 def step_unless(skip: torch.Tensor, optimizer: Optimizer):
@@ -240,17 +248,13 @@ def step_unless(skip: torch.Tensor, optimizer: Optimizer):
     A fused optimizer reads the decision on the device, in the tensor `found_inf` that loss scaling uses after an
     overflow in fp16; for any other, the host waits for it here.
     """
-    unwrapped = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    # Without accelerate's wrapper, which would leave the decision to fp16's scaler alone.
+    unwrapped = getattr(optimizer, "optimizer", optimizer)
     if unwrapped.defaults.get("fused"):
         unwrapped.found_inf = skip.float()
-        optimizer.step()
+        unwrapped.step()
     elif not skip:
-        optimizer.step()
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to the device. Only from pinned memory does a copy to a GPU run while the host continues."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+        unwrapped.step()
 
 
 def evaluate(

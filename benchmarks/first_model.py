@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.first_model_page import draw, rewrite_page
 from benchmarks.harness import result_header
 from benchmarks.kill_resume import ROOT, environment
+from benchmarks.reports.first_model_page import draw, rewrite_page
 from modeling_gpt2repro.data.sources.stories import Story
 from modeling_gpt2repro.evaluation.stories import held_out_stories
 from modeling_gpt2repro.runs.read import read_metrics, read_samples

@@ -22,7 +22,16 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.harness import BySide, add_to_file, machine_name, quartiles, result_header, sides_in_turn, timed
+from benchmarks.harness import (
+    BySide,
+    add_to_file,
+    choose_device,
+    machine_name,
+    quartiles,
+    result_header,
+    sides_in_turn,
+    timed,
+)
 from benchmarks.training_step import NO_SPECIAL_TOKENS, SEED, SHAPES
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.data.tokenizer import load_tokenizer
@@ -58,12 +67,7 @@ class BenchmarkArguments:
     output: str | None = arg(default=None, help="Add the result to this JSON file (a list of results).")
 
     def __post_init__(self):
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        problems = list(check_limits(self))
-        if self.device == "cuda" and not torch.cuda.is_available():
-            problems.append("--device cuda cannot be used here: torch sees no GPU; give cpu.")
-        if problems:
+        if problems := [*check_limits(self), *choose_device(self)]:
             raise ValueError("\n".join(problems))
 
 

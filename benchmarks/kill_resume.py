@@ -10,7 +10,6 @@ the start, which may be before the first step. Checkpoints come every few steps,
 
 import json
 import os
-import platform
 import random
 import resource
 import shutil
@@ -22,9 +21,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from benchmarks.harness import machine, machine_name
+from benchmarks.harness import add_to_file, result_header
 from modeling_gpt2repro.runs.read import read_metrics
 from modeling_gpt2repro.runtime.command_line import arg, check_limits, parse_command_line
 from modeling_gpt2repro.training.checkpoints import find_checkpoints
@@ -38,7 +35,7 @@ class BenchmarkArguments:
     kills: int = arg(default=20, minimum=0, help="How often the run is killed.")
     steps: int = arg(default=1400, minimum=1, help="Its length; the kills must fit in.")
     seed: int = arg(default=0, help="Seed of the moments of the kills.")
-    output: str = arg(default="benchmarks/results/kill_resume_cpu.json", help="Write the result to this JSON file.")
+    output: str | None = arg(default=None, help="Add the result to this JSON file (a list of results).")
 
     def __post_init__(self):
         if problems := list(check_limits(self)):
@@ -133,6 +130,7 @@ def differences(one: Path, other: Path) -> list[str]:
 def main(argv: list[str] | None = None):
     """Train twice, kill one of the runs, compare them, print and write the result."""
     args = parse_command_line(BenchmarkArguments, argv, description=__doc__)
+    header = result_header("kill_resume", argv, args, ("torch", "transformers", "accelerate"))
     generator = random.Random(args.seed)
     attempts = Attempts()
     with tempfile.TemporaryDirectory() as folder:
@@ -153,8 +151,7 @@ def main(argv: list[str] | None = None):
             )
         run_to_end(killed, args.steps)
         different = differences(never_killed, killed)
-    result = {
-        "command": f"python -m benchmarks.kill_resume --kills {args.kills} --steps {args.steps} --seed {args.seed}",
+    result = header | {
         "kills": args.kills,
         "steps": args.steps,
         "hit": dict(attempts.hit),
@@ -162,11 +159,10 @@ def main(argv: list[str] | None = None):
         "different": different,
         "equal_bit_for_bit": not different,
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9,  # kilobytes on Linux
-        "machine": machine_name(machine("cpu")),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-    Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
+    if args.output:
+        add_to_file(Path(args.output), result)
     raise SystemExit(1 if different else 0)
 
 

@@ -4,7 +4,7 @@
     python -m benchmarks.prepare --text_file a.txt --megabytes 50
 
 The file is synthetic: FineWeb-Edu's columns and row groups, documents of 3 to 5 kB cut out of a text at random places.
-The lecture's side is lecture_fineweb.py: rows as dicts from `datasets`, `imap` over single documents,
+The lecture's side is peers/lecture_fineweb.py: rows as dicts from `datasets`, `imap` over single documents,
 `encode_ordinary`, a buffer for a shard. The Arrow table that `datasets` makes of a file once is made before the clock
 starts. Each side runs as a command, so that its start-up counts; a file of 0.2 MB shows how much that is. The sides
 take turns, and which runs first alternates; the figures are medians over rounds. Memory is sampled ten times a second
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 from random import Random
@@ -31,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.harness import add_to_file, quartiles, result_header, sides_in_turn
-from benchmarks.lecture_fineweb import load_rows
+from benchmarks.peers.lecture_fineweb import load_rows
 from modeling_gpt2repro.runtime.command_line import arg, check_limits, parse_command_line
 
 REPOSITORY = Path(__file__).parents[1]
@@ -60,6 +61,8 @@ class BenchmarkArguments:
         problems += [f"workers ({count}) must be at least 1." for count in self.workers if count < 1]
         if self.text_file and not Path(self.text_file).is_file():
             problems.append(f"there is no file {self.text_file} for --text_file.")
+        if find_spec("datasets") is None:
+            problems.append("the lecture's side needs the package datasets: pip install datasets.")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -135,7 +138,7 @@ def command_of(side: str, file: Path, output: Path, workers: int) -> list[str]:
         flags = ["--train_files", str(file), "--output_dir", str(output), "--validation_share", str(VALIDATION_SHARE)]
         return [sys.executable, "prepare_data.py", *flags, "--tokenizer", "gpt2", "--workers", str(workers)]
     words = [str(file), str(file.parent / "cache"), str(output), str(workers)]
-    return [sys.executable, "-m", "benchmarks.lecture_fineweb", *words]
+    return [sys.executable, "-m", "benchmarks.peers.lecture_fineweb", *words]
 
 
 def tokens_written(side: str, output: Path, printed: str) -> int:

@@ -25,7 +25,8 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.harness import result_header
-from benchmarks.recipes_report import TUNING_SEED, draw, rates_to_try, split_page, table, tuned_rate
+from benchmarks.reports.page import split_page, write_into_page
+from benchmarks.reports.recipes_report import MARKERS, TUNING_SEED, draw, rates_to_try, table, tuned_rate
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.data.batches.build import build_shuffled_data, load_built_in_text
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig
@@ -33,7 +34,7 @@ from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.evaluation.validation import validation_loss
 from modeling_gpt2repro.runs.plots import save_figure
 from modeling_gpt2repro.runtime.command_line import arg, check_limits, exit_on_input_error, parse_command_line
-from modeling_gpt2repro.storage.atomic import atomic_write, write_json
+from modeling_gpt2repro.storage.atomic import write_json
 from modeling_gpt2repro.storage.json_files import read_json_object
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.optimization import build_optimizer, scheduled_learning_rate, set_learning_rate
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None):
     header = result_header("recipes", argv, args, ("torch", "transformers", "accelerate", "numpy"))
     file = Path(args.output)
     with exit_on_input_error():
-        split_page(Path(args.page))  # an error comes now, not after half an hour
+        split_page(Path(args.page), MARKERS)  # an error comes now, not after half an hour
         results = read_results(file)
         try:
             if missing_runs(args, results["runs"]):
@@ -120,9 +121,7 @@ def main(argv: list[str] | None = None):
         text = table(results)
     print(text)
     save_figure(draw(results), Path(args.picture))
-    before, after = split_page(Path(args.page))
-    with atomic_write(Path(args.page)) as page:
-        page.write((before + text + after).encode())
+    write_into_page(Path(args.page), MARKERS, text)
 
 
 # What to train

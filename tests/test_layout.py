@@ -109,26 +109,46 @@ def test_inner_init_files_are_one_docstring():
 def test_scripts_do_nothing_when_imported():
     for path in ROOT.glob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            guard = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+            guards = ("__name__ == '__main__'", "TYPE_CHECKING")
+            guard = isinstance(node, ast.If) and ast.unparse(node.test) in guards
             plain = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
             assert guard or docstring or isinstance(node, plain), f"{path.name}:{node.lineno}"
 
 
-def test_preparing_data_loads_neither_the_model_nor_torch_until_they_are_asked_for():
+def test_scripts_import_no_more_than_they_need():
+    """In imported modules, because seconds depend on the machine; each line of it was a second of every start."""
     program = """
 import sys
+
+def imported_since(before):
+    return {name.partition(".")[0] for name in sys.modules.keys() - before}
+
+import prepare_data
+try:
+    prepare_data.main(["--help"])
+except SystemExit:
+    pass
+heavy = {"accelerate", "datasets", "datatrove", "evaluate", "matplotlib", "pandas", "peft", "ray", "sklearn", "torch"}
+assert not imported_since(set()) & (heavy | {"transformers"})
+
 from transformers import PreTrainedTokenizerFast
-from transformers.hf_argparser import HfArgumentParser
-by_transformers = "torch" in sys.modules  # older versions import it with their tokenizers
+by_transformers = set(sys.modules)  # older versions import torch with their tokenizers
 import modeling_gpt2repro.data.prepare.cluster, modeling_gpt2repro.data.prepare.local
-import modeling_gpt2repro.runtime.command_line
-assert ("torch" in sys.modules) == by_transformers
+assert not imported_since(by_transformers) & {"torch"}
 assert "modeling_gpt2repro.modeling_gpt2repro" not in sys.modules
+
+import torch, transformers.modeling_utils, transformers.models.auto.modeling_auto
+base = set(sys.modules)
 from modeling_gpt2repro import GPT2ReproConfig
+assert imported_since(base) <= {"modeling_gpt2repro", "tokenizers", "transformers"}
+assert len(sys.modules.keys() - base) < 60
 from transformers import AutoConfig, AutoModelForCausalLM
 assert isinstance(AutoConfig.for_model("gpt2repro"), GPT2ReproConfig)
 assert GPT2ReproConfig in AutoModelForCausalLM._model_mapping
+
+import eval_hellaswag, train_accelerate
+assert not imported_since(base) & heavy - {"accelerate"}
 """
     environment = {**os.environ, "GPT2REPRO_LAZY": "1"}
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)

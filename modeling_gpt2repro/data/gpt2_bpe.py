@@ -5,11 +5,17 @@ tiktoken stores a token as its bytes and a rank: the lower, the earlier it is me
 merges as pairs, in order. Both follow from OpenAI's file of merges, which tiktoken downloads and keeps.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import tiktoken
 from tiktoken.load import read_file_cached
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import ByteLevel as ByteLevelProcessor
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:  # importing transformers takes a second, and --help does without
+    from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -46,6 +52,8 @@ def gpt2_tokenizer() -> PreTrainedTokenizerFast:
 
 def as_gpt2_tokenizer(bpe: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE with what GPT-2's tokenizer has besides its vocabulary: decoder, special tokens, length."""
+    from transformers import PreTrainedTokenizerFast
+
     bpe.decoder = decoders.ByteLevel()
     bpe.post_processor = ByteLevelProcessor(trim_offsets=False)
     return PreTrainedTokenizerFast(

@@ -1,16 +1,17 @@
 """Tokenizers: GPT-2's byte-level BPE, any fast one, or one trained on the data; and a hash of what decides the ids."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from modeling_gpt2repro.storage.atomic import write_json
 from modeling_gpt2repro.storage.json_files import read_json_object
@@ -23,6 +24,9 @@ from modeling_gpt2repro.storage.model_files import (
 )
 
 from .gpt2_bpe import END_OF_TEXT, as_gpt2_tokenizer, gpt2_tokenizer, tiktoken_encoding
+
+if TYPE_CHECKING:  # importing transformers takes a second, and --help does without
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # `tokenizer_sha256` of GPT-2's vocabulary and merges, the same from tiktoken and from openai-community/gpt2.
 GPT2_SHA256 = "806c1981ba8dd4262ce8b78d4438dde0c11d8e1b8b968233ef44fb06a38b336a"
@@ -37,6 +41,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     Raises:
         ValueError: If it cannot be found or reached, has no end-of-text token, or has ids that do not fit in 16 bits.
     """
+    from transformers import PreTrainedTokenizerFast
+
     if name == "gpt2":
         return gpt2_tokenizer()
     try:
@@ -63,6 +69,8 @@ def load_auto_tokenizer(
         LoadingError: If there is no tokenizer or a damaged one, the settings beside tokenizer.json change
             its ids, or it has code of its own and `trust_remote_code` is False.
     """
+    from transformers import PreTrainedTokenizerFast
+
     with only_errors(), loading_errors_in_one_line():
         check_json_files(name, revision)
         # False and not the default, None, with which it stops and asks the user whether to run such code.
@@ -108,6 +116,8 @@ def gives_ids_of(expected: Tokenizer, tokenizer: PreTrainedTokenizerFast) -> boo
 @contextmanager
 def only_errors() -> Iterator[None]:
     """Silence transformers' warnings, such as AutoTokenizer's about a config of a model type that it does not know."""
+    from transformers.utils import logging
+
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -154,6 +164,8 @@ def tokenizer_class(name: str) -> type:
     except (OSError, ValueError):
         config = {}  # of a Hub id, or a folder that AutoTokenizer has to make sense of
     if config.get("tokenizer_class") in PLAIN_CLASSES and "auto_map" not in config:
+        from transformers import PreTrainedTokenizerFast
+
         return PreTrainedTokenizerFast
     from transformers import AutoTokenizer
 
@@ -173,6 +185,8 @@ def load_tokenizer_folder(folder: Path) -> PreTrainedTokenizerFast:
     Raises:
         ValueError: If it is missing or damaged.
     """
+    from transformers import PreTrainedTokenizerFast
+
     try:
         with loading_errors_in_one_line():
             return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -39,6 +39,7 @@ from modeling_gpt2repro.runtime.command_line import (
     exit_on_input_error,
     parse_command_line,
 )
+from modeling_gpt2repro.runtime.network import choose_gloo_interface
 from modeling_gpt2repro.storage.json_files import is_size
 
 from .load_model import best_device, device_problem, load_causal_lm, max_context, model_problem
@@ -180,6 +181,7 @@ class StoryArguments:
 def main(argv: list[str] | None = None) -> None:
     args = parse_command_line(StoryArguments, argv, description=__doc__)
     with exit_on_input_error():
+        choose_gloo_interface()
         state = PartialState(cpu=args.device == "cpu")
         device = state.device if state.num_processes > 1 else torch.device(args.device)
         model, tokenizer = call_main_process_first(

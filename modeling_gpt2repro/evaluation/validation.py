@@ -25,7 +25,9 @@ from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.tokenizer import tokenizer_sha256
 from modeling_gpt2repro.runtime.collectives import call_main_process_first
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
+from modeling_gpt2repro.runtime.hardware import to_device
 from modeling_gpt2repro.runtime.loss import ModelWithLoss
+from modeling_gpt2repro.runtime.network import choose_gloo_interface
 from modeling_gpt2repro.runtime.progress import SteadyBar
 from modeling_gpt2repro.storage.atomic import write_json
 
@@ -54,7 +56,7 @@ def validation_loss(
     tokens = 0
     try:
         for batch in batches:
-            inputs = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+            inputs = {name: to_device(values, device) for name, values in batch.items()}
             labels = inputs.pop("shift_labels")  # already the next tokens: nothing is shifted here
             total += summed_loss(model, inputs, labels)
             tokens += labels.numel()
@@ -116,6 +118,7 @@ def score_text(model: nn.Module, text: ValidationText, batch_size: int, device: 
 def main(argv: list[str] | None = None) -> None:
     args = parse_command_line(ValidationArguments, argv, description=__doc__)
     with exit_on_input_error():
+        choose_gloo_interface()
         state = PartialState(cpu=args.device == "cpu")
         device = state.device if state.num_processes > 1 else torch.device(args.device)
         shards = open_shards(args.shards)

@@ -31,6 +31,7 @@ from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.optimizer_state import load_optimizer, load_random, optimizer_tensors, random_tensors
 from modeling_gpt2repro.training.state import TrainState
 
+from .attention import attention_record
 from .messages import cannot_export_message, cannot_save_message
 
 MAX_FAILED_SAVES = 3  # in a row, after which a run stops
@@ -47,11 +48,12 @@ class Checkpointer:
     model: nn.Module  # as `accelerator.prepare` returned it, like the optimizer
     optimizer: Optimizer
     data: TrainingData
-    stateful: dict[str, Stateful]  # name in state.json -> what has a state; `progress` is the run's TrainState
+    stateful: dict[str, Stateful | None]  # name in state.json -> what has a state; `progress` is the run's TrainState
     origin: Origin  # where the initial weights come from, for the card; a resumed run keeps that of its checkpoint
 
     def __post_init__(self):
         self.output_dir = Path(self.args.output_dir)
+        self.stateful = {name: stateful for name, stateful in self.stateful.items() if stateful is not None}
         self.policy = checkpoints.RetentionPolicy(limit=self.args.save_total_limit, every=self.args.keep_every)
         self.saved_step = 0  # the last step that has a checkpoint in this run's folder; step 0 needs none
         self.failed_saves = 0  # in a row
@@ -75,7 +77,8 @@ class Checkpointer:
         )
         with checkpoints.raise_if_corrupt(checkpoint):
             for name, stateful in self.stateful.items():
-                stateful.load_state_dict(state[name])
+                if state[name] is not None:  # a run that was not in fp16 has left no loss scale
+                    stateful.load_state_dict(state[name])
             folder = checkpoint / checkpoints.STATE_FOLDER
             load_optimizer(folder, unwrapped_model(self.accelerator, self.model), self.optimizer)
             load_random(folder, self.accelerator)
@@ -164,6 +167,7 @@ class Checkpointer:
                 "identity": self.data.data_fingerprint,
                 "schedule": self.args.schedule,
                 "optimizer": self.args.optimizer,
+                "attention": attention_record(self.args, self.accelerator, module.config),
             },
             policy=policy,
         )

@@ -84,23 +84,16 @@ def take_shape(args: TrainArguments, model: GPT2ReproForCausalLM, source: str):
     InputErrors(check_sizes(args)).raise_if_any()
 
 
-def check_model(
-    args: TrainArguments,
-    model: GPT2ReproForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    init_tokenizer: PreTrainedTokenizerBase | None,
+def check_tokenizer(
+    args: TrainArguments, tokenizer: PreTrainedTokenizerBase, init_tokenizer: PreTrainedTokenizerBase | None
 ):
-    """Set the attention implementation, and compare the tokenizers of the data and of `--init_from`.
+    """Compare the tokenizers of the data and of `--init_from`.
 
     Raises:
-        ValueError: If the attention implementation is not installed, or the tokenizers give different ids.
+        ValueError: If they give different ids.
     """
     if init_tokenizer is not None and tokenizer_sha256(init_tokenizer) != tokenizer_sha256(tokenizer):
         raise ValueError(
             f"init_from ({args.init_from}) has another tokenizer than the data: prepare the data with --tokenizer "
             f"{args.init_from}."
         )
-    try:
-        model.set_attn_implementation(args.attn_implementation)
-    except ImportError as error:
-        raise ValueError(f"attn_implementation ({args.attn_implementation}) is not installed: {error}") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_compiled_module
+from accelerate.utils import gather_object, is_compiled_module
 from torch import nn
 from torch.optim import Optimizer
 
@@ -26,6 +26,7 @@ from modeling_gpt2repro.runtime.accelerator import nondeterministic
 from modeling_gpt2repro.runtime.command_line import exit_with_errors
 from modeling_gpt2repro.runtime.hardware import peak_memory_gb, readable_bytes, readable_duration
 from modeling_gpt2repro.runtime.loss import ModelWithLoss
+from modeling_gpt2repro.runtime.signals import EXIT_CODE, StopSignal
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.checkpoints import PREFLIGHT_NAME, RetentionPolicy
 from modeling_gpt2repro.training.optimization import scheduled_learning_rate, set_learning_rate
@@ -38,6 +39,10 @@ from .setup import log_run_summary, prepare_hellaswag_task
 WARMUP_STEPS = 3
 TIMED_STEPS = 10
 EVALUATED_PART = 100  # HellaSwag examples, and validation batches, from which a whole evaluation is extrapolated
+
+
+class StoppedBySignal(Exception):
+    """Carries the name of the signal that one of the processes has received."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,13 @@ def preflight(
     detector: OutlierDetector,
     checkpointer: Checkpointer,
     logger: RunLogger,
+    stop: StopSignal,
     train_step: Callable[..., StepMetrics],
 ) -> int:
     """Take some steps, a part of an evaluation and a save, keep none of it, and report what the whole run will take.
 
     Returns:
-        The exit code: 0 if nothing prevents the run, else 1.
+        The exit code: 0 if nothing prevents the run, else 1; EXIT_CODE if a signal to any process ended the preflight.
 
     Raises:
         SystemExit: With code 2, if the data cannot be read.
@@ -77,14 +83,13 @@ def preflight(
     log_run_summary(args, accelerator, model, optimizer, data, checkpointer.state.step, logger)
     skipped = []
     last_step = checkpointer.state.step + 2 * (WARMUP_STEPS + TIMED_STEPS)  # perhaps beyond the run's last
-    reader = ReadAhead(data.batches, last_step)  # as the run reads them
+    reader = ReadAhead(data.batches, last_step, is_stopping=stop.is_requested)  # as the run reads them
 
     def take_step() -> float:
         """One step, waited for; returns how long it waited for data."""
         step = checkpointer.state.step
         set_learning_rate(optimizer, scheduled_learning_rate(args.schedule, step))
-        if problem := reader.wait_for(step):
-            exit_with_errors([problem])
+        raise_if_stopped(stop, reader.wait_for(step))
         metrics = train_step(
             accelerator,
             model,
@@ -95,16 +100,22 @@ def preflight(
             detector=detector,
         )
         checkpointer.state.advance(args.tokens_per_step)
-        skipped.append(bool(metrics.skipped))  # waits for the device
+        skipped.append(bool(metrics.skipped) and not metrics.overflowed)  # waits for the device
         return reader.waited_seconds
 
     nondeterministic_median = None
-    with closing(reader):
-        first, median, waited = time_steps(take_step)
-        if torch.are_deterministic_algorithms_enabled():
-            with nondeterministic(compiled=is_compiled_module(model)):
-                _, nondeterministic_median, _ = time_steps(take_step)
-    evaluation_seconds = time_evaluation(args, accelerator, model, data, hellaswag)
+    try:
+        with closing(reader):
+            first, median, waited = time_steps(take_step)
+            if torch.are_deterministic_algorithms_enabled():
+                with nondeterministic(compiled=is_compiled_module(model)):
+                    _, nondeterministic_median, _ = time_steps(take_step)
+        raise_if_stopped(stop)
+        evaluation_seconds = time_evaluation(args, accelerator, model, data, hellaswag)
+        raise_if_stopped(stop)
+    except StoppedBySignal as signal_name:
+        logger.print(f"The preflight was stopped by {signal_name}, and nothing of it is kept.")
+        return EXIT_CODE
     memory_gb = peak_memory_gb(accelerator.device)
     folder = Path(args.output_dir) / PREFLIGHT_NAME
     started = time.perf_counter()
@@ -133,6 +144,20 @@ def preflight(
         )
     logger.print("\n".join([report, *problems]))
     return 1 if problems else 0
+
+
+def raise_if_stopped(stop: StopSignal, problem: str | None = None):
+    """Return unless a process has received a signal, or cannot read its data. All must call this equally often.
+
+    Raises:
+        StoppedBySignal: In the first case.
+        SystemExit: With code 2, in the second.
+    """
+    if stop.should_stop(problem):
+        problems, signal_names = zip(*gather_object([(stop.problem, stop.signal_name)]), strict=True)
+        if any(signal_names):
+            raise StoppedBySignal(next(filter(None, signal_names)))
+        exit_with_errors([next(filter(None, problems))])
 
 
 def time_steps(take_step: Callable[[], float]) -> tuple[float, float, float]:

@@ -41,6 +41,7 @@ from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.state import TrainState
 from modeling_gpt2repro.training.validate import check_output_dir
 
+from .attention import attention_record
 from .checkpointing import unwrapped_model
 from .messages import (
     finished_message,
@@ -168,9 +169,12 @@ def build_logger(
     data: TrainingData,
     state: TrainState,
     checkpoint: Path | None,
+    attention_message: str | None,
 ) -> RunLogger:
     """Build the logger, write run.json, and say which arguments have changed since the run, or `checkpoint`, began."""
     output_dir = Path(args.output_dir)
+    if attention_message is not None:
+        accelerator.print(attention_message)
     changed = diff_arguments(output_dir, asdict(args))
     for name, (then, now) in changed.items():
         accelerator.print(f"This run began with {name} {then} and continues with {now}.")
@@ -186,7 +190,8 @@ def build_logger(
     if accelerator.is_main_process and not args.preflight:
         checkpoints.remove_stale_files(output_dir)
         (output_dir / STOPPED_FILE).unlink(missing_ok=True)
-        write_run_config(output_dir, asdict(args), hardware_record(accelerator), data.data_fingerprint)
+        attention = attention_record(args, accelerator, unwrapped_model(accelerator, model).config)
+        write_run_config(output_dir, asdict(args), hardware_record(accelerator), attention, data.data_fingerprint)
 
     def on_skipped(step: int):
         """Log the sequences of a step whose update was skipped; stop the run when too many are skipped in a row."""

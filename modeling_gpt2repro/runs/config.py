@@ -34,13 +34,14 @@ def make_writable(folder: Path):
         raise ValueError(f"output_dir ({folder}) cannot be written ({error.strerror}): give another.") from error
 
 
-def write_run_config(output_dir: Path, arguments: dict, hardware: dict, data_fingerprint: dict):
+def write_run_config(output_dir: Path, arguments: dict, hardware: dict, attention: dict, data_fingerprint: dict):
     """Write run.json, unless there is one: a resumed run keeps its own."""
     if (output_dir / RUN_CONFIG_FILE).exists():
         return
     config = {
         "arguments": arguments,
         "hardware": hardware,
+        "attention": attention,
         "data": data_fingerprint,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": current_commit(),

@@ -45,7 +45,7 @@ class RunLogger:
     tokens_per_step: int
     logging_steps: int  # steps between reads of the metrics, each of which gives a line where there is no bar
     first_step: int = 0  # where the bar begins; 0 for a new run
-    # Called with the number of each step whose update turns out to have been skipped, on all processes.
+    # Called with the number of each step whose update turns out to have been skipped for a fault, on all processes.
     on_skipped: Callable[[int], None] = lambda step: None
     flops_per_token: int = 0  # forward and backward; with `peak_flops` it gives the MFU
     peak_flops: float | None = None  # per second, of all devices
@@ -113,20 +113,28 @@ class RunLogger:
             return
         steps, metrics, learning_rates, waits = zip(*self._unread, strict=True)
         self._unread = []
-        stacked = torch.stack([torch.stack([value.float() for value in of_step]) for of_step in metrics])  # (steps, 3)
-        values = stacked.tolist()  # the one place where the host waits for the device
+        # (steps, 3), or in fp16 (steps, 5)
+        stacked = torch.stack([torch.stack([v.float() for v in of_step if v is not None]) for of_step in metrics])
+        values = [StepMetrics(*row) for row in stacked.tolist()]  # the one place where the host waits for the device
         speed = self._measure_speed(len(steps))
         memory_gb = peak_memory_gb(self.accelerator.device)
         for i, step in enumerate(steps):
-            loss, grad_norm, skipped = values[i]
+            loss, grad_norm, skipped, loss_scale, overflowed = values[i]
             record = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rates[i], **speed}
             record |= {"data_seconds": waits[i], "peak_memory_gb": memory_gb}
+            if loss_scale is not None:
+                record["loss_scale"] = loss_scale
             if skipped:
-                record["skipped"] = True
+                record["overflowed" if overflowed else "skipped"] = True
+            if overflowed:
+                self.print(
+                    f"step {step:>6}: no update, because gradients overflowed in fp16 at the loss scale "
+                    f"{loss_scale:,.0f}, which is halved; that is normal in the first steps and now and then"
+                )
             self.record(step, record)
         self._show_step(steps[-1], values[-1], learning_rates[-1], speed)
-        for i, step in enumerate(steps):
-            if values[i][2]:
+        for step, of_step in zip(steps, values, strict=True):
+            if of_step.skipped and not of_step.overflowed:
                 self.on_skipped(step)
 
     @contextmanager
@@ -227,8 +235,8 @@ class RunLogger:
     def _has_line(self, step: int) -> bool:
         return step % self.logging_steps == 0 or step in (self.first_step + 1, self.total_steps)
 
-    def _show_step(self, step: int, values: list[float], learning_rate: float, speed: dict[str, float]):
-        loss, grad_norm, _ = values
+    def _show_step(self, step: int, metrics: StepMetrics, learning_rate: float, speed: dict[str, float]):
+        loss, grad_norm, *_ = metrics
         pace = f"{speed['tokens_per_second']:,.0f} tokens/s" + (f", MFU {speed['mfu']:.0%}" if "mfu" in speed else "")
         self.bar.set_postfix_str(f"loss {loss:.3f}, {pace}", refresh=False)
         if self.shows_bar or not self._has_line(step):

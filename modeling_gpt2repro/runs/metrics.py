@@ -19,6 +19,10 @@ class StepMetrics(NamedTuple):
     loss: torch.Tensor  # nats per token, over all tokens of the step
     grad_norm: torch.Tensor  # before clipping, over all parameters
     skipped: torch.Tensor  # whether the update was left out
+    # In fp16 only: the factor of the loss in the backward pass, and whether it was too large, so that no fault of the
+    # loss or the gradients is the reason.
+    loss_scale: torch.Tensor | None = None
+    overflowed: torch.Tensor | None = None
 
 
 class MetricsLog:

@@ -3,13 +3,13 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     parse_flag_from_env,
@@ -17,10 +17,11 @@ from accelerate.utils import (
 from torch.utils._triton import has_triton
 from transformers.utils.logging import disable_progress_bar
 
-from .hardware import cpu_lacks_bf16, usable_cores
+from .compilation import give_up_failing_compilation
+from .hardware import usable_cores
+from .network import MAX_SAVE_TIME, choose_gloo_interface
+from .precision import check_same_precision, choose_precision
 from .signals import requested_num_processes
-
-MAX_SAVE_TIME = timedelta(hours=1)  # 1558M: 19 GB are written, hashed and flushed; torch's default is ten minutes
 
 
 def build_accelerator(
@@ -32,20 +33,18 @@ def build_accelerator(
     report_to: str = "none",
     output_dir: str | Path = ".",
 ) -> Accelerator:
-    """Build the accelerator of this process; devices and precision are those of the launcher.
-
-    Takes fp32 on a CPU that would only emulate bf16.
+    """Build the accelerator of this process; devices and precision are those of the launcher, see `choose_precision`.
 
     Args:
         num_processes: Processes that the launcher says there are.
-        torch_compile: Whether to compile; None: on CUDA, if Triton is installed.
+        torch_compile: Whether to compile, where that works; None: on CUDA and XPU, if Triton is installed.
         deterministic: Whether equal runs give equal bits; None: on the CPU.
         attn_implementation: Checked against the precision, since flash-attention computes in 16 bits only.
         report_to: Tracker of accelerate, "all" or "none", which logs to `output_dir`.
 
     Raises:
-        ValueError: If the launcher started several processes that do not see each other, or asks for fp16, DeepSpeed,
-            or flash-attention in fp32.
+        ValueError: If the launcher started several processes that do not see each other, or asks for DeepSpeed, for
+            FSDP's first version, for fp16 where it cannot be, or for flash-attention in fp32.
     """
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
@@ -54,6 +53,7 @@ def build_accelerator(
         )
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     on_cuda = torch.cuda.is_available() and not on_cpu
+    is_compilable = on_cuda or (torch.xpu.is_available() and not on_cpu)  # inductor makes Triton code for these
     torch.set_float32_matmul_precision("high")  # TF32 for the matrix products that stay in fp32
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     disable_progress_bar()  # of transformers, one for each save
@@ -61,13 +61,15 @@ def build_accelerator(
         deterministic = on_cpu
     if deterministic:
         enable_determinism()
-    compiled = on_cuda and has_triton() if torch_compile is None else torch_compile
-    bf16_is_emulated = on_cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and cpu_lacks_bf16()
+    compiled = is_compilable and has_triton() if torch_compile is None else torch_compile
+    choose_gloo_interface()
+    precision, message = choose_precision(on_cpu)
     accelerator = Accelerator(
-        mixed_precision="no" if bf16_is_emulated else None,
+        mixed_precision=precision,
         # 1, because `train_step` accumulates gradients itself: the data decide how many micro-batches a step has.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         dynamo_backend="inductor" if compiled else None,
+        fsdp_plugin=build_fsdp_plugin(precision),
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # saves a copy of the gradients
             InitProcessGroupKwargs(timeout=MAX_SAVE_TIME),  # while one process saves, the others wait for it
@@ -75,19 +77,43 @@ def build_accelerator(
         log_with=None if report_to == "none" else report_to,
         project_dir=output_dir,
     )
-    if bf16_is_emulated:
-        accelerator.print("bf16 is much slower than fp32 on this processor, so fp32 is taken.")
-    if torch_compile is None and on_cuda and not compiled:
+    if message:
+        accelerator.print(message)
+    if torch_compile is None and is_compilable and not compiled:
         accelerator.print("Nothing is compiled, because Triton is not installed.")
-    if accelerator.mixed_precision == "fp16":
-        raise ValueError("mixed precision fp16 needs a loss scale, which checkpoints do not hold: use bf16 or no.")
     if "flash" in attn_implementation and accelerator.mixed_precision == "no":
         raise ValueError(
             f"attn_implementation ({attn_implementation}) computes in 16 bits only: launch with --mixed_precision "
             "bf16, or use sdpa."
         )
     check_num_processes(accelerator.num_processes, launched=num_processes, requested=requested_num_processes())
+    check_same_precision(accelerator)
+    give_up_failing_compilation(accelerator)
     return accelerator
+
+
+def build_fsdp_plugin(mixed_precision: str) -> FullyShardedDataParallelPlugin | None:
+    """FSDP2 with the launcher's options and a precision of our own; None if the launcher does not ask for FSDP.
+
+    Blocks compute in bf16, as autocast lets them under DDP. Gradients are added up over micro-batches and processes
+    in fp32, and what the model returns stays as it is: accelerate would have all of it in bf16, and a loss near 3.3
+    could then be 3.297, 3.312 and nothing between.
+
+    Raises:
+        ValueError: If it asks for the first version of FSDP.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError(
+            "FSDP version 1 flattens parameters, which the checkpoints here do not hold: launch with "
+            "accelerate_configs/fsdp2.yaml, or give fsdp_version: 2."
+        )
+    from torch.distributed.fsdp import MixedPrecisionPolicy  # half a second, for nothing where nothing is sharded
+
+    in_bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    # What is not given here, accelerate reads from the environment.
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=in_bf16 if mixed_precision == "bf16" else None)
 
 
 def check_num_processes(found: int, launched: int, requested: int | None):

@@ -9,7 +9,6 @@ A field written with `arg` carries its help, its limits and, where a group of fl
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import itertools
 import json
@@ -21,10 +20,8 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any, NoReturn, TypeVar
-
-from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg, string_to_bool
+from types import NoneType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 Arguments = TypeVar("Arguments")
 Result = TypeVar("Result")
@@ -34,7 +31,19 @@ BOUNDS = {
     "above": ("greater than", operator.gt),
     "below": ("less than", operator.lt),
 }
-OWN_METADATA = ("group", "choices", "positional", *BOUNDS)  # argparse's add_argument must not see these
+BOOLEANS = {
+    **dict.fromkeys(("yes", "true", "t", "y", "1"), True),
+    **dict.fromkeys(("no", "false", "f", "n", "0"), False),
+}
+
+
+def string_to_bool(text: str) -> bool:
+    """'yes' -> True, '0' -> False; ValueError for 'maybe'."""
+    if text.lower() not in BOOLEANS:
+        raise ValueError(f"{text!r} is neither true nor false")
+    return BOOLEANS[text.lower()]
+
+
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", string_to_bool: "BOOL"}
 EXPECTED = {int: "a whole number, such as 12 or 1e9", float: "a number", string_to_bool: "true or false"}
 RANK_0_HEAD_START_SECONDS = 20  # a launcher ends the other ranks a few seconds after rank 0 has exited
@@ -51,7 +60,7 @@ def arg(
     positional: bool = False,
     **field_options: Any,
 ) -> Any:
-    """`HfArg` with limits for `check_limits` and a group for `--help`.
+    """A dataclass field with limits for `check_limits` and a group for `--help`.
 
     Args:
         help: Sentences for `--help`; a default other than None is added to them.
@@ -61,7 +70,8 @@ def arg(
         field_options: `default` or `default_factory`, as for `dataclasses.field`.
     """
     limits = {"minimum": minimum, "above": above, "below": below, "choices": choices and tuple(choices)}
-    return HfArg(help=help, metadata={"group": group, "positional": positional, **limits}, **field_options)
+    metadata = {"help": help, "group": group, "positional": positional, **limits}
+    return dataclasses.field(metadata=metadata, **field_options)
 
 
 def check_limits(args: Any) -> Iterator[str]:
@@ -93,10 +103,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: {f'{action.default:_}' if is_long else '%(default)s'})"
 
 
-class ArgumentParser(HfArgumentParser):
-    """`HfArgumentParser` that collects bad values in `errors` and uses the default instead, to find the next one too.
+class ArgumentParser(argparse.ArgumentParser):
+    """A flag for each field of a dataclass, like transformers' HfArgumentParser, which takes a second to import.
 
-    Integers may be written as 10e9 or 524_288, a boolean flag needs no value, and --a-b is taken for --a_b.
+    It collects bad values in `errors` and uses the default instead, to find the next one too. Integers may be written
+    as 10e9 or 524_288, a boolean flag needs no value, and --a-b is taken for --a_b.
     """
 
     def __init__(self, arguments_class: type, description: str | None):
@@ -106,36 +117,45 @@ class ArgumentParser(HfArgumentParser):
         fields = dataclasses.fields(arguments_class)
         self.positionals = [field.name for field in fields if field.metadata.get("positional")]
         super().__init__(
-            arguments_class,
             usage=" ".join(["%(prog)s", *map(str.upper, self.positionals), "[flags]"]),
             description=description,
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
-        for action in self._actions:
-            # --help leaves out --a-b, which HfArgumentParser adds beside --a_b; parsing does not read this list.
-            action.option_strings = [flag for flag in action.option_strings if "-" not in flag[2:]]
-            if action.type is string_to_bool:
-                action.nargs = "?"
-                action.const = True
-            if action.type is not None:
-                action.metavar = action.metavar or METAVARS.get(action.type)
-                action.type = self._collect_errors(action, action.type)
+        types = get_type_hints(arguments_class)
+        for field in fields:
+            self._add_field(field, types[field.name])
 
-    def _parse_dataclass_field(self, parser: argparse.ArgumentParser, field: dataclasses.Field):
-        """Add a field to its group; HfArgumentParser calls this for each field in order."""
+    def _add_field(self, field: dataclasses.Field, annotation: Any):
+        """Add a field to its group. Its type is bool, int, float, str, a Literal or a list of these, or X | None."""
         if title := field.metadata.get("group"):
             self.group = self.add_argument_group(title)
-        if field.name in self.positionals:
-            action = self.group.add_argument(field.name, metavar=field.name.upper(), help=field.metadata["help"])
+        name = field.name
+        help = field.metadata["help"]
+        if name in self.positionals:
+            action = self.group.add_argument(name, metavar=name.upper(), help=help)
             action.required = False  # argparse would stop here, and the other errors be lost
             return
-        field = copy.copy(field)
+        kind = annotation
+        if NoneType in get_args(kind):  # X | None
+            [kind] = set(get_args(kind)) - {NoneType}
+        options: dict[str, Any] = {"help": help, "default": field.default}
+        if field.default_factory is not dataclasses.MISSING:
+            options["default"] = field.default_factory()
+        if get_origin(kind) is list:
+            [kind] = get_args(kind)
+            options["nargs"] = "+"
+        if get_origin(kind) is Literal:
+            options["choices"] = get_args(kind)
+        elif kind is bool:
+            kind = string_to_bool
+            options |= {"nargs": "?", "const": True}
         choices = field.metadata.get("choices")
-        field.metadata = {name: value for name, value in field.metadata.items() if name not in OWN_METADATA}
-        if choices:
-            field.metadata["metavar"] = "{" + ",".join(choices) + "}"
-        super()._parse_dataclass_field(self.group, field)
+        options["metavar"] = "{" + ",".join(choices) + "}" if choices else METAVARS.get(kind)
+        action = self.group.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **options)
+        action.option_strings = [f"--{name}"]  # which --help lists; parsing does not read this
+        if get_origin(kind) is not Literal:
+            action.type = self._collect_errors(action, kind)
 
     def _collect_errors(self, action: argparse.Action, convert: Callable[[str], Any]) -> Callable[[str], Any]:
         def convert_or_default(text: str) -> Any:
@@ -176,10 +196,7 @@ class ArgumentParser(HfArgumentParser):
 
 
 def is_boolean(text: str) -> bool:
-    try:
-        return string_to_bool(text) in (True, False)
-    except argparse.ArgumentTypeError:
-        return False
+    return text.lower() in BOOLEANS
 
 
 def whole_number(text: str) -> int:
@@ -311,6 +328,21 @@ class InputErrors:
         """Raise one ValueError with a message per line, if there are any."""
         if self.messages:
             raise ValueError("\n".join(self.messages))
+
+
+@contextlib.contextmanager
+def explain_missing_package(purpose: str, instead: str = "") -> Iterator[None]:
+    """Around the import of a package that most commands do without: a ValueError says what needs it.
+
+    Args:
+        instead: What to do without the package, such as ", or give a local file".
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{purpose} needs the package {error.name}, which is not installed: pip install {error.name}{instead}."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -4,7 +4,9 @@ import os
 import platform
 import re
 import time
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 import psutil
 import torch
@@ -65,42 +67,62 @@ def cpu_lacks_bf16() -> bool:
     return measured_flops(cpu, torch.bfloat16, side=512) < 0.5 * measured_flops(cpu, torch.float32, side=512)
 
 
-# Dense bf16 operations per second, from NVIDIA's data sheets. The first entry found in the GPU's name counts.
-PEAK_FLOPS = (
-    ("GB200", 2500e12),
-    ("B200", 2250e12),
-    ("GH200", 989e12),
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("A800", 312e12),
-    ("A40", 150e12),
-    ("A30", 165e12),
-    ("A6000", 155e12),
-    ("L40S", 362e12),
-    ("L40", 181e12),
-    ("L4", 121e12),
-    ("RTX 5090", 209.5e12),
-    ("RTX 4090", 165e12),
-    ("RTX 3090", 71e12),
-)
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to the device; to a CUDA GPU while the host continues, which only works from pinned memory.
+
+    Elsewhere the host waits. MPS would also take a copy from ordinary memory and return at once, and read it when
+    `tensor` may be gone (pytorch#189690): the model would train on garbage, without a word.
+    """
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def gpu_lacks_bf16() -> bool:
+    """Whether this process's NVIDIA GPU emulates bf16, as those before Ampere do (T4, V100, RTX 20xx)."""
+    return not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+# Dense operations per second in bf16, or in fp16 where there is no bf16, from NVIDIA's data sheets. Only these very
+# names: a laptop's GPU, a "Ti" or "D", a vGPU or a MIG slice of a card ("A100-SXM4-40GB MIG 1g.5gb") has other figures.
+PEAK_FLOPS = {
+    r"GB200": 2500e12,
+    r"B200": 2250e12,
+    r"GH200 (120GB|480GB|144G HBM3e)": 989e12,
+    r"H200|H100 80GB HBM3": 989e12,  # SXM
+    r"H200 NVL|H100 NVL": 835e12,
+    r"H100 PCIe": 756e12,
+    r"(A100|A800)(-SXM4?|-PCIE)-[48]0GB|(A100|A800) 80GB PCIe": 312e12,
+    r"A40": 150e12,
+    r"A30": 165e12,
+    r"RTX A6000": 155e12,
+    r"L40S": 362e12,
+    r"L40": 181e12,
+    r"L4": 121e12,
+    r"GeForce RTX 5090": 209.5e12,
+    r"GeForce RTX 4090": 165e12,
+    r"GeForce RTX 3090": 71e12,
+    r"V100S-PCIE-32GB": 130e12,
+    r"V100-SXM2-(16|32)GB": 125e12,
+    r"V100-PCIE-(16|32)GB": 112e12,
+    r"T4": 65e12,
+}
 
 
 @cache
 def peak_flops(device: torch.device) -> tuple[float, str] | None:
-    """Peak operations per second of the device in bf16, and the source of that figure; None for a CPU.
+    """Peak operations per second of the device in 16 bits, and the source of that figure; None for a CPU.
 
     A GPU that is not in the table is measured by a large matrix product, which comes close to its peak.
     """
     if device.type == "cpu":
         return None
-    name = device_name(device)
-    for known, flops in PEAK_FLOPS:
-        if re.search(rf"\b{known}\b", name):
+    name = re.sub("^(NVIDIA|Tesla) ", "", device_name(device))
+    for known, flops in PEAK_FLOPS.items():
+        if re.fullmatch(known, name):
             return flops, "data sheet"
-    return measured_flops(device, torch.bfloat16), "measured"
+    dtype = torch.float16 if device.type == "cuda" and gpu_lacks_bf16() else torch.bfloat16
+    return measured_flops(device, dtype), "measured"
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, side: int = 8192) -> float:
@@ -119,8 +141,10 @@ def measured_flops(device: torch.device, dtype: torch.dtype, side: int = 8192) -
 
 def peak_memory_gb(device: torch.device) -> float:
     """Peak memory of this process in 10**9 bytes: on the GPU, or else in main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 1e9
+    if device.type in ("cuda", "xpu"):
+        return torch.get_device_module(device).max_memory_reserved(device) / 1e9
+    if device.type == "hpu":  # reserves the whole device
+        return torch.get_device_module(device).max_memory_allocated(device) / 1e9
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 1e9
     try:
@@ -131,6 +155,15 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def reset_peak_memory(device: torch.device):
+    """Let `peak_memory_gb` begin anew. On MPS, and on a CPU under another system than Linux, nothing can."""
+    if device.type in ("cuda", "xpu", "hpu"):
+        torch.get_device_module(device).reset_peak_memory_stats(device)
+    elif device.type == "cpu":
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
@@ -138,8 +171,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def device_name(device: torch.device) -> str:
     """A name that people recognize: that of the GPU, or of the processor with its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if device.type in ("cuda", "xpu", "hpu"):
+        return torch.get_device_module(device).get_device_name(device)
     if device.type == "mps":
         return f"Apple {platform.machine()} (MPS)"
     return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -14,6 +14,7 @@ IGNORE_INDEX = -100
 # more than the memory of a larger chunk is worth.
 CHUNK_TOKENS = {"cuda": 4096}
 CHUNK_TOKENS_ELSEWHERE = 1024
+FP16_ROOM = 64  # 4,096 times a hidden state of 1,000; fp16 ends at 65,504
 VOCABULARY_MULTIPLE = 64  # tensor cores take rows that are aligned; 50257 is odd
 
 
@@ -89,8 +90,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 hidden_grad[chunk] = grad @ matrix
             if needs_weight and dtype == torch.float32:
                 weight_grad.addmm_(grad.t(), x)
-            elif needs_weight:
-                weight_grad += grad.t() @ x
+            elif needs_weight:  # by a power of two smaller, or the sum over tokens may overflow in fp16
+                weight_grad.add_(grad.t() @ (x / FP16_ROOM), alpha=FP16_ROOM)
             del grad  # or it would be there beside the next one
         ctx.save_for_backward(hidden_grad, weight_grad[: weight.shape[0]] if needs_weight else None)
         ctx.weight_dtype = weight.dtype
@@ -112,8 +113,13 @@ def loss_and_gradient(x: Tensor, matrix: Tensor, bias: Tensor | None, labels: Te
     is_ignored = (labels == IGNORE_INDEX)[:, None]  # (n, 1)
     index = labels[:, None].masked_fill(is_ignored, 0)  # (n, 1)
     loss = -log_probabilities.gather(1, index).masked_fill(is_ignored, 0.0).sum()
-    grad = log_probabilities.exp_()  # in place: nobody needs the logarithms any more
-    grad.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=grad.dtype)).masked_fill_(is_ignored, 0.0)
+    if torch.compiler.is_compiling():  # all of it in one kernel, which writes nothing but the gradient in 16 bits
+        is_label = torch.arange(logits.shape[1], device=x.device) == index  # (n, V')
+        grad = log_probabilities.exp() - is_label.to(torch.float32)
+    else:
+        grad = log_probabilities.exp_()  # in place: nobody needs the logarithms any more
+        grad.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=grad.dtype))
+    grad = grad.masked_fill_(is_ignored, 0.0)
     # Without the 1/N of a mean, which fp16 could not hold: it comes in the backward pass.
     return loss, grad.to(x.dtype)
 

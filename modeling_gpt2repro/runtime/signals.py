@@ -18,6 +18,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from .network import MAX_SAVE_TIME
+
 EXIT_CODE = 143  # 128 + SIGTERM: schedulers read it as "terminated on request"
 # Ctrl-C reaches every process of a terminal, and a launcher may forward it to the same ones: still one Ctrl-C.
 SAME_CTRL_C_SECONDS = 2.0
@@ -47,7 +49,8 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo")  # on the CPU, so that no GPU is waited for
+            # On the CPU, so that no GPU is waited for. A process that saves comes to its next call that much later.
+            self._group = dist.new_group(backend="gloo", timeout=MAX_SAVE_TIME)
         for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"):
             number = getattr(signal, name, None)  # Windows lacks some of them
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP

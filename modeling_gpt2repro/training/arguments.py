@@ -95,9 +95,11 @@ class TrainArguments:
         "not given, weights are random.",
     )
     attn_implementation: str = arg(
-        default="sdpa",
-        choices=("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
-        help="Attention implementation. Kernels of other names on the Hub, code to download and run, are not accepted.",
+        default="auto",
+        choices=("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
+        help="Attention implementation. auto: that of the checkpoint, else the fastest that was measured on such a "
+        "device (python -m benchmarks.attention measures), else sdpa. Kernels of other names on the Hub, code to "
+        "download and run, are not accepted.",
     )
     document_mask: bool = arg(
         default=False,
@@ -297,7 +299,8 @@ class TrainArguments:
         default=False, help="Find the largest per_device_train_batch_size that fits into memory, and use it."
     )
     torch_compile: bool | None = arg(
-        default=None, help="Compile the training step with torch.compile. If not given, on CUDA only."
+        default=None,
+        help="Compile the training step with torch.compile, where it works. If not given, on CUDA and XPU only.",
     )
     deterministic: bool | None = arg(
         default=None,

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from modeling_gpt2repro.runs.folder import step_of
+from modeling_gpt2repro.runtime.attention import IMPLEMENTATIONS
 from modeling_gpt2repro.storage.checksums import verify_checksums
 from modeling_gpt2repro.storage.json_files import is_count, is_size, is_text, read_json_object, require, shown
 
@@ -61,24 +62,28 @@ def checkpoint_problem(checkpoint: Path, read_config: Callable[[Path], object]) 
 
 
 def read_checked_state(checkpoint: Path) -> dict:
-    """The checkpoint's state.json, with what older versions did not write.
+    """The checkpoint's state.json, with what older versions, or runs in another precision, did not write.
 
     Raises:
         ValueError: If no training can have written it.
     """
     try:
-        state = {"schedule": {}, "card": None, "optimizer": "adamw", **read_json_object(checkpoint / STATE_FILE)}
-        for name in ("progress", "data", "guard", "identity", "schedule"):
+        not_in_all = {"schedule": {}, "card": None, "optimizer": "adamw", "loss_scale": None, "attention": {}}
+        state = {**not_in_all, **read_json_object(checkpoint / STATE_FILE)}
+        for name in ("progress", "data", "guard", "identity", "schedule", "attention"):
             require(type(state.get(name)) is dict, f"{name} is {shown(state.get(name))}")
         step = step_of(checkpoint) if STEP_FOLDER.fullmatch(checkpoint.name) else None
         _check_progress(state["progress"], step)
         _check_data(state["data"], state["progress"]["step"])
         _check_guard(state["guard"])
+        _check_loss_scale(state["loss_scale"])
         _check_schedule(state["schedule"])
         origin, card = state.get("origin"), state["card"]
         require(is_text(origin), f"origin is {shown(origin)}")
         require(card is None or type(card) is dict, f"card is {shown(card)}")
         require(state["optimizer"] in OPTIMIZERS, f"optimizer is {shown(state['optimizer'])}")
+        attention = state["attention"].get("implementation")  # no name of a kernel that would be downloaded
+        require(not state["attention"] or attention in IMPLEMENTATIONS, f"attention is {shown(attention)}")
     except (OSError, ValueError) as error:
         raise ValueError(f"{STATE_FILE}: {error}") from None
     return state
@@ -143,6 +148,20 @@ def _check_guard(guard: dict):
     require(is_count(guard.get("good_steps")), f"good_steps is {shown(guard.get('good_steps'))}")
 
 
+def _check_loss_scale(scaler: dict | None):
+    """What `torch.amp.GradScaler` keeps; None if the run is not in fp16."""
+    if scaler is None:
+        return
+    limits = {"scale": (0, FLOAT32_LIMIT), "growth_factor": (1, 1e3), "backoff_factor": (0, 1)}
+    names = {*limits, "growth_interval", "_growth_tracker"}
+    require(type(scaler) is dict and set(scaler) == names, f"loss_scale is {shown(scaler)}")
+    for name, (low, high) in limits.items():
+        require(type(scaler[name]) in (int, float) and low < scaler[name] < high, f"{name} is {shown(scaler[name])}")
+    for name, minimum in (("growth_interval", 1), ("_growth_tracker", 0)):
+        fits = is_count(scaler[name], minimum) and scaler[name] < 2**31
+        require(fits, f"{name} is {shown(scaler[name])}")
+
+
 def _check_schedule(schedule: dict):
     """{} in checkpoints of older versions."""
     kind = schedule.get("lr_scheduler_type", "cosine")
@@ -175,7 +194,7 @@ def _check_random(path: Path):
     names = set()
     for name, tensor in _tensors(path, ("U8",)):
         names.add(name)
-        require(re.fullmatch(r"[0-9]+\.(cpu|cuda)", name) is not None, f"{path.name} has {shown(name)}")
+        require(re.fullmatch(r"[0-9]+\.(cpu|cuda|xpu|hpu|mps)", name) is not None, f"{path.name} has {shown(name)}")
         if name.endswith("cpu"):
             try:
                 torch.Generator().set_state(tensor)

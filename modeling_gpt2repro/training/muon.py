@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling_gpt2repro.runtime.fsdp import full_tensor, shard_like
+from modeling_gpt2repro.runtime.hardware import gpu_lacks_bf16
 
 MOMENTUM = 0.95  # this and the next three: Jordan 2024, as in torch.optim.Muon
 NEWTON_SCHULZ_STEPS = 5
@@ -66,8 +67,8 @@ class Muon(torch.optim.AdamW):
         # Two tensors that a loss scale or `step_unless` in train_accelerate.py may set, as for fused AdamW.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         skip = None if found_inf is None else found_inf.bool()  # on the device: reading it would wait for the step
-        # In 16 bits, since only directions count; a CPU may compute faster in 32.
-        dtype = torch.bfloat16 if parameters[0].is_cuda else torch.float32
+        # In 16 bits, since only directions count; what emulates bf16 computes faster in 32, and fp16 may lose all.
+        dtype = torch.bfloat16 if parameters[0].is_cuda and not gpu_lacks_bf16() else torch.float32
         directions = []
         for p in parameters:
             state = self.state[p]

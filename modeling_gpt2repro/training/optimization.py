@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+from accelerate.utils import is_torch_version
 from torch import nn
 from torch.optim import Optimizer
 
@@ -30,14 +31,16 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.95),
     epsilon: float = 1e-8,
     optimizer: str = "adamw",
+    device: torch.device | None = None,
 ) -> torch.optim.AdamW:
     """Build AdamW over two groups: tensors of two or more dimensions are decayed, biases and norms are not.
 
-    Fused into one kernel per step, where torch has one for the device.
+    Fused into one kernel per step, where torch has one for the device that can skip the step (`is_fused_on`).
 
     Args:
         optimizer: `adamw`; or `muon`, where the matrices in the blocks have groups of their own, see `Muon`. All groups
             share the learning rate.
+        device: Where the parameters will be at the first step; by default, where they are.
 
     Raises:
         ValueError: If it is neither, or Muon finds no such matrices.
@@ -55,9 +58,18 @@ def build_optimizer(
         *by_muon,
     ]
     # Unfused AdamW launches several kernels per tensor; fused, the update of all 148 tensors is a few kernels.
-    fused = all(parameter.device.type in ("cpu", "cuda", "mps") for parameter in parameters)
+    fused = is_fused_on(parameters[0].device if device is None else device)
     algorithm = Muon if by_muon else torch.optim.AdamW
     return algorithm(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=fused)
+
+
+def is_fused_on(device: torch.device) -> bool:
+    """Whether fused AdamW leaves everything as it is on this device when the tensor `found_inf` says so.
+
+    A step whose loss is not a number is skipped that way (`step_unless` in train_accelerate.py). On MPS the kernel
+    ignored the tensor until torch 2.13 (pytorch#186360). Others are not known to read it: there the host decides.
+    """
+    return device.type in ("cpu", "cuda") or (device.type == "mps" and is_torch_version(">=", "2.13"))
 
 
 def describe_optimizer(optimizer: Optimizer) -> str:

@@ -2,10 +2,11 @@
 
 Safetensors run no code when they are loaded. `wte.weight.exp_avg` is named after the parameter and holds the full
 tensor, whether it was trained on one process, under DDP or sharded; so a checkpoint of one resumes as another. Random
-states are per process: `0.cpu`, `0.cuda`.
+states are per process: `0.cpu`, `0.cuda`, and so for xpu, hpu and mps.
 """
 
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from accelerate import Accelerator
@@ -46,16 +47,19 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer):
             state = {}
             for kind in kinds[name]:
                 tensor = file.get_tensor(f"{name}.{kind}")
-                is_scalar = kind == "step"  # never sharded
-                state[kind] = tensor.to(parameter.device, copy=True) if is_scalar else shard_like(tensor, parameter)
+                if kind == "step":  # a scalar, never sharded; read by the kernel if AdamW is fused, else by the host
+                    state[kind] = tensor.to(parameter.device if optimizer.defaults["fused"] else "cpu", copy=True)
+                else:
+                    state[kind] = shard_like(tensor, parameter)
             optimizer.state[parameter] = state
 
 
 def random_tensors(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     """The states of torch's generators on all processes, all of which must call this."""
-    states = {f"{accelerator.process_index}.cpu": torch.get_rng_state()}
-    if accelerator.device.type == "cuda":
-        states[f"{accelerator.process_index}.cuda"] = torch.cuda.get_rng_state(accelerator.device)
+    states = {
+        f"{accelerator.process_index}.{kind}": generators.get_rng_state()
+        for kind, generators in _generators(accelerator).items()
+    }
     return {name: state for of_process in gather_object([states]) for name, state in of_process.items()}
 
 
@@ -63,10 +67,15 @@ def load_random(folder: Path, accelerator: Accelerator):
     """Set this process's generators; a process that did not exist when the checkpoint was written keeps its own."""
     with safe_open(folder / RANDOM_FILE, framework="pt") as file:
         names = set(file.keys())
-        if f"{accelerator.process_index}.cpu" in names:
-            torch.set_rng_state(file.get_tensor(f"{accelerator.process_index}.cpu"))
-        if accelerator.device.type == "cuda" and f"{accelerator.process_index}.cuda" in names:
-            torch.cuda.set_rng_state(file.get_tensor(f"{accelerator.process_index}.cuda"), accelerator.device)
+        for kind, generators in _generators(accelerator).items():
+            if (name := f"{accelerator.process_index}.{kind}") in names:
+                generators.set_rng_state(file.get_tensor(name))
+
+
+def _generators(accelerator: Accelerator) -> dict[str, ModuleType]:
+    """Kind of device -> the module that has the random state of this process's device: torch itself for the CPU."""
+    kind = accelerator.device.type
+    return {"cpu": torch} | ({} if kind == "cpu" else {kind: torch.get_device_module(kind)})
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path):

@@ -8,7 +8,6 @@ import os
 import tracemalloc
 from pathlib import Path, PureWindowsPath
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -120,6 +119,7 @@ def test_documents_without_ids_get_the_name_of_the_file_and_the_row(tmp_path):
 
 
 def test_what_datasets_saves_is_read_as_a_folder(tmp_path):
+    datasets = pytest.importorskip("datasets")
     saved = datasets.Dataset.from_dict({"text": TEXTS})
     datasets.DatasetDict({"train": saved, "more": saved}).save_to_disk(tmp_path / "saved")
     source = local_source([str(tmp_path / "saved")])

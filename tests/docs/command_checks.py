@@ -43,6 +43,9 @@ def check_command(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
         check_program(load_module(arguments[1]), arguments[2:], tmp_path, monkeypatch)
     elif program == "python":
         check_program(load_script(arguments[0]), arguments[1:], tmp_path, monkeypatch)
+    elif program == "bash":
+        assert (ROOT / arguments[0]).is_file(), f"there is no {arguments[0]}"
+        check_program(load_module(f"benchmarks.{Path(arguments[0]).stem}"), arguments[1:], tmp_path, monkeypatch)
     elif program == "sbatch":
         script = next(place for place, word in enumerate(arguments) if word.endswith(".sbatch"))
         assert (ROOT / arguments[script]).is_file(), f"there is no {arguments[script]}"
@@ -168,7 +171,8 @@ def load_module(name: str):
     if name.split(".")[0] not in (PACKAGE, "benchmarks"):
         assert importlib.util.find_spec(name), f"there is no module {name}"
         return argparse.Namespace(__name__=name)
-    module = importlib.import_module(name)
+    package = importlib.util.find_spec(name).submodule_search_locations
+    module = importlib.import_module(f"{name}.__main__" if package else name)
     return sys.modules[module.main.__module__]
 
 

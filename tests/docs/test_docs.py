@@ -15,7 +15,9 @@ import pytest
 from command_checks import check_command, known_flags
 from markdown_pages import PAGES, README, ROOT, anchors_of, blocks_of, named_files, named_functions, written_commands
 
-from benchmarks import first_model, first_model_page, memory, recipes_report
+from benchmarks import first_model, memory
+from benchmarks.reports import first_model_page, ladder, recipes_report, results_table
+from benchmarks.reports.page import split_page
 
 PACKAGE = "modeling_gpt2repro"
 README_LINES = 200
@@ -162,7 +164,7 @@ def test_the_figures_are_those_of_the_results_files():
 def test_the_table_of_recipes_is_that_of_its_results():
     page = ROOT / "docs" / "recipes.md"
     results = json.loads((ROOT / "benchmarks" / "results" / "recipes_cpu.json").read_text())
-    before, after = recipes_report.split_page(page)
+    before, after = split_page(page, recipes_report.MARKERS)
     assert page.read_text(encoding="utf-8") == before + recipes_report.table(results) + after
 
 
@@ -172,6 +174,19 @@ def test_the_table_of_memory_is_that_of_its_results():
     assert memory.table(results) in page
     for check in [check for result in results for check in result["checks"]]:
         assert check["reckoned"] == pytest.approx(check["measured"], rel=0.1)
+
+
+def test_the_tables_of_performance_are_those_of_their_results():
+    page = ROOT / "docs" / "performance.md"
+    folder = ROOT / "benchmarks" / "results"
+    [result] = json.loads((folder / "speed_ladder_cpu.json").read_text())
+    measured = json.loads((folder / "amd-epyc-1-threads.json").read_text())
+    for markers, table in (
+        (ladder.MARKERS, ladder.table(result)),
+        (results_table.MARKERS, results_table.table(measured)),
+    ):
+        before, after = split_page(page, markers)
+        assert page.read_text(encoding="utf-8") == before + table + after
 
 
 def test_the_lesson_is_made_of_its_results():

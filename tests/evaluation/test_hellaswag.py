@@ -232,6 +232,17 @@ def test_a_batch_fills_an_accelerator_but_not_its_memory_with_logits():
             assert 1.9e9 < logits_bytes <= 2e9
 
 
+@pytest.mark.parametrize("trained_with", ["eager", "flash_attention_2"])
+def test_fp32_weights_are_scored_by_sdpa_whatever_they_are_trained_with(make_model, trained_with):
+    model = make_model("ours", 97)
+    model.config._attn_implementation = trained_with
+    with without_autocast(model):
+        assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == trained_with
+    with without_autocast(model.bfloat16()):
+        assert model.config._attn_implementation == trained_with
+
+
 def test_a_model_under_autocast_is_scored_in_its_weights_own_precision(make_model, hellaswag_tokenizer, hellaswag_rows):
     AcceleratorState._reset_state(reset_partial_state=True)  # other tests have made one without mixed precision
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")

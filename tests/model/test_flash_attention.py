@@ -13,7 +13,7 @@ import torch
 import toy_runs
 from transformers import DataCollatorWithFlattening, modeling_flash_attention_utils
 
-from modeling_gpt2repro.runtime import accelerator as launch
+from modeling_gpt2repro.runtime import precision
 
 
 def exact_attention(q, k, v, softmax_scale, causal):
@@ -255,7 +255,7 @@ def test_training_with_flash_attention_logs_what_sdpa_logs(shards, flash, tmp_pa
     """Mixed precision, because the kernels take 16 bits only; HellaSwag is scored in fp32 with sdpa."""
     name, calls = flash
     monkeypatch.setitem(toy_runs.CPU_FP32, "ACCELERATE_MIXED_PRECISION", "bf16")
-    monkeypatch.setattr(launch, "cpu_lacks_bf16", lambda: False)
+    monkeypatch.setattr(precision, "cpu_lacks_bf16", lambda: False)
     runs = {}
     for attention in ("sdpa", name):
         runs[attention] = tmp_path / attention

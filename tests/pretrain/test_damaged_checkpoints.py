@@ -55,6 +55,8 @@ def load(folder):
     state = checkpoints.read_state(checkpoint)
     TrainState().load_state_dict(state["progress"])
     OutlierDetector(torch.device("cpu"), skip_outliers=True).load_state_dict(state["guard"])
+    if state["loss_scale"] is not None:
+        torch.amp.GradScaler("cpu").load_state_dict(state["loss_scale"])
     with checkpoints.raise_if_corrupt(checkpoint):
         load_optimizer(checkpoint / STATE_FOLDER, model, build_optimizer(model, 1e-3))
         load_random(checkpoint / STATE_FOLDER, Accelerator(cpu=True))
@@ -147,6 +149,11 @@ def stream(**values):
     return lambda state: state.update(data={"next_step": 30, "lanes": {"0": [0, 1], "1": [2, 3]}, **values})
 
 
+def scaler(**values):
+    """As a run in fp16 writes it, but for `values`."""
+    return lambda state: state.update(loss_scale=torch.amp.GradScaler("cpu").state_dict() | values)
+
+
 WINDOW = [[1.0] * 128, [1.0] * 128]
 STATES = {
     **{f"no {name}": (lambda state, name=name: state.pop(name), f"{name} is None") for name in
@@ -175,6 +182,12 @@ STATES = {
     "negative good steps": (updated("guard", window=WINDOW, good_steps=-3), "good_steps is -3"),
     "no tokens a step": (updated("schedule", tokens_per_step=0), "tokens_per_step is 0"),
     "text as rate": (updated("schedule", learning_rate="1e-3"), "learning_rate is '1e-3'"),
+    "text as loss scale": (lambda state: state.update(loss_scale="x"), "loss_scale is 'x'"),
+    "half a loss scale": (lambda state: state.update(loss_scale={"scale": 4.0}), "loss_scale is {'scale': 4.0}"),
+    "no loss scale left": (scaler(scale=0), "scale is 0"),
+    "a scale that shrinks": (scaler(growth_factor=0.5), "growth_factor is 0.5"),
+    "no interval": (scaler(growth_interval=0), "growth_interval is 0"),
+    "text as tracker": (scaler(_growth_tracker=""), "_growth_tracker is ''"),
     "half a schedule": (lambda state: state["schedule"].pop("warmup_tokens"), "warmup_tokens is None"),
     "half a character": (lambda state: state.update(origin="\ud800"), r"origin is '\ud800'"),
     "unknown optimizer": (lambda state: state.update(optimizer="sgd"), "optimizer is 'sgd'"),
@@ -191,9 +204,9 @@ def test_a_state_that_no_training_writes(checkpoint, kind):
     assert f"is damaged (training_state/state.json: {sentence}" in refusal(checkpoint)
 
 
-def test_states_of_streams_and_of_older_versions_load(checkpoint):
+def test_states_of_streams_of_fp16_and_of_older_versions_load(checkpoint):
     older = [lambda state: state.pop("schedule"), lambda state: state.pop("optimizer")]
-    for change in (stream(), updated("guard", window=WINDOW, good_steps=3), *older):
+    for change in (stream(), updated("guard", window=WINDOW, good_steps=3), scaler(), *older):
         edit_json(checkpoint / STATE_FILE, change)
         seal(checkpoint)
         load(checkpoint)

@@ -17,14 +17,71 @@ def test_emulated_bf16_is_noticed(warm_python):
     assert result.stdout == "True\n", result.stderr
 
 
-def test_the_peak_of_a_gpu_is_found_by_a_word_of_its_name(monkeypatch):
-    device = torch.device("cuda")
-    for name, flops in (("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12)):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert hardware.peak_flops.__wrapped__(device) == (flops, "data sheet")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX A4000")  # no A40
-    monkeypatch.setattr(hardware, "measured_flops", lambda device, dtype: 7e12)
-    assert hardware.peak_flops.__wrapped__(device) == (7e12, "measured")
+@pytest.fixture
+def peak_of(monkeypatch):
+    """peak_of(name of a GPU, has_bf16) -> its peak and where that comes from; 7e12 if it is measured."""
+
+    def peak(name: str, has_bf16: bool = True) -> tuple[float, str]:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
+        rates = {torch.bfloat16 if has_bf16 else torch.float16: 7e12}
+        monkeypatch.setattr(hardware, "measured_flops", lambda device, dtype: rates[dtype])
+        return hardware.peak_flops.__wrapped__(torch.device("cuda"))
+
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("A100-SXM4-40GB", 312),  # as older drivers name it
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA RTX A6000", 155),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("GeForce RTX 3090", 71),
+        ("Tesla T4", 65),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("Tesla V100-PCIE-32GB", 112),
+        ("Tesla V100S-PCIE-32GB", 130),
+    ],
+)
+def test_the_peak_of_a_gpu_is_found_by_its_name(peak_of, name, teraflops):
+    assert peak_of(name) == (teraflops * 1e12, "data sheet")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+        "NVIDIA H200 MIG 1g.18gb",
+        "GRID A100-10C",
+        "NVIDIA A40-8Q",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA GeForce RTX 4080 SUPER",
+        "NVIDIA RTX A4000",
+        "NVIDIA A10G",
+    ],
+)
+def test_a_part_or_a_relative_of_a_known_gpu_is_measured(peak_of, name):
+    assert peak_of(name) == (7e12, "measured")
+
+
+def test_a_gpu_without_bf16_is_measured_in_fp16_and_a_cpu_has_no_peak(peak_of):
+    assert peak_of("NVIDIA GeForce RTX 2080 Ti", has_bf16=False) == (7e12, "measured")
     assert hardware.peak_flops.__wrapped__(torch.device("cpu")) is None
 
 

@@ -60,6 +60,18 @@ def test_sixteen_bits_give_the_gradients_of_32_to_their_rounding(small_chunks, d
         assert (gradient / scale - expected).norm() < 2 * epsilon * expected.norm()
 
 
+def test_a_text_that_repeats_one_token_does_not_overflow_in_fp16():
+    """The gradient of its row is a sum over a thousand tokens, which no loss scale makes smaller: it comes later."""
+    hidden_states, weight, _ = problem(1000)
+    hidden_states = (hidden_states.detach() - 100).requires_grad_()  # GPT-2 has such dimensions
+    weight = (weight.detach() / 100).requires_grad_()
+    labels = torch.full((1, 1000), 3)
+    exact = gradients(reference, hidden_states, weight, labels)[2]
+    gradient = gradients(linear_cross_entropy, hidden_states, weight, labels, dtype=torch.float16)[2]
+    assert exact.abs().max() > torch.finfo(torch.float16).max
+    torch.testing.assert_close(gradient, exact, atol=1e-3 * exact.abs().max().item(), rtol=0)
+
+
 def test_sixteen_bits_align_the_vocabulary_and_nothing_of_it_shows(small_chunks):
     hidden_states, weight, labels = problem(40)
     matrix, bias = aligned_weight(weight.detach(), torch.bfloat16)

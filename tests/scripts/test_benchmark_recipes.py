@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import recipes, recipes_report
+from benchmarks import recipes
+from benchmarks.reports import recipes_report
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.training.optimization import scheduled_learning_rate
 

@@ -1,10 +1,12 @@
 """The benchmarks run, and what they compare computes the same."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,28 +15,41 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import harness, hellaswag, prepare
+from benchmarks import harness, hellaswag, prepare, training_step
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY / "../shared/data"
 
 
 @pytest.fixture(scope="module")
-def benchmark_run(warm_python, tmp_path_factory) -> tuple[Path, str]:
-    """The results file of a toy run, and what it printed."""
+def benchmark_run(tmp_path_factory) -> tuple[Path, str]:
+    """The results file of a toy run, and what it printed. Only the processes that it starts compute anything."""
     output = tmp_path_factory.mktemp("benchmark") / "results" / "training_step.json"
     flags = ["--shape", "toy", "--device", "cpu", "--rounds", "2", "--steps", "2", "--micro_batches", "2"]
-    return output, warm_python.run("-m", "benchmarks.training_step", *flags, "--output", output).stdout
+    flags += ["--against", "stock", "lecture", "trainer", "--output", str(output)]
+    with redirect_stdout(io.StringIO()) as printed:
+        training_step.main(flags)
+    return output, printed.getvalue()
 
 
-def test_our_step_and_the_plain_loop_have_the_same_losses(benchmark_run):
+def test_our_step_and_those_of_others_have_the_same_losses(benchmark_run):
     [result] = json.loads(benchmark_run[0].read_text())
-    ours = result["losses"]["ours"]
-    stock = result["losses"]["stock"]
-    assert len(ours) == len(stock) == 2 + 2 * 2  # warm-up, rounds x steps
+    ours = result["losses"].pop("ours")
+    assert len(ours) == 2 + 2 * 2  # warm-up, rounds x steps
     assert len(set(ours)) == len(ours)  # every step has its own sequences
-    np.testing.assert_allclose(ours, stock, rtol=0, atol=1e-5)
-    assert result["largest_loss_difference"] == np.abs(np.subtract(ours, stock)).max()
+    assert ours[0] - ours[-1] > 0.1  # which teach so much that a step without an update would show
+    assert result["losses"].keys() == {"stock", "lecture", "trainer"}
+    for losses in result["losses"].values():
+        np.testing.assert_allclose(losses, ours, rtol=0, atol=1e-5)
+    differences = [np.abs(np.subtract(ours, losses)).max() for losses in result["losses"].values()]
+    assert result["largest_loss_difference"] == max(differences)
+
+
+def test_a_step_that_computes_something_else_ends_the_benchmark():
+    assert training_step.compare_losses([8.0, 7.5], [8.0, 7.50005], "stock", "fp32") == pytest.approx(5e-5)
+    for losses, dtype in (([8.0, 7.502], "fp32"), ([8.0, 7.52], "bf16"), ([8.0, float("nan")], "bf16")):
+        with pytest.raises(SystemExit, match=r"stock computes something else: its losses are up to .* nothing was"):
+            training_step.compare_losses([8.0, 7.5], losses, "stock", dtype)
 
 
 def test_training_step_benchmark_writes_the_sources_of_its_figures(benchmark_run):
@@ -45,19 +60,44 @@ def test_training_step_benchmark_writes_the_sources_of_its_figures(benchmark_run
     assert result["settings"]["micro_batches"] == 2
     assert {"cpu", "threads", "system", "load_average_before"} <= set(result["machine"])
     assert set(result["versions"]) == {"python", "torch", "transformers", "accelerate", "numpy"}
-    for side in ("ours", "stock"):
+    for side in ("ours", "stock", "lecture", "trainer"):
         assert result["step_seconds"][side] > 0
         assert result["peak_memory_bytes"][side] > 0
-    for ratio in result["stock_over_ours"].values():
-        assert 0 < ratio["lower_quartile"] <= ratio["median"] <= ratio["upper_quartile"]
-    assert f"ours is {result['stock_over_ours']['seconds']['median']:.3f} times as fast" in printed
+    # Two layers, 64 wide, and 512 ids; without the position embedding.
+    parameters = 2 * (12 * 64**2 + 13 * 64) + 512 * 64 + 2 * 64
+    assert result["flops"]["per_step"] == (6 * parameters + 12 * 2 * 64 * 64) * 2 * 2 * 64
+    for peer in ("stock", "lecture", "trainer"):
+        for ratio in result[f"{peer}_over_ours"].values():
+            assert 0 < ratio["lower_quartile"] <= ratio["median"] <= ratio["upper_quartile"]
+        assert f"ours is {result[f'{peer}_over_ours']['seconds']['median']:.3f} times as fast as {peer}" in printed
 
 
-def test_a_results_file_keeps_the_latest_result_of_each_setting(tmp_path):
+def test_a_side_whose_process_dies_ends_the_benchmark_in_one_sentence():
+    sentence = r"a process of the benchmark \(exit 3\) died: see its error above\."
+    with harness.kept_process(sys.exit, 3) as call, pytest.raises(SystemExit, match=sentence):
+        call()
+
+
+def result_of(benchmark: str, dtype: str, speed: int) -> dict:
+    command = f"python -m benchmarks.{benchmark} --dtype {dtype}"
+    return {"command": command, "settings": {"dtype": dtype}, "machine": {}, "versions": {}, "speed": speed}
+
+
+def test_a_results_file_keeps_the_latest_result_of_each_benchmark_and_setting(tmp_path):
     file = tmp_path / "results.json"
     for dtype, speed in (("fp32", 1), ("bf16", 2), ("fp32", 3)):
-        harness.add_to_file(file, {"settings": {"dtype": dtype}, "speed": speed})
-    assert [result["speed"] for result in json.loads(file.read_text())] == [2, 3]
+        harness.add_to_file(file, result_of("rows", dtype, speed))
+    harness.add_to_file(file, result_of("prepare", "fp32", 4))
+    assert [result["speed"] for result in json.loads(file.read_text())] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("text", ["[", '{"a": 1}', '[{"command": "python"}]', "[1]"])
+def test_a_damaged_results_file_is_left_as_it_is(text, tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"results.json is not a list of results .*: delete it, or give another"):
+        harness.add_to_file(file, result_of("rows", "fp32", 1))
+    assert file.read_text() == text
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="GPT-2's vocabulary is not in ../shared/data")

@@ -11,24 +11,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from launching import CONFIGS, launcher_arguments, launcher_environment
 from patience import PATIENCE_SECONDS, wait_until
 
+from modeling_gpt2repro.runtime.accelerator import build_fsdp_plugin
 from modeling_gpt2repro.training.arguments import TrainArguments
 
-CONFIGS = Path(__file__).parents[2] / "accelerate_configs"
 YAML_FILES = sorted(CONFIGS.glob("*.yaml"))
 SBATCH = CONFIGS / "slurm.sbatch"
-
-
-def launcher_arguments(config, *more):
-    """The arguments of `accelerate launch` after it has read a configuration and its command line."""
-    command = ["--config_file", str(CONFIGS / config), *more, "train_accelerate.py"]
-    return _validate_launch_command(launch_command_parser().parse_args(command))[0]
 
 
 @pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: path.name)
@@ -52,19 +47,33 @@ def test_two_machines_start_eight_processes_each_and_meet_at_the_first():
     assert load_config_from_file(str(CONFIGS / "2x8_multinode.yaml")).main_process_port == 29500
 
 
-def test_fsdp2_shards_by_the_models_block(tiny_model, monkeypatch):
-    environment = prepare_multi_gpu_env(launcher_arguments("fsdp2.yaml", "--main_process_port", "0"))
+def test_fsdp2_shards_by_the_models_block_and_adds_gradients_up_in_fp32(tiny_model, monkeypatch):
+    environment = launcher_environment("fsdp2.yaml", "--fsdp_offload_params", "true")
     for name, value in environment.items():
-        if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP")):
-            monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name, value)
     assert environment["ACCELERATE_USE_FSDP"] == "true"
-    plugin = FullyShardedDataParallelPlugin()
+    plugin = build_fsdp_plugin(environment["ACCELERATE_MIXED_PRECISION"])
     assert plugin.fsdp_version == 2
     assert plugin.reshard_after_forward is True
     assert plugin.cpu_ram_efficient_loading is False
     assert plugin.state_dict_type.name == "FULL_STATE_DICT"
+    assert type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy"  # an option of the user's
     plugin.set_auto_wrap_policy(tiny_model)  # raises if the model has no such class
     assert plugin.auto_wrap_policy.keywords["transformer_layer_cls"] == {type(tiny_model.transformer.h[0])}
+    plugin.set_mixed_precision("bf16")  # as accelerate does
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
+    assert build_fsdp_plugin("no").mixed_precision_policy is None
+
+
+def test_only_the_second_version_of_fsdp_is_used(monkeypatch, one_sentence):
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    assert build_fsdp_plugin("bf16") is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.delenv("FSDP_VERSION", raising=False)  # accelerate's default is the first
+    with pytest.raises(ValueError, match="FSDP version 1") as error:
+        build_fsdp_plugin("bf16")
+    assert "fsdp_version: 2" in one_sentence(error)
 
 
 # A step of one task per machine. Like Slurm's: options first, SIGUSR1 is forwarded to the tasks, SIGTERM kills them.

@@ -35,7 +35,7 @@ import train_accelerate
 from modeling_gpt2repro.pretrain import checkpointing, setup
 from modeling_gpt2repro.runs.read import read_metrics
 from modeling_gpt2repro.runtime import signals
-from modeling_gpt2repro.runtime.accelerator import MAX_SAVE_TIME
+from modeling_gpt2repro.runtime.network import MAX_SAVE_TIME
 from modeling_gpt2repro.runtime.signals import requested_num_processes
 
 
@@ -79,7 +79,7 @@ def test_a_signal_at_the_last_step_or_during_an_evaluation_costs_nothing(finishe
 
 
 def make_nan(take_step, model):
-    embedding = model.get_input_embeddings()
+    embedding = model.model.get_input_embeddings()
     hook = embedding.register_forward_hook(lambda module, inputs, output: output * math.nan)
     try:
         return take_step()

@@ -6,7 +6,8 @@ from itertools import combinations
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from benchmarks import first_model, first_model_page
+from benchmarks import first_model
+from benchmarks.reports import first_model_page
 
 NAMES = ("story", "table", "samples", "kinds")
 SECONDS = {"2-lecture": 10.0, "2-muon": 10.4, "4-lecture": 9.6, "4-muon": 10.0}

@@ -38,7 +38,8 @@ def golden_file(order: str, precision: str, processes: int) -> Path:
 def run_ten_steps(warm_python, shards: Path, output_dir: Path, order: str, precision: str, processes: int) -> str:
     """Train for ten steps of 8 sequences, in micro-batches of 2; returns what was printed."""
     sizes = {"train_tokens": STEPS * 8 * 32, "warmup_tokens": 3 * 8 * 32, "per_device_train_batch_size": 2}
-    flags = toy_flags(output_dir, shards, **sizes, eval_steps=0, save_steps=0, num_samples=0, hellaswag="none")
+    others = {"eval_steps": 0, "save_steps": 0, "num_samples": 0, "hellaswag": "none", "attn_implementation": "sdpa"}
+    flags = toy_flags(output_dir, shards, **sizes, **others)
     environment = CPU_FP32 | {"ACCELERATE_MIXED_PRECISION": {"fp32": "no", "bf16": "bf16"}[precision]}
     command = {"argsort": ("-c", PROGRAM), "keyed": (SCRIPT,)}[order]
     return warm_python.run_together(processes, *command, *flags, **environment)[0].stdout

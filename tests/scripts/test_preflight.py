@@ -1,11 +1,13 @@
 """train_accelerate.py --preflight and --find_batch_size, as a whole."""
 
 import shutil
+import signal
 
 import pytest
-from toy_runs import logged_values, train_here
+from toy_runs import CPU_FP32, at_step, logged_values, send_signal, toy_flags, train_here
 
 from modeling_gpt2repro.pretrain import checkpointing
+from modeling_gpt2repro.runtime.network import MAX_SAVE_TIME
 
 
 def test_a_preflight_leaves_nothing_behind_and_does_not_change_the_run(finished, shards, tmp_path, capsys):
@@ -47,3 +49,44 @@ def test_a_preflight_reports_a_disk_that_is_full(shards, tmp_path, monkeypatch, 
     monkeypatch.setattr(checkpointing, "save_hub_folder", full)
     assert train_here(tmp_path / "run", shards, preflight=True) == 1
     assert "(No space left on device): free some space there" in capsys.readouterr().out
+
+
+# In the second of two processes a signal arrives while a step is trained.
+SIGNALLED = """
+import os, signal, sys
+import torch
+import train_accelerate
+from modeling_gpt2repro.runtime.signals import StopSignal
+
+train_step, enter = train_accelerate.train_step, StopSignal.__enter__
+
+def signalled(*arguments, **limits):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return train_step(*arguments, **limits)
+
+def entered(self):
+    enter(self)
+    print("time-out", self._group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+    return self
+
+train_accelerate.train_step, StopSignal.__enter__ = signalled, entered
+train_accelerate.main(sys.argv[1:])
+"""
+
+
+def test_a_signal_to_one_of_two_processes_ends_the_preflight_of_both(shards, warm_python, tmp_path):
+    flags = [*toy_flags(tmp_path / "run", shards), "--preflight"]
+    ended = warm_python.run_together(2, "-c", SIGNALLED, *flags, check=False, **CPU_FP32)
+    assert [process.returncode for process in ended] == [143, 143], ended
+    assert "The preflight was stopped by SIGUSR1, and nothing of it is kept." in ended[0].stdout
+    assert "tokens/s" not in ended[0].stdout
+    assert [f"time-out {MAX_SAVE_TIME.total_seconds()}" in process.stdout for process in ended] == [True, True]
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_preflight_ends_at_ctrl_c(shards, terminal_signals, tmp_path, monkeypatch, capsys):
+    at_step(monkeypatch, 2, send_signal(signal.SIGINT))
+    assert train_here(tmp_path / "run", shards, preflight=True) == 143
+    assert "stopped by SIGINT" in capsys.readouterr().out
+    assert list((tmp_path / "run").iterdir()) == []

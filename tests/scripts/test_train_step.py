@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from steps import accelerator_for, random_sequences, take_step
+from accelerate.state import AcceleratorState
+from steps import accelerator_for, in_fp16, random_sequences, take_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_gpt2repro.data.batches.read_ahead import ReadAhead
@@ -52,7 +53,7 @@ def test_the_gradient_is_clipped_and_the_norm_is_that_before_clipping(tiny_model
     accelerator = accelerator_for(1)
     model, optimizer = accelerator.prepare(tiny_model, torch.optim.SGD(tiny_model.parameters(), lr=1.0))
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    _, norm, _ = take_step(accelerator, model, optimizer, random_sequences(4), micro_batch_size=4, max_grad_norm=0.01)
+    _, norm, *_ = take_step(accelerator, model, optimizer, random_sequences(4), micro_batch_size=4, max_grad_norm=0.01)
     moved = math.sqrt(sum(((a - b) ** 2).sum().item() for a, b in zip(before, model.parameters(), strict=True)))
     assert norm > 0.1
     assert moved == pytest.approx(0.01, rel=1e-3)
@@ -119,7 +120,7 @@ def test_a_step_that_is_not_skipped_is_that_of_plain_adamw():
 
 
 class CopiesBetweenDevices(TorchDispatchMode):
-    """Records each copy: its shape, and whether the host continues meanwhile."""
+    """Records the shape of each copy. `tests/runtime/test_devices.py` shows for which the host waits."""
 
     def __init__(self):
         super().__init__()
@@ -129,13 +130,16 @@ class CopiesBetweenDevices(TorchDispatchMode):
         result = operation(*arguments, **(options or {}))
         tensors = [value for value in (result, *arguments) if isinstance(value, torch.Tensor)]
         if "copy" in str(operation) and len({tensor.device for tensor in tensors}) > 1:
-            self.seen.append((tuple(result.shape), (options or {}).get("non_blocking", False)))
+            self.seen.append(tuple(result.shape))
         return result
 
 
 @pytest.fixture
 def meta_run(tiny_config, tmp_path, monkeypatch):
-    """meta_run(skip_outliers, kind of optimizer) on torch's meta device, which holds no numbers: reading one raises."""
+    """meta_run(skip_outliers, kind of optimizer, is_fp16) on torch's meta device, which holds no numbers.
+
+    Reading one raises.
+    """
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
     meta = torch.device("meta")
@@ -144,7 +148,7 @@ def meta_run(tiny_config, tmp_path, monkeypatch):
     # Kernels only infer shapes there, the fused optimizer's too, which torch does not offer.
     monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"])
 
-    def run(skip_outliers: bool, kind: str) -> SimpleNamespace:
+    def run(skip_outliers: bool, kind: str, is_fp16: bool) -> SimpleNamespace:
         with meta:
             model = GPT2ReproForCausalLM(tiny_config).train()
         accelerator = accelerator_for(2)
@@ -152,6 +156,8 @@ def meta_run(tiny_config, tmp_path, monkeypatch):
         groups = [{**group, "fused": True} for group in optimizer.param_groups]
         optimizer = type(optimizer)(groups, fused=True)
         model, optimizer = accelerator.prepare(ModelWithLoss(model), optimizer, device_placement=[False, False])
+        if is_fp16:
+            in_fp16(accelerator)
         sequences = TokenSequences([np.arange(1000) % 97], 32)
         return SimpleNamespace(
             accelerator=accelerator,
@@ -168,26 +174,29 @@ def meta_run(tiny_config, tmp_path, monkeypatch):
             ),
         )
 
-    return run
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)  # later tests are not in fp16
 
 
+@pytest.mark.parametrize("is_fp16", [False, True])
 @pytest.mark.parametrize("skip_outliers", [False, True])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_the_device_is_waited_for_at_logging_steps_only(meta_run, skip_outliers, kind, monkeypatch):
-    run = meta_run(skip_outliers, kind)
+def test_the_device_is_waited_for_at_logging_steps_only(meta_run, skip_outliers, kind, is_fp16, monkeypatch):
+    run = meta_run(skip_outliers, kind, is_fp16)
     reads = []
 
     def read(numbers: torch.Tensor) -> list[list[float]]:
         reads.append(tuple(numbers.shape))
-        return [[3.0, 1.0, 0.0]] * len(numbers)
+        return [[3.0, 1.0, 0.0, 65536.0, 0.0][:width]] * len(numbers)
 
+    width = 5 if is_fp16 else 3  # loss, norm and whether it was skipped; loss scale, and whether it was too large
     monkeypatch.setattr(torch.Tensor, "tolist", read)
     with CopiesBetweenDevices() as copies:
         for step in range(1, 6):
             take_step_as_main_does(run, step)
-            # Loss, norm and whether it was skipped: of the first step alone, then after every second step.
-            assert reads == [(1, 3), (1, 3), (2, 3)][: 1 + step // 2]
-    assert copies.seen == [((2, 32), True)] * (5 * 2 * 2)  # steps, micro-batches of each, tensors of those
+            # Of the first step alone, then after every second step.
+            assert reads == [(1, width), (1, width), (2, width)][: 1 + step // 2]
+    assert copies.seen == [(2, 32)] * (5 * 2 * 2)  # steps, micro-batches of each, tensors of those
 
 
 def take_step_as_main_does(run: SimpleNamespace, step: int):

@@ -1,4 +1,4 @@
-"""Single optimizer steps of the training script, on the CPU and with random tokens."""
+"""Single optimizer steps of the training script, with random tokens."""
 
 import torch
 from accelerate import Accelerator
@@ -12,10 +12,10 @@ from modeling_gpt2repro.training.outliers import OutlierDetector
 from train_accelerate import train_step
 
 
-def accelerator_for(micro_batches: int) -> Accelerator:
-    """An accelerator on the CPU that accumulates the gradients of so many micro-batches."""
+def accelerator_for(micro_batches: int, device: str = "cpu", **options) -> Accelerator:
+    """An accelerator that accumulates the gradients of so many micro-batches; `options` are its own."""
     plugin = GradientAccumulationPlugin(num_steps=micro_batches, sync_with_dataloader=False)
-    return Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+    return Accelerator(cpu=device == "cpu", gradient_accumulation_plugin=plugin, **options)
 
 
 def random_sequences(count: int, length: int = 33, seed: int = 5) -> torch.Tensor:
@@ -40,5 +40,18 @@ def take_step(
         [as_batch(part.numpy(), pad_to=micro_batch_size) for part in parts],
         tokens_per_step=sequences[:, 1:].numel(),
         max_grad_norm=max_grad_norm,
-        detector=OutlierDetector(torch.device("cpu")),
+        detector=OutlierDetector(next(model.parameters()).device),
     )
+
+
+def in_fp16(accelerator: Accelerator, **scaler) -> Accelerator:
+    """What accelerate makes on a GPU: autocast to fp16, and a loss scale. On a CPU it has neither, but torch has both.
+
+    Args:
+        accelerator: Whose models are not prepared yet; those that are stay in fp32.
+        scaler: Of torch.amp.GradScaler, such as `init_scale`.
+    """
+    accelerator.state._mixed_precision = "fp16"
+    accelerator.native_amp = True
+    accelerator.scaler = torch.amp.GradScaler("cpu", **scaler)
+    return accelerator

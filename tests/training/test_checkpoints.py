@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import stat
+import sys
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -83,6 +85,34 @@ def test_loading_a_checkpoint_restores_what_was_saved(save, tiny_model, optimize
             assert torch.equal(fresh.state[parameter][kind], tensor)
     load_random(folder / "training_state", Accelerator(cpu=True))
     assert torch.equal(torch.rand(4), drawn)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_count_of_steps_is_loaded_to_where_adamw_reads_it(save, tiny_model, fused, monkeypatch):
+    """A fused kernel reads it on the device; any other AdamW would wait for the device once a tensor."""
+    folder = save(3)
+    fused_devices = sys.modules["torch.optim.optimizer"]
+    monkeypatch.setattr(fused_devices, "_get_fused_kernels_supported_devices", lambda: ["meta", "cpu"])
+    model = tiny_model.to("meta")  # stands for a GPU
+    model.tie_weights()
+    loaded = build_optimizer(model, 1e-3, device=torch.device("cuda" if fused else "xpu"))
+    load_optimizer(folder / "training_state", model, loaded)
+    assert {state["step"].device.type for state in loaded.state.values()} == {"meta" if fused else "cpu"}
+    assert {state["exp_avg"].device.type for state in loaded.state.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "hpu", "mps"])
+def test_the_random_state_of_a_device_is_saved_and_restored(save, kind, monkeypatch):
+    """The device's generator is played by one on the CPU."""
+    generator = torch.Generator().manual_seed(5)
+    functions = {"get_rng_state": generator.get_state, "set_rng_state": generator.set_state}
+    monkeypatch.setattr(torch, kind, SimpleNamespace(**functions), raising=False)
+    monkeypatch.setattr(Accelerator, "device", torch.device(kind))
+    folder = save(3)
+    drawn = torch.rand(4, generator=generator)
+    checkpoints.read_state(folder, IDENTITY)  # which refuses what it does not know
+    load_random(folder / "training_state", Accelerator(cpu=True))
+    assert torch.equal(torch.rand(4, generator=generator), drawn)
 
 
 def test_nothing_in_a_checkpoint_can_run_code(save):

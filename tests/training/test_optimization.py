@@ -2,9 +2,19 @@
 
 import itertools
 
+import accelerate.utils.versions
 import pytest
+import torch
+from packaging.version import Version
+from toy_runs import toy_flags
 
-from modeling_gpt2repro.training.optimization import build_optimizer, learning_rate_at, scheduled_learning_rate
+import train_accelerate
+from modeling_gpt2repro.training.optimization import (
+    OPTIMIZERS,
+    build_optimizer,
+    learning_rate_at,
+    scheduled_learning_rate,
+)
 
 
 def test_the_rate_warms_up_linearly_and_falls_to_a_tenth():
@@ -60,6 +70,38 @@ def test_only_matrices_and_embeddings_are_decayed(tiny_model):
     assert len(decay) == len(list(tiny_model.parameters()))
 
 
-def test_the_optimizer_is_fused_where_torch_can(tiny_model):
+@pytest.mark.parametrize(
+    ("device", "torch_version", "fused"),
+    [
+        ("cpu", "2.11.0", True),
+        ("cuda:1", "2.11.0", True),
+        ("mps", "2.12.1", False),
+        ("mps", "2.13.0", True),
+        ("mps", "2.14.0+git1", True),
+        ("xpu", "2.13.0", False),
+        ("hpu", "2.13.0", False),
+    ],
+)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_optimizer_is_fused_where_the_kernel_can_skip_a_step(
+    tiny_model, kind, device, torch_version, fused, monkeypatch
+):
+    """The model is still on the CPU then."""
+    monkeypatch.setattr(accelerate.utils.versions, "torch_version", Version(torch_version))
+    optimizer = build_optimizer(tiny_model, 1e-3, optimizer=kind, device=torch.device(device))
+    assert optimizer.defaults["fused"] is fused
+
+
+def test_by_default_the_optimizer_is_for_the_device_where_the_model_is(tiny_model):
     assert build_optimizer(tiny_model, 1e-3).defaults["fused"]
     assert not build_optimizer(tiny_model.to("meta"), 1e-3).defaults["fused"]
+
+
+def test_the_script_builds_the_optimizer_for_the_device_where_the_model_will_be(shards, tmp_path, monkeypatch):
+    def build(*arguments, device, **options):
+        raise SystemExit(f"for {device}")
+
+    monkeypatch.setattr(train_accelerate, "build_optimizer", build)
+    monkeypatch.setattr(accelerate.Accelerator, "device", torch.device("mps"))
+    with pytest.raises(SystemExit, match="for mps"):
+        train_accelerate.main(toy_flags(tmp_path / "run", shards, hellaswag="none"))

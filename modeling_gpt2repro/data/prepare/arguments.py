@@ -174,8 +174,9 @@ class PrepareArguments:
                 yield f"{name} ({getattr(self, name)}) is for {other} only: add that, or leave it out."
 
     def _check_cluster(self) -> Iterator[str]:
-        if self.executor == "ray" and find_spec("ray") is None:
-            yield "--executor ray needs the package ray: pip install ray."
+        for package in {"slurm": ("datatrove",), "ray": ("datatrove", "ray")}.get(self.executor, ()):
+            if find_spec(package) is None:
+                yield f"--executor {self.executor} needs the package {package}: pip install {package}."
         if self.executor == "slurm":
             if self.slurm_partition is None:
                 yield "--executor slurm needs --slurm_partition."

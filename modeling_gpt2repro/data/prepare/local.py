@@ -1,5 +1,7 @@
 """Tokenize the partitions of a preparation on this machine, in one process or several."""
 
+from __future__ import annotations
+
 import hashlib
 import multiprocessing
 import os
@@ -14,9 +16,9 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub.errors import HTTPError
-from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.shards.dataset import TokenDataset, open_shards
 from modeling_gpt2repro.data.sources.documents import BadLineError, BadLines, Document, Partition
@@ -38,6 +40,9 @@ from .token_cache import (
     write_partition,
 )
 from .workspace import find_partial_output, finish_job, start_job
+
+if TYPE_CHECKING:  # importing transformers takes a second, and --help does without
+    from transformers import PreTrainedTokenizerFast
 
 POLL_SECONDS = 0.5
 BAD_LINE_ADVICE = "Fix it and run the same command again, or skip all such lines by --skip_bad_lines."

@@ -1,5 +1,7 @@
 """Specification of a preparation, written to plan.json before it starts: only the same one may resume it."""
 
+from __future__ import annotations
+
 import itertools
 import json
 import os
@@ -8,8 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from modeling_gpt2repro.data.shards.dataset import SPEC_FILE
 from modeling_gpt2repro.data.shards.nanogpt_format import LAYOUTS
@@ -19,6 +20,9 @@ from modeling_gpt2repro.data.sources.resolve import Source
 from modeling_gpt2repro.data.tokenizer import save_tokenizer
 from modeling_gpt2repro.storage.atomic import write_json
 from modeling_gpt2repro.storage.json_files import is_count, is_size, read_json_object, require, shown
+
+if TYPE_CHECKING:  # importing transformers takes a second, and --help does without
+    from transformers import PreTrainedTokenizerFast
 
 # Shares of the documents that are held out by default.
 HUB_SHARE = 0.001
@@ -77,7 +81,7 @@ class PrepareSpec:
         """The number of each partition's file in the cache."""
         return list(range(len(self.partitions))) if self.cache_numbers is None else self.cache_numbers
 
-    def differences(self, other: "PrepareSpec") -> list[str]:
+    def differences(self, other: PrepareSpec) -> list[str]:
         """Names of the fields that differ, except the text itself, which `resume_from` compares.
 
         A resumed preparation may turn `skip_bad_lines` on, because what is finished has no bad lines.
@@ -86,14 +90,14 @@ class PrepareSpec:
         different = [name for name in options if getattr(self, name) != getattr(other, name)]
         return [name for name in different if name != "skip_bad_lines" or other.skip_bad_lines]
 
-    def changed_files(self, previous: "PrepareSpec") -> list[str]:
+    def changed_files(self, previous: PrepareSpec) -> list[str]:
         """Names of the local files that were written, copied or added since `previous`."""
         before = previous._file_states()
         states = self._file_states()
         # The first releases wrote less of a state, so only as much of it is compared.
         return [file[0] for file, state in states.items() if before.get(file) != state[: len(before.get(file, []))]]
 
-    def with_present_files(self) -> "PrepareSpec":
+    def with_present_files(self) -> PrepareSpec:
         """This spec, with its local files as they are now; one that is missing now counts as unchanged."""
         paths = dict.fromkeys(partition.path for partition in self.partitions)
         files = [
@@ -102,7 +106,7 @@ class PrepareSpec:
         ]
         return replace(self, files=files)
 
-    def resume_from(self, previous: "PrepareSpec", unused_number: int) -> tuple["PrepareSpec", list[int]]:
+    def resume_from(self, previous: PrepareSpec, unused_number: int) -> tuple[PrepareSpec, list[int]]:
         """This spec, with the cache numbers of `previous` for partitions that both have, and new ones for the others.
 
         So a partition keeps its file in the cache even if another file has more or fewer partitions now.

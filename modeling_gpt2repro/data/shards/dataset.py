@@ -1,12 +1,14 @@
 """Open prepared token shards: 16-bit ids in .npy files, and a manifest with their source, tokenizer and checksums."""
 
+from __future__ import annotations
+
 import hashlib
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, tokenizer_sha256
 from modeling_gpt2repro.storage.checksums import is_sha256
@@ -14,6 +16,9 @@ from modeling_gpt2repro.storage.json_files import is_count, is_size, read_json_o
 
 from .nanogpt_format import SHARD_NAME, find_nanogpt_shards, nanogpt_manifest, open_npy
 from .shard_file import ShardFile, allow_open_files
+
+if TYPE_CHECKING:  # importing transformers takes a second, and --help does without
+    from transformers import PreTrainedTokenizerFast
 
 MANIFEST = "manifest.json"
 SPEC_FILE = "plan.json"  # there while a preparation is unfinished, see prepare/spec.py

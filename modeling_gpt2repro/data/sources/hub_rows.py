@@ -15,6 +15,7 @@ from zipfile import BadZipFile
 
 from huggingface_hub.errors import HTTPError
 
+from modeling_gpt2repro.runtime.command_line import explain_missing_package
 from modeling_gpt2repro.storage.hub_files import OnWait, retry_hub_read
 
 from .documents import HUB_ROWS, Document, Partition
@@ -121,6 +122,7 @@ def _stream(dataset: str, config: str | None, split: str, commit: str):
 
 @lru_cache(maxsize=4)
 def _builder(dataset: str, config: str | None, commit: str):
-    import datasets  # takes a second, and most sources do without
+    with explain_missing_package("reading it"):
+        import datasets  # takes a second, and other sources do without
 
     return datasets.load_dataset_builder(dataset, config, revision=commit)

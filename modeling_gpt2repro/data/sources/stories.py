@@ -297,12 +297,12 @@ class StoryWriter:
             name = part[1]
             is_again = name in self.words
             text = self.fill(name) if name else part[0]
-            # Who has read this far does not know which of those that begin alike it is.
-            alike = [other for other in alternatives if other.startswith(template[: part.start()])]
-            is_certain = all(other.startswith(template[: part.end()]) for other in alike)
-            if is_again and is_certain and name in MENTIONS:
-                start = len(self.story.text)
-                self.story.mentions.append((start, start + len(text), name))
+            if is_again and name in MENTIONS:
+                # Who has read this far does not know which of those that begin alike it is.
+                alike = [other for other in alternatives if other.startswith(template[: part.start()])]
+                if all(other.startswith(template[: part.end()]) for other in alike):
+                    start = len(self.story.text)
+                    self.story.mentions.append((start, start + len(text), name))
             self.story.text += text
 
     def fill(self, name: str) -> str:

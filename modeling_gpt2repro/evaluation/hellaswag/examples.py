@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from modeling_gpt2repro.runtime.command_line import explain_missing_package
+
 from .official import HUB_DATASET, OFFICIAL, official_file
 
 PROTOCOLS = ("completion", "lm-eval")  # score.py has a table of their differences
@@ -115,7 +117,8 @@ def _read_file(path: str) -> Iterator[tuple[str, object]]:
 
 
 def _read_hub_dataset(name: str) -> Iterator[tuple[str, object]]:
-    import datasets  # here, because it takes a second to import, and a local file does not need it
+    with explain_missing_package(f"the Hub's dataset {name}", ", or give official or a local hellaswag_val.jsonl"):
+        import datasets  # here, because it takes a second to import, and a local file does not need it
 
     try:
         dataset = datasets.load_dataset(name, split="validation")

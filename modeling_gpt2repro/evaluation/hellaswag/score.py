@@ -166,12 +166,12 @@ def without_autocast(model: nn.Module) -> Iterator[None]:
     """Compute in the precision of the weights: with bfloat16 logits about 1 % of HellaSwag's predictions change.
 
     Accelerate keeps its autocast in a `forward` on the instance, which hides the class's own. FlashAttention, which
-    takes 16 bits only, is replaced by sdpa for float32 weights.
+    takes 16 bits only, and attention written out, which is slower, are replaced by sdpa for float32 weights.
     """
     accelerate_forward = model.__dict__.pop("forward", None)
     config = getattr(model, "config", None)
     attention = getattr(config, "_attn_implementation", None) or ""
-    needs_sdpa = "flash" in attention and next(model.parameters()).dtype == torch.float32
+    needs_sdpa = ("flash" in attention or attention == "eager") and next(model.parameters()).dtype == torch.float32
     try:
         if needs_sdpa:
             config._attn_implementation = "sdpa"

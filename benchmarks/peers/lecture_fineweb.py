@@ -1,6 +1,6 @@
 """The lecture's way of preparing data, after build-nanogpt's fineweb.py, for benchmarks/prepare.py to compare with.
 
-    python -m benchmarks.lecture_fineweb FILE.parquet CACHE_DIR OUTPUT_DIR WORKERS
+    python -m benchmarks.peers.lecture_fineweb FILE.parquet CACHE_DIR OUTPUT_DIR WORKERS
 
 It imports nothing of ours, because its start-up is part of what is timed.
 """
@@ -10,7 +10,6 @@ import os
 import sys
 from functools import lru_cache
 
-import datasets
 import numpy as np
 import tiktoken
 
@@ -35,6 +34,8 @@ def tokenize(row: dict) -> np.ndarray:
 
 def load_rows(file: str, cache: str):
     """The file's rows from `datasets`, which caches them as an Arrow table in `cache`."""
+    import datasets  # here, so that benchmarks.prepare can be imported without it
+
     datasets.disable_progress_bars()
     return datasets.load_dataset("parquet", data_files=file, split="train", cache_dir=cache)
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
@@ -168,19 +167,6 @@ def share_text(share: float, shares: np.ndarray) -> str:
     if math.isinf(share):
         return f"more than {shares[-1]:g}"
     return f"at most {share:g}" if share == shares[0] else f"{share:.2f}"
-
-
-def split_page(page: Path) -> tuple[str, str]:
-    """What a page has before the table and after it.
-
-    Raises:
-        ValueError: If its place is not marked.
-    """
-    text = page.read_text(encoding="utf-8")
-    first, last = (text.find(marker) for marker in MARKERS)
-    if not 0 <= first < last:
-        raise ValueError(f"{page} has no place for the table: add the lines {' and '.join(map(str.strip, MARKERS))}.")
-    return text[: first + len(MARKERS[0])], text[last:]
 
 
 def draw(results: dict) -> Figure:

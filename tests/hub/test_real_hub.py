@@ -1,0 +1,69 @@
+"""The real Hub: names, formats and numbers that a local stand-in can only repeat.
+
+pytest -m network tests/hub/test_real_hub.py     # downloads about 600 MB; docs/first-real-run.md says what it proves
+"""
+
+import secrets
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub import HfApi, get_token
+from patience import PATIENCE_SECONDS
+from toy_runs import ROOT
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+from modeling_gpt2repro.data.shards.dataset import open_shards
+from modeling_gpt2repro.data.tokenizer import GPT2_SHA256, load_tokenizer, tokenizer_sha256
+from modeling_gpt2repro.evaluation.hellaswag.examples import load_hellaswag
+from modeling_gpt2repro.hub.conversion import load_gpt2
+from modeling_gpt2repro.hub.export import save_hub_folder
+from modeling_gpt2repro.hub.upload import main as push
+
+pytestmark = pytest.mark.network
+OPENAI = "openai-community/gpt2"
+
+
+def test_openais_gpt2_becomes_our_model_with_equal_logits():
+    model, tokenizer = load_gpt2(OPENAI)
+    ids = tokenizer("Hello, I'm a language model,", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = GPT2LMHeadModel.from_pretrained(OPENAI)(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-3, rtol=1e-5)
+
+
+def test_gpt2s_tokenizer_is_the_same_from_tiktoken_and_from_the_hub():
+    for name in ("gpt2", OPENAI):
+        assert tokenizer_sha256(load_tokenizer(name)) == GPT2_SHA256
+
+
+def test_hellaswag_has_its_10042_examples():
+    examples = load_hellaswag()
+    assert len(examples) == 10_042
+    assert sum("[header]" in example.ctx or "[step]" in example.ctx for example in examples) > 6_000  # WikiHow
+
+
+def test_fineweb_edu_is_prepared_from_the_hub(tmp_path):
+    words = ["--output_dir", tmp_path / "edu", "--max_tokens", "100000", "--workers", "1"]
+    subprocess.run([sys.executable, ROOT / "prepare_data.py", *words], check=True, timeout=4 * PATIENCE_SECONDS)
+    dataset = open_shards(tmp_path / "edu")
+    assert dataset.manifest["splits"]["train"]["tokens"] == 100_000
+    assert dataset.manifest["source"]["dataset"] == "HuggingFaceFW/fineweb-edu"
+    assert 3 < dataset.bytes_per_token("train") < 6  # of English text, by GPT-2's tokenizer
+
+
+@pytest.mark.skipif(get_token() is None, reason="needs an account: hf auth login")
+def test_a_model_that_is_pushed_loads_from_the_hub(make_model, tiny_tokenizer, tmp_path, random_ids):
+    """In a private repository of yours, which is deleted afterwards."""
+    api = HfApi()
+    repository = f"{api.whoami()['name']}/gpt2repro-test-{secrets.token_hex(4)}"
+    model = make_model("ours", len(tiny_tokenizer))
+    save_hub_folder(model, tiny_tokenizer, tmp_path / "model")
+    api.create_repo(repository, private=True)
+    try:
+        push([str(tmp_path / "model"), "--hub_model_id", repository])
+        loaded = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)
+    finally:
+        api.delete_repo(repository)
+    assert torch.equal(loaded(random_ids(2, 9)).logits, model(random_ids(2, 9)).logits)
