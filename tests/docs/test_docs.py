@@ -15,7 +15,7 @@ import pytest
 from command_checks import check_command, known_flags
 from markdown_pages import PAGES, README, ROOT, anchors_of, blocks_of, named_files, named_functions, written_commands
 
-from benchmarks import first_model
+from benchmarks import first_model, memory
 from benchmarks.reports import first_model_page, ladder, recipes_report, results_table
 from benchmarks.reports.page import split_page
 
@@ -166,6 +166,14 @@ def test_the_table_of_recipes_is_that_of_its_results():
     results = json.loads((ROOT / "benchmarks" / "results" / "recipes_cpu.json").read_text())
     before, after = split_page(page, recipes_report.MARKERS)
     assert page.read_text(encoding="utf-8") == before + recipes_report.table(results) + after
+
+
+def test_the_table_of_memory_is_that_of_its_results():
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "benchmarks" / "results" / "memory_reckoned.json").read_text())
+    assert memory.table(results) in page
+    for check in [check for result in results for check in result["checks"]]:
+        assert check["reckoned"] == pytest.approx(check["measured"], rel=0.1)
 
 
 def test_the_tables_of_performance_are_those_of_their_results():
