@@ -1,8 +1,9 @@
-"""Whether torch.compile works on this machine, found out before the run depends on it."""
+"""Whether torch.compile works on this machine, found out before the run depends on it; and its cache."""
 
 import re
 
 import torch
+import torch._functorch.config
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin, gather_object
 
@@ -15,6 +16,7 @@ def give_up_failing_compilation(accelerator: Accelerator):
     backend = accelerator.state.dynamo_plugin.backend
     if backend == DynamoBackend.NO:
         return
+    cache_graphs_with_own_gradients()
     problems = gather_object([compilation_problem(accelerator.device, backend.value.lower())])
     if reasons := [problem for problem in problems if problem]:
         accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend=DynamoBackend.NO.value)
@@ -22,6 +24,16 @@ def give_up_failing_compilation(accelerator: Accelerator):
             f"Nothing is compiled, because torch.compile fails here ({reasons[0]}): install a C++ compiler, such as "
             "g++, and Python's headers, or leave --torch_compile out."
         )
+
+
+def cache_graphs_with_own_gradients():
+    """Let the next start find the compiled step in torch's cache, though its loss computes its gradient itself.
+
+    The cache's key has the operations of both passes of an `autograd.Function`, so a changed one is compiled again.
+    """
+    name = "autograd_cache_allow_custom_autograd_functions"
+    if hasattr(torch._functorch.config, name):  # not public, and False by default
+        setattr(torch._functorch.config, name, True)
 
 
 def compilation_problem(device: torch.device, backend: str = "inductor") -> str | None:

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch._functorch.config
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_gpt2repro.runtime import loss as loss_module
+from modeling_gpt2repro.runtime.compilation import cache_graphs_with_own_gradients
 from modeling_gpt2repro.runtime.loss import ModelWithLoss, aligned_weight, linear_cross_entropy
 
 V, C = 97, 16
@@ -151,3 +154,18 @@ def test_inductor_computes_the_same(small_chunks, dtype):
     expected = gradients(linear_cross_entropy, *problem(40), **autocast)
     for value, of_eager in zip(gradients(compiled, *problem(40), **autocast), expected, strict=True):
         assert (value - of_eager).norm() < (4 * 2**-8 if dtype else 1e-5) * of_eager.norm()
+
+
+@pytest.mark.slow
+def test_a_later_start_finds_the_compiled_loss_in_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions", False)
+    cache_graphs_with_own_gradients()
+    results = []
+    for found in ("miss", "hit"):
+        torch.compiler.reset()  # as a new process
+        counters.clear()
+        results.append(gradients(torch.compile(linear_cross_entropy, fullgraph=True), *problem(40)))
+        assert counters["aot_autograd"][f"autograd_cache_{found}"] == 1, dict(counters["aot_autograd"])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
