@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 BySide = dict[str, list[float]]
 
 # Arguments that do not change what is measured: of results that differ in nothing else, the latest is kept.
-NOT_SETTINGS = ("rounds", "steps", "seconds", "output", "data", "runs_dir", "picture", "page", "table")
+NOT_SETTINGS = ("rounds", "steps", "stop_after", "output", "data", "runs_dir", "picture", "page", "table")
 
 
 def sides_in_turn(sides: tuple[str, ...], round_number: int) -> tuple[str, ...]:

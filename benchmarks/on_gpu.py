@@ -36,7 +36,7 @@ OVER = ("done", "failed")
 TOY_SECONDS = 240  # of any part at toy size, on a CPU that other programs use, too
 # Only their files are collected: others import packages that a GPU machine may lack.
 GPU_TESTS = "python -m pytest -m gpu -v -p no:cacheprovider $(grep -rl mark.gpu tests --include='test_*.py')"
-RUN = "python -m benchmarks.training_run --seconds {seconds} --runs_dir {work} --output {result}"
+RUN = "python -m benchmarks.training_run --stop_after {seconds} --runs_dir {work} --output {result}"
 MEMORY = "python -m benchmarks.memory --presets gpt2-124m --losses 'in chunks' --output {result}"
 LECTURE = "python -m benchmarks.hellaswag --rounds 1 --output {result}"
 

@@ -5,7 +5,7 @@
     python -m benchmarks.training_run --shape toy --steps 30 --device cpu --precision no
 
 The script runs in a process of its own, as people run it, with evaluations, samples and a final model. After
-`--seconds` it is asked to stop, as by Slurm, and what it has logged until then is the result.
+`--stop_after` seconds it is asked to stop, as by Slurm, and what it has logged until then is the result.
 """
 
 import os
@@ -39,7 +39,7 @@ SMALLEST_FALL = 0.5  # nats; from the 10.8 of fresh weights, 30 steps of 124M ar
 class RunArguments:
     shape: str = arg(default="124m", choices=TOKENS_PER_STEP, help="124m: GPT-2; toy: two layers, 64 wide.")
     steps: int = arg(default=140, minimum=WARMUP_STEPS + 2, help="Optimizer steps.")
-    seconds: float = arg(default=600.0, above=0, help="Ask the run to stop after this time.")
+    stop_after: float = arg(default=600.0, above=0, help="Ask the run to stop after so many seconds.")
     precision: Literal["bf16", "fp16", "no"] = arg(default="bf16", help="Mixed precision of accelerate launch.")
     attn_implementation: str | None = arg(default=None, help="Attention; if not given, train_accelerate.py's default.")
     compile: bool | None = arg(default=None, help="Compile; if not given, on a GPU.")
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None):
     shutil.rmtree(args.run_dir, ignore_errors=True)
     process = subprocess.Popen(command(args), cwd=ROOT, env=environment(args))
     try:
-        exit_code = process.wait(args.seconds)
+        exit_code = process.wait(args.stop_after)
     except subprocess.TimeoutExpired:
         process.terminate()
         exit_code = process.wait()
