@@ -181,7 +181,8 @@ def machine(device: str) -> dict[str, str | int]:
 
 def machine_name(machine: dict[str, str | int]) -> str:
     """The GPU, or else the processor and its threads."""
-    return machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    plural = "" if machine["threads"] == 1 else "s"
+    return machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} thread{plural}"
 
 
 def choose_device(args: Any) -> list[str]:

@@ -180,7 +180,7 @@ def test_the_tables_of_performance_are_those_of_their_results():
     page = ROOT / "docs" / "performance.md"
     folder = ROOT / "benchmarks" / "results"
     [result] = json.loads((folder / "speed_ladder_cpu.json").read_text())
-    measured = json.loads((folder / "amd-epyc-1-threads.json").read_text())
+    measured = json.loads((folder / "amd-epyc-1-thread.json").read_text())
     for markers, table in (
         (ladder.MARKERS, ladder.table(result)),
         (results_table.MARKERS, results_table.table(measured)),
