@@ -1,5 +1,7 @@
 """The loss without logits, against torch's cross-entropy of all logits: value, gradients, memory, precision."""
 
+import weakref
+
 import pytest
 import torch
 import torch._functorch.config
@@ -102,6 +104,29 @@ def test_only_what_is_trained_gets_a_gradient_and_no_tensor_holds_all_logits(sma
     assert torch.equal(total.detach(), linear_cross_entropy(*problem(40)).detach())
     assert (weight.grad is not None) == (trained in ("both", "weight"))
     assert (hidden_states.grad is not None) == (trained in ("both", "hidden_states"))
+
+
+def test_the_logits_of_one_chunk_are_gone_when_the_next_ones_are_made(small_chunks):
+    living = LivingLogits()
+    with living:
+        linear_cross_entropy(*problem(42))
+    assert living.most == 2  # logits and their log-softmax, whose memory the gradient takes over
+
+
+class LivingLogits(TorchDispatchMode):
+    """Counts the tensors of one chunk's logits that there are at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.references = {}  # address of the memory -> its storage
+        self.most = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        if isinstance(result, torch.Tensor) and result.shape == (7, V):
+            self.references[result.data_ptr()] = weakref.ref(result.untyped_storage())
+        self.most = max(self.most, sum(reference() is not None for reference in self.references.values()))
+        return result
 
 
 class LargestTensor(TorchDispatchMode):
