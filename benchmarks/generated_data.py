@@ -26,7 +26,8 @@ from modeling_gpt2repro.data.shards.dataset import FORMAT, MANIFEST
 from modeling_gpt2repro.data.shards.writer import ShardWriter
 from modeling_gpt2repro.data.tokenizer import save_tokenizer
 from modeling_gpt2repro.hub.export import save_hub_folder
-from modeling_gpt2repro.runtime.command_line import arg, check_limits, parse_command_line
+from modeling_gpt2repro.runs.config import make_writable
+from modeling_gpt2repro.runtime.command_line import arg, check_limits, exit_on_input_error, parse_command_line
 from modeling_gpt2repro.storage.atomic import atomic_write, write_json
 
 SHARD_TOKENS = 10_000_000
@@ -56,6 +57,8 @@ class DataArguments:
 def main(argv: list[str] | None = None):
     args = parse_command_line(DataArguments, argv, description=__doc__)
     folder = Path(args.output_dir)
+    with exit_on_input_error():
+        make_writable(folder)
     tokenizer = generated_tokenizer(SHAPES[args.shape]["vocab_size"])
     if not (folder / "shards" / MANIFEST).exists():
         write_shards(folder / "shards", tokenizer, args.tokens)

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import psutil
 
+from modeling_gpt2repro.runs.config import make_writable
 from modeling_gpt2repro.runtime.command_line import arg, check_limits, exit_on_input_error, parse_command_line
 from modeling_gpt2repro.storage.atomic import write_json
 from modeling_gpt2repro.storage.json_files import read_json_object
@@ -131,13 +132,16 @@ class OnGpuArguments:
 
 def main(argv: list[str] | None = None):
     args = parse_command_line(OnGpuArguments, argv, description=__doc__)
+    work_dir = Path(args.work_dir).resolve()
     with exit_on_input_error():
         results = Results(Path(args.results).resolve())
+        make_writable(results.path.parent, "results")
+        make_writable(work_dir, "work_dir")
     parts = PLANS[args.plan]()
     if args.parts:
         parts = [part for part in parts if part.name in args.parts]
         results.forget(args.parts)
-    left = run_parts(parts, results, args.seconds, Path(args.work_dir).resolve())
+    left = run_parts(parts, results, args.seconds, work_dir)
     for part in PLANS[args.plan]():
         record = results.records.get(part.name, {})
         print(f"{part.name:20} {record.get('status', 'not started'):12} {record.get('seconds', 0):6.0f} s")

@@ -11,8 +11,10 @@ def split_page(page: Path, markers: Markers) -> tuple[str, str]:
     """What a page has before the table and after it.
 
     Raises:
-        ValueError: If its place is not marked.
+        ValueError: If there is no such page, or the table's place is not marked.
     """
+    if not page.is_file():
+        raise ValueError(f"there is no page {page}: give a Markdown file that marks the table's place.")
     text = page.read_text(encoding="utf-8")
     first = text.find(markers[0])
     last = text.find(markers[1], first)

@@ -20,8 +20,11 @@ TEXTS = ("shards", "mix", "dataset_name", "tokenizer", "hellaswag", "optimizer")
 NOT_COMPARED = ("output_dir", "resume_from_checkpoint", "report_to", "shards", "mix")
 
 
-def make_writable(folder: Path):
-    """Create the run's folder, and find out before the first step whether it can be written.
+def make_writable(folder: Path, flag: str = "output_dir"):
+    """Create a folder, and find out before the first step whether it can be written.
+
+    Args:
+        flag: That names it.
 
     Raises:
         ValueError: If it cannot.
@@ -31,7 +34,7 @@ def make_writable(folder: Path):
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"output_dir ({folder}) cannot be written ({error.strerror}): give another.") from error
+        raise ValueError(f"{flag} ({folder}) cannot be written ({error.strerror}): give another.") from error
 
 
 def write_run_config(output_dir: Path, arguments: dict, hardware: dict, attention: dict, data_fingerprint: dict):

@@ -14,7 +14,7 @@ import pytest
 from patience import PATIENCE_SECONDS, wait_until
 from toy_runs import ROOT
 
-from benchmarks import generated_data, on_gpu, training_run
+from benchmarks import generated_data, on_gpu, speed_ladder, training_run
 from benchmarks.on_gpu import Part, Results, run_part, run_parts
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.evaluation.hellaswag.examples import load_hellaswag
@@ -158,3 +158,22 @@ def test_the_toy_plan_runs_without_the_packages_that_a_bare_machine_lacks(tmp_pa
     assert records.keys() == {part.name for part in on_gpu.toy_plan()}
     [training] = records["training"]["result"]
     assert training["last_loss"] < training["first_loss"] - training_run.SMALLEST_FALL
+
+
+def test_a_folder_that_cannot_be_written_or_a_page_that_is_not_there_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    inside = str(tmp_path / "file" / "folder")
+    page = str(tmp_path / "page.md")
+    for main, flag, value, sentence in [
+        (on_gpu.main, "--results", f"{inside}/r.json", f"results ({inside}) cannot be written (Not a directory)"),
+        (on_gpu.main, "--work_dir", inside, f"work_dir ({inside}) cannot be written (Not a directory)"),
+        (generated_data.main, "--output_dir", inside, f"output_dir ({inside}) cannot be written (Not a directory)"),
+        (speed_ladder.main, "--page", page, f"there is no page {page}: give a Markdown file"),
+    ]:
+        extra = ["--results", str(tmp_path / "r.json")] if flag == "--work_dir" else []
+        with pytest.raises(SystemExit) as end:
+            main([flag, value, *extra])
+        assert end.value.code == 2
+        printed = capsys.readouterr().err.strip()
+        assert sentence in printed
+        assert len(printed.splitlines()) == 1
