@@ -140,7 +140,7 @@ class TrainArguments:
     overfit_one_batch: bool = arg(
         default=False,
         help="Train every step on the sequences of the first step: a test of the whole loop, whose loss must fall to "
-        "nearly 0. The validation loss then rises.",
+        "nearly 0, while the validation loss stays high.",
     )
     validation_share: float = arg(
         default=0.001,
