@@ -1,4 +1,4 @@
-"""docs/lecture.md from top to bottom: its snippets on a small run on stories, its commands in processes of their own."""
+"""docs/lecture.md from top to bottom: its snippets with a small random model, its commands in processes."""
 
 import json
 import math
@@ -13,8 +13,10 @@ import pytest
 import torch
 from markdown_pages import ROOT, Block, blocks_of, commands_of
 from patience import PATIENCE_SECONDS
-from toy_runs import CPU_FP32, logged_values, train_here
+from toy_runs import CPU_FP32, logged_values
 
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from modeling_gpt2repro.data.batches.build import load_built_in_text
 from modeling_gpt2repro.data.sources.documents import Document
 from modeling_gpt2repro.data.sources.resolve import BUILT_IN_TEXTS
 from modeling_gpt2repro.data.sources.stories import write_story
@@ -45,15 +47,17 @@ def session(tmp_path_factory) -> tuple[dict, list[tuple[Block, str]]]:
     """The names that all snippets leave, run one after another, and what each has printed."""
     folder = tmp_path_factory.mktemp("lecture")
     documents = [Document(str(number), write_story(number).text) for number in range(300)]
-    flags = {"dataset_name": "stories", "tokenizer_vocab_size": 1536, "validation_share": 0.1, "block_size": 256}
-    flags |= {"n_layer": 1, "tokens_per_step": 512, "per_device_train_batch_size": 2, "train_tokens": 512}
-    flags |= {"eval_steps": 0, "save_steps": 0, "num_samples": 0, "warmup_tokens": 0, "hellaswag": "none"}
     namespace = {}
     printed = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(BUILT_IN_TEXTS, "stories", lambda: documents)
         patch.chdir(folder)
-        assert train_here(Path("runs/quickstart"), None, **flags) == 0
+        tokenizer = load_built_in_text("stories", Path("runs/quickstart/data"), 1536, 256, 0.1).tokenizer
+        torch.manual_seed(0)
+        shape = {"n_layer": 1, "n_embd": 64, "n_head": 2, "n_positions": 256, "vocab_size": len(tokenizer)}
+        model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape, bos_token_id=0, eos_token_id=0))
+        model.save_pretrained("runs/quickstart/model")
+        tokenizer.save_pretrained("runs/quickstart/model")
         for block in blocks_of(PAGE):
             if block.language == "python":
                 lines = []
@@ -85,7 +89,7 @@ def test_snippets_print_what_the_page_shows_where_no_training_decides_it(session
 def test_what_the_snippets_find_is_what_the_page_says(session):
     names, printed = session
     [losses] = [output for _, output in printed if "ln V is" in output]
-    assert float(losses.split()[0]) == pytest.approx(math.log(1536), abs=0.15)
+    assert float(losses.split()[0]) == pytest.approx(math.log(1536), abs=0.3)
     assert torch.equal(names["x"][:, 1:], names["y"][:, :-1])
     assert names["text"].shape == (1, 80)
     [by_heart] = [output.splitlines() for _, output in printed if output.startswith("0 ")]

@@ -52,16 +52,19 @@ def test_stocks_matrices_are_ours_transposed_with_equal_numbers(stock, carried):
     assert theirs["transformer.h.*.attn.c_attn.weight"].shape == (64, 192)
 
 
-def test_a_run_is_shown_beside_a_stock_checkpoint(folders, tmp_path, capsys):
-    lines = printed(capsys, folders / "run", "--compare", folders / "stock", "--output", tmp_path / "weights.png")
+def test_a_run_is_shown_beside_a_stock_checkpoint(folders, capsys):
+    lines = printed(capsys, folders / "run", "--compare", folders / "stock")
     assert lines[0].startswith(f"A {folders / 'run' / 'model'}: ")
     assert lines[1].startswith(f"B {folders / 'stock'}: ")
     [first] = [number for number, line in enumerate(lines) if line.startswith("transformer.h.*.mlp.c_fc.weight")]
     assert lines[first].split()[1:5] == ["A", "2", "x", "(128,"]
     assert lines[first + 1].split()[:4] == ["B", "2", "x", "(32,"]
     assert sum("the same tensor as transformer.wte.weight" in line for line in lines) == 2
-    assert lines[-1] == str(tmp_path / "weights.png")
-    assert (tmp_path / "weights.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_is_written(folders, tmp_path, capsys):
+    assert printed(capsys, folders / "stock", "--output", tmp_path / "a.svg")[-1] == str(tmp_path / "a.svg")
+    assert "<svg" in (tmp_path / "a.svg").read_text()
 
 
 def test_the_picture_shows_the_columns_and_the_angles_of_the_position_embedding(carried):
