@@ -169,6 +169,12 @@ def model_of_run(name: str) -> Path | None:
             return folder
 
 
+def model_folder(name: str) -> str:
+    """Where the model of this name is: for the folder of a run `model_of_run`, else the name itself."""
+    is_model = os.path.isfile(os.path.join(name, "config.json"))
+    return name if is_model else str(model_of_run(name) or name)
+
+
 def output_problem(path: str) -> str | None:
     """Why no file can be written at this path, as a sentence; None if one can."""
     folder = os.path.dirname(path) or "."

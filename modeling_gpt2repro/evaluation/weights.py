@@ -25,7 +25,7 @@ from modeling_gpt2repro.runtime.command_line import (
     parse_command_line,
 )
 
-from .load_model import load_causal_lm, model_of_run, model_problem, output_problem
+from .load_model import load_causal_lm, model_folder, model_problem, output_problem
 
 FORMATS = (".png", ".svg")
 
@@ -68,8 +68,7 @@ class WeightsArguments:
         """Of each model the flag that it was given with, and its folder or Hub id."""
         for flag, name in (("MODEL", self.model), ("--compare", self.compare)):
             if name is not None:
-                is_model = os.path.isfile(os.path.join(name, "config.json"))
-                yield flag, name if is_model else str(model_of_run(name) or name)
+                yield flag, model_folder(name)
 
 
 @dataclass(frozen=True)
