@@ -30,6 +30,7 @@ from modeling_gpt2repro.data.prepare.spec import PrepareSpec, make_prepare_spec,
 from modeling_gpt2repro.data.prepare.token_cache import cached_partitions, unverified_partitions
 from modeling_gpt2repro.data.prepare.workspace import LOGS, SLURM_JOBS, finish_job, is_prepared, start_job
 from modeling_gpt2repro.data.shards.dataset import MANIFEST, TokenDataset, open_shards
+from modeling_gpt2repro.data.shards.hub_shards import download_shards
 from modeling_gpt2repro.data.shards.verify import verify_shards
 from modeling_gpt2repro.data.sources.files import shorten
 from modeling_gpt2repro.data.sources.hub_rows import is_hub_rows
@@ -38,6 +39,7 @@ from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_fol
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
 from modeling_gpt2repro.runtime.progress import ProgressBar
 from modeling_gpt2repro.storage.atomic import explain_disk_full
+from modeling_gpt2repro.storage.hub_files import is_on_hub
 from modeling_gpt2repro.storage.lock import FolderLock
 
 if TYPE_CHECKING:  # importing transformers takes a second, and --help does without
@@ -47,7 +49,7 @@ if TYPE_CHECKING:  # importing transformers takes a second, and --help does with
 def main(argv: list[str] | None = None):
     args = parse_command_line(PrepareArguments, argv, description=__doc__)
     if args.verify is not None:
-        return verify(Path(args.verify), args.quick)
+        return verify(args.verify, args.quick)
     started = time.perf_counter()
     folder = Path(args.output_dir).absolute()
     try:
@@ -151,10 +153,10 @@ def print_dry_run(args: PrepareArguments, spec: PrepareSpec, folder: Path, worke
         print("\n# and for each of them datatrove submits a job of one CPU that merges its statistics")
 
 
-def verify(folder: Path, quick: bool):
+def verify(folder: str, quick: bool):
     """Check a prepared folder against its manifest; print every problem and exit with code 1 if there is one."""
     with exit_on_input_error():
-        problems = verify_shards(folder, quick)
+        problems = verify_shards(download_shards(folder) if is_on_hub(folder) else Path(folder), quick)
     if problems:
         print("\n".join(problems), file=sys.stderr)
         raise SystemExit(1)
