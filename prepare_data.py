@@ -4,6 +4,7 @@
     python prepare_data.py --output_dir data/mine --train_files texts              # a folder, or files
     python prepare_data.py --output_dir data/toy --train_files a.txt --tokenizer train --vocab_size 4096
     python prepare_data.py --output_dir /shared/edu --executor slurm --slurm_partition cpu --workers 64 --dry_run
+    python prepare_data.py --output_dir data/mine --push_to_hub --hub_dataset_id owner/tokens
     python prepare_data.py --verify data/mine                                      # --quick: all but the hashes
 
 The folder then holds train_*.npy and validation_*.npy (16-bit ids), the tokenizer, and manifest.json, which describes
@@ -52,6 +53,10 @@ def main(argv: list[str] | None = None):
         return verify(args.verify, args.quick)
     started = time.perf_counter()
     folder = Path(args.output_dir).absolute()
+    if args.is_only_pushed:
+        return push(args, folder)
+    if args.push_to_hub and not args.dry_run:
+        push(args, folder, check=True)  # before hours of work
     try:
         with exit_on_input_error(), explain_disk_full(folder), FolderLock(folder) as lock:
             if not args.dry_run:
@@ -99,6 +104,8 @@ def main(argv: list[str] | None = None):
         print("\nstopped; run the same command again to resume.", file=sys.stderr)
         raise SystemExit(130) from None
     report(shards, time.perf_counter() - started)
+    if args.push_to_hub:
+        push(args, folder)
 
 
 def open_source(args: PrepareArguments, previous_spec: PrepareSpec | None) -> Source:
@@ -161,6 +168,25 @@ def verify(folder: str, quick: bool):
         print("\n".join(problems), file=sys.stderr)
         raise SystemExit(1)
     print(f"{folder} is what its {MANIFEST} says" + (" (contents not read)." if quick else "."))
+
+
+def push(args: PrepareArguments, folder: Path, check: bool = False):
+    """Push the prepared folder, or find out whether it could be; end the program if it cannot."""
+    from modeling_gpt2repro.hub.push_shards import push_shards_with_patience  # seconds, which other uses do without
+
+    def show(message: str):
+        print(message, file=sys.stderr, flush=True)
+
+    with FolderLock(folder) as lock:
+        if not check:
+            lock.acquire()
+        to = args.hub_dataset_id, args.hub_private_repo, args.hub_wait_seconds
+        code, message = push_shards_with_patience(folder, *to, show, check)
+    if code == 0 and not check:
+        print(message)
+    elif code:
+        show(message if check else f"{message} The shards are in {folder}: run the same command again to push them.")
+        raise SystemExit(code)
 
 
 def report(shards: TokenDataset, seconds: float):

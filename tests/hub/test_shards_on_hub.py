@@ -126,7 +126,7 @@ def test_a_shard_that_is_not_what_the_manifest_says_is_refused(cache, here, repo
 def test_a_download_in_which_a_shard_is_missing_names_it(cache, repository):
     name, folder = repository
     (folder / "train_000002.npy").unlink()
-    with pytest.raises(ValueError, match=r"it lacks train_000002\.npy, which its manifest\.json names: it was not pushed"):
+    with pytest.raises(ValueError, match=r"it lacks train_000002\.npy, which its manifest\.json names"):
         open_shards(f"hf://{name}")
 
 
@@ -170,7 +170,7 @@ def test_a_disk_that_is_too_small_is_found_out_before_a_shard_is_downloaded(cach
 )
 def test_what_cannot_be_opened_is_refused_in_one_sentence(cache, here, address, message):
     here.new_repository("datasets/user/shards-empty").joinpath("notes.txt").write_text("nothing here")
-    with pytest.raises(ValueError, match="^hf://") as error:
+    with pytest.raises(ValueError, match=r"^hf://") as error:
         open_shards(address)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -225,6 +225,6 @@ def test_damaged_shards_of_llmc_are_refused(tmp_path, damage, message):
     write_llmc(tmp_path / "fineweb_train_000001.bin", np.arange(100))
     write_llmc(tmp_path / "fineweb_val_000000.bin", np.arange(100))
     damage(tmp_path / "fineweb_val_000000.bin")
-    with pytest.raises(ValueError, match="shard|has no") as error:
+    with pytest.raises(ValueError, match=r"shard|has no") as error:
         open_shards(tmp_path)
     assert message in str(error.value)

@@ -63,7 +63,8 @@ def pin_address(address: str) -> str:
         commit = dataset_commit(name, revision)
     except (OSError, ValueError, HTTPError) as error:
         raise ValueError(f"{address} cannot be opened: {' '.join(str(error).split())}") from error
-    reference = cache_folder(name) / "refs" / (revision or constants.DEFAULT_REVISION)  # where the client looks, offline
+    # Where the client looks for it when it is offline.
+    reference = cache_folder(name) / "refs" / (revision or constants.DEFAULT_REVISION)
     reference.parent.mkdir(parents=True, exist_ok=True)
     reference.write_text(commit)
     return f"hf://{name}@{commit}"
