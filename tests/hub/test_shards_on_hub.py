@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from toy_runs import TOKENS_PER_STEP, logged_values, train_here
 
 from modeling_gpt2repro.data.shards import dataset, hub_shards
 from modeling_gpt2repro.data.shards.dataset import MANIFEST, open_shards
@@ -228,3 +230,22 @@ def test_damaged_shards_of_llmc_are_refused(tmp_path, damage, message):
     with pytest.raises(ValueError, match=r"shard|has no") as error:
         open_shards(tmp_path)
     assert message in str(error.value)
+
+
+def test_a_run_on_shards_of_the_hub_is_the_run_on_those_of_the_disk_and_names_the_commit(cache, here, shards, tmp_path):
+    name = "user/shards-to-train-on"
+    shutil.copytree(shards, here.new_repository(f"datasets/{name}"), dirs_exist_ok=True)
+    short = {"train_tokens": 4 * TOKENS_PER_STEP, "hellaswag": "none", "save_steps": 2}
+    assert train_here(tmp_path / "disk", shards, **short) == 0
+    assert train_here(tmp_path / "hub", f"hf://{name}", **short) == 0
+    mixed = {"mix": f"hf://{name}:0.5,{shards}:0.5", **short}
+    assert train_here(tmp_path / "mixed", None, **mixed) == 0
+    assert logged_values(tmp_path / "hub") == logged_values(tmp_path / "disk") != []
+    arguments = json.loads((tmp_path / "hub/run.json").read_text())["arguments"]
+    assert re.fullmatch(rf"hf://{name}@[0-9a-f]{{40}}", arguments["shards"])
+    # What is in memory is gone, and the repository has a new commit with the same shards.
+    (here.root / f"datasets/{name}/notes.txt").write_text("new")
+    shutil.rmtree(tmp_path / "hub/model")
+    shutil.rmtree(tmp_path / "hub/step-000004")
+    assert train_here(tmp_path / "hub", f"hf://{name}", resume_from_checkpoint="latest", **short) == 0
+    assert logged_values(tmp_path / "hub")[-2:] == logged_values(tmp_path / "disk")[-2:]
