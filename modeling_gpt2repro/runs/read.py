@@ -220,8 +220,9 @@ def drop_undone_records(written: Iterable[dict]) -> tuple[list[dict], dict[int, 
             continue
         step = record["step"]
         # A checkpoint is saved before the evaluation of the same step: the resumed run repeats that evaluation, but
-        # neither the training step itself nor its events.
-        records = [r for r in records if r["step"] < step or (r["step"] == step and ("loss" in r or "event" in r))]
+        # neither the training step itself, nor its events, nor the save.
+        done = ("loss", "event", "save_seconds")
+        records = [r for r in records if r["step"] < step or (r["step"] == step and any(name in r for name in done))]
         resumes = {earlier: changed for earlier, changed in resumes.items() if earlier < step}
         resumes[step] = record.get("changed", {})  # complete: relative to run.json, not to the last resume
     return records, resumes

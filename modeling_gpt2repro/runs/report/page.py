@@ -33,6 +33,8 @@ thead:not(:has(th:not(:empty))) { display: none; }
 td:first-child { color: var(--dim); }
 td:first-child strong { color: var(--ink); }
 td:last-child { padding-right: 0; }
+td:nth-child(4) { color: var(--accent); letter-spacing: -.04em; } /* bars: only the table of times has four columns */
+tr:has(:nth-child(4)) :nth-child(2) { white-space: nowrap; }
 blockquote { margin: .8rem 0; padding: .7rem 1rem; background: var(--tint); border-left: 3px solid var(--accent);
              border-radius: 0 4px 4px 0; overflow-wrap: anywhere; }
 blockquote p { margin: 0; font-family: Georgia, "Times New Roman", serif; }
@@ -40,7 +42,7 @@ blockquote p:first-child { color: var(--dim); font: 500 .82rem/1.6 system-ui, sa
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .6rem; margin: 1.2rem 0; }
 dl div { background: var(--tint); border-radius: 6px; padding: .6rem .8rem; }
 dt { color: var(--dim); font-size: .82rem; }
-dd { margin: 0; font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+dd { margin: 0; font-size: 1.2rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 @media print { main { max-width: none; padding: 0; } h2, img, blockquote, tr { break-inside: avoid; } }
 """
 PAGE = """<!DOCTYPE html>

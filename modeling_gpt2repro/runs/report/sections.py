@@ -1,5 +1,6 @@
 """The sections of a report, in Markdown, with the pictures that they name."""
 
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -100,7 +101,8 @@ def write_report(folder: Path) -> Report:
     model = read_model(run, report)
     parameters = f" with {readable_count(count_parameters(model))} parameters" if model else ""
     report.title = f"{plain_text(folder.resolve().name)}: a GPT-2{parameters}"
-    report.sections += [status(run, report), key_figures(run)]
+    stopped = stopped_message(run, report)
+    report.sections += [status(run, stopped), key_figures(run)]
     evaluations = run.evaluations()
     report.add("Results", table(result_lines(run, evaluations[-1])) if evaluations else "")
     report.add("Loss", *loss_parts(run, report))
@@ -109,7 +111,7 @@ def write_report(folder: Path) -> Report:
     report.add("What was trained", trained_part(run, model, report))
     report.add("Step by step", *step_parts(run, report))
     report.add("Where the time went", *time_parts(run))
-    report.add("Faults", fault_part(run, report))
+    report.add("Faults", fault_part(run, stopped))
     return report
 
 
@@ -142,7 +144,7 @@ def total_steps(run: Run) -> int | None:
     return int(arguments["train_tokens"] // arguments["tokens_per_step"]) or None
 
 
-def status(run: Run, report: Report) -> str:
+def status(run: Run, stopped: str) -> str:
     """A sentence or two: finished, running with the time left, stopped and why, or ended without a word."""
     done, total = last_step(run), total_steps(run)
     steps = f"{done:,} of {total:,} steps" if total else f"{done:,} steps"
@@ -151,8 +153,8 @@ def status(run: Run, report: Report) -> str:
     if is_running(run.folder):
         left = f", about {readable_duration(seconds_left(run, total - done))} left" if total else ""
         return f"**Running**: {steps} so far{left}, on {time.strftime('%Y-%m-%d at %H:%M')}."
-    if message := stopped_message(run, report):
-        return f"**Stopped early**: {steps}. {message}"
+    if stopped:
+        return f"**Stopped early**: {steps}. {stopped}"
     if total is None:
         return f"**As of step {done:,}**; how many there were to be, only run.json says, which is not here."
     return (
@@ -174,11 +176,13 @@ def seconds_left(run: Run, steps: int) -> float:
 
 
 def stopped_message(run: Run, report: Report) -> str:
+    """Why the run stopped early, without the command that resumes it, which names folders of that machine."""
     path = run.folder / STOPPED_FILE
     try:
         message = read_json_object(path).get("message")
         require(is_text(message) and bool(message), "it has no message")
-        return plain_text(message, limit=SAMPLE_CHARACTERS)
+        reason = re.sub(r"(When it can be read again, r|R)esume with:$", "", message.strip().partition("\n\n")[0])
+        return plain_text(reason, limit=SAMPLE_CHARACTERS)
     except FileNotFoundError:
         return ""
     except (OSError, ValueError) as error:
@@ -365,7 +369,7 @@ def time_parts(run: Run) -> Iterable[str]:
     yield " ".join(more)
 
 
-def fault_part(run: Run, report: Report) -> str:
+def fault_part(run: Run, stopped: str) -> str:
     """A list of what went wrong, or that nothing did."""
     faults = []
     skipped = sorted({record["step"] for record in run.records if record.get("event") == "skipped"})
@@ -380,7 +384,7 @@ def fault_part(run: Run, report: Report) -> str:
     for step in run.resumed_steps:
         now = arguments.get(step, before)
         changes = [
-            f"`--{name}` {plain_text(now[name])} instead of {plain_text(before.get(name))}"
+            f"{plain_text(f'--{name}')} {plain_text(now[name])} instead of {plain_text(before.get(name))}"
             for name in now
             if now[name] != before.get(name)
         ]
@@ -391,8 +395,8 @@ def fault_part(run: Run, report: Report) -> str:
         faults += (
             [f"{plural(len(steps), 'step')} made again after a resume from an earlier checkpoint."] if steps else []
         )
-    if message := stopped_message(run, report):
-        faults.append(f"Stopped: {message}")
+    if stopped:
+        faults.append(stopped)
     if run.unreadable_lines:
         faults.append(f"{plural(run.unreadable_lines, 'damaged line')} of {METRICS_FILE} left out.")
     if not faults:
@@ -406,8 +410,8 @@ def rows(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
 
 
-def bar(share: float, width: int = 24) -> str:
-    """0.5 -> twelve blocks; what is not nothing has at least a thin one."""
+def bar(share: float, width: int = 20) -> str:
+    """0.5 -> ten blocks; what is not nothing has at least a thin one."""
     eighths = max(1, round(8 * width * share))
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
