@@ -217,9 +217,7 @@ def reason_without(run: Run, gpt2_loss: float | None = None, reference: Referenc
         return "it was not trained on FineWeb-Edu with GPT-2's tokens, as the published runs were"
     points = evaluation_points(run, reference or default_reference())
     if not points or points[-1][1] < FIRST:
-        return (
-            f"it has no evaluation from {readable_tokens(FIRST)} tokens (step 250) to 10 B, as the published ones"
-        )
+        return f"it has no evaluation from {readable_tokens(FIRST)} tokens (step 250) to 10 B, as the published ones"
     return None
 
 

@@ -9,18 +9,18 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from modeling_gpt2repro.runs.read import read_run, write_baselines
+from modeling_gpt2repro.runs.read import FINEWEB_EDU, read_run, write_baselines
+from modeling_gpt2repro.runs.reference import RECIPE, SETTING, published_curves
 from modeling_gpt2repro.runs.report import __main__ as command
 from modeling_gpt2repro.runs.report.page import html_page
 from modeling_gpt2repro.runs.report.sections import (
     Report,
     bar,
+    count_examples,
+    curve_parts,
     early_ones,
     fault_part,
-    hellaswag_parts,
-    loss_parts,
     readable_count,
-    sample_parts,
     status,
     stopped_message,
     time_parts,
@@ -127,7 +127,15 @@ def test_the_page_says_what_was_trained_and_what_came_of_it(report):
     assert "| learning rate | steps 1 to 4: 0.001 after 100 tokens" in page
     assert "| code | gpt2repro, commit c0ffee |" in page
     headings = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
-    first = ["Results", "Loss", "What it wrote", "HellaSwag", "What was trained", "Step by step"]
+    first = [
+        "Results",
+        "Loss",
+        "Is the curve normal?",
+        "What it wrote",
+        "HellaSwag",
+        "What was trained",
+        "Step by step",
+    ]
     assert headings == [*first, "Where the time went", "Faults"]
     assert [f"]({name}.png)" in page for name in ("loss", "hellaswag", "steps")] == [True] * 3
     assert report.remarks == []
@@ -147,13 +155,19 @@ def test_the_html_is_one_file_in_which_nothing_is_markup_but_the_reports_own(rep
     assert "@import" not in page.text
 
 
-def test_losses_and_accuracies_lie_among_what_they_are_compared_with(folder, report):
-    *_, losses = loss_parts(read_run(folder), report)
+def parts_of(report, heading):
+    """The paragraphs, tables and pictures of a section."""
+    [section] = [section for section in report.sections if section.startswith(f"## {heading}\n")]
+    return section.split("\n\n")[1:]
+
+
+def test_losses_and_accuracies_lie_among_what_they_are_compared_with(report):
+    *_, losses = parts_of(report, "Loss")
     assert losses.splitlines()[2:] == [
         r"| guessing evenly, ln\(vocabulary\) | 5.7038 |",
         "| **lowest validation loss of this run** | **3.2000** |",
     ]
-    _, accuracies, remark = hellaswag_parts(read_run(folder), report)
+    _, accuracies, remark = parts_of(report, "HellaSwag")
     assert accuracies.splitlines()[2:] == [
         "| gpt2-xl | 0.4893 |",
         "| **this run, step 10** | 0.3100 (95 %: 0.3000 to 0.3200) |",
@@ -163,8 +177,24 @@ def test_losses_and_accuracies_lie_among_what_they_are_compared_with(folder, rep
     assert "a sample of 3 questions" in remark
 
 
-def test_samples_are_of_few_steps_and_of_a_repeated_step_the_later_one(folder, report):
-    _, at_0, at_4, at_10 = sample_parts(read_run(folder), report)
+def test_the_curve_is_compared_with_published_ones_where_there_are_any(folder, tmp_path):
+    [reason] = curve_parts(read_run(folder), Report(""))
+    assert reason.startswith("There is no published run to compare with: its n_layer is None")
+    arguments = {**SETTING, **RECIPE, "dataset_name": FINEWEB_EDU, "tokenizer": "gpt2"}
+    lecture = published_curves()["lecture-agndm"]
+    records = [
+        {**evaluation(int(tokens) // 2**19, loss), "tokens": int(tokens)}
+        for tokens, loss in zip(lecture.tokens[:5], lecture.losses[:5], strict=True)
+    ]
+    report = Report("")
+    picture, lines = curve_parts(read_run(make_run(tmp_path, records, config={"arguments": arguments})), report)
+    assert picture == "![The loss among those of published runs](picture:curve)"
+    assert report.pictures["curve"].startswith(b"\x89PNG")
+    assert "| verdict | normal\\: " in lines
+
+
+def test_samples_are_of_few_steps_and_of_a_repeated_step_the_later_one(report):
+    _, at_0, at_4, at_10 = parts_of(report, "What it wrote")
     assert at_0.startswith("> step 0, validation loss 5.710\n>\n> **One day** at 0 ")
     assert at_4 == "> step 4\n>\n> **One day** it was made again"
     assert at_10.startswith("> step 10, validation loss 3.200\n>\n> **One day** at 10 ")
@@ -227,17 +257,19 @@ def test_a_run_is_finished_running_stopped_or_ended_without_a_word(folder, tmp_p
 
 
 def test_damaged_files_beside_the_numbers_are_left_out_in_a_sentence_each(tmp_path, capsys):
-    make_run(tmp_path, [step(1), evaluation(1, 4.0, **scored(0.3))])
+    make_run(tmp_path, [evaluation(0, 4.0)])
     (tmp_path / "model").mkdir()
-    for name in ("samples.jsonl", "hellaswag.jsonl", "stopped.json", "model/config.json"):
+    for name in ("samples.jsonl", "stopped.json", "model/config.json", "hellaswag.jsonl"):
         (tmp_path / name).write_text('{"step": ')
     command.main([str(tmp_path)])
     page = (tmp_path / "report.md").read_text()
     assert "# " + tmp_path.name.replace("_", "\\_")[:4] in page
     assert (tmp_path / "report-loss.png").exists()
-    remarks = capsys.readouterr().err.splitlines()
+    of_scores = Report("")
+    assert count_examples(tmp_path / "hellaswag.jsonl", of_scores) == 0
+    remarks = [*capsys.readouterr().err.splitlines(), *of_scores.remarks]
     assert len(remarks) == 4
-    for name in ("samples.jsonl", "hellaswag.jsonl", "stopped.json", "config.json"):
+    for name in ("samples.jsonl", "stopped.json", "config.json", "hellaswag.jsonl"):
         assert sum(f"{name} was left out" in remark for remark in remarks) == 1
 
 

@@ -184,6 +184,7 @@ def installed(tmp_path_factory):
     make_shards(env.folder)
     shutil.rmtree(env.folder / "tokens")
     flags = ("--train_files", "prose.jsonl", "--tokenizer", "train", "--vocab_size", "300", "--validation_share", "0.3")
+    flags = (*flags, "--workers", "2")
     env.run("gpt2repro-prepare", "--output_dir", "tokens", *flags)
     env.run("gpt2repro-train", *toy_flags(Path("run"), Path("tokens")))
     return env

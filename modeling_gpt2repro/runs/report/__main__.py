@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from modeling_gpt2repro.runs.config import make_writable
 from modeling_gpt2repro.runs.folder import REPORT_FILE
 from modeling_gpt2repro.storage.atomic import atomic_write
 
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None):
         output = args.output or folder / f"{REPORT_FILE}{suffix}"
         if output.suffix != suffix or output.is_dir():
             raise ValueError(f"output ({output}) must be a file that ends in {suffix}; --html writes HTML.")
+        make_writable(output.absolute().parent, "output")
         report = write_report(folder)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{error}\n")

@@ -13,10 +13,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from modeling_gpt2repro.runs.assessment import assess, find_gpt2_loss, reason_without
 from modeling_gpt2repro.runs.config import is_complete
+from modeling_gpt2repro.runs.curve import curve_figure
 from modeling_gpt2repro.runs.folder import HELLASWAG_FILE, METRICS_FILE, MODEL_FOLDER, SAMPLES_FILE, STOPPED_FILE
 from modeling_gpt2repro.runs.plots import (
-    GPT2_LOSS,
     STEP_PANELS,
     Panel,
     figure_bytes,
@@ -26,6 +27,7 @@ from modeling_gpt2repro.runs.plots import (
     step_panel,
 )
 from modeling_gpt2repro.runs.read import HELLASWAG_METRICS, Run, read_all_samples, read_run
+from modeling_gpt2repro.runs.reference import GPT2_LABEL
 from modeling_gpt2repro.runs.summary import (
     count_parameters,
     hellaswag_value,
@@ -106,6 +108,7 @@ def write_report(folder: Path) -> Report:
     evaluations = run.evaluations()
     report.add("Results", table(result_lines(run, evaluations[-1])) if evaluations else "")
     report.add("Loss", *loss_parts(run, report))
+    report.add("Is the curve normal?", *curve_parts(run, report))
     report.add("What it wrote", *sample_parts(run, report))
     report.add("HellaSwag", *hellaswag_parts(run, report))
     report.add("What was trained", trained_part(run, model, report))
@@ -214,7 +217,8 @@ def loss_parts(run: Run, report: Report) -> Iterable[str]:
         return
     figure = plot_panels([run], [loss_panel], columns=1, size=(9, 4.6))
     yield report.picture("loss", "Training and validation loss over training tokens", figure)
-    if baselines := run.loss_baselines | ({"OpenAI's GPT-2 124M": GPT2_LOSS} if run.uses_fineweb_edu() else {}):
+    gpt2_loss = find_gpt2_loss(run)
+    if baselines := ({GPT2_LABEL: gpt2_loss} if gpt2_loss else {}) | run.loss_baselines:
         first = [f"Before the first step the validation loss was {validation[0]:.3f}."] if len(validation) else []
         yield " ".join(["A cross-entropy loss in nats per token is judged by what it is compared with.", *first])
         best = [["**lowest validation loss of this run**", f"**{validation.min():.4f}**"]] if len(validation) else []
@@ -222,6 +226,16 @@ def loss_parts(run: Run, report: Report) -> Iterable[str]:
         yield rows(
             ["compared with", "nats per token"], sorted([*listed, *best], key=lambda row: -float(row[1].strip("*")))
         )
+
+
+def curve_parts(run: Run, report: Report) -> Iterable[str]:
+    """The loss among those of published runs, where there are any of this setting."""
+    assessment = assess(run)
+    if assessment is None:
+        yield f"There is no published run to compare with: {plain_text(reason_without(run), SAMPLE_CHARACTERS)}."
+        return
+    yield report.picture("curve", "The loss among those of published runs", curve_figure(run, assessment))
+    yield table({name: plain_text(line, SAMPLE_CHARACTERS) for name, line in assessment.lines().items()})
 
 
 def sample_parts(run: Run, report: Report) -> Iterable[str]:
