@@ -33,6 +33,7 @@ thead:not(:has(th:not(:empty))) { display: none; }
 td:first-child { color: var(--dim); }
 td:first-child strong { color: var(--ink); }
 td:last-child { padding-right: 0; }
+td:nth-child(2):last-child { overflow-wrap: anywhere; }
 td:nth-child(4) { color: var(--accent); letter-spacing: -.04em; } /* bars: only the table of times has four columns */
 tr:has(:nth-child(4)) :nth-child(2) { white-space: nowrap; }
 blockquote { margin: .8rem 0; padding: .7rem 1rem; background: var(--tint); border-left: 3px solid var(--accent);
