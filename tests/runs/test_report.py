@@ -12,20 +12,11 @@ from PIL import Image
 from modeling_gpt2repro.runs.read import FINEWEB_EDU, read_run, write_baselines
 from modeling_gpt2repro.runs.reference import RECIPE, SETTING, published_curves
 from modeling_gpt2repro.runs.report import __main__ as command
+from modeling_gpt2repro.runs.report.markdown import Report, bar, readable_count
 from modeling_gpt2repro.runs.report.page import html_page
-from modeling_gpt2repro.runs.report.sections import (
-    Report,
-    bar,
-    count_examples,
-    curve_parts,
-    early_ones,
-    fault_part,
-    readable_count,
-    status,
-    stopped_message,
-    time_parts,
-    write_report,
-)
+from modeling_gpt2repro.runs.report.progress import fault_part, status, stopped_message, time_parts
+from modeling_gpt2repro.runs.report.results import count_examples, curve_parts, early_ones
+from modeling_gpt2repro.runs.report.sections import write_report
 from modeling_gpt2repro.runs.summary import count_parameters
 
 TOKENS = 100  # of a step
@@ -218,7 +209,13 @@ def test_time_is_divided_among_what_it_went_into(folder):
     ]
     assert bar(0.5) == "█" * 10
     assert bar(0.0001) == "▏"
-    assert [readable_count(count) for count in (12, 4288, 1_433_600, 10**10)] == ["12", "4.29 k", "1.43 M", "10 B"]
+    assert [readable_count(count) for count in (12, 4288, 999_999, 1_433_600, 10**10)] == [
+        "12",
+        "4.29 k",
+        "1 M",
+        "1.43 M",
+        "10 B",
+    ]
 
 
 def test_faults_are_listed(folder, tmp_path):

@@ -6,7 +6,7 @@ from html import escape
 
 from markdown_it import MarkdownIt
 
-from .sections import Report
+from .markdown import Report
 
 # Pictures are drawn on white. In a dark page they are inverted, and the hues turned back, so that curves keep theirs.
 STYLE = """
