@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from fnmatch import fnmatch
 from importlib import metadata
@@ -135,11 +136,11 @@ class Installed:
     def run(self, *words, input: str = "", code: int = 0, **environment: str) -> str:
         """Run a command of the environment; returns its stdout."""
         words = [self.python.with_name(words[0]), *words[1:]]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", **CPU_FP32, **environment}
-        environment.pop("PYTHONPATH", None)  # or the checkout would be there after all
+        # Without PYTHONPATH, or the checkout would be there after all.
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         result = subprocess.run(
             list(map(str, words)),
-            env=environment,
+            env={**inherited, "HF_HUB_OFFLINE": "1", **CPU_FP32, **environment},
             cwd=self.folder,
             input=input,
             capture_output=True,
@@ -218,7 +219,8 @@ def test_the_other_commands_use_that_model(installed, hub):
     said = installed.run("gpt2repro-talk", "run", "--max_new_tokens", "4", "--seed", "0", input="the cat\n")
     assert "the cat" in said
     home = installed.folder / "home"
-    online = {**hub.environment(home), "HF_HUB_OFFLINE": "0"}
+    online = {name: value for name, value in hub.environment(home).items() if name.startswith("HF_")}
+    online["HF_HUB_OFFLINE"] = "0"
     push = ("gpt2repro-push", "run/model", "--hub_model_id", "user/installed", "--hub_wait_seconds", "5")
     assert "pushed to" in installed.run(*push, **online, HF_TOKEN=hub.token)
     assert (hub.root / "models/user/installed/model.safetensors").exists()
@@ -238,8 +240,9 @@ def test_a_launcher_starts_several_processes_with_a_copied_config(installed):
 @pytest.mark.slow
 def test_an_editable_install_has_the_commands_too(installed, tmp_path):
     source = copy_sources(tmp_path / "source")
+    installed.run("python", "-m", "pip", "uninstall", "-q", "-y", "gpt2repro")
     install = ("python", "-m", "pip", "install", "-q", *build(source)[:-1], "-e", str(source))
-    installed.run(*install)
+    installed.run(*install, PYTHONPATH=sysconfig.get_path("purelib"))  # for its setuptools
     installed.run("gpt2repro-prepare", "--verify", "tokens")
     (source / FOLDER / "mine.yaml").write_text("num_processes: 3")
     assert "edited/mine.yaml" in installed.run("gpt2repro-configs", "edited")
