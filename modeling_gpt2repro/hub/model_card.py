@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, STORIES
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
+from modeling_gpt2repro.runs.assessment import assess
 from modeling_gpt2repro.runs.config import is_complete
 from modeling_gpt2repro.runs.folder import LOSS_PICTURE, METRICS_FILE
 from modeling_gpt2repro.runs.read import FINEWEB_EDU, HELLASWAG_METRICS, HUB_ID, Run, read_run
@@ -192,6 +193,8 @@ def result_lines(run: Run, evaluation: dict) -> dict[str, str]:
         if published and used_public_hellaswag(run):
             line += f"; OpenAI's gpt2 has {published:.4f}"
         lines[f"HellaSwag acc_norm, {protocol}"] = line
+    if (assessment := assess(run)) is not None:
+        lines["loss curve"] = assessment.sentence
     return lines
 
 

@@ -2,19 +2,32 @@
 
 import json
 import math
+import re
+import shutil
 
 import numpy as np
 import pytest
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from PIL import Image
+from toy_runs import ROOT
 
+from modeling_gpt2repro.data.shards.dataset import open_shards
+from modeling_gpt2repro.evaluation import validation
 from modeling_gpt2repro.runs import curve
 from modeling_gpt2repro.runs.assessment import assess, default_reference, reason_without
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog
 from modeling_gpt2repro.runs.plots import legend_handles, plot_runs, save_figure
 from modeling_gpt2repro.runs.read import read_run
-from modeling_gpt2repro.runs.reference import FAULTS, GPT2_LOSS, NORMAL, Reference, published_curves
+from modeling_gpt2repro.runs.reference import (
+    CURVES_FILE,
+    FAULTS,
+    GPT2_LOSS,
+    NORMAL,
+    Reference,
+    gpt2_loss_of_shards,
+    published_curves,
+)
 
 STEP = 2**19
 LIKE_NORMAL = [*NORMAL, "agndm-linear_lr", "agndm-group_weight_g2", "wilsoncwu-fixed"]  # the last from another machine
@@ -347,3 +360,44 @@ def test_every_published_curve_has_a_source():
     for name, stored in published_curves().items():
         assert stored.source.startswith("https://github.com/"), name
         assert stored.what, name
+
+
+def test_the_page_of_expected_results_is_that_of_the_curves(tmp_path, capsys):
+    page = (ROOT / "docs/expected-results.md").read_text(encoding="utf-8")
+    stored = json.loads(CURVES_FILE.read_text())
+    loss = {name: dict(map(tuple, c["validation_loss"])) for name, c in stored.items()}
+    accuracy = {name: dict(map(tuple, stored[name]["hellaswag"])) for name in NORMAL}
+    rows = re.findall(r"^\| ([\d,]+) \| \d+\.\d\d B \| (.*) \|$", page, re.MULTILINE)
+    assert len(rows) == 15
+    for step, cells in rows:
+        step = int(step.replace(",", ""))
+        normal, hellaswag, *faulty = [cell.strip() for cell in cells.split("|")]
+        mean = sum(loss[name][step] for name in NORMAL) / 4
+        half_width = f" ± {float(default_reference().half_width(step * STEP)):.3f}" if step else ""
+        assert normal == f"{mean:.3f}{half_width}"
+        assert hellaswag == f"{sum(accuracy[name][step] for name in NORMAL) / 4:.3f}"
+        assert faulty == [f"{loss[name][step]:.3f}" if step in loss[name] else "" for name in list(FAULTY)[:6]]
+    log_of(tmp_path / "log.txt", published("agndm-no_warmup"))
+    curve.main(["log.txt"])
+    assert capsys.readouterr().out.removeprefix("log.txt\n") in page
+    for name in (*NORMAL, *FAULTY):
+        assert published_curves()[name].source.split(" and ")[0] in page, name
+
+
+def test_gpt2_is_scored_on_the_shards_of_a_run_by_one_command(token_shards, make_model, tmp_path):
+    """With a random model in GPT-2's place, whose name is then put into the report."""
+    folder = tmp_path / "shards"
+    shutil.copytree(token_shards.folder, folder)
+    make_model("stock", 300).save_pretrained(tmp_path / "model")
+    token_shards.tokenizer.save_pretrained(tmp_path / "model")
+    output = folder / "gpt2_validation.json"
+    validation.main(
+        [*("--model", str(tmp_path / "model"), "--shards", str(folder)), *("--device", "cpu", "--output", str(output))]
+    )
+    PartialState._reset_state()
+    report = json.loads(output.read_text())
+    assert gpt2_loss_of_shards(folder, token_shards.fingerprint) is None  # of another model
+    output.write_text(json.dumps(report | {"model": "openai-community/gpt2"}))
+    assert gpt2_loss_of_shards(folder, token_shards.fingerprint) == report["results"]["validation_loss"]
+    assert open_shards(folder).fingerprint == token_shards.fingerprint  # which the file beside them does not disturb
+    assert gpt2_loss_of_shards(folder, "of other shards") is None
