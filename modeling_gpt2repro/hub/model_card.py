@@ -150,7 +150,10 @@ def model_card(model: PreTrainedModel, origin: Origin = FROM_SCRATCH, run_folder
         trust=", trust_remote_code=True" if isinstance(model, GPT2ReproForCausalLM) else "",
     )
     if evaluations:
-        text += f"\n## Results\n\n{table(result_lines(run, evaluations[-1]))}"
+        lines = result_lines(run, evaluations[-1])
+        if (assessment := assess(run)) is not None:
+            lines["loss curve"] = assessment.sentence
+        text += f"\n## Results\n\n{table(lines)}"
         if (run.folder / LOSS_PICTURE).is_file():
             text += f"\n![loss over training tokens]({LOSS_PICTURE})\n"
     if run and is_complete(run.config):
@@ -193,8 +196,6 @@ def result_lines(run: Run, evaluation: dict) -> dict[str, str]:
         if published and used_public_hellaswag(run):
             line += f"; OpenAI's gpt2 has {published:.4f}"
         lines[f"HellaSwag acc_norm, {protocol}"] = line
-    if (assessment := assess(run)) is not None:
-        lines["loss curve"] = assessment.sentence
     return lines
 
 

@@ -240,12 +240,13 @@ def notes(run: Run, gpt2_loss: float | None, reference: Reference) -> Iterator[s
             ", so it is compared by tokens" if name == "tokens_per_step" else ", so no end is predicted"
         )
     if gpt2_loss is None:
-        shards = arguments.get("shards") or "SHARDS"
-        command = f"--shards {shards} --output {shards}/{GPT2_SCORE_FILE}"
-        yield (
-            f"GPT-2's loss on this validation split is not known, which adds {UNKNOWN_SPLIT} to the interval: measure "
-            f"it once with python -m modeling_gpt2repro.evaluation.validation {command}"
-        )
+        shards = arguments.get("shards")
+        command = f"modeling_gpt2repro.evaluation.validation --shards {shards} --output {shards}/{GPT2_SCORE_FILE}"
+        if not shards:  # the same stream has the same split
+            command = "train_accelerate.py --init_from openai-community/gpt2 --train_tokens 8192 --output_dir runs/gpt2"
+            command += ", whose first validation loss it is, and give it as --gpt2"
+        yield f"GPT-2's loss on this validation split is not known, which adds {UNKNOWN_SPLIT} to the interval"
+        yield f"to measure it, run {'python -m ' if shards else ''}{command}"
     elif gpt2_loss != GPT2_LOSS:
         yield f"the mean is shifted by {gpt2_loss - GPT2_LOSS:+.4f}, because GPT-2 has {gpt2_loss:.4f} on this split"
     last = max(record["tokens"] for record in run.records if "validation_loss" in record and "tokens" in record)

@@ -260,7 +260,10 @@ def test_another_validation_split_is_calibrated_by_gpt2(tmp_path, capsys):
     )
     unknown = assess(read_run(folder))
     assert unknown.half_width == pytest.approx(assess(read_run(folder), GPT2_LOSS).half_width + 0.05)
-    assert "evaluation.validation --shards" in unknown.notes[0]
+    command = (
+        f"python -m modeling_gpt2repro.evaluation.validation --shards {folder}/shards --output {folder}/shards/gpt2"
+    )
+    assert unknown.notes[1].startswith(f"to measure it, run {command}")
     curve.main([str(folder), "--gpt2", str(GPT2_LOSS + 0.1)])
     assert "ahead: 0.127 below" in capsys.readouterr().out
 
