@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from transformers import PreTrainedModel
 
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
+from modeling_gpt2repro.runs.assessment import assess
 from modeling_gpt2repro.runs.config import is_complete
 from modeling_gpt2repro.runs.folder import LOSS_PICTURE, METRICS_FILE
 from modeling_gpt2repro.runs.read import FINEWEB_EDU, HELLASWAG_METRICS, HUB_ID, Run, read_run
@@ -138,7 +139,10 @@ def model_card(model: PreTrainedModel, origin: Origin = FROM_SCRATCH, run_folder
         trust=", trust_remote_code=True" if isinstance(model, GPT2ReproForCausalLM) else "",
     )
     if evaluations:
-        text += f"\n## Results\n\n{table(result_lines(run, evaluations[-1]))}"
+        lines = result_lines(run, evaluations[-1])
+        if (assessment := assess(run)) is not None:
+            lines["loss curve"] = assessment.sentence
+        text += f"\n## Results\n\n{table(lines)}"
         if (run.folder / LOSS_PICTURE).is_file():
             text += f"\n![loss over training tokens]({LOSS_PICTURE})\n"
     if run and is_complete(run.config):

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from .read import Run
+from .config import read_run_config
+from .read import Run, read_run
 from .reference import (
     DECIDED,
     FAULTS,
@@ -203,12 +205,9 @@ def evaluation_points(run: Run, reference: Reference) -> list[tuple[int, int, fl
 
 def reason_without(run: Run, gpt2_loss: float | None = None, reference: Reference | None = None) -> str | None:
     """Why a run cannot be compared with the published ones, as the end of a sentence; None if it can."""
-    arguments = run.config.get("arguments")
-    if not arguments:
-        return "it has no run.json, so what was trained is not known"
-    for name, value in SETTING.items():
-        if arguments.get(name) != value:
-            return f"its {name} is {arguments.get(name)}, and that of the published runs {value}"
+    arguments = run.config.get("arguments", {})
+    if problem := setting_problem(arguments):
+        return problem
     shards = arguments.get("shards")
     cannot_be_seen = shards and not arguments.get("mix") and not Path(shards).is_dir()
     if not run.uses_fineweb_edu() and not (cannot_be_seen and gpt2_loss is not None):
@@ -218,6 +217,16 @@ def reason_without(run: Run, gpt2_loss: float | None = None, reference: Referenc
     points = evaluation_points(run, reference or default_reference())
     if not points or points[-1][1] < FIRST:
         return f"it has no evaluation from {readable_tokens(FIRST)} tokens (step 250) to 10 B, as the published ones"
+    return None
+
+
+def setting_problem(arguments: dict) -> str | None:
+    """Which of the model's arguments is not that of the published runs, as the end of a sentence; None if all are."""
+    if not arguments:
+        return "it has no run.json, so what was trained is not known"
+    for name, value in SETTING.items():
+        if arguments.get(name) != value:
+            return f"its {name} is {arguments.get(name)}, and that of the published runs {value}"
     return None
 
 
@@ -231,12 +240,13 @@ def notes(run: Run, gpt2_loss: float | None, reference: Reference) -> Iterator[s
             ", so it is compared by tokens" if name == "tokens_per_step" else ", so no end is predicted"
         )
     if gpt2_loss is None:
-        shards = arguments.get("shards") or "SHARDS"
-        command = f"--shards {shards} --output {shards}/{GPT2_SCORE_FILE}"
-        yield (
-            f"GPT-2's loss on this validation split is not known, which adds {UNKNOWN_SPLIT} to the interval: measure "
-            f"it once with python -m modeling_gpt2repro.evaluation.validation {command}"
-        )
+        shards = arguments.get("shards")
+        command = f"modeling_gpt2repro.evaluation.validation --shards {shards} --output {shards}/{GPT2_SCORE_FILE}"
+        if not shards:  # the same stream has the same split
+            command = "train_accelerate.py --init_from openai-community/gpt2 --train_tokens 8192 --output_dir runs/gpt2"
+            command += ", whose first validation loss it is, and give it as --gpt2"
+        yield f"GPT-2's loss on this validation split is not known, which adds {UNKNOWN_SPLIT} to the interval"
+        yield f"to measure it, run {'python -m ' if shards else ''}{command}"
     elif gpt2_loss != GPT2_LOSS:
         yield f"the mean is shifted by {gpt2_loss - GPT2_LOSS:+.4f}, because GPT-2 has {gpt2_loss:.4f} on this split"
     last = max(record["tokens"] for record in run.records if "validation_loss" in record and "tokens" in record)
@@ -258,6 +268,15 @@ def find_gpt2_loss(run: Run) -> float | None:
         return GPT2_LOSS
     shards = run.config.get("arguments", {}).get("shards")
     return gpt2_loss_of_shards(Path(shards), run.config.get("data", {}).get("data")) if shards else None
+
+
+def curve_sentence(folder: Path, step: int) -> str | None:
+    """The verdict on a run's evaluation of this step; None without a reference, or if its files cannot be read now."""
+    with suppress(OSError, ValueError):
+        if setting_problem(read_run_config(folder).get("arguments", {})) is None:  # else its records need not be read
+            assessment = assess(read_run(folder))
+            return assessment.sentence if assessment is not None and assessment.step == step else None
+    return None
 
 
 def reference_band(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:

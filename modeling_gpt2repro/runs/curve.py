@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import textwrap
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,11 +25,13 @@ from .read import FINEWEB_EDU, Run, read_run
 from .reference import FAULTS, GPT2_LOSS, GPT2_SCORE_FILE, RECIPE, SETTING, read_gpt2_score
 
 if TYPE_CHECKING:  # matplotlib, which only the picture needs
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # "250 val 6.1696" of build-nanogpt's log.txt, "s:250 tel:6.1710" of llm.c's main.log.
 LOG_LINES = (re.compile(r"(\d+) val (\S+)\s*"), re.compile(r"s:(\d+) tel:(\S+)\s*"))
 MAX_LOG_BYTES = 2**26
+SHOWN_STEPS = (250, 500, 1000, 2500, 5000, 10_000, 19_072)  # on the axis of the picture
 LECTURE = {**SETTING, **RECIPE, "dataset_name": FINEWEB_EDU, "tokenizer": "gpt2"}
 
 
@@ -65,45 +68,57 @@ def curve_figure(run: Run | None = None, assessment: Assessment | None = None) -
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from .plots import COLORS, GREY, STYLE, TokenFormatter
+    from .plots import COLORS, GREY, STYLE
 
     reference = default_reference()
     tokens, mean, half_width = reference.tokens, reference.losses, reference.half_width(reference.tokens)
+    drawn = []  # tokens, losses, name, style
+    for index, fault in enumerate(FAULTS):
+        curve = reference.curves[fault.curves[0]]
+        inside = (curve.tokens >= tokens[0]) & (curve.tokens <= tokens[-1])
+        style = {"color": COLORS[index]} if index < len(COLORS) else {"color": "#6A3D9A", "linestyle": "--"}
+        style |= {"marker": "o", "markersize": 3} if len(curve.tokens) < 10 else {}
+        drawn.append((curve.tokens[inside], curve.losses[inside], fault.name, style | {"linewidth": 1.2}))
+    if assessment is not None:
+        offset = assessment.mean - float(reference.mean(assessment.tokens))
+        points = [(at, loss - offset) for _, at, loss in evaluation_points(run, reference) if at >= tokens[0] and loss]
+        if points:
+            style = {"color": "black", "linewidth": 2, "marker": "o", "markersize": 3}
+            drawn.append((*np.array(points, dtype=float).T, run.folder.resolve().name, style))
     with rc_context(STYLE):
-        figure = Figure((11, 5), layout="constrained")
-        loss_axes, deviation_axes = figure.subplots(1, 2)
-        loss_axes.set_title("Validation loss, nats per token")
-        deviation_axes.set_title("The same, less the mean of the normal runs: each fault has its shape")
-        for axes, center in ((loss_axes, mean), (deviation_axes, 0 * mean)):
-            label = f"normal: {reference.count} published runs, 95 %"
-            axes.fill_between(tokens, center - half_width, center + half_width, color=GREY, alpha=0.3, linewidth=0)
-            axes.plot(tokens, center, color=GREY, linewidth=1.5, label=label)
-        for index, fault in enumerate(FAULTS):
-            curve = reference.curves[fault.curves[0]]
-            shown = curve.tokens >= tokens[0]
-            at = curve.tokens[shown]
-            losses = curve.losses[shown]
-            style = {"color": COLORS[index % len(COLORS)], "linewidth": 1.2, "label": fault.name}
-            style["linestyle"] = "-" if index < len(COLORS) else "--"
-            within = at <= tokens[-1]
-            loss_axes.plot(at[within], losses[within], **style)
-            deviation_axes.plot(at[within], (losses - reference.mean(at))[within], **style)
-        if assessment is not None:
-            offset = assessment.mean - float(reference.mean(assessment.tokens))
-            points = evaluation_points(run, reference)
-            at, losses = np.array([(t, loss - offset) for _, t, loss in points if t >= tokens[0] and loss], float).T
-            style = {"color": "black", "linewidth": 2, "marker": "o", "markersize": 3, "label": run.folder.name}
-            loss_axes.plot(at, losses, **style)
-            deviation_axes.plot(at, losses - reference.mean(at), **style)
-        for axes in (loss_axes, deviation_axes):
+        figure = Figure((10.5, 4.8), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.set_title("Validation loss, nats per token")
+        right.set_title("Less the mean of the normal runs: each fault has its shape")
+        for axes, level in ((left, mean), (right, 0 * mean)):
+            axes.fill_between(tokens, level - half_width, level + half_width, color=GREY, alpha=0.3, linewidth=0)
+            axes.plot(tokens, level, color=GREY, linewidth=1.5)
+            for at, losses, _, style in drawn:
+                axes.plot(at, losses if axes is left else losses - reference.mean(at), **style)
             axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(TokenFormatter(sep=" "))
-            axes.set_xlabel("training tokens")
-        loss_axes.set_ylim(2.8, 6.8)
-        deviation_axes.set_ylim(-0.5, 0.8)
-        handles, labels = loss_axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+            axes.set_xticks([step * 2**19 for step in SHOWN_STEPS], [f"{step:,}" for step in SHOWN_STEPS])
+            axes.minorticks_off()
+            axes.set_xlabel("step of 524,288 tokens")
+        left.set_ylim(2.8, 6.8)
+        right.set_ylim(-0.5, 0.8)
+        labels = [(0.0, "normal: 95 % of runs", GREY)]
+        for at, losses, name, style in drawn:
+            labels.append((float(losses[-1] - reference.mean(at[-1])), name, style["color"]))
+        _label_ends(right, labels)
     return figure
+
+
+def _label_ends(axes: Axes, labels: list[tuple[float, str, str]]):
+    """Write (height, text, color) to the right of the panel, each at its height or as near as the others allow."""
+    top = math.inf
+    for height, text, color in sorted(labels, reverse=True):
+        lines = textwrap.wrap(text, 26)
+        low, high = axes.get_ylim()
+        line = 0.045 * (high - low)
+        height = min(max(height, low), top - line * len(lines) / 2)
+        top = height - line * len(lines) / 2
+        place = {"xy": (1.02, height), "xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
+        axes.annotate("\n".join(lines), **place, color=color, fontsize=8.5)
 
 
 def main(argv: list[str] | None = None):
@@ -154,7 +169,8 @@ def main(argv: list[str] | None = None):
         from .plots import save_figure
 
         try:
-            print(save_figure(curve_figure(run, assessment), args.output))
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            print(save_figure(curve_figure(run, assessment), args.output, dpi=100))
         except OSError as error:
             parser.exit(2, f"--output {args.output} cannot be written ({error.strerror}): give another.\n")
 

@@ -220,7 +220,7 @@ def test_the_other_commands_use_that_model(installed, hub):
     assert "the cat" in said
     home = installed.folder / "home"
     online = {name: value for name, value in hub.environment(home).items() if name.startswith("HF_")}
-    online["HF_HUB_OFFLINE"] = "0"
+    online |= {"HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
     push = ("gpt2repro-push", "run/model", "--hub_model_id", "user/installed", "--hub_wait_seconds", "5")
     assert "pushed to" in installed.run(*push, **online, HF_TOKEN=hub.token)
     assert (hub.root / "models/user/installed/model.safetensors").exists()
