@@ -161,7 +161,7 @@ def continue_prompt(
         elif probability is None:
             yield text, PLAIN
         elif in_color:
-            yield text, next(style for least, style in PROBABILITY_STYLES.items() if probability >= least)
+            yield text, probability_style(probability)
         else:
             yield f"{text}({probability:.2g})", PLAIN
     yield "\n", PLAIN
@@ -199,6 +199,10 @@ def continued_text(
     sampled = sample_tokens(model, ids, max_new_tokens, temperature, top_k, seed, end_ids=end_of_text_ids(loaded))
     for text, probability in whole_characters(tokenizer, chain(prompt_tokens, sampled)):
         yield CONTROLS.sub(lambda control: control[0].encode("unicode_escape").decode(), text), probability
+
+
+def probability_style(probability: float) -> str:
+    return next(style for least, style in PROBABILITY_STYLES.items() if probability >= least)
 
 
 def text_notes(
