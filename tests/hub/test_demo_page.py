@@ -156,8 +156,9 @@ def test_two_models_write_side_by_side_in_color_and_ctrl_c_ends_the_page(
 
 
 @pytest.fixture
-def metered(make_model, tiny_tokenizer):
+def metered(make_model, tiny_tokenizer, monkeypatch):
     """A page whose model computes a token only when `allowance` has one for it, and counts them."""
+    monkeypatch.setattr(demo, "REFRESH_SECONDS", -1)  # each token is shown before the next is computed
     model = make_model("ours", len(tiny_tokenizer))
     model.generation_config.eos_token_id = None
     allowance = threading.Semaphore(0)
