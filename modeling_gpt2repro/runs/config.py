@@ -46,10 +46,21 @@ def write_run_config(output_dir: Path, arguments: dict, hardware: dict, attentio
         "hardware": hardware,
         "attention": attention,
         "data": data_fingerprint,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "commit": current_commit(),
+        **software_record(),
     }
     write_json(output_dir / RUN_CONFIG_FILE, config)
+
+
+def software_record() -> dict:
+    """Versions and commit, for run.json."""
+    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {"versions": versions, "commit": current_commit()}
+
+
+def environment(config: dict) -> dict:
+    """What besides arguments and data can change the bits of a number: hardware, versions and commit of a run.json."""
+    hardware = {name: value for name, value in config.get("hardware", {}).items() if name != "peak_flops"}
+    return {**hardware, **config.get("versions", {}), "commit": config.get("commit")}
 
 
 def read_run_config(folder: Path) -> dict:
@@ -88,15 +99,17 @@ def is_complete(config: dict) -> bool:
     return has_hardware and has_arguments and {"commit", "versions"} <= set(config) and "data" in config.get("data", {})
 
 
-def diff_arguments(output_dir: Path, arguments: dict) -> dict[str, tuple]:
-    """Which arguments differ from those that the run began with: name -> (then, now); see `read_run_config`.
+def diff_arguments(output_dir: Path, arguments: dict, hardware: dict) -> dict[str, tuple]:
+    """Which arguments, and what of the environment, differ from the run's first: name -> (then, now).
 
     Of files only the names are kept: metrics.jsonl, where the difference is recorded, is published with the model.
     """
-    saved = read_run_config(output_dir).get("arguments", {})
+    config = read_run_config(output_dir)
+    saved = config["arguments"] | environment(config) if config else {}
+    now = arguments | environment({"hardware": hardware, **software_record()})
     return {
         name: (without_folder(saved[name]), without_folder(value))
-        for name, value in arguments.items()
+        for name, value in now.items()
         if name in saved and saved[name] != value and name not in NOT_COMPARED
     }
 

@@ -9,6 +9,7 @@ HELLASWAG_FILE = "hellaswag.jsonl"  # the scores of the last evaluation, one exa
 BASELINES_FILE = "baselines.json"  # what losses and accuracies are compared with
 LOSS_PICTURE = "loss.png"
 STOPPED_FILE = "stopped.json"  # there after a run stopped early with a checkpoint: where, and why
+CERTIFICATE_FILE = "certificate.json"  # in the model's folder: which steps were taken again, and what came out
 UPLOAD_LOG = "push.log"
 MODEL_FOLDER = "model"  # the final model
 DATA_FOLDER = "data"  # the quickstart's tokens

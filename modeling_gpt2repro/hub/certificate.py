@@ -1,0 +1,79 @@
+"""What `train_accelerate.py --certify` has found out about a run: certificate.json, and a section of the model card."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from modeling_gpt2repro.runs.folder import CERTIFICATE_FILE, MODEL_FOLDER
+from modeling_gpt2repro.storage.atomic import atomic_write, write_json
+
+from .model_card import plain_text
+
+SECTION = "## Certificate"
+
+
+@dataclass(eq=False)
+class Certificate:
+    """Which steps of a run were taken again, and whether all was as the run has recorded it."""
+
+    total_steps: int
+    checkpoints: list[int]  # the steps of those that are whole
+    data_are_hashed: bool  # whether each shard was compared with its SHA-256
+    environment: dict  # where it was made: device, processes, versions, ...
+    problems: list[str]  # a sentence each
+    steps: list[dict] = field(default_factory=list)  # those that were drawn and have no problem
+    replayed_steps: int = 0  # all that were taken again, with those on the way
+    validation: dict = field(default_factory=dict)  # of the evaluation that was repeated: step, loss logged and found
+    changes: list[str] = field(default_factory=list)  # what is not as in the run, so that bits may differ
+    tolerance: float = 0.0  # how far numbers might differ, relative to their size; 0: not by a bit
+    largest_difference: float = 0.0  # of a loss, gradient norm or checkpoint, relative to its size
+
+    def write(self, run_folder: Path) -> Path:
+        """Write it beside the final model, or into the run's folder while there is none; returns the file."""
+        folder = run_folder / MODEL_FOLDER if (run_folder / MODEL_FOLDER).is_dir() else run_folder
+        write_json(folder / CERTIFICATE_FILE, {"certified": not self.problems, **asdict(self), "text": self.text})
+        card = folder / "README.md"
+        if card.is_file():
+            with atomic_write(card) as file:
+                file.write(replace_section(card.read_text(encoding="utf-8"), self.text).encode())
+        return folder / CERTIFICATE_FILE
+
+    @property
+    def text(self) -> str:
+        """A paragraph for people, in Markdown."""
+        if self.problems:
+            return f"Not certified: {' '.join(map(plain_text, self.problems))}"
+        origins = ", ".join(dict.fromkeys(step["from"] for step in self.steps))
+        exactness = f"within {self.largest_difference:.1e} of its size" if self.largest_difference else "bit for bit"
+        sentences = [
+            f"Loss at {listed([step['step'] for step in self.steps])} of {self.total_steps:,} reproduced {exactness}, "
+            "and so were batch, gradient norm and update: "
+            f"`train_accelerate.py --certify` took {self.replayed_steps} steps again, from {origins}, on "
+            f"{self.environment['processes']} x {plain_text(self.environment['device'])} with torch "
+            f"{self.environment['torch']}."
+        ]
+        if self.validation:
+            step, loss = self.validation["step"], self.validation["found"]
+            sentences.append(f"The validation loss of the weights after step {step:,} is {loss:.4f} again.")
+        checked = [f"checkpoint{'s' * (len(self.checkpoints) > 1)}"] if self.checkpoints else []
+        checked += ["shards"] if self.data_are_hashed else []
+        if checked:
+            sentences.append(f"{' and '.join(checked).capitalize()} have the SHA-256 that was written with them.")
+        if self.changes:
+            sentences.append(
+                f"Numbers might differ by {self.tolerance:g} of their size, because not all is as it was in the run: "
+                f"{plain_text('; '.join(self.changes))}."
+            )
+        return " ".join(sentences)
+
+
+def listed(numbers: list[int]) -> str:
+    """[3] -> 'step 3'; [3, 9, 402] -> 'steps 3, 9 and 402'."""
+    *most, last = (f"{number:,}" for number in numbers)
+    return f"steps {', '.join(most)} and {last}" if most else f"step {last}"
+
+
+def replace_section(card: str, text: str) -> str:
+    """The card with this text as its section SECTION, in place of an earlier one."""
+    rest = re.sub(rf"\n{SECTION}\n.*?(?=\n## |\Z)", "", card, flags=re.DOTALL)
+    return f"{rest.rstrip()}\n\n{SECTION}\n\n{text}\n"
