@@ -25,8 +25,8 @@ class Certificate:
     replayed_steps: int = 0  # all that were taken again, with those on the way
     validation: dict = field(default_factory=dict)  # of the evaluation that was repeated: step, loss logged and found
     changes: list[str] = field(default_factory=list)  # what is not as in the run, so that bits may differ
-    tolerance: float = 0.0  # how far numbers might differ, relative to their size; 0: not by a bit
-    largest_difference: float = 0.0  # of a loss, gradient norm or checkpoint, relative to its size
+    tolerance: float = 0.0  # how far a loss was allowed to differ, relative to its size; 0: not by a bit
+    differences: dict[str, float] = field(default_factory=dict)  # the largest that were found: loss, grad_norm, ...
 
     def write(self, run_folder: Path) -> Path:
         """Write it beside the final model, or into the run's folder while there is none; returns the file."""
@@ -44,13 +44,13 @@ class Certificate:
         if self.problems:
             return f"Not certified: {' '.join(map(plain_text, self.problems))}"
         origins = ", ".join(dict.fromkeys(step["from"] for step in self.steps))
-        exactness = f"within {self.largest_difference:.1e} of its size" if self.largest_difference else "bit for bit"
+        device = f"{self.environment['processes']} x {plain_text(self.environment['device'])}"
+        found = [f"{name} {value:.1e}" for name, value in self.differences.items() if value]
         sentences = [
-            f"Loss at {listed([step['step'] for step in self.steps])} of {self.total_steps:,} reproduced {exactness}, "
-            "and so were batch, gradient norm and update: "
-            f"`train_accelerate.py --certify` took {self.replayed_steps} steps again, from {origins}, on "
-            f"{self.environment['processes']} x {plain_text(self.environment['device'])} with torch "
-            f"{self.environment['torch']}."
+            f"Loss at {listed([step['step'] for step in self.steps])} of {self.total_steps:,} reproduced"
+            + (f" up to rounding (relative differences: at most {', '.join(found)})" if found else " bit for bit")
+            + ", with the same batch, gradient norm and update: `train_accelerate.py --certify` took "
+            f"{self.replayed_steps} steps again, from {origins}, on {device}, torch {self.environment['torch']}."
         ]
         if self.validation:
             step, loss = self.validation["step"], self.validation["found"]
@@ -60,9 +60,10 @@ class Certificate:
         if checked:
             sentences.append(f"{' and '.join(checked).capitalize()} have the SHA-256 that was written with them.")
         if self.changes:
+            changes = ", ".join(map(plain_text, self.changes))
             sentences.append(
-                f"Numbers might differ by {self.tolerance:g} of their size, because not all is as it was in the run: "
-                f"{plain_text('; '.join(self.changes))}."
+                f"Not all is as it was in the run ({changes}), so the loss was allowed to differ by {self.tolerance:g} "
+                "of its size."
             )
         return " ".join(sentences)
 

@@ -115,6 +115,8 @@ class Replay:
                     "grad_norm": metrics.grad_norm.item(),
                 },
             )
+        if data is not self.data:
+            reader.close()
 
     def validation_loss(self) -> float:
         """That of the weights as they are now."""
@@ -143,3 +145,11 @@ class Replay:
     def folder(self, step: int) -> Path:
         """That of the checkpoint of `step`."""
         return self.checkpointer.output_dir / checkpoint_name(step)
+
+
+def has_initial_weights(args: TrainArguments) -> bool:
+    """Whether the weights that the run began with can be had: those of `--init_from` may be away by now."""
+    try:
+        return args.init_from is None or load_gpt2(args.init_from) is not None
+    except (OSError, ValueError):
+        return False

@@ -58,9 +58,23 @@ def software_record() -> dict:
 
 
 def environment(config: dict) -> dict:
-    """What besides arguments and data can change the bits of a number: hardware, versions and commit of a run.json."""
+    """What besides arguments and data can change the bits of a number, by a run.json: hardware, attention, software."""
     hardware = {name: value for name, value in config.get("hardware", {}).items() if name != "peak_flops"}
-    return {**hardware, **config.get("versions", {}), "commit": config.get("commit")}
+    attention = {f"attention {name}": value for name, value in config.get("attention", {}).items()}
+    return {**hardware, **attention, **config.get("versions", {}), "commit": config.get("commit")}
+
+
+def environment_changes(config: dict, arguments: dict, here: dict) -> list[str]:
+    """What of `here` was different when a run took its steps with these arguments: ["processes 1, now 2"].
+
+    Args:
+        config: Its run.json.
+        arguments: At that time; with what had changed by then of its environment, see `diff_arguments`.
+        here: An `environment`, and arguments of today.
+    """
+    there = arguments | {name: arguments.get(name, value) for name, value in environment(config).items()}
+    there["attention implementation"] = arguments.get("attn_implementation")
+    return [f"{name} {there.get(name)}, now {value}" for name, value in here.items() if there.get(name) != value]
 
 
 def read_run_config(folder: Path) -> dict:
