@@ -1,6 +1,7 @@
 """What `train_accelerate.py --certify` has found out about a run: certificate.json, and a section of the model card."""
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -31,20 +32,23 @@ class Certificate:
     def write(self, run_folder: Path) -> Path:
         """Write it beside the final model, or into the run's folder while there is none; returns the file."""
         folder = run_folder / MODEL_FOLDER if (run_folder / MODEL_FOLDER).is_dir() else run_folder
-        write_json(folder / CERTIFICATE_FILE, {"certified": not self.problems, **asdict(self), "text": self.text})
+        write_json(folder / CERTIFICATE_FILE, {"certified": not self.problems, **asdict(self), "text": self.text()})
         card = folder / "README.md"
         if card.is_file():
             with atomic_write(card) as file:
-                file.write(replace_section(card.read_text(encoding="utf-8"), self.text).encode())
+                file.write(replace_section(card.read_text(encoding="utf-8"), self.text(plain_text)).encode())
         return folder / CERTIFICATE_FILE
 
-    @property
-    def text(self) -> str:
-        """A paragraph for people, in Markdown."""
+    def text(self, escape: Callable[[object], str] = str) -> str:
+        """A paragraph for people.
+
+        Args:
+            escape: For Markdown, of what is not ours to word: names of devices and files.
+        """
         if self.problems:
-            return f"Not certified: {' '.join(map(plain_text, self.problems))}"
+            return f"Not certified: {' '.join(map(escape, self.problems))}"
         origins = ", ".join(dict.fromkeys(step["from"] for step in self.steps))
-        device = f"{self.environment['processes']} x {plain_text(self.environment['device'])}"
+        device = f"{self.environment['processes']} x {escape(self.environment['device'])}"
         found = [f"{name} {value:.1e}" for name, value in self.differences.items() if value]
         sentences = [
             f"Loss at {listed([step['step'] for step in self.steps])} of {self.total_steps:,} reproduced"
@@ -60,7 +64,7 @@ class Certificate:
         if checked:
             sentences.append(f"{' and '.join(checked).capitalize()} have the SHA-256 that was written with them.")
         if self.changes:
-            changes = ", ".join(map(plain_text, self.changes))
+            changes = ", ".join(map(escape, self.changes))
             sentences.append(
                 f"Not all is as it was in the run ({changes}), so the loss was allowed to differ by {self.tolerance:g} "
                 "of its size."

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from modeling_gpt2repro.data.batches.build import TrainingData
 from modeling_gpt2repro.data.batches.mixture import parse_mix
-from modeling_gpt2repro.data.shards.dataset import MANIFEST
+from modeling_gpt2repro.data.shards.dataset import MANIFEST, open_shards
 from modeling_gpt2repro.data.shards.verify import verify_shards
 from modeling_gpt2repro.hub.certificate import Certificate
 from modeling_gpt2repro.hub.conversion import load_checkpoint_config
@@ -108,15 +108,15 @@ def certify(
             accelerator.print(f"Stopped by {signal_name}: nothing is certified, and the run is as it was.")
             return EXIT_CODE
         file = run_on_main_and_broadcast(accelerator, lambda: certificate.write(run.folder))
-    accelerator.print(f"\n{certificate.text}\n\nwritten to   {file}")
+    accelerator.print(f"\n{certificate.text()}\n\nwritten to   {file}")
     return 1 if certificate.problems else 0
 
 
 def check_files(args: TrainArguments, data: TrainingData, here: dict) -> tuple[Run, Certificate]:
     """Compare shards, checkpoints and final model with the hashes that were written with them."""
     run = read_run(Path(args.output_dir))
-    folders = [run.folder / DATA_FOLDER] if args.built_in_text else [args.shards] if args.shards else []
-    folders = [Path(folder) for folder in (parse_mix(args.mix) if args.mix else folders)]  # none of a stream
+    names = [str(run.folder / DATA_FOLDER)] if args.built_in_text else [args.shards] if args.shards else []
+    folders = [open_shards(name).folder for name in (parse_mix(args.mix) if args.mix else names)]  # none of a stream
     hashed = [folder for folder in folders if (folder / MANIFEST).exists()]  # the lecture's own shards have no hashes
     problems = [sentence for folder in hashed for sentence in verify_shards(folder)]
     if run.config.get("data") != data.data_fingerprint:

@@ -99,7 +99,9 @@ def test_every_step_of_a_run_is_reproduced_bit_for_bit_and_the_run_stays_as_it_w
     after = hashes(run)
     changed = {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)}
     assert changed == {"model/README.md", "model/certificate.json"}
-    assert (run / "model/README.md").read_text().count(f"\n## Certificate\n\n{certificate['text']}\n") == 1
+    assert (run / "model/README.md").read_text().count(
+        "\n## Certificate\n\nLoss at steps 1, 2, 3, 4, 5, 6, 7 and 8"
+    ) == 1
 
 
 def change_row(run: Path, shards: Path, forged: Path, step: int):
@@ -158,8 +160,8 @@ def test_a_weight_that_was_changed_is_not_that_of_the_replay_that_ends_there(run
     assert code == 1
     before, after = certificate["problems"]
     assert before.startswith("step 6: transformer.wpe.weight in step-000006 is not that of the replay from step-000003")
-    assert after.startswith("step 7: loss is ")
-    assert {step["step"] for step in certificate["steps"]} >= {1, 2, 3, 4}
+    assert after.startswith("step 7: ")
+    assert [step["step"] for step in certificate["steps"]] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
@@ -170,7 +172,7 @@ def test_a_moment_that_was_changed_shows_after_the_next_update(run):
     before, after = certificate["problems"]
     assert before.startswith("step 3: transformer.wte.weight.exp_avg in step-000003 is not that of the replay")
     assert after.startswith("step 5: loss is ")
-    assert [step["step"] for step in certificate["steps"]] == [1, 2, 7, 8]
+    assert [step["step"] for step in certificate["steps"]] == [1, 7, 8]  # what 2 and 4 did is seen in 3 and 5
 
 
 @pytest.mark.slow
@@ -196,7 +198,7 @@ def test_a_line_that_is_missing_and_a_checkpoint_that_is_damaged_are_named(run):
     of_checkpoint, of_line = certificate["problems"]
     assert of_checkpoint.startswith("step-000006 is damaged (model.safetensors has 1,000 of")
     assert of_line.startswith("step 5: metrics.jsonl has no line of it")
-    assert {step["from"] for step in certificate["steps"]} == {"the seed", "step-000003"}
+    assert [step["step"] for step in certificate["steps"]] == [1, 2, 3]
 
 
 @pytest.mark.slow
@@ -229,7 +231,7 @@ def test_other_micro_batches_are_within_the_tolerance_and_the_batches_are_equal(
     assert certificate["differences"]["batch_hash"] == 0.0
     assert 0 < certificate["differences"]["loss"] < 1e-6 < certificate["tolerance"]
     assert "reproduced up to rounding" in certificate["text"]
-    assert "Not all is as it was in the run (per\\_device" in certificate["text"]
+    assert "Not all is as it was in the run (per_device_train_batch_size 4, now 3)" in certificate["text"]
 
 
 def test_a_run_that_was_resumed_with_another_schedule_and_keeps_its_last_checkpoint_only(run, shards, tmp_path):
