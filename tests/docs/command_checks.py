@@ -83,6 +83,9 @@ def check_program(module, arguments: list[str], tmp_path: Path, monkeypatch: pyt
     arguments = [word.removeprefix("/") for word in arguments if word != "--help"]
     for flag, word in zip(["", *arguments], arguments, strict=False):
         make_stand_in(tmp_path, word, is_output=flag == "--output_dir")
+        if flag == "--output_dir" and "--certify" in arguments:  # of a run that is there
+            (tmp_path / word / "run.json").write_text('{"arguments": {}}')
+            (tmp_path / word / "metrics.jsonl").write_text('{"step": 1, "tokens": 1, "loss": 3.0}')
     stderr = io.StringIO()
     end = None
     with monkeypatch.context() as patch:

@@ -109,6 +109,11 @@ def logged_values(output_dir: Path, name: str = "loss") -> list[float]:
 
 def train_here(output_dir: Path, shards: Path, **overrides) -> int:
     """Run the script in this process, in fp32, which saves seconds of imports; returns the exit code."""
+    return run_here(toy_flags(output_dir, shards, **overrides))
+
+
+def run_here(flags: list[str]) -> int:
+    """The same with flags of any kind."""
     import torch
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -118,7 +123,7 @@ def train_here(output_dir: Path, shards: Path, **overrides) -> int:
     os.environ.update(CPU_FP32)
     gc.freeze()  # the script looks for garbage twice, and need not search all that the tests have imported
     try:
-        train_accelerate.main(toy_flags(output_dir, shards, **overrides))
+        train_accelerate.main(flags)
     except SystemExit as end:
         if isinstance(end.code, str):  # as the interpreter does
             print(end.code, file=sys.stderr)
