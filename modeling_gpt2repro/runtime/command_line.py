@@ -273,7 +273,8 @@ def exit_with_errors(messages: list[str]) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(RANK_0_HEAD_START_SECONDS)
-    script = os.path.basename(sys.argv[0]) + (f", process {rank}" if rank != "0" else "")
+    script = "main" if is_notebook() else os.path.basename(sys.argv[0])
+    script += f", process {rank}" if rank != "0" else ""
     text = f"{script}: {messages[0]}"
     if len(messages) > 1:
         items = "".join(f"\n  - {message}" for message in messages)
@@ -281,6 +282,11 @@ def exit_with_errors(messages: list[str]) -> NoReturn:
     print(text, file=sys.stderr)
     report_to_launcher(text)
     raise SystemExit(2)
+
+
+def is_notebook() -> bool:
+    """Whether a person calls from a notebook, or types at Python's prompt; sys.argv is then of another program."""
+    return not hasattr(sys.modules["__main__"], "__file__")
 
 
 def report_to_launcher(message: str):

@@ -108,9 +108,6 @@ def logged_values(output_dir: Path, name: str = "loss") -> list[float]:
 
 def train_here(output_dir: Path, shards: Path, **overrides) -> int:
     """Run the script in this process, in fp32, which saves seconds of imports; returns the exit code."""
-    import torch
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
     import train_accelerate
 
     before = {name: os.environ.get(name) for name in CPU_FP32}
@@ -125,9 +122,6 @@ def train_here(output_dir: Path, shards: Path, **overrides) -> int:
         return end.code
     finally:
         gc.unfreeze()
-        torch.use_deterministic_algorithms(False)
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._shared_state.clear()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     return 0
