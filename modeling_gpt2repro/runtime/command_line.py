@@ -282,7 +282,8 @@ def exit_with_errors(messages: list[str]) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(RANK_0_HEAD_START_SECONDS)
-    script = os.path.basename(sys.argv[0]) + (f", process {rank}" if rank != "0" else "")
+    script = "main" if is_notebook() else os.path.basename(sys.argv[0])
+    script += f", process {rank}" if rank != "0" else ""
     text = f"{script}: {messages[0]}"
     if len(messages) > 1:
         items = "".join(f"\n  - {message}" for message in messages)
@@ -316,6 +317,11 @@ def as_typed(text: str) -> str:
         gap = "\n\n" if "\n" in text else " "
         text = f"{text.rstrip()}{gap}(gpt2repro-configs copies accelerate_configs/ here.)"
     return text
+
+
+def is_notebook() -> bool:
+    """Whether a person calls from a notebook, or types at Python's prompt; sys.argv is then of another program."""
+    return not hasattr(sys.modules["__main__"], "__file__")
 
 
 def report_to_launcher(message: str):

@@ -20,7 +20,7 @@ from modeling_gpt2repro.runtime import command_line
 PACKAGE = "modeling_gpt2repro"
 
 # Programs that are not ours: nothing but the files they name is checked.
-FOREIGN = {"python3", "py", "conda", "hf", "ruff", "export", "cd", ".", ".venv\\Scripts\\activate"}
+FOREIGN = {"python3", "py", "conda", "hf", "jupyter", "ruff", "export", "cd", ".", ".venv\\Scripts\\activate"}
 FOREIGN_FLAGS = {
     *("nodes", "time", "account", "partition", "gpus-per-node", "cpus-per-task"),  # sbatch
     *("index-url", "extra-index-url", "no-deps"),  # pip
