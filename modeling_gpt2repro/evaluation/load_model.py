@@ -161,18 +161,18 @@ def run_folder_problem(name: str) -> str | None:
         return f"{name} is the folder of a run that has saved no model yet: wait for its first checkpoint."
 
 
+def find_model(name: str) -> str:
+    """The folder of a model or its Hub id as it is; for the folder of a run, that of its model."""
+    is_model = os.path.isfile(os.path.join(name, "config.json"))
+    return name if is_model else str(model_of_run(name) or name)
+
+
 def model_of_run(name: str) -> Path | None:
     """The final model in the folder of a run, or else its last checkpoint; None if there is neither."""
     checkpoints = [path for path in Path(name).glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     for folder in (Path(name) / MODEL_FOLDER, *sorted(checkpoints, key=step_of, reverse=True)):
         if (folder / "config.json").is_file():
             return folder
-
-
-def model_folder(name: str) -> str:
-    """Where the model of this name is: for the folder of a run `model_of_run`, else the name itself."""
-    is_model = os.path.isfile(os.path.join(name, "config.json"))
-    return name if is_model else str(model_of_run(name) or name)
 
 
 def output_problem(path: str) -> str | None:

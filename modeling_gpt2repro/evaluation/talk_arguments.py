@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from modeling_gpt2repro.runtime.command_line import InputErrors, arg, check_limits
 
-from .load_model import best_device, device_problem, model_folder, model_problem
+from .load_model import best_device, device_problem, find_model, model_problem
 
 SEEDS = 2**32  # torch's generator on the CPU reads 32 bits of a seed
 
@@ -100,4 +100,4 @@ class TalkArguments:
         """Of each model the flag that it was given with, its name, and its folder or Hub id."""
         for flag, name in (("MODEL", self.model), ("--compare", self.compare)):
             if name is not None:
-                yield flag, name, model_folder(name)
+                yield flag, name, find_model(name)

@@ -25,7 +25,7 @@ from modeling_gpt2repro.runtime.command_line import (
     parse_command_line,
 )
 
-from .load_model import load_causal_lm, model_folder, model_problem, output_problem
+from .load_model import find_model, load_causal_lm, model_problem, output_problem
 
 FORMATS = (".png", ".svg")
 
@@ -68,7 +68,7 @@ class WeightsArguments:
         """Of each model the flag that it was given with, and its folder or Hub id."""
         for flag, name in (("MODEL", self.model), ("--compare", self.compare)):
             if name is not None:
-                yield flag, model_folder(name)
+                yield flag, find_model(name)
 
 
 @dataclass(frozen=True)
