@@ -108,7 +108,8 @@ class TrainArguments:
 
     shards: str | None = arg(
         default=None,
-        help="Folder of token shards that prepare_data.py wrote. If not given, --mix or --dataset_name is used.",
+        help="Folder of token shards, or hf://OWNER/NAME[@REVISION] on the Hub: what prepare_data.py wrote, or the "
+        "shards of build-nanogpt or llm.c. If not given, --mix or --dataset_name is used.",
         group="data (--shards, or --mix, or --dataset_name)",
     )
     mix: str | None = arg(

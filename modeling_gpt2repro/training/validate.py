@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from modeling_gpt2repro.runs.folder import RUN_CONFIG_FILE
 from modeling_gpt2repro.runtime.command_line import check_limits
+from modeling_gpt2repro.storage.hub_files import is_on_hub
 
 from .checkpoints import HUB_NAME
 
@@ -75,7 +76,7 @@ def check_schedule(args: "TrainArguments") -> Iterator[str]:
 
 def check_data(args: "TrainArguments") -> Iterator[str]:
     """Data that does not exist, is given twice, or has no known size although epochs are asked for."""
-    if args.shards is not None and not Path(args.shards).is_dir():
+    if args.shards is not None and not is_on_hub(args.shards) and not Path(args.shards).is_dir():
         command = f"prepare_data.py --output_dir {shlex.quote(args.shards)}"
         yield f"there is no folder {args.shards}: prepare it with {command}."
     if args.mix is not None and args.shards is not None:

@@ -69,9 +69,10 @@ def as_flags(recipe: dict) -> list[str]:
     return [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
 
 
-def toy_flags(output_dir: Path, shards: Path | None, **overrides) -> list[str]:
-    """The command line of a toy run; without shards the overrides must name its data."""
-    data = {"shards": shards, "hellaswag": shards.parent / "hellaswag.jsonl"} if shards else {"hellaswag": "none"}
+def toy_flags(output_dir: Path, shards: Path | str | None, **overrides) -> list[str]:
+    """The command line of a toy run; shards may be an address, and without them the overrides must name its data."""
+    data = {"hellaswag": shards.parent / "hellaswag.jsonl" if isinstance(shards, Path) else "none"}
+    data |= {"shards": shards} if shards else {}
     return as_flags({**data, "output_dir": output_dir, **RECIPE, **overrides})
 
 
