@@ -43,7 +43,7 @@ def size_is_known(args: TrainArguments) -> bool:
 
 def warn_of_slow_cpu(args: TrainArguments, accelerator: Accelerator, vocab_size: int | None = None):
     """Print how long a large run would take on a CPU: at once if `size_is_known`, else when the vocabulary is."""
-    if accelerator.device.type != "cpu" or size_is_known(args) != (vocab_size is None):
+    if accelerator.device.type != "cpu" or args.certify or size_is_known(args) != (vocab_size is None):
         return
     if vocab_size is None:
         vocab_size = args.tokenizer_vocab_size if args.built_in_text else GPT2_VOCABULARY

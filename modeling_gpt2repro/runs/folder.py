@@ -10,6 +10,7 @@ BASELINES_FILE = "baselines.json"  # what losses and accuracies are compared wit
 LOSS_PICTURE = "loss.png"
 REPORT_FILE = "report"  # .md or .html, if somebody has asked for one
 STOPPED_FILE = "stopped.json"  # there after a run stopped early with a checkpoint: where, and why
+CERTIFICATE_FILE = "certificate.json"  # in the model's folder: which steps were taken again, and what came out
 UPLOAD_LOG = "push.log"
 MODEL_FOLDER = "model"  # the final model
 DATA_FOLDER = "data"  # the quickstart's tokens

@@ -25,7 +25,8 @@ HELLASWAG_METRICS = {
 }
 
 STORY_FLOOR = "the floor, entropy of the stories"  # the baseline below which no model can be
-NOT_NUMBERS = {"step", "tokens", "event", "changed", "rows_by_process"}  # all other values of a record are numbers
+# All other values of a record are numbers.
+NOT_NUMBERS = {"step", "tokens", "event", "changed", "rows_by_process", "batch_hash"}
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,8 @@ def parse_record(line: str | bytes) -> dict | None:
         record = parse_json(line)
         require(type(record) is dict and is_count(record.get("step")), "it has no step")
         require(is_count(record.get("tokens", 0)), "tokens is not a number")
-        require(type(record.get("event", "")) is str, "event is not a string")
+        for name in ("event", "batch_hash"):
+            require(type(record.get(name, "")) is str, f"{name} is not a string")
         changed = record.get("changed", {})
         require(type(changed) is dict, "changed is not an object")
         require(all(type(pair) is list and len(pair) == 2 for pair in changed.values()), "changed has no pairs")

@@ -230,7 +230,7 @@ def parse_command_line(
     Args:
         arguments_class: A dataclass whose `__post_init__` raises a ValueError with one error per line. Its class
             attribute `flag_hints`, if it has one, maps likely wrong flags to what to use instead. Its `defaults_from`
-            maps a flag to a function from all defaults and the flag's value to the defaults that it replaces, and its
+            maps flags to a function from all defaults and their values to the defaults that it replaces, and its
             `defaults_with` maps a flag to the defaults that other flags have if it is given.
         presets: Name -> overrides of defaults, chosen by the field `preset`.
 
@@ -245,8 +245,8 @@ def parse_command_line(
     if presets:
         chosen["preset"] = chosen_value(parser, "preset", argv)
         parser.set_defaults(**presets.get(chosen["preset"], {}))  # an unknown preset is reported with the other errors
-    for flag, derive in getattr(arguments_class, "defaults_from", {}).items():
-        chosen[flag] = chosen_value(parser, flag, argv)
+    for flags, derive in getattr(arguments_class, "defaults_from", {}).items():
+        chosen |= {name: chosen_value(parser, name, argv) for name in flags}
         parser.set_defaults(**derive({name: parser.get_default(name) for name in names} | chosen))
     not_given = object()  # in place of defaults, to see which flags the command line has
     namespace, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(names, not_given)))
@@ -282,7 +282,8 @@ def exit_with_errors(messages: list[str]) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(RANK_0_HEAD_START_SECONDS)
-    script = os.path.basename(sys.argv[0]) + (f", process {rank}" if rank != "0" else "")
+    script = "main" if is_notebook() else os.path.basename(sys.argv[0])
+    script += f", process {rank}" if rank != "0" else ""
     text = f"{script}: {messages[0]}"
     if len(messages) > 1:
         items = "".join(f"\n  - {message}" for message in messages)
@@ -316,6 +317,11 @@ def as_typed(text: str) -> str:
         gap = "\n\n" if "\n" in text else " "
         text = f"{text.rstrip()}{gap}(gpt2repro-configs copies accelerate_configs/ here.)"
     return text
+
+
+def is_notebook() -> bool:
+    """Whether a person calls from a notebook, or types at Python's prompt; sys.argv is then of another program."""
+    return not hasattr(sys.modules["__main__"], "__file__")
 
 
 def report_to_launcher(message: str):
