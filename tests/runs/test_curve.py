@@ -17,7 +17,7 @@ from modeling_gpt2repro.runs import curve
 from modeling_gpt2repro.runs.assessment import assess, default_reference, reason_without
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog
-from modeling_gpt2repro.runs.plots import legend_handles, plot_runs, save_figure
+from modeling_gpt2repro.runs.plots import legend_handles, loss_panel, plot_panels, save_figure
 from modeling_gpt2repro.runs.read import read_run
 from modeling_gpt2repro.runs.reference import (
     CURVES_FILE,
@@ -287,12 +287,17 @@ def test_another_validation_split_is_calibrated_by_gpt2(tmp_path, capsys):
 
 def test_loss_png_has_a_band_where_a_reference_applies(tmp_path):
     run = read_run(run_of(tmp_path / "run", published("lecture-agndm", 2000)))
-    figure = plot_runs([run])
+    figure = plot_panels([run], [loss_panel], columns=1, size=(8, 5))
     band = figure.axes[0].collections[0].get_paths()[0].vertices
     at_2000 = [height for tokens, height in band if tokens == 2000 * STEP]
     assert (min(at_2000), max(at_2000)) == pytest.approx((3.6624 - 0.0315, 3.6624 + 0.0315), abs=2e-3)
     assert "95 % of published runs" in [text.get_text() for text in figure.legends[0].get_texts()]
     assert figure.axes[0].get_xlim()[1] == pytest.approx(1.01 * 2000 * STEP)
+    [inset] = figure.axes[0].child_axes
+    tokens, distances = inset.lines[0].get_data()
+    assert (tokens[0], tokens[-1]) == (250 * STEP, 2000 * STEP)
+    assert distances[-1] == pytest.approx(3.6588 - 3.6624, abs=1e-3)
+    assert not plot_panels([run], [loss_panel, loss_panel], columns=2, size=(8, 5)).axes[0].child_axes  # too small
 
 
 def test_the_live_log_has_a_line_of_it_only_where_a_reference_applies(tmp_path, capsys):
