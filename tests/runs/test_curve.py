@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from accelerate import Accelerator, PartialState
 from PIL import Image
-from toy_runs import ROOT
+from toy_runs import ROOT, train_here
 
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.evaluation import validation
@@ -119,6 +119,11 @@ def test_a_fault_is_named_by_step_1000(tmp_path, name):
     assert fault in assessment.sentence
     by_step_1500 = assess(log_of(tmp_path / "log.txt", published(name, 1536)))
     assert [found.name for found in by_step_1500.faults] == [fault]
+    if fault in ("warm-up too long", "a faster recipe"):  # whose published runs were not as long
+        assert by_step_1500.final_loss is None
+    else:
+        center, half = by_step_1500.final_loss
+        assert center - half < published(name, 20_000)[-1][1] < center + half
 
 
 @pytest.mark.parametrize("name", FAULTY)
@@ -362,6 +367,21 @@ def test_bad_input_ends_in_one_sentence(tmp_path, capsys, words, problem):
     message = capsys.readouterr().err.strip()
     assert problem in message
     assert len(message.splitlines()) == 1
+
+
+@pytest.mark.slow  # a whole toy run
+def test_a_run_keeps_gpt2s_loss_on_its_shards(shards, tmp_path):
+    data = tmp_path / "shards"
+    shutil.copytree(shards, data)
+    report = {
+        "model": "gpt2",
+        "results": {"validation_loss": 3.31},
+        "shards_fingerprint": open_shards(data).fingerprint,
+    }
+    (data / "gpt2_validation.json").write_text(json.dumps(report))
+    assert train_here(tmp_path / "run", data, hellaswag="none") == 0
+    shutil.rmtree(data)
+    assert read_run(tmp_path / "run").loss_baselines["GPT-2 124M"] == 3.31
 
 
 def test_every_published_curve_has_a_source():
