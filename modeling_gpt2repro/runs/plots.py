@@ -95,13 +95,19 @@ def plot_panels(runs: Sequence[Run], panels: Sequence[Panel], columns: int, size
 
 def save_figure(figure: Figure, path: Path, dpi: int = 150) -> Path:
     """Write a figure atomically, in the format of the path's suffix; returns the path."""
-    content = io.BytesIO()
-    metadata = {"Date": None} if path.suffix == ".svg" else {}
-    with rc_context(STYLE):
-        figure.savefig(content, format=path.suffix[1:], dpi=dpi, metadata=metadata)
+    content = figure_bytes(figure, path.suffix[1:], dpi)
     with atomic_write(path) as file:
-        file.write(content.getvalue())
+        file.write(content)
     return path
+
+
+def figure_bytes(figure: Figure, format: str, dpi: int = 150) -> bytes:
+    """A figure as the content of a file of this format, 'png' or 'svg'."""
+    content = io.BytesIO()
+    metadata = {"Date": None} if format == "svg" else {}
+    with rc_context(STYLE):
+        figure.savefig(content, format=format, dpi=dpi, metadata=metadata)
+    return content.getvalue()
 
 
 def loss_panel(axes: Axes, runs: Sequence[Run]):
