@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 from matplotlib.path import Path as CurvePath
 from matplotlib.text import Annotation
 from matplotlib.ticker import EngFormatter
+from matplotlib.transforms import Bbox, TransformedBbox
 
 from modeling_gpt2repro.storage.atomic import atomic_write
 
@@ -47,6 +48,7 @@ STEP_PANELS = {  # metric of each training step -> title
 }
 MAX_POINTS = 1000  # a panel is about as many pixels wide
 MAX_MARKERS = 25
+INSET = (0.44, 0.42, 0.54, 0.38)  # left, bottom, width, height, as shares of the panel: where a loss curve never is
 LABEL_PLACES = [  # x as a share of the panel's width, the side of the label at x, whether above its line
     (x, side, above) for above in (True, False) for x, side in ((0.99, "right"), (0.01, "left"), (0.5, "center"))
 ]
@@ -119,8 +121,7 @@ def loss_panel(axes: Axes, runs: Sequence[Run]):
         baselines |= ({GPT2_LABEL: GPT2_LOSS} if run.uses_fineweb_edu() else {}) | run.loss_baselines
         style = line_style(index)
         if len(runs) == 1 and (band := reference_band(run)) is not None:
-            tokens, mean, half_width = band
-            axes.fill_between(tokens, mean - half_width, mean + half_width, color=BAND_COLOR, alpha=0.35, linewidth=0)
+            _plot_reference(axes, run, *band)
         shown.append(_plot_noisy(axes, *run.series("loss"), style))
         for tokens, marker in ((run.resumed_tokens(), "|"), (run.skipped_tokens(), "x")):
             axes.plot(tokens, np.full(len(tokens), 0.03), marker, color=style["color"], markersize=6, transform=foot)
@@ -260,6 +261,25 @@ def _plot_noisy(axes: Axes, tokens: np.ndarray, values: np.ndarray, style: Mappi
     return values
 
 
+def _plot_reference(axes: Axes, run: Run, tokens: np.ndarray, mean: np.ndarray, half_width: np.ndarray):
+    """The band of published runs; and, in a figure that is one large panel, the run's distance from their mean."""
+    axes.fill_between(tokens, mean - half_width, mean + half_width, color=BAND_COLOR, alpha=0.35, linewidth=0)
+    if len(axes.figure.axes) > 1:
+        return
+    at, losses = run.series("validation_loss")
+    inside = (at >= tokens[0]) & (at <= 1.01 * tokens[-1])
+    distances = (losses - np.interp(np.log(at.clip(min=1)), np.log(tokens), mean))[inside]
+    inset = axes.inset_axes(INSET)
+    inset.set_title("validation, less the published mean", fontsize=8.5)
+    inset.fill_between(tokens, -half_width, half_width, color=BAND_COLOR, alpha=0.35, linewidth=0)
+    _plot_points(inset, at[inside], distances, color=VALIDATION_COLOR, linewidth=1.2, markersize=3)
+    limit = min(1.0, 1.15 * float(max(np.abs(distances).max(initial=0.0), half_width.max())))
+    inset.set_ylim(-limit, limit)
+    inset.set_xlim(axes.get_xlim())
+    inset.xaxis.set_major_formatter(TokenFormatter(sep=" "))
+    inset.tick_params(labelsize=8)
+
+
 def _plot_points(axes: Axes, tokens: np.ndarray, values: np.ndarray, **style):
     axes.plot(tokens, values, marker="o", markevery=max(1, len(tokens) // MAX_MARKERS), **style)
 
@@ -290,6 +310,8 @@ def _label_baseline(axes: Axes, text: str, value: float, curves: Sequence[CurveP
     Boxes are compared in pixels, before the figure's layout, which enlarges the panels but not the text.
     """
     others = [label.get_window_extent() for label in axes.texts]
+    if axes.child_axes:
+        others.append(TransformedBbox(Bbox.from_extents(INSET[0] - 0.12, INSET[1] - 0.08, 1, 0.9), axes.transAxes))
 
     def badness(label: Annotation) -> tuple[int, int]:
         box = label.get_window_extent()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from accelerate import Accelerator, PartialState
 from PIL import Image
-from toy_runs import ROOT
+from toy_runs import ROOT, train_here
 
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.evaluation import validation
@@ -17,7 +17,7 @@ from modeling_gpt2repro.runs import curve
 from modeling_gpt2repro.runs.assessment import assess, default_reference, reason_without
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog
-from modeling_gpt2repro.runs.plots import legend_handles, plot_runs, save_figure
+from modeling_gpt2repro.runs.plots import legend_handles, loss_panel, plot_panels, save_figure
 from modeling_gpt2repro.runs.read import read_run
 from modeling_gpt2repro.runs.reference import (
     CURVES_FILE,
@@ -119,6 +119,11 @@ def test_a_fault_is_named_by_step_1000(tmp_path, name):
     assert fault in assessment.sentence
     by_step_1500 = assess(log_of(tmp_path / "log.txt", published(name, 1536)))
     assert [found.name for found in by_step_1500.faults] == [fault]
+    if fault in ("warm-up too long", "a faster recipe"):  # whose published runs were not as long
+        assert by_step_1500.final_loss is None
+    else:
+        center, half = by_step_1500.final_loss
+        assert center - half < published(name, 20_000)[-1][1] < center + half
 
 
 @pytest.mark.parametrize("name", FAULTY)
@@ -287,12 +292,17 @@ def test_another_validation_split_is_calibrated_by_gpt2(tmp_path, capsys):
 
 def test_loss_png_has_a_band_where_a_reference_applies(tmp_path):
     run = read_run(run_of(tmp_path / "run", published("lecture-agndm", 2000)))
-    figure = plot_runs([run])
+    figure = plot_panels([run], [loss_panel], columns=1, size=(8, 5))
     band = figure.axes[0].collections[0].get_paths()[0].vertices
     at_2000 = [height for tokens, height in band if tokens == 2000 * STEP]
     assert (min(at_2000), max(at_2000)) == pytest.approx((3.6624 - 0.0315, 3.6624 + 0.0315), abs=2e-3)
     assert "95 % of published runs" in [text.get_text() for text in figure.legends[0].get_texts()]
     assert figure.axes[0].get_xlim()[1] == pytest.approx(1.01 * 2000 * STEP)
+    [inset] = figure.axes[0].child_axes
+    tokens, distances = inset.lines[0].get_data()
+    assert (tokens[0], tokens[-1]) == (250 * STEP, 2000 * STEP)
+    assert distances[-1] == pytest.approx(3.6588 - 3.6624, abs=1e-3)
+    assert not plot_panels([run], [loss_panel, loss_panel], columns=2, size=(8, 5)).axes[0].child_axes  # too small
 
 
 def test_the_live_log_has_a_line_of_it_only_where_a_reference_applies(tmp_path, capsys):
@@ -357,6 +367,21 @@ def test_bad_input_ends_in_one_sentence(tmp_path, capsys, words, problem):
     message = capsys.readouterr().err.strip()
     assert problem in message
     assert len(message.splitlines()) == 1
+
+
+@pytest.mark.slow  # a whole toy run
+def test_a_run_keeps_gpt2s_loss_on_its_shards(shards, tmp_path):
+    data = tmp_path / "shards"
+    shutil.copytree(shards, data)
+    report = {
+        "model": "gpt2",
+        "results": {"validation_loss": 3.31},
+        "shards_fingerprint": open_shards(data).fingerprint,
+    }
+    (data / "gpt2_validation.json").write_text(json.dumps(report))
+    assert train_here(tmp_path / "run", data, hellaswag="none") == 0
+    shutil.rmtree(data)
+    assert read_run(tmp_path / "run").loss_baselines["GPT-2 124M"] == 3.31
 
 
 def test_every_published_curve_has_a_source():
