@@ -43,17 +43,20 @@ CARD = """---
 # GPT-2, {parameters:,} parameters
 
 {description} {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context {config.n_positions},
-vocabulary {config.vocab_size}. It continues a text the way its training data would: it was not trained to follow
-instructions, and it has learned the errors and biases of that data, too.
+vocabulary {config.vocab_size}. {behavior}
 
 ```python
 from transformers import pipeline
 
 folder = "."  # path of this folder, or its name on the Hub
 generator = pipeline("text-generation", model=folder{trust})
-print(generator({prompt}, max_new_tokens=30)[0]["generated_text"])
+print(generator({prompt}, max_new_tokens=30)[0]["generated_text"]{reply})
 ```
 """
+CONTINUES = """It continues a text the way its training data would: it was not trained to follow
+instructions, and it has learned the errors and biases of that data, too."""
+REPLIES = """It replies to messages, as the conversations that it was fine-tuned on do, and its
+chat template writes them; it has learned the errors and biases of its training data, too."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,12 @@ def inherited_metadata(metadata: dict) -> dict[str, str | list[str]]:
     return kept
 
 
-def model_card(model: PreTrainedModel, origin: Origin = FROM_SCRATCH, run_folder: Path | None = None) -> str:
+def model_card(
+    model: PreTrainedModel,
+    origin: Origin = FROM_SCRATCH,
+    run_folder: Path | None = None,
+    has_chat_template: bool = False,
+) -> str:
     """The text of README.md; without the folder of the run that trained the model, it has no results."""
     run = None
     if run_folder and (run_folder / METRICS_FILE).is_file():
@@ -130,12 +138,15 @@ def model_card(model: PreTrainedModel, origin: Origin = FROM_SCRATCH, run_folder
         model_name="gpt2repro" if results else None,
         eval_results=results or None,
     )
+    prompt = SAMPLE_PROMPTS.get(built_in_text(run) if run else None, DEFAULT_PROMPT)
     text = CARD.format(
         metadata=metadata.to_yaml(),
         parameters=model.num_parameters(),
         description=plain_text(origin.sentence),
         config=model.config,
-        prompt=json.dumps(SAMPLE_PROMPTS.get(built_in_text(run) if run else None, DEFAULT_PROMPT)),
+        behavior=REPLIES if has_chat_template else CONTINUES,
+        prompt=json.dumps([{"role": "user", "content": "Who are you?"}] if has_chat_template else prompt),
+        reply='[-1]["content"]' if has_chat_template else "",
         trust=", trust_remote_code=True" if isinstance(model, GPT2ReproForCausalLM) else "",
     )
     if evaluations:

@@ -191,7 +191,9 @@ def load_script(path: str):
         return importlib.import_module(Path(path).stem)
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str((ROOT / path).parent))  # as `python FILE` does
+        spec.loader.exec_module(module)
     return module
 
 

@@ -13,7 +13,7 @@ SHELLS = ("bash", "powershell")
 # Files that are in a run's, a model's or a data folder, not in the repository.
 WRITTEN_BY_PROGRAMS = {"run.json", "state.json", "files.json", "baselines.json", "config.json", "manifest.json"}
 WRITTEN_BY_PROGRAMS |= {"stopped.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-WRITTEN_BY_PROGRAMS |= {"gpt2_validation.json"}
+WRITTEN_BY_PROGRAMS |= {"gpt2_validation.json", "certificate.json"}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def loss_parts(run: Run, report: Report) -> Iterable[str]:
     _, validation = run.series("validation_loss")
     if not len(losses) and not len(validation):
         return
-    figure = plot_panels([run], [loss_panel], columns=1, size=(9, 4.6))
+    figure = plot_panels([run], [loss_panel], columns=1, size=(10, 5))
     yield report.picture("loss", "Training and validation loss over training tokens", figure)
     gpt2_loss = find_gpt2_loss(run)
     if baselines := ({GPT2_LABEL: gpt2_loss} if gpt2_loss else {}) | run.loss_baselines:
