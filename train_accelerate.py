@@ -43,7 +43,7 @@ from modeling_gpt2repro.runs.figures import plot_loss
 from modeling_gpt2repro.runs.folder import HELLASWAG_FILE, LOSS_PICTURE
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import StepMetrics
-from modeling_gpt2repro.runtime.accelerator import build_accelerator
+from modeling_gpt2repro.runtime.accelerator import build_accelerator, restored_settings
 from modeling_gpt2repro.runtime.command_line import (
     InputErrors,
     exit_message_to_launcher,
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None):
     """One training run, from the command line to a folder that generates text."""
     args = parse_command_line(TrainArguments, argv, PRESETS, __doc__)  # default < preset < recipe < flag
     # The lock is held until the run ends: two in one folder would mix their files.
-    with FolderLock(Path(args.output_dir)) as lock, exit_message_to_launcher():
+    with FolderLock(Path(args.output_dir)) as lock, exit_message_to_launcher(), restored_settings():
         train(args, lock)
 
 

@@ -30,6 +30,7 @@ from modeling_gpt2repro.runs.folder import BASELINES_FILE, METRICS_FILE, MODEL_F
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog
 from modeling_gpt2repro.runs.read import STORY_FLOOR, write_baselines
+from modeling_gpt2repro.runs.reference import GPT2_LABEL, gpt2_loss_of_shards
 from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.command_line import InputErrors, report_to_launcher
 from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record
@@ -236,6 +237,8 @@ def log_run_summary(
         }
         if data.stories:
             baselines[STORY_FLOOR] = story_floor(data.stories) / args.block_size  # a sequence is a story
+        if args.shards and (loss := gpt2_loss_of_shards(Path(args.shards), data.data_fingerprint["data"])) is not None:
+            baselines[GPT2_LABEL] = loss
         if accelerator.is_main_process and not args.is_trial:
             logger.write_file(BASELINES_FILE, lambda: write_baselines(Path(args.output_dir), baselines, BASELINES))
         module = unwrapped_model(accelerator, model)

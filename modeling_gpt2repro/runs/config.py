@@ -133,12 +133,16 @@ def without_folder(value: object) -> object:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def current_commit() -> str | None:
-    """The git commit of the checkout that this file lies in; None if it is not in one."""
+def current_commit(file: Path = Path(__file__)) -> str | None:
+    """The git commit of the checkout that a file, this one, belongs to; None for an installed copy.
+
+    Its environment may lie in another project's checkout, whose commit would say nothing about this code.
+    """
     try:
-        result = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
+        for question in (["ls-files", "--error-unmatch", file.name], ["rev-parse", "HEAD"]):
+            answer = subprocess.run(["git", *question], cwd=file.parent, capture_output=True, text=True, timeout=10)
+            if answer.returncode != 0:
+                return None
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return result.stdout.strip() or None
+    return answer.stdout.strip() or None

@@ -8,6 +8,7 @@ SAMPLES_FILE = "samples.jsonl"
 HELLASWAG_FILE = "hellaswag.jsonl"  # the scores of the last evaluation, one example a line
 BASELINES_FILE = "baselines.json"  # what losses and accuracies are compared with
 LOSS_PICTURE = "loss.png"
+REPORT_FILE = "report"  # .md or .html, if somebody has asked for one
 STOPPED_FILE = "stopped.json"  # there after a run stopped early with a checkpoint: where, and why
 CERTIFICATE_FILE = "certificate.json"  # in the model's folder: which steps were taken again, and what came out
 UPLOAD_LOG = "push.log"

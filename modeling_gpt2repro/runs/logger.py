@@ -23,6 +23,7 @@ from modeling_gpt2repro.runtime.progress import SteadyBar, escape_controls
 from modeling_gpt2repro.storage.append import LineAppender
 from modeling_gpt2repro.storage.hub_files import READ_PATIENCE_SECONDS
 
+from .assessment import curve_sentence
 from .folder import METRICS_FILE, SAMPLES_FILE
 from .metrics import MetricsLog, StepMetrics
 
@@ -177,6 +178,8 @@ class RunLogger:
             accuracies.append(f"{name.removeprefix('hellaswag_')} {numbers[name]:.4f} {interval}")
         if accuracies:
             self.print(f"    HellaSwag: {', '.join(accuracies)} ({numbers['hellaswag_seconds']:.1f} s of it)")
+        if self.accelerator.is_main_process and (sentence := curve_sentence(self.log.path.parent, step)):
+            self.print(f"    curve: {sentence}")
 
     def log_samples(self, step: int, prompt: str, texts: list[str]):
         """Append the samples to samples.jsonl, and show them, each on a line."""

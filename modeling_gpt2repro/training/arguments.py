@@ -170,6 +170,11 @@ class TrainArguments:
     tokenizer_vocab_size: int = arg(
         default=4096, minimum=1, help="Vocabulary size of the tokenizer that is trained on stories or python-prose."
     )
+    overfit_one_batch: bool = arg(
+        default=False,
+        help="Train every step on the sequences of the first step: a test of the whole loop, whose loss must fall to "
+        "nearly 0, while the validation loss stays high.",
+    )
     validation_share: float = arg(
         default=0.001,
         minimum=0,

@@ -114,9 +114,6 @@ def train_here(output_dir: Path, shards: Path, **overrides) -> int:
 
 def run_here(flags: list[str]) -> int:
     """The same with flags of any kind."""
-    import torch
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
     import train_accelerate
 
     before = {name: os.environ.get(name) for name in CPU_FP32}
@@ -131,9 +128,6 @@ def run_here(flags: list[str]) -> int:
         return end.code
     finally:
         gc.unfreeze()
-        torch.use_deterministic_algorithms(False)
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._shared_state.clear()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     return 0
