@@ -38,6 +38,12 @@ class TalkArguments:
         default=None, help="A second model, whose continuations are shown beside. If not given, there is none."
     )
     trust_remote_code: bool = arg(default=False, help="Let a model's repository run its own Python code.")
+    chat: bool = arg(
+        default=False,
+        help="Hold one conversation: each prompt is a message, to which the model replies. The tokenizer must have a "
+        "chat template, as that of a model fine-tuned by examples/chat.py. The oldest turns are left out once the "
+        "conversation exceeds the context.",
+    )
 
     prompt: str | None = arg(
         default=None,
@@ -90,6 +96,10 @@ class TalkArguments:
         yield from filter(None, (device_problem(self.device),))
         if self.prompt == "":
             yield "--prompt is empty: give at least one character."
+        if self.chat and self.compare is not None:
+            yield "--chat holds a conversation with one model: leave out --compare, or --chat."
+        if self.chat and self.num_return_sequences > 1:
+            yield f"num_return_sequences ({self.num_return_sequences}) must be 1 with --chat: a turn has one reply."
         if self.temperature == 0 and self.num_return_sequences > 1:
             yield (
                 f"num_return_sequences ({self.num_return_sequences}) must be 1 with --temperature 0, which gives "
