@@ -30,13 +30,20 @@ class Certificate:
     differences: dict[str, float] = field(default_factory=dict)  # the largest that were found: loss, grad_norm, ...
 
     def write(self, run_folder: Path) -> Path:
-        """Write it beside the final model, or into the run's folder while there is none; returns the file."""
+        """Write it beside the final model, or into the run's folder while there is none; returns the file.
+
+        Raises:
+            ValueError: If the disk refuses.
+        """
         folder = run_folder / MODEL_FOLDER if (run_folder / MODEL_FOLDER).is_dir() else run_folder
-        write_json(folder / CERTIFICATE_FILE, {"certified": not self.problems, **asdict(self), "text": self.text()})
         card = folder / "README.md"
-        if card.is_file():
-            with atomic_write(card) as file:
-                file.write(replace_section(card.read_text(encoding="utf-8"), self.text(plain_text)).encode())
+        try:
+            write_json(folder / CERTIFICATE_FILE, {"certified": not self.problems, **asdict(self), "text": self.text()})
+            if card.is_file():
+                with atomic_write(card) as file:
+                    file.write(replace_section(card.read_text(encoding="utf-8"), self.text(plain_text)).encode())
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be written ({error.strerror}): make it writable.") from error
         return folder / CERTIFICATE_FILE
 
     def text(self, escape: Callable[[object], str] = str) -> str:

@@ -146,12 +146,12 @@ def test_two_models_write_side_by_side_in_color_and_ctrl_c_ends_the_page(
             top, bottom = (card.bounding_box() for card in phone.locator(".card").all())
             assert top["y"] + top["height"] < bottom["y"]
             assert phone.evaluate("document.documentElement.scrollWidth") <= 390
+            with pytest.raises(BlockingIOError):
+                proxy.accept()
             os.kill(process.pid, signal.SIGINT)
             _, errors = process.communicate(timeout=PATIENCE_SECONDS)
             assert process.returncode == 0
             assert "Traceback" not in errors
-        with pytest.raises(BlockingIOError):
-            proxy.accept()
     demo.check_port(port)
 
 

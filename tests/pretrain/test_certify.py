@@ -295,6 +295,13 @@ def test_the_card_has_one_certificate_and_keeps_all_else():
     assert replace_section(once + "\n## More\n\nMine.\n", "New.").startswith("# A model\n\nText.\n\n## More\n\nMine.\n")
 
 
+def test_a_certificate_that_cannot_be_written_is_one_sentence(tmp_path, one_sentence):
+    (tmp_path / "model/certificate.json").mkdir(parents=True)
+    with pytest.raises(ValueError, match="cannot be written") as error:
+        Certificate(8, [], False, {}, ["It is forged."]).write(tmp_path)
+    assert one_sentence(error) == f"{tmp_path / 'model'} cannot be written (Is a directory): make it writable."
+
+
 def test_what_cannot_be_certified_ends_in_one_sentence(trained, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
