@@ -5,6 +5,11 @@
 Processes, DDP and `no_sync` are those of a training on GPUs; gloo replaces NCCL.
 """
 
+import argparse
+import gc
+import tempfile
+from pathlib import Path
+
 import torch
 import torch.multiprocessing as mp
 from torch import distributed as dist
@@ -46,15 +51,14 @@ def run_process(rank: int, meeting_file: str):
         for name, gradient in (("averaged by DDP", averaged), ("of process 0 alone (no_sync)", alone)):
             difference = (gradient - expected).norm() / expected.norm()
             print(f"gradient {name:30} differs from that of the whole batch by {difference:.1e}")
+    # DDP must be gone before the group of processes, or it may keep the group's threads from ending.
+    del ddp
+    gc.collect()
     dist.destroy_process_group()
 
 
 def main(argv: list[str] | None = None):
     """Start the processes and wait for them."""
-    import argparse
-    import tempfile
-    from pathlib import Path
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
