@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if __name__ == "__main__":
+if __name__ == "__main__" or Path(sys.argv[0]).stem == "gpt2repro-prepare":
     os.environ.setdefault("GPT2REPRO_LAZY", "1")  # here and in the workers: without the model, and so without torch
 
 from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
@@ -37,7 +37,7 @@ from modeling_gpt2repro.data.sources.files import shorten
 from modeling_gpt2repro.data.sources.hub_rows import is_hub_rows
 from modeling_gpt2repro.data.sources.resolve import Source, hub_source, local_source
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, write_tokenizer
-from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
+from modeling_gpt2repro.runtime.command_line import as_typed, exit_on_input_error, parse_command_line
 from modeling_gpt2repro.runtime.progress import ProgressBar
 from modeling_gpt2repro.storage.atomic import explain_disk_full
 from modeling_gpt2repro.storage.hub_files import is_on_hub
@@ -203,7 +203,7 @@ def report(shards: TokenDataset, seconds: float):
         print(f"bad lines  {sum(bad_lines['counts'].values()):,} left out ({reasons}); the first: {bad_lines['first']}")
     tokenizer = shards.manifest["tokenizer"]
     print(f"tokenizer  {tokenizer['name']}, {tokenizer['vocab_size']:,} ids, sha256 {tokenizer['sha256'][:12]}")
-    command = f"train_accelerate.py --shards {shlex.quote(str(shards.folder))}"
+    command = as_typed(f"train_accelerate.py --shards {shlex.quote(str(shards.folder))}")
     print(f"written to {shards.folder} in {seconds:.1f} s; train on it with {command}")
 
 

@@ -182,33 +182,71 @@ def continue_prompt(
     Raises:
         ValueError: If the model gives NaN.
     """
-    model, tokenizer = loaded
-    prompt_length = len(ids)
-    shown = [] if args.chat else list(ids)
-    probabilities = token_probabilities(model, ids) if args.probabilities and shown else [None] * len(shown)
-    prompt_tokens = list(zip(shown, probabilities, strict=True))
+    model, _ = loaded
     sampling = (args.max_new_tokens, args.temperature, args.top_k, seed)
-    tokens = chain(prompt_tokens, sample_tokens(model, ids, *sampling, end_ids=end_of_text_ids(loaded)))
-    for text, probability in whole_characters(tokenizer, tokens):
-        text = CONTROLS.sub(lambda control: control[0].encode("unicode_escape").decode(), text)
+    prompt_tokens = len(ids)
+    for text, probability in continued_text(loaded, ids, *sampling, args.probabilities, shows_prompt=not args.chat):
         if not args.probabilities:
             yield text, PROMPT if probability is None else PLAIN
         elif probability is None:
             yield text, PLAIN
         elif in_color:
-            yield text, next(style for least, style in PROBABILITY_STYLES.items() if probability >= least)
+            yield text, probability_style(probability)
         else:
             yield f"{text}({probability:.2g})", PLAIN
     yield "\n", PLAIN
-    new_tokens = len(ids) - prompt_length
-    is_full = new_tokens == args.max_new_tokens  # else the end was drawn
     end = "end of reply" if args.chat else "end of text"
-    yield f"[{f'{new_tokens} tokens' if is_full else end}, seed {seed}]\n", NOTE
-    context = max_context(model)
-    if context and len(ids) - is_full > context and model not in cropped:  # the last token of a full text is not read
+    ending, *is_cropped = text_notes(model, len(ids) - prompt_tokens, len(ids), args.max_new_tokens, seed, end)
+    yield f"[{ending}]\n", NOTE
+    for note in is_cropped if model not in cropped else []:
         cropped.add(model)
-        yield f"[longer than the context: only the last {context:,} tokens were read at a time]\n", NOTE
+        yield f"[{note}]\n", NOTE
     yield "\n", PLAIN
+
+
+def continued_text(
+    loaded: ModelAndTokenizer,
+    ids: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    prompt_probabilities: bool = True,
+    shows_prompt: bool = True,
+) -> Iterator[tuple[str, float | None]]:
+    """The text of each token of the prompt, then of each new one when it is sampled, with the model's probability.
+
+    Control characters are escaped. The probability is None for the first token, and for the whole prompt if
+    `prompt_probabilities` is false.
+
+    Args:
+        ids: Of the prompt; the new ones are appended.
+
+    Raises:
+        ValueError: If the model gives NaN.
+    """
+    model, tokenizer = loaded
+    shown = list(ids) if shows_prompt else []
+    probabilities = token_probabilities(model, ids) if prompt_probabilities and shown else [None] * len(shown)
+    prompt_tokens = list(zip(shown, probabilities, strict=True))
+    sampled = sample_tokens(model, ids, max_new_tokens, temperature, top_k, seed, end_ids=end_of_text_ids(loaded))
+    for text, probability in whole_characters(tokenizer, chain(prompt_tokens, sampled)):
+        yield CONTROLS.sub(lambda control: control[0].encode("unicode_escape").decode(), text), probability
+
+
+def probability_style(probability: float) -> str:
+    return next(style for least, style in PROBABILITY_STYLES.items() if probability >= least)
+
+
+def text_notes(
+    model: PreTrainedModel, new_tokens: int, all_tokens: int, max_new_tokens: int, seed: int, end: str = "end of text"
+) -> Iterator[str]:
+    """How a text ended and which seed gives it again; then, where it is so, that it exceeded the context."""
+    is_full = new_tokens == max_new_tokens  # else the end was drawn
+    yield f"{f'{new_tokens} tokens' if is_full else end}, seed {seed}"
+    context = max_context(model)
+    if context and all_tokens - is_full > context:  # the last token of a full text is not read
+        yield f"longer than the context: only the last {context:,} tokens were read at a time"
 
 
 def encode(loaded: ModelAndTokenizer, prompt: str) -> list[int]:

@@ -1,13 +1,12 @@
 """Arguments of `python -m modeling_gpt2repro.evaluation.talk`, and their checks."""
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from modeling_gpt2repro.runtime.command_line import InputErrors, arg, check_limits
 
-from .load_model import best_device, device_problem, model_of_run, model_problem
+from .load_model import best_device, device_problem, find_model, model_problem
 
 SEEDS = 2**32  # torch's generator on the CPU reads 32 bits of a seed
 
@@ -111,5 +110,4 @@ class TalkArguments:
         """Of each model the flag that it was given with, its name, and its folder or Hub id."""
         for flag, name in (("MODEL", self.model), ("--compare", self.compare)):
             if name is not None:
-                is_model = os.path.isfile(os.path.join(name, "config.json"))
-                yield flag, name, name if is_model else str(model_of_run(name) or name)
+                yield flag, name, find_model(name)

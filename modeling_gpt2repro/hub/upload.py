@@ -18,6 +18,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError
 
+from modeling_gpt2repro.runtime.command_line import as_typed, console_script
+
 from .client import (
     DEFAULT_HUB_WAIT_SECONDS,
     EXIT_CODE_HUB_UNREACHABLE,
@@ -40,8 +42,8 @@ CHECK_FILE = "check.safetensors"  # takes the way of weights, to the storage beh
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
-        prog="python -m modeling_gpt2repro.hub.push",
-        description=__doc__,
+        prog=console_script() or "python -m modeling_gpt2repro.hub.push",
+        description=as_typed(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, nargs="?", help="A model folder: model/ or step-... of a run.")

@@ -61,6 +61,7 @@ def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeig
         num_processes=accelerator.num_processes,
         document_mask=args.document_mask,
         order=data_order(start),
+        overfit_one_batch=args.overfit_one_batch,
     )
     if args.shards is not None:
         args.shards = pin_addresses(accelerator, [args.shards])[args.shards]
@@ -87,6 +88,8 @@ def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeig
         with TemporaryDirectory() as folder:
             save_tokenizer(tokenizer, Path(folder))  # if it cannot be saved, the run must not find out at a checkpoint
         data = build_streamed_data(source, tokenizer, config, args.validation_share, args.eval_tokens)
+    if args.overfit_one_batch:
+        data.summary += f"; every step trains on the same {args.sequences_per_step:,} sequences of them"
     errors = InputErrors()
     for prompt in args.sample_prompts:
         errors.capture(check_prompt, prompt, data.tokenizer, args.block_size)
@@ -139,5 +142,6 @@ def folder_sizes(args: TrainArguments, batches: TrainingBatches) -> dict[str, tu
 
 def epochs_of_run(args: TrainArguments, batches: TrainingBatches) -> dict[str, float]:
     """Folder -> how often the whole run reads it; empty for a stream."""
-    sequences = args.total_steps * args.sequences_per_step
+    steps = 1 if args.overfit_one_batch else args.total_steps  # with different data
+    sequences = steps * args.sequences_per_step
     return {folder: share * sequences / size for folder, (share, size) in folder_sizes(args, batches).items()}

@@ -43,6 +43,7 @@ FLAG_HINTS: dict[tuple[str, ...], str] = {
     ("dataset", "data"): "use --dataset_name for a Hub dataset, or --shards for a folder of prepare_data.py.",
     ("data_dir", "data_root", "input_bin", "train_file"): "prepare it with prepare_data.py and give --shards FOLDER.",
     ("tokenizer_name",): "use --tokenizer.",
+    ("overfit_single_batch", "overfit_batches"): "use --overfit_one_batch.",
     # Run, logging, checkpoints.
     ("config",): (
         "use --preset for hyperparameters; hardware is chosen by accelerate launch --config_file, before the script."
