@@ -14,7 +14,6 @@ model needs a smaller learning rate:
     python examples/chat.py openai-community/gpt2 --dataset_name trl-lib/Capybara --learning_rate 5e-5
 """
 
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from chat_data import check_context, load_conversations, score_answers
 from datasets import Dataset, disable_progress_bars
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from modeling_gpt2repro.evaluation.load_model import model_of_run, model_problem
+from modeling_gpt2repro.evaluation.load_model import find_model, model_problem
 from modeling_gpt2repro.hub.conversion import load_gpt2
 from modeling_gpt2repro.hub.export import save_hub_folder
 from modeling_gpt2repro.hub.model_card import derived_origin
@@ -71,8 +70,7 @@ class ChatArguments:
     def __post_init__(self):
         if self.model is None:
             raise ValueError("MODEL is missing: give the folder of a run.")
-        if not os.path.isfile(os.path.join(self.model, "config.json")):
-            self.model = str(model_of_run(self.model) or self.model)
+        self.model = find_model(self.model)
         problems = [*check_limits(self), model_problem(self.model, "MODEL")]
         if self.folder.exists() and any(self.folder.iterdir()):
             problems.append(f"{self.folder} exists already: give another --output_dir.")
