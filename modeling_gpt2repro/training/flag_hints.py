@@ -8,7 +8,7 @@ FLAG_HINTS: dict[tuple[str, ...], str] = {
     ("max_steps", "max_iters", "num_steps", "num_iterations", "lr_decay_iters"): (
         "give the length in tokens with --train_tokens, which is steps * tokens_per_step."
     ),
-    ("batch_size", "train_batch_size", "micro_batch_size"): (
+    ("batch", "batch_size", "train_batch_size", "micro_batch_size"): (
         "use --per_device_train_batch_size for the sequences in one forward on one device, or --tokens_per_step for "
         "the batch of an optimizer step."
     ),
