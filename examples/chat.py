@@ -1,4 +1,4 @@
-"""Teach a model to answer: supervised fine-tuning (SFT), which is "just swapping the data set and continuing".
+"""Teach a model to answer: supervised fine-tuning (SFT), for which the data set is swapped and training continues.
 
     pip install -e ".[chat]"                          # TRL, whose SFTTrainer does the training
     python examples/chat.py runs/quickstart           # on questions about the quickstart's stories, minutes on a CPU
