@@ -137,7 +137,8 @@ class PrepareArguments:
     )
     hub_dataset_id: str | None = arg(
         default=None,
-        help="Dataset repository on the Hub: OWNER/NAME, or a name alone for one of your own. If not given, nothing is pushed.",
+        help="Dataset repository on the Hub: OWNER/NAME, or a name alone for one of your own. If not given, nothing is "
+        "pushed.",
     )
     hub_private_repo: bool | None = arg(
         default=None, help="Make a new repository private. If not given, as its owner's settings say."
