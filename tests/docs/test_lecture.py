@@ -170,9 +170,10 @@ def test_the_commands_of_the_page_run_one_after_another(checkout, make_model, ti
 
     assert "A runs/quickstart/model: 1,018,624 parameters in 52 tensors" in output_of("--compare runs/fresh")
     assert (checkout / "weights.png").is_file()
-    lines = [line.split() for line in output_of("--compare runs/stock").splitlines()]
-    numbers = [line[-4:] for line in lines if "A" in line or "B" in line][2:-2]
-    assert numbers[::2] == numbers[1::2]  # of ours and stock, but for their shapes
+    lines = output_of("--compare runs/stock").splitlines()
+    numbers = [line.rpartition(")")[2].split() for line in lines if re.search(r" [AB] .*\)", line)]  # after the shape
+    assert len(numbers) == 32
+    assert numbers[::2] == numbers[1::2]  # of ours and stock
     assert logged_values(checkout / "runs" / "one-batch")[-1] < 0.05
     averaged, alone = (float(line.split()[-1]) for line in output_of("ddp_gradients").splitlines())
     assert averaged < 1e-5 < 0.1 < alone
