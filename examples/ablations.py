@@ -10,7 +10,6 @@ there are --seeds such pairs, to see whether a difference is more than luck. doc
 """
 
 import hashlib
-import inspect
 import math
 import multiprocessing
 import signal
@@ -46,8 +45,10 @@ from modeling_gpt2repro.storage.atomic import atomic_write, write_json
 from modeling_gpt2repro.storage.json_files import read_json_object
 from modeling_gpt2repro.training.optimization import build_optimizer, learning_rate_at, set_learning_rate
 
-B, T = 2, 224  # micro-batch: sequences, and tokens of each, a whole story
-SEQUENCES_PER_STEP = 8  # so four micro-batches a step, or two on each of two processes
+# Settings
+
+B, T = 1, 224  # micro-batch: sequences, and tokens of each, a whole story
+SEQUENCES_PER_STEP = 4  # so four micro-batches a step, or two on each of two processes
 SHAPE = {"n_layer": 4, "n_head": 2, "n_embd": 64}
 STD = 0.05  # of the weights at the start
 MAX_LR, WARMUP_SHARE = 1e-2, 0.15
@@ -70,6 +71,7 @@ class Run:
 
 
 def build_model(wrong: str | None, seed: int, vocab_size: int, **shape: int) -> GPT2ReproForCausalLM:
+    """The quickstart's model, half as wide; `shape` changes it."""
     torch.manual_seed(seed)
     config = GPT2ReproConfig(vocab_size=vocab_size, n_positions=T, bos_token_id=0, eos_token_id=0,
                              initializer_range=STD, **{**SHAPE, **shape})  # fmt: skip
@@ -116,7 +118,7 @@ def train(run: Run, rank: int | None, steps: int, shards: Path, meeting: Path) -
             x, y = micro_batch["input_ids"], micro_batch["shift_labels"]  # (B, T) each; y is the token after each of x
             if wrong == "shift":  # the target is the token itself, which the model need only copy
                 y = x
-            if run.bad_batch and step == round(BAD_BATCH * steps):  # no mistake, but what happens: a broken document
+            if run.bad_batch and step == round(BAD_BATCH * steps):  # in both runs: a broken document, one word only
                 y = torch.full_like(y, 7)
             # With DDP each backward averages the gradients over the processes. Only the last one of a step has to.
             is_last = micro_step == grad_accum_steps - 1
@@ -142,12 +144,12 @@ def train(run: Run, rank: int | None, steps: int, shards: Path, meeting: Path) -
             return None
     held_out = validation_batches(TokenSequences(dataset.shards("validation"), T), VALIDATION_TOKENS, 8)
     return {
-        "loss": [round(loss, 4) for loss in losses],
-        "grad_norm": [float(f"{norm:.4g}") for norm in norms],
-        "distance": [float(f"{distance:.4g}") for distance in distances],
+        "loss": losses,
+        "grad_norm": norms,
+        "distance": distances,
         "spread": spread_by_depth(build_model(wrong, run.seed, len(dataset.tokenizer), n_layer=DEEP), x),
         "parameters": sum(parameter.numel() for parameter in parameters),
-        "validation_loss": round(validation_loss(ModelWithLoss(gpt2), held_out, torch.device("cpu"))[0], 4),
+        "validation_loss": validation_loss(ModelWithLoss(gpt2), held_out, torch.device("cpu"))[0],
     }
 
 
@@ -172,7 +174,7 @@ def spread_by_depth(model: GPT2ReproForCausalLM, input_ids: torch.Tensor) -> lis
     """Standard deviation of the residual stream after each block, for ids (B, T)."""
     spread = []
     for block in model.transformer.h:
-        block.register_forward_hook(lambda block, inputs, output: spread.append(round(output.std().item(), 4)))
+        block.register_forward_hook(lambda block, inputs, output: spread.append(output.std().item()))
     model.transformer(input_ids=input_ids)
     return spread
 
@@ -282,7 +284,7 @@ def draw(results: dict, names: list[str]) -> Figure:
 @dataclass
 class Arguments:
     only: list[str] = arg(default_factory=lambda: list(MISTAKES), help="The mistakes to make.")
-    steps: int = arg(default=100, minimum=10, help="Optimizer steps of each run, of 1,792 tokens.")
+    steps: int = arg(default=100, minimum=10, help="Optimizer steps of each run, of 896 tokens.")
     seeds: int = arg(default=3, minimum=1, help="Pairs of runs for each mistake.")
     shards: str | None = arg(default=None, help="A folder of tokens that prepare_data.py wrote; by default stories.")
     output_dir: str = arg(default="runs/ablations", help="Where results, table and picture go.")
@@ -332,10 +334,10 @@ def read_results(file: Path, args: Arguments, fingerprint: str) -> dict:
     Raises:
         ValueError: If they are not.
     """
-    code = inspect.getsource(build_model) + inspect.getsource(train)
+    code = Path(__file__).read_text(encoding="utf-8").split("# What to look at")[0].split("# Settings")[1]
     settings = {"steps": args.steps, "data": fingerprint, "code": hashlib.sha256(code.encode()).hexdigest()[:12]}
     results = read_json_object(file, any_numbers=True) if file.exists() else {"settings": settings, "runs": {}}
-    was = {name: results["settings"].get(name) for name in settings}
+    was = {name: results.get("settings", {}).get(name) for name in settings}
     if other := [f"{name} {was[name]}, not {settings[name]}" for name in settings if was[name] != settings[name]]:
         raise ValueError(f"{file} holds runs with {'; '.join(other)}: give another --output_dir.")
     results["settings"]["seeds"] = args.seeds
@@ -347,6 +349,7 @@ def train_all(runs: list[Run], steps: int, shards: Path) -> Iterator[tuple[Run, 
     # Runs of two processes last, so that both of one are in the queue next to each other, and both workers free.
     jobs = [(run, None) for run in runs if run.processes == 1]
     jobs += [(run, rank) for run in runs for rank in range(run.processes) if run.processes > 1]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, or the workers would be left behind
     ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)  # the parent stops them
     context = multiprocessing.get_context("spawn")
     with TemporaryDirectory() as meeting, context.Pool(2, signal.signal, ignore_interrupts) as pool:
@@ -355,7 +358,8 @@ def train_all(runs: list[Run], steps: int, shards: Path) -> Iterator[tuple[Run, 
 
 
 def train_job(job: tuple[Run, int | None], **settings) -> tuple[Run, dict | None]:
-    return job[0], train(*job, **settings)
+    record = train(*job, **settings)
+    return job[0], record and {name: np.round(values, 5).tolist() for name, values in record.items()}
 
 
 if __name__ == "__main__":
