@@ -15,7 +15,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,7 +41,7 @@ from modeling_gpt2repro.runtime.command_line import arg, check_limits, exit_on_i
 from modeling_gpt2repro.runtime.hardware import readable_duration
 from modeling_gpt2repro.runtime.loss import ModelWithLoss
 from modeling_gpt2repro.runtime.network import choose_gloo_interface
-from modeling_gpt2repro.storage.atomic import atomic_write, write_json
+from modeling_gpt2repro.storage.atomic import write_json
 from modeling_gpt2repro.storage.json_files import read_json_object
 from modeling_gpt2repro.training.optimization import build_optimizer, learning_rate_at, set_learning_rate
 
@@ -183,11 +183,7 @@ def spread_by_depth(model: GPT2ReproForCausalLM, input_ids: torch.Tensor) -> lis
 
 
 def end_of(name: str, record: dict) -> float:
-    return float(np.mean(record[name][-5:]))
-
-
-def start_of(name: str, record: dict) -> float:
-    return record[name][0]
+    return float(np.mean(record[name][-5:]))  # a single step is noisy
 
 
 def after_bad_batch(record: dict) -> float:
@@ -195,42 +191,41 @@ def after_bad_batch(record: dict) -> float:
     return float(np.mean(record["loss"][bad + 1 : bad + 11]))
 
 
+AT_THE_END = partial(end_of, "loss")
+
+
 @dataclass(frozen=True)
 class Mistake:
     """Where a mistake shows: in a number, and in a series of numbers of each run, which is drawn."""
 
     title: str
-    label: str  # of the number
-    number: Callable[[dict], float]
-    series: str
+    label: str = "training loss at the end"  # of the number
+    number: Callable[[dict], float] = AT_THE_END
+    series: str = "loss"
     axis: str = "training loss, nats per token"
     log: bool = False
-    processes: int = 1  # of both runs, as the next
-    bad_batch: bool = False
+    setting: dict = field(default_factory=dict)  # of both runs
 
 
-LOSS, DEPTH = "training loss at the end", f"spread after block {DEEP}"
 MISTAKES = {
-    "warm-up": Mistake("No warm-up: falls first, is left behind", LOSS, partial(end_of, "loss"), "loss"),
-    "residual-scaling": Mistake("No residual scaling: grows with depth", DEPTH, lambda record: record["spread"][-1],
-                                "spread", axis="std of the residual stream, before training"),
-    "tying": Mistake("Head not tied: a third more parameters", "parameters", lambda record: record["parameters"],
-                     "loss"),
-    "division": Mistake("Not divided: 4 x the gradient, same loss", "gradient norm of the first step",
-                        partial(start_of, "grad_norm"), "grad_norm", axis="gradient norm before clipping", log=True),
-    "sync": Mistake("Sync forgotten: two models, not one", "distance at the end", partial(end_of, "distance"),
-                    "distance", axis="distance of the ranks' weights, relative", processes=2),
-    "zero-grad": Mistake("zero_grad missing: slower", LOSS, partial(end_of, "loss"), "loss"),
-    "shift": Mistake("Targets not shifted: too good to be true", LOSS, partial(end_of, "loss"), "loss"),
-    "clipping": Mistake("One bad batch, not clipped: set back", "loss of the 10 steps after it", after_bad_batch,
-                        "loss", bad_batch=True),
+    "warm-up": Mistake("No warm-up: falls first, is left behind"),
+    "residual-scaling": Mistake("No residual scaling: grows with depth", f"spread after block {DEEP}, at the start",
+                                lambda record: record["spread"][-1], "spread", "std of the residual stream, at first"),
+    "tying": Mistake("Head not tied: more parameters", "parameters", lambda record: record["parameters"]),
+    "division": Mistake("Not divided: 4 times the gradient", "gradient norm of the first step",
+                        lambda record: record["grad_norm"][0], "grad_norm", "gradient norm, not clipped", log=True),
+    "sync": Mistake("Sync forgotten: two models, not one", "distance of the ranks at the end",
+                    partial(end_of, "distance"), "distance", "distance of their weights", setting={"processes": 2}),
+    "zero-grad": Mistake("zero_grad missing: slower"),
+    "shift": Mistake("Targets not shifted: too good to be true"),
+    "clipping": Mistake("One bad batch, not clipped: set back", "training loss of the 10 steps after it",
+                        after_bad_batch, setting={"bad_batch": True}),
 }  # fmt: skip
 
 
 def pair(name: str, seed: int) -> tuple[Run, Run]:
     """The correct run and its twin with the mistake."""
-    setting = {"processes": MISTAKES[name].processes, "bad_batch": MISTAKES[name].bad_batch}
-    return Run(None, seed, **setting), Run(name, seed, **setting)
+    return tuple(Run(wrong, seed, **MISTAKES[name].setting) for wrong in (None, name))
 
 
 def records_of(name: str, results: dict) -> tuple[list[dict], list[dict]]:
@@ -304,7 +299,8 @@ def main(argv: list[str] | None = None):
         make_writable(folder)
         data = Path(args.shards) if args.shards else folder / "data"
         dataset = open_shards(data) if args.shards else load_built_in_text("stories", data, 1536, T, 0.05)
-        TokenSequences(dataset.shards("validation"), T)  # raises if there is too little
+        for split in ("train", "validation"):
+            TokenSequences(dataset.shards(split), T, split)  # raises if there is too little
         results = read_results(folder / "results.json", args, dataset.fingerprint)
     planned = [run for seed in range(1, args.seeds + 1) for name in args.only for run in pair(name, seed)]
     missing = [run for run in dict.fromkeys(planned) if repr(run) not in results["runs"]]
@@ -322,10 +318,8 @@ def main(argv: list[str] | None = None):
             )
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; {folder} has what is finished, and the same command continues.") from None
-    text = table(results, args.only)
-    with atomic_write(folder / "ablations.md") as file:
-        file.write(text.encode())
-    print(f"{text}The picture: {save_figure(draw(results, args.only), folder / 'ablations.png', dpi=100)}")
+    print(table(results, args.only))
+    print(f"The picture: {save_figure(draw(results, args.only), folder / 'ablations.png', dpi=100)}")
 
 
 def read_results(file: Path, args: Arguments, fingerprint: str) -> dict:
@@ -336,8 +330,11 @@ def read_results(file: Path, args: Arguments, fingerprint: str) -> dict:
     """
     code = Path(__file__).read_text(encoding="utf-8").split("# What to look at")[0].split("# Settings")[1]
     settings = {"steps": args.steps, "data": fingerprint, "code": hashlib.sha256(code.encode()).hexdigest()[:12]}
-    results = read_json_object(file, any_numbers=True) if file.exists() else {"settings": settings, "runs": {}}
-    was = {name: results.get("settings", {}).get(name) for name in settings}
+    try:
+        results = read_json_object(file, any_numbers=True) if file.exists() else {"settings": settings, "runs": {}}
+        was = {name: results["settings"][name] for name in settings}
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it, or give another --output_dir.") from None
     if other := [f"{name} {was[name]}, not {settings[name]}" for name in settings if was[name] != settings[name]]:
         raise ValueError(f"{file} holds runs with {'; '.join(other)}: give another --output_dir.")
     results["settings"]["seeds"] = args.seeds
