@@ -205,21 +205,22 @@ class Mistake:
     axis: str = "training loss, nats per token"
     log: bool = False
     setting: dict = field(default_factory=dict)  # of both runs
+    around_bad_batch: bool = False  # drawn from the middle on, without the bad batch, whose own loss is far above
 
 
 MISTAKES = {
     "warm-up": Mistake("No warm-up: falls first, is left behind"),
     "residual-scaling": Mistake("No residual scaling: grows with depth", f"spread after block {DEEP}, at the start",
                                 lambda record: record["spread"][-1], "spread", "std of the residual stream, at first"),
-    "tying": Mistake("Head not tied: more parameters", "parameters", lambda record: record["parameters"]),
+    "tying": Mistake("Head not tied: a third more parameters", "parameters", lambda record: record["parameters"]),
     "division": Mistake("Not divided: 4 times the gradient", "gradient norm of the first step",
-                        lambda record: record["grad_norm"][0], "grad_norm", "gradient norm, not clipped", log=True),
+                        lambda record: record["grad_norm"][0], "grad_norm", "gradient norm, unclipped", log=True),
     "sync": Mistake("Sync forgotten: two models, not one", "distance of the ranks at the end",
                     partial(end_of, "distance"), "distance", "distance of their weights", setting={"processes": 2}),
     "zero-grad": Mistake("zero_grad missing: slower"),
     "shift": Mistake("Targets not shifted: too good to be true"),
     "clipping": Mistake("One bad batch, not clipped: set back", "training loss of the 10 steps after it",
-                        after_bad_batch, setting={"bad_batch": True}),
+                        after_bad_batch, setting={"bad_batch": True}, around_bad_batch=True),
 }  # fmt: skip
 
 
@@ -261,10 +262,16 @@ def draw(results: dict, names: list[str]) -> Figure:
     rows = math.ceil(len(names) / columns)
     with rc_context({**STYLE, "font.size": 9, "axes.titlesize": 9.5}):
         figure = Figure((max(5, 3.3 * columns), 0.4 + 2.7 * rows), layout="constrained")
-        for axes, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names, strict=False):
+        panels = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axes in panels[len(names) :]:
+            axes.remove()
+        for axes, name in zip(panels, names, strict=False):
             mistake = MISTAKES[name]
             for records, color, label in zip(records_of(name, results), COLORS, ("correct", "wrong"), strict=False):
                 values = np.array([record[mistake.series] for record in records])  # (seeds, steps or blocks)
+                if mistake.around_bad_batch:
+                    steps = values.shape[1]
+                    values[:, [*range(steps // 2), round(BAD_BATCH * steps)]] = np.nan
                 axes.plot(1 + np.arange(values.shape[1]), values.T, color=color, linewidth=0.6, alpha=0.4)
                 axes.plot(1 + np.arange(values.shape[1]), values.mean(0), color=color, linewidth=1.6, label=label)
             axes.set(title=mistake.title, ylabel=mistake.axis, xlabel="block" if mistake.series == "spread" else "step")
