@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import nn
@@ -94,6 +95,13 @@ def train(run: Run, rank: int | None, steps: int, shards: Path, meeting: Path) -
     """
     wrong = run.wrong
     torch.set_num_threads(1)  # because two runs, or two processes of a run, are side by side
+    PartialState(cpu=True)  # for `validation_loss`: what it measures is one process's model
+    if run.processes > 1:
+        if not dist.is_initialized():  # once only: gloo may hang when a group is destroyed and another one made
+            choose_gloo_interface()
+            store = dist.FileStore(str(meeting / "ranks"), run.processes)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=run.processes)
+        rank = dist.get_rank()  # of the first run, whichever of this run's two jobs this is
     dataset = open_shards(shards)
     config = BatchConfig(T, SEQUENCES_PER_STEP, B, run.seed, process_index=rank or 0, num_processes=run.processes)
     batches = ShuffledBatches(TokenSequences(dataset.shards("train"), T), config)
@@ -103,9 +111,6 @@ def train(run: Run, rank: int | None, steps: int, shards: Path, meeting: Path) -
     optimizer = build_optimizer(gpt2, MAX_LR)
     model = ModelWithLoss(gpt2)
     if run.processes > 1:
-        choose_gloo_interface()
-        store = dist.FileStore(str(meeting / f"{wrong}-{run.seed}"), run.processes)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=run.processes)
         model = DistributedDataParallel(model)
 
     losses, norms, distances = [], [], []
@@ -138,10 +143,8 @@ def train(run: Run, rank: int | None, steps: int, shards: Path, meeting: Path) -
             optimizer.zero_grad()
         losses.append(mean_over_processes(loss_accum).item())
         distances.append(distance_of_processes(parameters_to_vector(parameters).detach()))
-    if run.processes > 1:
-        dist.destroy_process_group()
-        if rank != 0:
-            return None
+    if rank:
+        return None
     held_out = validation_batches(TokenSequences(dataset.shards("validation"), T), VALIDATION_TOKENS, 8)
     return {
         "loss": losses,
