@@ -4,6 +4,7 @@
     python prepare_data.py --output_dir data/mine --train_files texts              # a folder, or files
     python prepare_data.py --output_dir data/toy --train_files a.txt --tokenizer train --vocab_size 4096
     python prepare_data.py --output_dir /shared/edu --executor slurm --slurm_partition cpu --workers 64 --dry_run
+    python prepare_data.py --output_dir data/mine --push_to_hub --hub_dataset_id owner/tokens
     python prepare_data.py --verify data/mine                                      # --quick: all but the hashes
 
 The folder then holds train_*.npy and validation_*.npy (16-bit ids), the tokenizer, and manifest.json, which describes
@@ -20,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if __name__ == "__main__":
+if __name__ == "__main__" or Path(sys.argv[0]).stem == "gpt2repro-prepare":
     os.environ.setdefault("GPT2REPRO_LAZY", "1")  # here and in the workers: without the model, and so without torch
 
 from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
@@ -30,14 +31,16 @@ from modeling_gpt2repro.data.prepare.spec import PrepareSpec, make_prepare_spec,
 from modeling_gpt2repro.data.prepare.token_cache import cached_partitions, unverified_partitions
 from modeling_gpt2repro.data.prepare.workspace import LOGS, SLURM_JOBS, finish_job, is_prepared, start_job
 from modeling_gpt2repro.data.shards.dataset import MANIFEST, TokenDataset, open_shards
+from modeling_gpt2repro.data.shards.hub_shards import download_shards
 from modeling_gpt2repro.data.shards.verify import verify_shards
 from modeling_gpt2repro.data.sources.files import shorten
 from modeling_gpt2repro.data.sources.hub_rows import is_hub_rows
 from modeling_gpt2repro.data.sources.resolve import Source, hub_source, local_source
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, write_tokenizer
-from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
+from modeling_gpt2repro.runtime.command_line import as_typed, exit_on_input_error, parse_command_line
 from modeling_gpt2repro.runtime.progress import ProgressBar
 from modeling_gpt2repro.storage.atomic import explain_disk_full
+from modeling_gpt2repro.storage.hub_files import is_on_hub
 from modeling_gpt2repro.storage.lock import FolderLock
 
 if TYPE_CHECKING:  # importing transformers takes a second, and --help does without
@@ -47,9 +50,13 @@ if TYPE_CHECKING:  # importing transformers takes a second, and --help does with
 def main(argv: list[str] | None = None):
     args = parse_command_line(PrepareArguments, argv, description=__doc__)
     if args.verify is not None:
-        return verify(Path(args.verify), args.quick)
+        return verify(args.verify, args.quick)
     started = time.perf_counter()
     folder = Path(args.output_dir).absolute()
+    if args.is_only_pushed:
+        return push(args, folder)
+    if args.push_to_hub and not args.dry_run:
+        push(args, folder, check=True)  # before hours of work
     try:
         with exit_on_input_error(), explain_disk_full(folder), FolderLock(folder) as lock:
             if not args.dry_run:
@@ -97,6 +104,8 @@ def main(argv: list[str] | None = None):
         print("\nstopped; run the same command again to resume.", file=sys.stderr)
         raise SystemExit(130) from None
     report(shards, time.perf_counter() - started)
+    if args.push_to_hub:
+        push(args, folder)
 
 
 def open_source(args: PrepareArguments, previous_spec: PrepareSpec | None) -> Source:
@@ -151,14 +160,33 @@ def print_dry_run(args: PrepareArguments, spec: PrepareSpec, folder: Path, worke
         print("\n# and for each of them datatrove submits a job of one CPU that merges its statistics")
 
 
-def verify(folder: Path, quick: bool):
+def verify(folder: str, quick: bool):
     """Check a prepared folder against its manifest; print every problem and exit with code 1 if there is one."""
     with exit_on_input_error():
-        problems = verify_shards(folder, quick)
+        problems = verify_shards(download_shards(folder) if is_on_hub(folder) else Path(folder), quick)
     if problems:
         print("\n".join(problems), file=sys.stderr)
         raise SystemExit(1)
     print(f"{folder} is what its {MANIFEST} says" + (" (contents not read)." if quick else "."))
+
+
+def push(args: PrepareArguments, folder: Path, check: bool = False):
+    """Push the prepared folder, or find out whether it could be; end the program if it cannot."""
+    from modeling_gpt2repro.hub.push_shards import push_shards_with_patience  # seconds, which other uses do without
+
+    def show(message: str):
+        print(message, file=sys.stderr, flush=True)
+
+    with FolderLock(folder) as lock:
+        if not check:
+            lock.acquire()
+        to = args.hub_dataset_id, args.hub_private_repo, args.hub_wait_seconds
+        code, message = push_shards_with_patience(folder, *to, show, check)
+    if code == 0 and not check:
+        print(message)
+    elif code:
+        show(message if check else f"{message} The shards are in {folder}: run the same command again to push them.")
+        raise SystemExit(code)
 
 
 def report(shards: TokenDataset, seconds: float):
@@ -175,7 +203,7 @@ def report(shards: TokenDataset, seconds: float):
         print(f"bad lines  {sum(bad_lines['counts'].values()):,} left out ({reasons}); the first: {bad_lines['first']}")
     tokenizer = shards.manifest["tokenizer"]
     print(f"tokenizer  {tokenizer['name']}, {tokenizer['vocab_size']:,} ids, sha256 {tokenizer['sha256'][:12]}")
-    command = f"train_accelerate.py --shards {shlex.quote(str(shards.folder))}"
+    command = as_typed(f"train_accelerate.py --shards {shlex.quote(str(shards.folder))}")
     print(f"written to {shards.folder} in {seconds:.1f} s; train on it with {command}")
 
 

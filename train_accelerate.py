@@ -32,6 +32,7 @@ from modeling_gpt2repro.evaluation.validation import validation_loss, validation
 from modeling_gpt2repro.pretrain import setup
 from modeling_gpt2repro.pretrain.attention import set_attention
 from modeling_gpt2repro.pretrain.batch_size import apply_batch_size_finder
+from modeling_gpt2repro.pretrain.certify import certify
 from modeling_gpt2repro.pretrain.checkpointing import Checkpointer, unsharded_model, unwrapped_model
 from modeling_gpt2repro.pretrain.initial_weights import check_tokenizer, load_initial_weights
 from modeling_gpt2repro.pretrain.messages import end_message, explain_oom, warn_of_slow_cpu
@@ -42,7 +43,7 @@ from modeling_gpt2repro.runs.figures import plot_loss
 from modeling_gpt2repro.runs.folder import HELLASWAG_FILE, LOSS_PICTURE
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import StepMetrics
-from modeling_gpt2repro.runtime.accelerator import build_accelerator
+from modeling_gpt2repro.runtime.accelerator import build_accelerator, restored_settings
 from modeling_gpt2repro.runtime.command_line import (
     InputErrors,
     exit_message_to_launcher,
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None):
     """One training run, from the command line to a folder that generates text."""
     args = parse_command_line(TrainArguments, argv, PRESETS, __doc__)  # default < preset < recipe < flag
     # The lock is held until the run ends: two in one folder would mix their files.
-    with FolderLock(Path(args.output_dir)) as lock, exit_message_to_launcher():
+    with FolderLock(Path(args.output_dir)) as lock, exit_message_to_launcher(), restored_settings():
         train(args, lock)
 
 
@@ -137,18 +138,21 @@ def train(args: TrainArguments, lock: FolderLock):
         checkpointer = Checkpointer(args, accelerator, model, optimizer, data, stateful, origin=start.origin)
         if start.checkpoint is not None:
             checkpointer.restore(start.checkpoint)
-        if checkpointer.is_exported(with_hellaswag=hellaswag is not None) and not args.preflight:
+        if checkpointer.is_exported(with_hellaswag=hellaswag is not None) and not args.is_trial:
             exit_code = setup.leave_finished_run(args, accelerator, data, uploads, state)
             del model, optimizer, checkpointer
             return setup.shutdown(accelerator, exit_code)
         logger = setup.build_logger(args, accelerator, model, data, state, start.checkpoint, attention)
 
-    if args.preflight:
+    if args.is_trial:
         # As a run does, so that what would end one as it begins ends this.
         with closing(reader), closing(logger), closing(uploads), stop, explain_oom(args):
-            exit_code = preflight(
-                args, accelerator, model, optimizer, data, hellaswag, detector, checkpointer, logger, stop, train_step
-            )
+            if args.certify:
+                exit_code = certify(args, accelerator, model, optimizer, data, checkpointer, stop, train_step)
+            else:
+                exit_code = preflight(
+                    args, accelerator, model, optimizer, data, hellaswag, checkpointer, logger, stop, train_step
+                )
         del model, optimizer, checkpointer
         return setup.shutdown(accelerator, exit_code)
 
@@ -176,7 +180,7 @@ def train(args: TrainArguments, lock: FolderLock):
                 detector=detector,
             )
             state.advance(args.tokens_per_step)
-            logger.log_step(state.step, metrics, learning_rate, data_seconds=reader.waited_seconds)
+            logger.log_step(state.step, metrics, learning_rate, reader.waited_seconds, reader.batch_hash)
             for message in uploads.poll():
                 logger.print(message)
 

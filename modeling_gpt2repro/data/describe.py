@@ -2,6 +2,7 @@
 
 python -m modeling_gpt2repro.data.describe data/edu
 python -m modeling_gpt2repro.data.describe data/edu --shard train_000007.npy
+python -m modeling_gpt2repro.data.describe hf://owner/name      # downloaded and checked first
 """
 
 import argparse
@@ -47,7 +48,7 @@ class ShardIndex:
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="A folder that prepare_data.py wrote.")
+    parser.add_argument("folder", help="A folder that prepare_data.py wrote, or hf://OWNER/NAME[@REVISION] on the Hub.")
     parser.add_argument("--shard", help="Show documents of this file; by default of the first one.")
     args = parser.parse_args(argv)
     try:

@@ -161,6 +161,12 @@ def run_folder_problem(name: str) -> str | None:
         return f"{name} is the folder of a run that has saved no model yet: wait for its first checkpoint."
 
 
+def find_model(name: str) -> str:
+    """The folder of a model or its Hub id as it is; for the folder of a run, that of its model."""
+    is_model = os.path.isfile(os.path.join(name, "config.json"))
+    return name if is_model else str(model_of_run(name) or name)
+
+
 def model_of_run(name: str) -> Path | None:
     """The final model in the folder of a run, or else its last checkpoint; None if there is neither."""
     checkpoints = [path for path in Path(name).glob("step-*") if path.name.removeprefix("step-").isdecimal()]

@@ -4,7 +4,9 @@
     python -m modeling_gpt2repro.evaluation.talk runs/quickstart --prompt "Once upon a time" --num_return_sequences 4
     python -m modeling_gpt2repro.evaluation.talk openai-community/gpt2 --probabilities
     python -m modeling_gpt2repro.evaluation.talk runs/quickstart --compare openai-community/gpt2
+    python -m modeling_gpt2repro.evaluation.talk runs/chat --chat
 
+With --chat it answers instead: each line is a message of one conversation, written by the tokenizer's chat template.
 The text goes to stdout, everything about it to stderr. Ctrl-C stops a text, a second one or Ctrl-D ends the program.
 """
 
@@ -28,6 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 from modeling_gpt2repro.runs.folder import MODEL_FOLDER
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
 
+from .conversation import Conversation
 from .load_model import load_causal_lm, max_context
 from .sampling import sample_tokens, token_probabilities, whole_characters
 from .talk_arguments import SEEDS, TalkArguments
@@ -62,6 +65,7 @@ def talk(args: TalkArguments, out: Console, notes: Console):
     """
     load_options = (args.dtype, args.device, args.trust_remote_code)
     loaded = [load_causal_lm(folder, *load_options, flag) for flag, _, folder in args.models()]
+    conversation = Conversation(*loaded[0]) if args.chat else None
     is_interactive = args.prompt is None and sys.stdin.isatty()
     in_color = out.color_system is not None and not out.no_color
     first_seed = random.randrange(10_000) if args.seed is None else args.seed
@@ -71,6 +75,9 @@ def talk(args: TalkArguments, out: Console, notes: Console):
     for prompt in read_prompts(args.prompt, is_interactive):
         try:
             for _, seed in zip(range(args.num_return_sequences), seeds, strict=False):
+                if conversation:
+                    answer(conversation, prompt, args, seed, in_color, cropped, out, notes)
+                    continue
                 texts = [continue_prompt(each, encode(each, prompt), args, seed, in_color, cropped) for each in loaded]
                 if args.compare is None:
                     print_pieces(texts[0], out, notes)
@@ -140,10 +147,33 @@ def read_prompts(given: str | None, is_interactive: bool) -> Iterator[str]:
             raise ValueError("stdin has no prompt: give --prompt TEXT, or lines of text.")
 
 
+def answer(
+    conversation: Conversation, message: str, args: TalkArguments, seed: int, in_color: bool, cropped: set,
+    out: Console, notes: Console,
+):  # fmt: skip
+    """Print the model's reply to the message, and make both a part of the conversation.
+
+    Raises:
+        ValueError: If the message cannot be used, or the model gives NaN.
+    """
+    had_all = not conversation.turns_left_out
+    ids = conversation.ask(as_utf8(message))
+    if had_all and conversation.turns_left_out:
+        context = max_context(conversation.model)
+        note = f"[longer than the context of {context:,} tokens: from now on the oldest turns are left out]\n"
+        print_pieces([(note, NOTE)], out, notes)
+    start = len(ids)
+    loaded = conversation.model, conversation.tokenizer
+    try:
+        print_pieces(continue_prompt(loaded, ids, args, seed, in_color, cropped), out, notes)
+    finally:  # Ctrl-C stops a reply, but what is there was said
+        conversation.reply(ids[start:])
+
+
 def continue_prompt(
     loaded: ModelAndTokenizer, ids: list[int], args: TalkArguments, seed: int, in_color: bool, cropped: set
 ) -> Iterator[Piece]:
-    """Pieces of the prompt and of its continuation, as it is sampled, and then notes on it.
+    """Pieces of the prompt (not in a chat) and of its continuation, as it is sampled, and then notes on it.
 
     Args:
         ids: Of the prompt; the new ones are appended.
@@ -152,30 +182,71 @@ def continue_prompt(
     Raises:
         ValueError: If the model gives NaN.
     """
-    model, tokenizer = loaded
-    probabilities = token_probabilities(model, ids) if args.probabilities else [None] * len(ids)
-    prompt_tokens = list(zip(ids, probabilities, strict=True))
+    model, _ = loaded
     sampling = (args.max_new_tokens, args.temperature, args.top_k, seed)
-    tokens = chain(prompt_tokens, sample_tokens(model, ids, *sampling, end_ids=end_of_text_ids(loaded)))
-    for text, probability in whole_characters(tokenizer, tokens):
-        text = CONTROLS.sub(lambda control: control[0].encode("unicode_escape").decode(), text)
+    prompt_tokens = len(ids)
+    for text, probability in continued_text(loaded, ids, *sampling, args.probabilities, shows_prompt=not args.chat):
         if not args.probabilities:
             yield text, PROMPT if probability is None else PLAIN
         elif probability is None:
             yield text, PLAIN
         elif in_color:
-            yield text, next(style for least, style in PROBABILITY_STYLES.items() if probability >= least)
+            yield text, probability_style(probability)
         else:
             yield f"{text}({probability:.2g})", PLAIN
     yield "\n", PLAIN
-    new_tokens = len(ids) - len(prompt_tokens)
-    is_full = new_tokens == args.max_new_tokens  # else end-of-text was drawn
-    yield f"[{f'{new_tokens} tokens' if is_full else 'end of text'}, seed {seed}]\n", NOTE
-    context = max_context(model)
-    if context and len(ids) - is_full > context and model not in cropped:  # the last token of a full text is not read
+    end = "end of reply" if args.chat else "end of text"
+    ending, *is_cropped = text_notes(model, len(ids) - prompt_tokens, len(ids), args.max_new_tokens, seed, end)
+    yield f"[{ending}]\n", NOTE
+    for note in is_cropped if model not in cropped else []:
         cropped.add(model)
-        yield f"[longer than the context: only the last {context:,} tokens were read at a time]\n", NOTE
+        yield f"[{note}]\n", NOTE
     yield "\n", PLAIN
+
+
+def continued_text(
+    loaded: ModelAndTokenizer,
+    ids: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    prompt_probabilities: bool = True,
+    shows_prompt: bool = True,
+) -> Iterator[tuple[str, float | None]]:
+    """The text of each token of the prompt, then of each new one when it is sampled, with the model's probability.
+
+    Control characters are escaped. The probability is None for the first token, and for the whole prompt if
+    `prompt_probabilities` is false.
+
+    Args:
+        ids: Of the prompt; the new ones are appended.
+
+    Raises:
+        ValueError: If the model gives NaN.
+    """
+    model, tokenizer = loaded
+    shown = list(ids) if shows_prompt else []
+    probabilities = token_probabilities(model, ids) if prompt_probabilities and shown else [None] * len(shown)
+    prompt_tokens = list(zip(shown, probabilities, strict=True))
+    sampled = sample_tokens(model, ids, max_new_tokens, temperature, top_k, seed, end_ids=end_of_text_ids(loaded))
+    for text, probability in whole_characters(tokenizer, chain(prompt_tokens, sampled)):
+        yield CONTROLS.sub(lambda control: control[0].encode("unicode_escape").decode(), text), probability
+
+
+def probability_style(probability: float) -> str:
+    return next(style for least, style in PROBABILITY_STYLES.items() if probability >= least)
+
+
+def text_notes(
+    model: PreTrainedModel, new_tokens: int, all_tokens: int, max_new_tokens: int, seed: int, end: str = "end of text"
+) -> Iterator[str]:
+    """How a text ended and which seed gives it again; then, where it is so, that it exceeded the context."""
+    is_full = new_tokens == max_new_tokens  # else the end was drawn
+    yield f"{f'{new_tokens} tokens' if is_full else end}, seed {seed}"
+    context = max_context(model)
+    if context and all_tokens - is_full > context:  # the last token of a full text is not read
+        yield f"longer than the context: only the last {context:,} tokens were read at a time"
 
 
 def encode(loaded: ModelAndTokenizer, prompt: str) -> list[int]:
@@ -184,15 +255,20 @@ def encode(loaded: ModelAndTokenizer, prompt: str) -> list[int]:
     Raises:
         ValueError: If there are none.
     """
-    try:
-        prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8")  # in an ASCII locale, é arrives as two bytes
-    except UnicodeError:
-        raise ValueError(f"the prompt {prompt!r:.60} is not UTF-8 text: convert it.") from None
+    prompt = as_utf8(prompt)
     model, tokenizer = loaded
     ids = tokenizer(prompt, verbose=False)["input_ids"]  # else it warns of long texts, on which there is a note
     if not ids:
         raise ValueError(f"the prompt {prompt!r:.60} has no tokens for {model.name_or_path}: give another.")
     return ids
+
+
+def as_utf8(prompt: str) -> str:
+    """The prompt in an ASCII locale, where é arrives as two bytes, too; raises ValueError if it is not UTF-8."""
+    try:
+        return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise ValueError(f"the prompt {prompt!r:.60} is not UTF-8 text: convert it.") from None
 
 
 def end_of_text_ids(loaded: ModelAndTokenizer) -> set[int | None]:

@@ -1,13 +1,12 @@
 """Arguments of `python -m modeling_gpt2repro.evaluation.talk`, and their checks."""
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from modeling_gpt2repro.runtime.command_line import InputErrors, arg, check_limits
 
-from .load_model import best_device, device_problem, model_of_run, model_problem
+from .load_model import best_device, device_problem, find_model, model_problem
 
 SEEDS = 2**32  # torch's generator on the CPU reads 32 bits of a seed
 
@@ -39,6 +38,12 @@ class TalkArguments:
         default=None, help="A second model, whose continuations are shown beside. If not given, there is none."
     )
     trust_remote_code: bool = arg(default=False, help="Let a model's repository run its own Python code.")
+    chat: bool = arg(
+        default=False,
+        help="Hold one conversation: each prompt is a message, to which the model replies. The tokenizer must have a "
+        "chat template, as that of a model fine-tuned by examples/chat.py. The oldest turns are left out once the "
+        "conversation exceeds the context.",
+    )
 
     prompt: str | None = arg(
         default=None,
@@ -91,6 +96,10 @@ class TalkArguments:
         yield from filter(None, (device_problem(self.device),))
         if self.prompt == "":
             yield "--prompt is empty: give at least one character."
+        if self.chat and self.compare is not None:
+            yield "--chat holds a conversation with one model: leave out --compare, or --chat."
+        if self.chat and self.num_return_sequences > 1:
+            yield f"num_return_sequences ({self.num_return_sequences}) must be 1 with --chat: a turn has one reply."
         if self.temperature == 0 and self.num_return_sequences > 1:
             yield (
                 f"num_return_sequences ({self.num_return_sequences}) must be 1 with --temperature 0, which gives "
@@ -101,5 +110,4 @@ class TalkArguments:
         """Of each model the flag that it was given with, its name, and its folder or Hub id."""
         for flag, name in (("MODEL", self.model), ("--compare", self.compare)):
             if name is not None:
-                is_model = os.path.isfile(os.path.join(name, "config.json"))
-                yield flag, name, name if is_model else str(model_of_run(name) or name)
+                yield flag, name, find_model(name)

@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         choose_gloo_interface()
         state = PartialState(cpu=args.device == "cpu")
         device = state.device if state.num_processes > 1 else torch.device(args.device)
-        shards = open_shards(args.shards)
+        shards = call_main_process_first(state, lambda: open_shards(args.shards), each_machine=True)
         model, tokenizer = call_main_process_first(
             state, lambda: load_causal_lm(args.model, args.dtype, device, args.trust_remote_code)
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from modeling_gpt2repro.runtime.command_line import InputErrors, arg, check_limits
+from modeling_gpt2repro.storage.hub_files import is_on_hub
 
 from .load_model import best_device, device_problem, model_problem, output_problem
 
@@ -40,7 +41,8 @@ class ValidationArguments:
 
     shards: str = arg(
         default="data/edu",
-        help="Folder of token shards: one that prepare_data.py wrote, or build-nanogpt's.",
+        help="Folder of token shards, or hf://OWNER/NAME[@REVISION] on the Hub: what prepare_data.py wrote, or the "
+        "shards of build-nanogpt or llm.c.",
         group="data",
     )
     eval_tokens: int = arg(
@@ -84,7 +86,7 @@ class ValidationArguments:
 
     def _check_inputs(self) -> Iterator[str]:
         yield from filter(None, (model_problem(self.model), device_problem(self.device)))
-        if not Path(self.shards).is_dir():
+        if not is_on_hub(self.shards) and not Path(self.shards).is_dir():
             yield (
                 f"--shards: there is no folder {self.shards}: prepare it with prepare_data.py --output_dir "
                 f"{self.shards}."

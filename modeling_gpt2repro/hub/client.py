@@ -181,7 +181,7 @@ def hide_signatures(record: logging.LogRecord) -> bool:
     return True
 
 
-def ask_storage(api: HfApi, repository: str, branch: str):
+def ask_storage(api: HfApi, repository: str, branch: str, repo_type: str = "model"):
     """Find out whether the storage that Xet uploads to answers: its client, in Rust, does not keep to any patience.
 
     Raises:
@@ -190,7 +190,7 @@ def ask_storage(api: HfApi, repository: str, branch: str):
     """
     if constants.HF_HUB_DISABLE_XET or find_spec("hf_xet") is None:
         return
-    address = f"{api.endpoint}/api/models/{repository}/xet-write-token/{quote(branch, safe='')}"
+    address = f"{api.endpoint}/api/{repo_type}s/{repository}/xet-write-token/{quote(branch, safe='')}"
     response = get_session().get(address, headers=build_hf_headers())
     if response.status_code == 404:
         raise ValueError("this Hub does not support Xet, the client's default protocol: set HF_HUB_DISABLE_XET=1.")
@@ -198,8 +198,8 @@ def ask_storage(api: HfApi, repository: str, branch: str):
     get_session().head(response.json()["casUrl"])  # any answer will do
 
 
-def diagnose_hub_error(error: Exception, repository: str) -> Diagnosis:
-    """Say what has failed, whether trying again may help, and if not, what has to change."""
+def diagnose_hub_error(error: Exception, repository: str, flag: str = "--hub_model_id") -> Diagnosis:
+    """Say what has failed, whether trying again may help, and if not, what has to change, such as the `flag`."""
     if isinstance(error, FilesDiffer):
         return Diagnosis(str(error), EXIT_CODE_FILES_DIFFER, LIMITED_ATTEMPTS)
     answer = http_error(error)
@@ -238,7 +238,7 @@ def diagnose_hub_error(error: Exception, repository: str) -> Diagnosis:
     elif status == 403 or isinstance(answer, RepositoryNotFoundError):
         message = (
             f"this token may not write to {repository} ({description}): use a token with the role 'write', or another "
-            "--hub_model_id"
+            f"{flag}"
         )
     else:
         message = f"the Hub refuses {repository} ({description})"

@@ -49,7 +49,8 @@ def save_hub_folder(
     write_tokenizer(tokenizer, folder, max_length=model.config.n_positions)
     if run_folder and (run_folder / LOSS_PICTURE).is_file():
         shutil.copyfile(run_folder / LOSS_PICTURE, folder / LOSS_PICTURE)
-    (folder / "README.md").write_text(model_card(model, origin, run_folder), encoding="utf-8")
+    card = model_card(model, origin, run_folder, has_chat_template=bool(tokenizer.chat_template))
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def set_length_in_short_context(model: PreTrainedModel):

@@ -4,20 +4,27 @@ import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from transformers import PreTrainedModel
 
-from modeling_gpt2repro.data.sources.resolve import PYTHON_PROSE, STORIES
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
+from modeling_gpt2repro.runs.assessment import assess
 from modeling_gpt2repro.runs.config import is_complete
 from modeling_gpt2repro.runs.folder import LOSS_PICTURE, METRICS_FILE
 from modeling_gpt2repro.runs.read import FINEWEB_EDU, HELLASWAG_METRICS, HUB_ID, Run, read_run
+from modeling_gpt2repro.runs.summary import (
+    HELLASWAG_DATASET,
+    built_in_text,
+    plain_text,
+    result_lines,
+    table,
+    training_lines,
+    used_public_hellaswag,
+)
 from modeling_gpt2repro.storage.model_files import find_file, loading_problem
 from modeling_gpt2repro.training.arguments import DEFAULT_PROMPT, SAMPLE_PROMPTS
-from modeling_gpt2repro.training.optimization import describe_schedule
 
 # Metadata that a card takes from another -> what a value must look like, so that it can be nothing but that.
 INHERITED = {
@@ -28,13 +35,7 @@ INHERITED = {
     "base_model": rf"{HUB_ID}|[\w.-]{{1,96}}",
 }
 MAX_VALUES = 100  # of one of them, such as languages
-MAX_TEXT = 300  # characters of a line in the card that somebody else has chosen
 MAX_CARD_BYTES = 2**20
-HELLASWAG_DATASET = "Rowan/hellaswag"
-BUILT_IN_DATA = {  # English, like FineWeb-Edu
-    PYTHON_PROSE: "the English prose in Python's documentation",
-    STORIES: "English stories that a program has put together at random, written for this purpose",
-}
 TASK = {"task_type": "text-generation", "task_name": "Text Generation"}
 CARD = """---
 {metadata}
@@ -42,17 +43,20 @@ CARD = """---
 # GPT-2, {parameters:,} parameters
 
 {description} {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context {config.n_positions},
-vocabulary {config.vocab_size}. It continues a text the way its training data would: it was not trained to follow
-instructions, and it has learned the errors and biases of that data, too.
+vocabulary {config.vocab_size}. {behavior}
 
 ```python
 from transformers import pipeline
 
 folder = "."  # path of this folder, or its name on the Hub
 generator = pipeline("text-generation", model=folder{trust})
-print(generator({prompt}, max_new_tokens=30)[0]["generated_text"])
+print(generator({prompt}, max_new_tokens=30)[0]["generated_text"]{reply})
 ```
 """
+CONTINUES = """It continues a text the way its training data would: it was not trained to follow
+instructions, and it has learned the errors and biases of that data, too."""
+REPLIES = """It replies to messages, as the conversations that it was fine-tuned on do, and its
+chat template writes them; it has learned the errors and biases of its training data, too."""
 
 
 @dataclass(frozen=True)
@@ -111,18 +115,12 @@ def inherited_metadata(metadata: dict) -> dict[str, str | list[str]]:
     return kept
 
 
-def plain_text(text: object) -> str:
-    """One line of at most MAX_TEXT printable characters in which nothing is Markdown or HTML.
-
-    Names in a card may be somebody else's, and the person who pushes it answers for what it shows.
-    """
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)[: 4 * MAX_TEXT]).split())
-    line = line if len(line) <= MAX_TEXT else line[:MAX_TEXT] + "..."
-    line = re.sub(r"([^\w\s.,+/'-]|(?<![^\W_])_|_(?![^\W_])|^[-+]|(?<=^\d)\.)", r"\\\1", line)  # not the _ of my_model
-    return re.sub(r"(?i)(www)\.", r"\1\.", line)  # which would become a link
-
-
-def model_card(model: PreTrainedModel, origin: Origin = FROM_SCRATCH, run_folder: Path | None = None) -> str:
+def model_card(
+    model: PreTrainedModel,
+    origin: Origin = FROM_SCRATCH,
+    run_folder: Path | None = None,
+    has_chat_template: bool = False,
+) -> str:
     """The text of README.md; without the folder of the run that trained the model, it has no results."""
     run = None
     if run_folder and (run_folder / METRICS_FILE).is_file():
@@ -140,108 +138,27 @@ def model_card(model: PreTrainedModel, origin: Origin = FROM_SCRATCH, run_folder
         model_name="gpt2repro" if results else None,
         eval_results=results or None,
     )
+    prompt = SAMPLE_PROMPTS.get(built_in_text(run) if run else None, DEFAULT_PROMPT)
     text = CARD.format(
         metadata=metadata.to_yaml(),
         parameters=model.num_parameters(),
         description=plain_text(origin.sentence),
         config=model.config,
-        prompt=json.dumps(SAMPLE_PROMPTS.get(built_in_text(run) if run else None, DEFAULT_PROMPT)),
+        behavior=REPLIES if has_chat_template else CONTINUES,
+        prompt=json.dumps([{"role": "user", "content": "Who are you?"}] if has_chat_template else prompt),
+        reply='[-1]["content"]' if has_chat_template else "",
         trust=", trust_remote_code=True" if isinstance(model, GPT2ReproForCausalLM) else "",
     )
     if evaluations:
-        text += f"\n## Results\n\n{table(result_lines(run, evaluations[-1]))}"
+        lines = result_lines(run, evaluations[-1])
+        if (assessment := assess(run)) is not None:
+            lines["loss curve"] = assessment.sentence
+        text += f"\n## Results\n\n{table(lines)}"
         if (run.folder / LOSS_PICTURE).is_file():
             text += f"\n![loss over training tokens]({LOSS_PICTURE})\n"
     if run and is_complete(run.config):
         text += f"\n## Training\n\n{table(training_lines(run))}"
     return text
-
-
-def table(lines: dict[str, str]) -> str:
-    """A Markdown table of two columns."""
-    return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in lines.items())
-
-
-def result_lines(run: Run, evaluation: dict) -> dict[str, str]:
-    """Name -> value of the run's last evaluation, with OpenAI's GPT-2 for comparison."""
-    loss = "not a number"  # null in metrics.jsonl, after the run has diverged
-    if evaluation["validation_loss"] is not None:
-        details = [f"perplexity {evaluation['validation_perplexity']:.2f}"]
-        if "validation_bits_per_byte" in evaluation:
-            details.append(f"{evaluation['validation_bits_per_byte']:.3f} bits per byte")
-        loss = f"{evaluation['validation_loss']:.4f} nats per token ({', '.join(details)})"
-    lines = {
-        "after": f"step {evaluation['step']:,}, {evaluation['tokens']:,} tokens",
-        "validation loss": f"{loss} on {evaluation['validation_tokens']:,} tokens",
-    }
-    if {"story_loss", "story_mentions_right"} <= evaluation.keys() and evaluation.get("story_floor"):
-        ratio = evaluation["story_loss"] / evaluation["story_floor"]
-        lines["whole held-out stories"] = (
-            f"{evaluation['story_loss']:.2f} nats a story, {ratio:.3f} times the least that a model can have; "
-            f"{evaluation['story_mentions_right']:.1%} of names, animals and things right"
-        )
-    for protocol, name in HELLASWAG_METRICS.items():
-        if name not in evaluation:
-            continue
-        line = f"{evaluation[name]:.4f}"
-        if {f"{name}_low", f"{name}_high"} <= evaluation.keys():  # records of early versions have no interval
-            low = evaluation[f"{name}_low"]
-            high = evaluation[f"{name}_high"]
-            line += f" (95 %: {low:.4f} to {high:.4f})"
-        published = run.hellaswag_baselines.get(protocol, {}).get("gpt2")
-        if published and used_public_hellaswag(run):
-            line += f"; OpenAI's gpt2 has {published:.4f}"
-        lines[f"HellaSwag acc_norm, {protocol}"] = line
-    return lines
-
-
-def training_lines(run: Run) -> dict[str, str]:
-    """Name -> value of data, hyperparameters, hardware and versions, from run.json."""
-    arguments = run.config["arguments"]
-    hardware = run.config["hardware"]
-    precision = "fp32" if hardware["precision"] == "no" else hardware["precision"]
-    hours = sum(record.get("step_seconds") or 0.0 for record in run.records) / 3600
-    name = built_in_text(run)
-    data = BUILT_IN_DATA[name] if name else run.dataset() or "private"
-    fingerprint = run.config["data"]["data"]
-    if isinstance(fingerprint, str):  # of shards; a streamed dataset is described by a dict
-        data += f", shards with fingerprint {plain_text(fingerprint[:12])}"
-    return {
-        "data": data,
-        **stretched_lines(run),
-        "seed": plain_text(arguments["seed"]),
-        "hardware": f"{hardware['processes']} x {plain_text(hardware['device'])}, {plain_text(precision)}; "
-        f"{hours:.2f} hours of training",
-        "software": plain_text(", ".join(f"{name} {version}" for name, version in run.config["versions"].items())),
-        "code": f"gpt2repro, commit {plain_text(run.config['commit'] or 'unknown')}",
-    }
-
-
-def stretched_lines(run: Run) -> dict[str, str]:
-    """Name -> value of what may change when a run resumes; if it did, the values with the steps that had them."""
-    lines = optimization_lines(run.config["arguments"])
-    for name in lines:
-        values = []
-        for value, group in groupby(run.stretches, key=lambda stretch: optimization_lines(stretch[2])[name]):
-            same = list(group)
-            values.append((f"steps {same[0][0]:,} to {same[-1][1]:,}: ", value))
-        if len(values) == 1 and run.stretches[0][0] == 1:
-            lines[name] = values[0][1]
-        elif values:
-            lines[name] = "; ".join(steps + value for steps, value in values)
-    return lines
-
-
-def optimization_lines(arguments: dict) -> dict[str, str]:
-    """Name -> value of the training's length, learning rate and optimizer."""
-    has_muon = arguments.get("optimizer") == "muon"  # run.json of older versions names none: AdamW
-    name = "Muon for the matrices in the blocks, AdamW for the rest" if has_muon else "AdamW"
-    return {
-        "tokens": f"{arguments['train_tokens']:,}, {arguments['tokens_per_step']:,} per step",
-        "learning rate": describe_schedule(arguments),
-        "optimizer": f"{name}, betas {arguments['adam_beta1']:g} and {arguments['adam_beta2']:g}, weight decay "
-        f"{arguments['weight_decay']:g}, gradient norm at most {arguments['max_grad_norm']:g}",
-    }
 
 
 def hub_results(run: Run, evaluation: dict) -> list[EvalResult]:
@@ -275,19 +192,6 @@ def hub_results(run: Run, evaluation: dict) -> list[EvalResult]:
     return results
 
 
-def used_public_hellaswag(run: Run) -> bool:
-    """Whether the run was scored on the examples that published numbers refer to, not on a file of its own."""
-    return run.config.get("arguments", {}).get("hellaswag") in (HELLASWAG_DATASET, "official")
-
-
 def trained_on_english(run: Run) -> bool:
     """Whether its text is known to be English; the language of most text is not known."""
     return run.dataset() == FINEWEB_EDU or built_in_text(run) is not None
-
-
-def built_in_text(run: Run) -> str | None:
-    """Which of BUILT_IN_TEXTS it trained on; None if it trained on other data."""
-    arguments = run.config.get("arguments", {})
-    name = arguments.get("dataset_name")
-    is_other = arguments.get("shards") or arguments.get("mix") or name not in BUILT_IN_DATA
-    return None if is_other else name

@@ -13,7 +13,7 @@ TRAINING_STATE = "training_state/*"
 # The Hub takes no .git and no .cache, which downloading creates, at any depth; the client skips only some of them.
 NEVER_PUSHED = [".git", ".git/*", "*/.git", "*/.git/*", ".cache/*", "*/.cache/*", LOCK_FILE]
 # What programs read: without these a model or a checkpoint does not load, so a .gitignore must not leave them out.
-NEEDED = ["*.json", "*.safetensors", "*.py", "*.jinja", "merges.txt", TRAINING_STATE]
+NEEDED = ["*.json", "*.safetensors", "*.npy", "*.py", "*.jinja", "merges.txt", TRAINING_STATE]
 FILES_PER_QUESTION = 256  # as the client asks
 
 
@@ -24,7 +24,7 @@ def files_to_push(folder: Path, excluded: list[str]) -> list[str]:
 
 
 def ignored_by_repository(
-    api: HfApi, repository: str, branch: str, names: list[str], rules: str | None = None
+    api: HfApi, repository: str, branch: str, names: list[str], rules: str | None = None, repo_type: str = "model"
 ) -> list[str]:
     """Ask the Hub which files it would leave out, as a .gitignore in the repository says.
 
@@ -34,10 +34,10 @@ def ignored_by_repository(
         rules: The .gitignore that is to take the place of the repository's.
 
     Raises:
-        ValueError: If a model cannot be loaded without them.
+        ValueError: If a model or shards cannot be loaded without them.
     """
     options = {} if rules is None else {"gitIgnore": rules}
-    address = f"{api.endpoint}/api/models/{repository}/preupload/{quote(branch, safe='')}"
+    address = f"{api.endpoint}/api/{repo_type}s/{repository}/preupload/{quote(branch, safe='')}"
     ignored = []
     for start in range(0, len(names), FILES_PER_QUESTION):
         # As if they were empty: only their names matter here.
@@ -47,7 +47,7 @@ def ignored_by_repository(
         ignored += [file["path"] for file in response.json()["files"] if file["shouldIgnore"]]
     if needed := [name for name in ignored if matches_any(name, NEEDED)]:
         raise ValueError(
-            f".gitignore in {repository} (branch {branch}) leaves out what a model needs, such as {', '.join(needed)}: "
+            f".gitignore in {repository} (branch {branch}) leaves out what is needed, such as {', '.join(needed)}: "
             "remove the matching patterns from it, and push again."
         )
     return ignored

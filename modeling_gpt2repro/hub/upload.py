@@ -18,6 +18,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError
 
+from modeling_gpt2repro.runtime.command_line import as_typed, console_script
+
 from .client import (
     DEFAULT_HUB_WAIT_SECONDS,
     EXIT_CODE_HUB_UNREACHABLE,
@@ -40,8 +42,8 @@ CHECK_FILE = "check.safetensors"  # takes the way of weights, to the storage beh
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
-        prog="python -m modeling_gpt2repro.hub.push",
-        description=__doc__,
+        prog=console_script() or "python -m modeling_gpt2repro.hub.push",
+        description=as_typed(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, nargs="?", help="A model folder: model/ or step-... of a run.")
@@ -155,7 +157,7 @@ def push_folder(
     return "; ".join([f"{address} (commit {commit.oid[:7]})", *notes])
 
 
-def check_write_access(api: HfApi, repository: str, private: bool | None = None) -> str:
+def check_write_access(api: HfApi, repository: str, private: bool | None = None, repo_type: str = "model") -> str:
     """Find out whether this token may push, by a commit to a branch of its own that is then deleted.
 
     Nothing less proves it: creating a repository that exists "succeeds" with a read-only token, too. The branch has a
@@ -167,40 +169,42 @@ def check_write_access(api: HfApi, repository: str, private: bool | None = None)
     Raises:
         ValueError, HUB_ERRORS: As `push_folder`.
     """
-    repository, notes = open_repository(api, repository, private)
+    repository, notes = open_repository(api, repository, private, repo_type)
     branch = CHECK_BRANCH_PREFIX + uuid.uuid4().hex
     content = uuid.uuid4().hex.encode()  # new content, or the Hub would have nothing to commit
     try:
-        api.create_branch(repository, branch=branch)
+        api.create_branch(repository, branch=branch, repo_type=repo_type)
         names = ["config.json", "model.safetensors", "tokenizer.json", "modeling_gpt2repro.py", CHECK_FILE]
-        ignored_by_repository(api, repository, branch, names)
-        ask_storage(api, repository, branch)
-        api.upload_file(path_or_fileobj=content, path_in_repo=CHECK_FILE, repo_id=repository, revision=branch)
+        ignored_by_repository(api, repository, branch, names, repo_type=repo_type)
+        ask_storage(api, repository, branch, repo_type)
+        api.upload_file(
+            path_or_fileobj=content, path_in_repo=CHECK_FILE, repo_id=repository, revision=branch, repo_type=repo_type
+        )
     except BaseException:  # also Ctrl-C
         with suppress(HTTPError, OSError):  # the first error is the one to report
-            api.delete_branch(repository, branch=branch)
+            api.delete_branch(repository, branch=branch, repo_type=repo_type)
         raise
     try:
-        api.delete_branch(repository, branch=branch)
+        api.delete_branch(repository, branch=branch, repo_type=repo_type)
     except (HTTPError, OSError):  # the right to push is proven all the same
         notes.append(f"the check's branch {branch} could not be deleted: delete it yourself")
     return "; ".join([f"{api.endpoint}/{repository}", *notes])
 
 
-def open_repository(api: HfApi, repository: str, private: bool | None) -> tuple[str, list[str]]:
+def open_repository(
+    api: HfApi, repository: str, private: bool | None, repo_type: str = "model"
+) -> tuple[str, list[str]]:
     """Create a repository unless it exists, and refuse a public one where a private one is asked for.
 
     Returns:
         'owner/name', and a note if it is private although a public one is asked for.
     """
-    repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+    repository = api.create_repo(repository, private=private, exist_ok=True, repo_type=repo_type).repo_id
     # Looked up even if it is new: its owner's settings may overrule the request.
-    if private is None or private == (is_private := api.repo_info(repository).private):
+    if private is None or private == (is_private := api.repo_info(repository, repo_type=repo_type).private):
         return repository, []
     if not is_private:
-        raise ValueError(
-            f"{repository} exists and is public: make it private in its settings, or give another --hub_model_id."
-        )
+        raise ValueError(f"{repository} exists and is public: make it private in its settings, or give another name.")
     return repository, ["the repository is private and stays private"]
 
 

@@ -16,6 +16,7 @@ from modeling_gpt2repro.evaluation.generation import check_prompt
 from modeling_gpt2repro.runs.folder import LOSS_PICTURE, METRICS_FILE
 from modeling_gpt2repro.runs.logger import one_line
 from modeling_gpt2repro.runs.read import STORY_FLOOR, read_samples
+from modeling_gpt2repro.runs.summary import describe_schedule
 from modeling_gpt2repro.runtime.hardware import (
     device_name,
     estimate_cpu_seconds,
@@ -25,7 +26,7 @@ from modeling_gpt2repro.runtime.hardware import (
 )
 from modeling_gpt2repro.runtime.signals import StopSignal
 from modeling_gpt2repro.training.arguments import TrainArguments
-from modeling_gpt2repro.training.optimization import describe_optimizer, describe_schedule, scheduled_learning_rate
+from modeling_gpt2repro.training.optimization import describe_optimizer, scheduled_learning_rate
 from modeling_gpt2repro.training.state import TrainState
 
 GPT2_VOCABULARY = 50257
@@ -42,7 +43,7 @@ def size_is_known(args: TrainArguments) -> bool:
 
 def warn_of_slow_cpu(args: TrainArguments, accelerator: Accelerator, vocab_size: int | None = None):
     """Print how long a large run would take on a CPU: at once if `size_is_known`, else when the vocabulary is."""
-    if accelerator.device.type != "cpu" or size_is_known(args) != (vocab_size is None):
+    if accelerator.device.type != "cpu" or args.certify or size_is_known(args) != (vocab_size is None):
         return
     if vocab_size is None:
         vocab_size = args.tokenizer_vocab_size if args.built_in_text else GPT2_VOCABULARY

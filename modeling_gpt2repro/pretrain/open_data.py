@@ -21,8 +21,9 @@ from modeling_gpt2repro.data.tokenizer import load_tokenizer, save_tokenizer
 from modeling_gpt2repro.evaluation.generation import check_prompt
 from modeling_gpt2repro.evaluation.stories import held_out_stories
 from modeling_gpt2repro.runs.folder import DATA_FOLDER
-from modeling_gpt2repro.runtime.collectives import call_main_process_first
+from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.command_line import InputErrors
+from modeling_gpt2repro.storage.hub_files import is_on_hub
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
 
@@ -60,11 +61,18 @@ def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeig
         num_processes=accelerator.num_processes,
         document_mask=args.document_mask,
         order=data_order(start),
+        overfit_one_batch=args.overfit_one_batch,
     )
     if args.shards is not None:
-        data = build_shuffled_data(open_shards(args.shards), config, args.eval_tokens)
+        args.shards = pin_addresses(accelerator, [args.shards])[args.shards]
+        shards = call_main_process_first(accelerator, lambda: open_shards(args.shards), each_machine=True)
+        data = build_shuffled_data(shards, config, args.eval_tokens)
     elif args.mix is not None:
-        data = build_mixed_data(parse_mix(args.mix), config, args.eval_tokens)
+        args.mix = pin_mix(accelerator, args.mix)
+        shares = parse_mix(args.mix)
+        data = call_main_process_first(
+            accelerator, lambda: build_mixed_data(shares, config, args.eval_tokens), each_machine=True
+        )
     elif name := args.built_in_text:
         folder = Path(args.output_dir) / DATA_FOLDER
         recipe = (args.tokenizer_vocab_size, args.block_size, args.validation_share)
@@ -80,11 +88,35 @@ def load_data(args: TrainArguments, accelerator: Accelerator, start: InitialWeig
         with TemporaryDirectory() as folder:
             save_tokenizer(tokenizer, Path(folder))  # if it cannot be saved, the run must not find out at a checkpoint
         data = build_streamed_data(source, tokenizer, config, args.validation_share, args.eval_tokens)
+    if args.overfit_one_batch:
+        data.summary += f"; every step trains on the same {args.sequences_per_step:,} sequences of them"
     errors = InputErrors()
     for prompt in args.sample_prompts:
         errors.capture(check_prompt, prompt, data.tokenizer, args.block_size)
     errors.raise_if_any()
     return data
+
+
+def pin_addresses(accelerator: Accelerator, names: list[str]) -> dict[str, str]:
+    """Folder or address -> itself, or if it is on the Hub, the address with the commit that all processes then open.
+
+    Raises:
+        ValueError: If the Hub has no such dataset, or cannot be reached.
+    """
+    if not any(map(is_on_hub, names)):
+        return {name: name for name in names}
+    from modeling_gpt2repro.data.shards.hub_shards import pin_address
+
+    return run_on_main_and_broadcast(
+        accelerator, lambda: {name: pin_address(name) if is_on_hub(name) else name for name in names}
+    )
+
+
+def pin_mix(accelerator: Accelerator, mix: str) -> str:
+    """The mix with the commits of what is on the Hub."""
+    shares = parse_mix(mix)
+    pinned = pin_addresses(accelerator, list(shares))
+    return ",".join(f"{pinned[name]}:{share}" for name, share in shares.items())
 
 
 def set_lengths(args: TrainArguments, accelerator: Accelerator, data: TrainingData):
@@ -110,5 +142,6 @@ def folder_sizes(args: TrainArguments, batches: TrainingBatches) -> dict[str, tu
 
 def epochs_of_run(args: TrainArguments, batches: TrainingBatches) -> dict[str, float]:
     """Folder -> how often the whole run reads it; empty for a stream."""
-    sequences = args.total_steps * args.sequences_per_step
+    steps = 1 if args.overfit_one_batch else args.total_steps  # with different data
+    sequences = steps * args.sequences_per_step
     return {folder: share * sequences / size for folder, (share, size) in folder_sizes(args, batches).items()}

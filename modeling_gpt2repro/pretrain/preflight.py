@@ -30,7 +30,6 @@ from modeling_gpt2repro.runtime.signals import EXIT_CODE, StopSignal
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.checkpoints import PREFLIGHT_NAME, RetentionPolicy
 from modeling_gpt2repro.training.optimization import scheduled_learning_rate, set_learning_rate
-from modeling_gpt2repro.training.outliers import OutlierDetector
 
 from .checkpointing import Checkpointer, unsharded_model
 from .messages import cannot_save_message, table
@@ -66,7 +65,6 @@ def preflight(
     optimizer: Optimizer,
     data: TrainingData,
     hellaswag: HellaSwagTask | None,
-    detector: OutlierDetector,
     checkpointer: Checkpointer,
     logger: RunLogger,
     stop: StopSignal,
@@ -97,7 +95,7 @@ def preflight(
             reader.micro_batches(step),
             tokens_per_step=args.tokens_per_step,
             max_grad_norm=args.max_grad_norm,
-            detector=detector,
+            detector=checkpointer.stateful["guard"],
         )
         checkpointer.state.advance(args.tokens_per_step)
         skipped.append(bool(metrics.skipped) and not metrics.overflowed)  # waits for the device

@@ -30,6 +30,7 @@ from modeling_gpt2repro.runs.folder import BASELINES_FILE, METRICS_FILE, MODEL_F
 from modeling_gpt2repro.runs.logger import RunLogger
 from modeling_gpt2repro.runs.metrics import MetricsLog
 from modeling_gpt2repro.runs.read import STORY_FLOOR, write_baselines
+from modeling_gpt2repro.runs.reference import GPT2_LABEL, gpt2_loss_of_shards
 from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.command_line import InputErrors, report_to_launcher
 from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record
@@ -175,19 +176,19 @@ def build_logger(
     output_dir = Path(args.output_dir)
     if attention_message is not None:
         accelerator.print(attention_message)
-    changed = diff_arguments(output_dir, asdict(args))
+    changed = {} if args.certify else diff_arguments(output_dir, asdict(args), hardware_record(accelerator))
     for name, (then, now) in changed.items():
         accelerator.print(f"This run began with {name} {then} and continues with {now}.")
     schedule = checkpoints.read_state(checkpoint)["schedule"] if checkpoint is not None else {}
     if message := learning_rate_message(schedule, asdict(args), state.step):
         accelerator.print(message)
-    resumed_step = state.step if args.resume_from_checkpoint and not args.preflight else None
+    resumed_step = state.step if args.resume_from_checkpoint and not args.is_trial else None
     log = MetricsLog(output_dir, resumed_step, enabled=accelerator.is_main_process, changed=changed)
-    if args.report_to != "none" and not args.preflight:
+    if args.report_to != "none" and not args.is_trial:
         # TensorBoard takes no lists.
         scalars = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in asdict(args).items()}
         accelerator.init_trackers("gpt2repro", config=scalars)
-    if accelerator.is_main_process and not args.preflight:
+    if accelerator.is_main_process and not args.is_trial:
         checkpoints.remove_stale_files(output_dir)
         (output_dir / STOPPED_FILE).unlink(missing_ok=True)
         attention = attention_record(args, accelerator, unwrapped_model(accelerator, model).config)
@@ -236,7 +237,9 @@ def log_run_summary(
         }
         if data.stories:
             baselines[STORY_FLOOR] = story_floor(data.stories) / args.block_size  # a sequence is a story
-        if accelerator.is_main_process and not args.preflight:
+        if args.shards and (loss := gpt2_loss_of_shards(Path(args.shards), data.data_fingerprint["data"])) is not None:
+            baselines[GPT2_LABEL] = loss
+        if accelerator.is_main_process and not args.is_trial:
             logger.write_file(BASELINES_FILE, lambda: write_baselines(Path(args.output_dir), baselines, BASELINES))
         module = unwrapped_model(accelerator, model)
         shape = data.batches.micro_batch_shape

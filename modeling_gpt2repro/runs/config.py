@@ -46,10 +46,35 @@ def write_run_config(output_dir: Path, arguments: dict, hardware: dict, attentio
         "hardware": hardware,
         "attention": attention,
         "data": data_fingerprint,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "commit": current_commit(),
+        **software_record(),
     }
     write_json(output_dir / RUN_CONFIG_FILE, config)
+
+
+def software_record() -> dict:
+    """Versions and commit, for run.json."""
+    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {"versions": versions, "commit": current_commit()}
+
+
+def environment(config: dict) -> dict:
+    """What besides arguments and data can change the bits of a number, by a run.json: hardware, attention, software."""
+    hardware = {name: value for name, value in config.get("hardware", {}).items() if name != "peak_flops"}
+    attention = {f"attention {name}": value for name, value in config.get("attention", {}).items()}
+    return {**hardware, **attention, **config.get("versions", {}), "commit": config.get("commit")}
+
+
+def environment_changes(config: dict, arguments: dict, here: dict) -> list[str]:
+    """What of `here` was different when a run took its steps with these arguments: ["processes 1, now 2"].
+
+    Args:
+        config: Its run.json.
+        arguments: At that time; with what had changed by then of its environment, see `diff_arguments`.
+        here: An `environment`, and arguments of today.
+    """
+    there = arguments | {name: arguments.get(name, value) for name, value in environment(config).items()}
+    there["attention implementation"] = arguments.get("attn_implementation")
+    return [f"{name} {there.get(name)}, now {value}" for name, value in here.items() if there.get(name) != value]
 
 
 def read_run_config(folder: Path) -> dict:
@@ -88,15 +113,17 @@ def is_complete(config: dict) -> bool:
     return has_hardware and has_arguments and {"commit", "versions"} <= set(config) and "data" in config.get("data", {})
 
 
-def diff_arguments(output_dir: Path, arguments: dict) -> dict[str, tuple]:
-    """Which arguments differ from those that the run began with: name -> (then, now); see `read_run_config`.
+def diff_arguments(output_dir: Path, arguments: dict, hardware: dict) -> dict[str, tuple]:
+    """Which arguments, and what of the environment, differ from the run's first: name -> (then, now).
 
     Of files only the names are kept: metrics.jsonl, where the difference is recorded, is published with the model.
     """
-    saved = read_run_config(output_dir).get("arguments", {})
+    config = read_run_config(output_dir)
+    saved = config["arguments"] | environment(config) if config else {}
+    now = arguments | environment({"hardware": hardware, **software_record()})
     return {
         name: (without_folder(saved[name]), without_folder(value))
-        for name, value in arguments.items()
+        for name, value in now.items()
         if name in saved and saved[name] != value and name not in NOT_COMPARED
     }
 
@@ -106,12 +133,16 @@ def without_folder(value: object) -> object:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def current_commit() -> str | None:
-    """The git commit of the checkout that this file lies in; None if it is not in one."""
+def current_commit(file: Path = Path(__file__)) -> str | None:
+    """The git commit of the checkout that a file, this one, belongs to; None for an installed copy.
+
+    Its environment may lie in another project's checkout, whose commit would say nothing about this code.
+    """
     try:
-        result = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
+        for question in (["ls-files", "--error-unmatch", file.name], ["rev-parse", "HEAD"]):
+            answer = subprocess.run(["git", *question], cwd=file.parent, capture_output=True, text=True, timeout=10)
+            if answer.returncode != 0:
+                return None
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return result.stdout.strip() or None
+    return answer.stdout.strip() or None

@@ -15,6 +15,7 @@ from dataclasses import KW_ONLY, dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from modeling_gpt2repro.runtime.hardware import peak_memory_gb, readable_duration
@@ -22,6 +23,7 @@ from modeling_gpt2repro.runtime.progress import SteadyBar, escape_controls
 from modeling_gpt2repro.storage.append import LineAppender
 from modeling_gpt2repro.storage.hub_files import READ_PATIENCE_SECONDS
 
+from .assessment import curve_sentence
 from .folder import METRICS_FILE, SAMPLES_FILE
 from .metrics import MetricsLog, StepMetrics
 
@@ -68,7 +70,7 @@ class RunLogger:
         )
         self._samples = LineAppender(self.log.path.with_name(SAMPLES_FILE))
         self._untracked: deque[tuple[dict, int]] = deque()  # scalars and step of records that trackers have not got yet
-        self._unread: list[tuple[int, StepMetrics, float, float]] = []
+        self._unread: list[tuple[int, StepMetrics, float, float, int]] = []
         self._clock = time.perf_counter()
         self._mean_step_seconds: float | None = None  # without the first steps, which compile and warm up
         self._is_warm = False
@@ -83,14 +85,15 @@ class RunLogger:
                 tqdm.write(text, file=sys.stdout)
                 sys.stdout.flush()
 
-    def log_step(self, step: int, metrics: StepMetrics, learning_rate: float, data_seconds: float):
+    def log_step(self, step: int, metrics: StepMetrics, learning_rate: float, data_seconds: float, batch_hash: int = 0):
         """Note an optimizer step; after the first, the last and every `logging_steps`, read and log all noted ones.
 
         Args:
             step: Its number, from 1.
             data_seconds: How long the step waited for its micro-batches.
+            batch_hash: Of this process's sequences; those of all processes are added up.
         """
-        self._unread.append((step, metrics, learning_rate, data_seconds))
+        self._unread.append((step, metrics, learning_rate, data_seconds, batch_hash))
         if self._is_waiting:
             self._is_waiting = False
             self.bar.set_postfix_str("", refresh=False)
@@ -108,10 +111,11 @@ class RunLogger:
         self.bar.set_postfix_str("waiting for data")
 
     def flush(self):
-        """Wait for the device, then log the steps that have not been read yet."""
+        """Wait for the device, then log the steps that have not been read yet. All processes must call this."""
         if not self._unread:
             return
-        steps, metrics, learning_rates, waits = zip(*self._unread, strict=True)
+        steps, metrics, learning_rates, waits, batch_hashes = zip(*self._unread, strict=True)
+        batch_hashes = [sum(of_step) % 2**64 for of_step in zip(*gather_object([batch_hashes]), strict=True)]
         self._unread = []
         # (steps, 3), or in fp16 (steps, 5)
         stacked = torch.stack([torch.stack([v.float() for v in of_step if v is not None]) for of_step in metrics])
@@ -121,7 +125,7 @@ class RunLogger:
         for i, step in enumerate(steps):
             loss, grad_norm, skipped, loss_scale, overflowed = values[i]
             record = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rates[i], **speed}
-            record |= {"data_seconds": waits[i], "peak_memory_gb": memory_gb}
+            record |= {"data_seconds": waits[i], "peak_memory_gb": memory_gb, "batch_hash": f"{batch_hashes[i]:016x}"}
             if loss_scale is not None:
                 record["loss_scale"] = loss_scale
             if skipped:
@@ -174,6 +178,8 @@ class RunLogger:
             accuracies.append(f"{name.removeprefix('hellaswag_')} {numbers[name]:.4f} {interval}")
         if accuracies:
             self.print(f"    HellaSwag: {', '.join(accuracies)} ({numbers['hellaswag_seconds']:.1f} s of it)")
+        if self.accelerator.is_main_process and (sentence := curve_sentence(self.log.path.parent, step)):
+            self.print(f"    curve: {sentence}")
 
     def log_samples(self, step: int, prompt: str, texts: list[str]):
         """Append the samples to samples.jsonl, and show them, each on a line."""

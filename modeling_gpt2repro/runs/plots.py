@@ -8,16 +8,21 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import patheffects, rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.path import Path as CurvePath
 from matplotlib.text import Annotation
 from matplotlib.ticker import EngFormatter
+from matplotlib.transforms import Bbox, TransformedBbox
 
 from modeling_gpt2repro.storage.atomic import atomic_write
 
+from .assessment import reference_band
 from .read import HELLASWAG_METRICS, Run
+from .reference import GPT2_LABEL, GPT2_LOSS
 
 STYLE = {
     "font.size": 10,
@@ -35,8 +40,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINE_STYLES = ("-", "--", ":", "-.")  # the palette again for runs 7 to 12, and so on
 VALIDATION_COLOR = "#D55E00"
 GREY = "#555555"
-# Nats per token of OpenAI's GPT-2 124M on the FineWeb-Edu validation shard of build-nanogpt (its play.ipynb).
-GPT2_LOSS = 3.2924
+BAND_COLOR = COLORS[2]
 STEP_PANELS = {  # metric of each training step -> title
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm, before clipping",
@@ -44,6 +48,7 @@ STEP_PANELS = {  # metric of each training step -> title
 }
 MAX_POINTS = 1000  # a panel is about as many pixels wide
 MAX_MARKERS = 25
+INSET = (0.44, 0.42, 0.54, 0.38)  # left, bottom, width, height, as shares of the panel: where a loss curve never is
 LABEL_PLACES = [  # x as a share of the panel's width, the side of the label at x, whether above its line
     (x, side, above) for above in (True, False) for x, side in ((0.99, "right"), (0.01, "left"), (0.5, "center"))
 ]
@@ -90,13 +95,19 @@ def plot_panels(runs: Sequence[Run], panels: Sequence[Panel], columns: int, size
 
 def save_figure(figure: Figure, path: Path, dpi: int = 150) -> Path:
     """Write a figure atomically, in the format of the path's suffix; returns the path."""
-    content = io.BytesIO()
-    metadata = {"Date": None} if path.suffix == ".svg" else {}
-    with rc_context(STYLE):
-        figure.savefig(content, format=path.suffix[1:], dpi=dpi, metadata=metadata)
+    content = figure_bytes(figure, path.suffix[1:], dpi)
     with atomic_write(path) as file:
-        file.write(content.getvalue())
+        file.write(content)
     return path
+
+
+def figure_bytes(figure: Figure, format: str, dpi: int = 150) -> bytes:
+    """A figure as the content of a file of this format, 'png' or 'svg'."""
+    content = io.BytesIO()
+    metadata = {"Date": None} if format == "svg" else {}
+    with rc_context(STYLE):
+        figure.savefig(content, format=format, dpi=dpi, metadata=metadata)
+    return content.getvalue()
 
 
 def loss_panel(axes: Axes, runs: Sequence[Run]):
@@ -107,8 +118,10 @@ def loss_panel(axes: Axes, runs: Sequence[Run]):
     baselines = {}
     foot = axes.get_xaxis_transform()  # x in tokens, y as a share of the panel's height
     for index, run in enumerate(runs):
-        baselines |= run.loss_baselines | ({"GPT-2 124M": GPT2_LOSS} if run.uses_fineweb_edu() else {})
+        baselines |= ({GPT2_LABEL: GPT2_LOSS} if run.uses_fineweb_edu() else {}) | run.loss_baselines
         style = line_style(index)
+        if len(runs) == 1 and (band := reference_band(run)) is not None:
+            _plot_reference(axes, run, *band)
         shown.append(_plot_noisy(axes, *run.series("loss"), style))
         for tokens, marker in ((run.resumed_tokens(), "|"), (run.skipped_tokens(), "x")):
             axes.plot(tokens, np.full(len(tokens), 0.03), marker, color=style["color"], markersize=6, transform=foot)
@@ -157,7 +170,7 @@ def step_panel(axes: Axes, runs: Sequence[Run], name: str):
     axes.yaxis.set_major_formatter(TokenFormatter(sep=" ") if name == "tokens_per_second" else "{x:g}")
 
 
-def legend_handles(runs: Sequence[Run]) -> list[Line2D]:
+def legend_handles(runs: Sequence[Run]) -> list[Artist]:
     """The runs, if there are several, and the meaning of each line and marker that occurs."""
     alone = len(runs) == 1
     names = [run.folder.resolve().name for run in runs]
@@ -167,6 +180,8 @@ def legend_handles(runs: Sequence[Run]) -> list[Line2D]:
     width = mean_width(len(runs[0].series("loss")[1]))
     training = f"training (mean of {width:,} steps)" if alone and width > 1 else "training"
     points = {"marker": "o", "markersize": 4} | ({"color": VALIDATION_COLOR} if alone else {"linestyle": ""})
+    if alone and reference_band(runs[0]) is not None:
+        handles.append(Patch(color=BAND_COLOR, alpha=0.35, linewidth=0, label="95 % of published runs"))
     for label, found, style in (
         (training, any(len(run.series("loss")[1]) for run in runs), {}),
         ("validation", any(len(run.series("validation_loss")[1]) for run in runs), points),
@@ -246,6 +261,25 @@ def _plot_noisy(axes: Axes, tokens: np.ndarray, values: np.ndarray, style: Mappi
     return values
 
 
+def _plot_reference(axes: Axes, run: Run, tokens: np.ndarray, mean: np.ndarray, half_width: np.ndarray):
+    """The band of published runs; and, in a figure that is one large panel, the run's distance from their mean."""
+    axes.fill_between(tokens, mean - half_width, mean + half_width, color=BAND_COLOR, alpha=0.35, linewidth=0)
+    if len(axes.figure.axes) > 1:
+        return
+    at, losses = run.series("validation_loss")
+    inside = (at >= tokens[0]) & (at <= 1.01 * tokens[-1])
+    distances = (losses - np.interp(np.log(at.clip(min=1)), np.log(tokens), mean))[inside]
+    inset = axes.inset_axes(INSET)
+    inset.set_title("validation, less the published mean", fontsize=8.5)
+    inset.fill_between(tokens, -half_width, half_width, color=BAND_COLOR, alpha=0.35, linewidth=0)
+    _plot_points(inset, at[inside], distances, color=VALIDATION_COLOR, linewidth=1.2, markersize=3)
+    limit = min(1.0, 1.15 * float(max(np.abs(distances).max(initial=0.0), half_width.max())))
+    inset.set_ylim(-limit, limit)
+    inset.set_xlim(axes.get_xlim())
+    inset.xaxis.set_major_formatter(TokenFormatter(sep=" "))
+    inset.tick_params(labelsize=8)
+
+
 def _plot_points(axes: Axes, tokens: np.ndarray, values: np.ndarray, **style):
     axes.plot(tokens, values, marker="o", markevery=max(1, len(tokens) // MAX_MARKERS), **style)
 
@@ -276,6 +310,8 @@ def _label_baseline(axes: Axes, text: str, value: float, curves: Sequence[CurveP
     Boxes are compared in pixels, before the figure's layout, which enlarges the panels but not the text.
     """
     others = [label.get_window_extent() for label in axes.texts]
+    if axes.child_axes:
+        others.append(TransformedBbox(Bbox.from_extents(INSET[0] - 0.12, INSET[1] - 0.08, 1, 0.9), axes.transAxes))
 
     def badness(label: Annotation) -> tuple[int, int]:
         box = label.get_window_extent()

@@ -25,7 +25,8 @@ HELLASWAG_METRICS = {
 }
 
 STORY_FLOOR = "the floor, entropy of the stories"  # the baseline below which no model can be
-NOT_NUMBERS = {"step", "tokens", "event", "changed", "rows_by_process"}  # all other values of a record are numbers
+# All other values of a record are numbers.
+NOT_NUMBERS = {"step", "tokens", "event", "changed", "rows_by_process", "batch_hash"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Run:
     # Protocol -> model -> published acc_norm.
     hellaswag_baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     unreadable_lines: int = 0  # of metrics.jsonl, such as one that a crash cut off
+    undone_records: list[dict] = field(default_factory=list)  # done once more after a resume from an earlier checkpoint
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (n,) and finite values (n,) of one metric, without the steps whose update was skipped."""
@@ -137,6 +139,7 @@ def read_run(folder: Path) -> Run:
                 stretches.append((first + 1, last, config["arguments"]))
     resumed_steps = [step for step in resumes if step > 0]
     unreadable_lines = len(lines) - len(readable)
+    kept = set(map(id, records))
     return Run(
         folder,
         records,
@@ -145,6 +148,7 @@ def read_run(folder: Path) -> Run:
         stretches,
         **read_baselines(folder),
         unreadable_lines=unreadable_lines,
+        undone_records=[record for record in readable if id(record) not in kept and record.get("event") != "resume"],
     )
 
 
@@ -158,16 +162,21 @@ def read_samples(folder: Path, prompt: str) -> list[tuple[int, str]]:
 
     [] if there is no samples.jsonl, or none that can be read; lines that are damaged are left out.
     """
-    samples = []
+    return read_all_samples(folder).get(prompt, [])
+
+
+def read_all_samples(folder: Path) -> dict[str, list[tuple[int, str]]]:
+    """Prompt -> (step, text) of its first sample in each evaluation, as `read_samples`."""
+    samples: dict[str, list[tuple[int, str]]] = {}
     with suppress(OSError):
         for line in (folder / SAMPLES_FILE).read_bytes().split(b"\n"):
             with suppress(ValueError):
                 record = parse_json(line)
-                require(type(record) is dict and record.get("prompt") == prompt, "it is of another prompt")
+                require(type(record) is dict and type(record.get("prompt")) is str, "it has no prompt")
                 require(is_count(record.get("step")), "it has no step")
                 texts = record.get("samples")
                 require(type(texts) is list and len(texts) > 0 and type(texts[0]) is str, "it has no text")
-                samples.append((record["step"], texts[0]))
+                samples.setdefault(record["prompt"], []).append((record["step"], texts[0]))
     return samples
 
 
@@ -180,7 +189,8 @@ def parse_record(line: str | bytes) -> dict | None:
         record = parse_json(line)
         require(type(record) is dict and is_count(record.get("step")), "it has no step")
         require(is_count(record.get("tokens", 0)), "tokens is not a number")
-        require(type(record.get("event", "")) is str, "event is not a string")
+        for name in ("event", "batch_hash"):
+            require(type(record.get(name, "")) is str, f"{name} is not a string")
         changed = record.get("changed", {})
         require(type(changed) is dict, "changed is not an object")
         require(all(type(pair) is list and len(pair) == 2 for pair in changed.values()), "changed has no pairs")
@@ -212,8 +222,9 @@ def drop_undone_records(written: Iterable[dict]) -> tuple[list[dict], dict[int, 
             continue
         step = record["step"]
         # A checkpoint is saved before the evaluation of the same step: the resumed run repeats that evaluation, but
-        # neither the training step itself nor its events.
-        records = [r for r in records if r["step"] < step or (r["step"] == step and ("loss" in r or "event" in r))]
+        # neither the training step itself, nor its events, nor the save.
+        done = ("loss", "event", "save_seconds")
+        records = [r for r in records if r["step"] < step or (r["step"] == step and any(name in r for name in done))]
         resumes = {earlier: changed for earlier, changed in resumes.items() if earlier < step}
         resumes[step] = record.get("changed", {})  # complete: relative to run.json, not to the last resume
     return records, resumes

@@ -3,10 +3,12 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import current_process
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
@@ -15,13 +17,15 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from torch.utils._triton import has_triton
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from .compilation import give_up_failing_compilation
 from .hardware import usable_cores
 from .network import MAX_SAVE_TIME, choose_gloo_interface
 from .precision import check_same_precision, choose_precision
 from .signals import requested_num_processes
+
+CUBLAS_CONFIG = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def build_accelerator(
@@ -56,6 +60,8 @@ def build_accelerator(
     is_compilable = on_cuda or (torch.xpu.is_available() and not on_cpu)  # inductor makes Triton code for these
     torch.set_float32_matmul_precision("high")  # TF32 for the matrix products that stay in fp32
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+    if type(current_process()).__name__ == "ForkProcess":  # accelerate's notebook_launcher
+        use_one_thread()
     disable_progress_bar()  # of transformers, one for each save
     if deterministic is None:
         deterministic = on_cpu
@@ -65,6 +71,7 @@ def build_accelerator(
     choose_gloo_interface()
     precision, message = choose_precision(on_cpu)
     accelerator = Accelerator(
+        cpu=on_cpu,  # else accelerate sees no other processes on CPUs, unless ACCELERATE_USE_CPU is set
         mixed_precision=precision,
         # 1, because `train_step` accumulates gradients itself: the data decide how many micro-batches a step has.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
@@ -135,11 +142,46 @@ def check_num_processes(found: int, launched: int, requested: int | None):
         )
 
 
+def use_one_thread():
+    """Compute in this thread alone: a fork has none of OpenMP's other threads, if its parent had started them, and
+    would wait for them forever."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # which accelerate reads where it is set
+    torch.set_num_threads(1)
+
+
 def enable_determinism():
     """Make every operation give the same bits each time; compiled training on a CPU does not do so by itself."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it before its first use
+    os.environ.setdefault(CUBLAS_CONFIG, ":4096:8")  # cuBLAS needs it before its first use
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+
+
+@contextmanager
+def restored_settings() -> Iterator[None]:
+    """Undo at the end what `build_accelerator` sets in the block for the whole process.
+
+    The next cell of a notebook then computes as it did before, and may train again, in another precision or with
+    accelerate's `notebook_launcher`, which refuses to start while there is an accelerator.
+    """
+    cublas = os.environ.get(CUBLAS_CONFIG)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    matmul_precision = torch.get_float32_matmul_precision()
+    threads = torch.get_num_threads()
+    shows_progress = is_progress_bar_enabled()
+    try:
+        yield
+    finally:
+        if cublas is None:
+            os.environ.pop(CUBLAS_CONFIG, None)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+        torch.set_float32_matmul_precision(matmul_precision)
+        torch.set_num_threads(threads)
+        if shows_progress:
+            enable_progress_bar()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 @contextmanager

@@ -27,14 +27,18 @@ def run_on_main_and_broadcast(accelerator: Accelerator, work: Callable[[], Resul
     return result
 
 
-def call_main_process_first(state: Accelerator | PartialState, work: Callable[[], Result]) -> Result:
+def call_main_process_first(
+    state: Accelerator | PartialState, work: Callable[[], Result], each_machine: bool = False
+) -> Result:
     """Call `work` on all processes, first on the main one, so that the others find what it downloaded or wrote.
+
+    With `each_machine`, first on one process of each: for what goes to a disk of its own.
 
     An error is raised only after all processes have been through: one that left early would make the others wait
     forever.
     """
     error = None
-    with state.main_process_first():
+    with state.local_main_process_first() if each_machine else state.main_process_first():
         try:
             result = work()
         except (OSError, ValueError) as caught:

@@ -46,6 +46,15 @@ def string_to_bool(text: str) -> bool:
 
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", string_to_bool: "BOOL"}
 EXPECTED = {int: "a whole number, such as 12 or 1e9", float: "a number", string_to_bool: "true or false"}
+# Console scripts of the installed package (pyproject.toml), each with the module that `python -m` would run instead.
+CONSOLE_SCRIPTS = {
+    "gpt2repro-train": "train_accelerate",
+    "gpt2repro-prepare": "prepare_data",
+    "gpt2repro-eval": "eval_hellaswag",
+    "gpt2repro-talk": "modeling_gpt2repro.evaluation.talk",
+    "gpt2repro-push": "modeling_gpt2repro.hub.push",
+    "gpt2repro-configs": "modeling_gpt2repro.pretrain.launch_configs",
+}
 RANK_0_HEAD_START_SECONDS = 20  # a launcher ends the other ranks a few seconds after rank 0 has exited
 
 
@@ -98,9 +107,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, argparse.SUPPRESS):
-            return action.help
+            return as_typed(action.help)
         is_long = type(action.default) is int and action.default >= 100_000
-        return f"{action.help} (default: {f'{action.default:_}' if is_long else '%(default)s'})"
+        return f"{as_typed(action.help)} (default: {f'{action.default:_}' if is_long else '%(default)s'})"
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -118,7 +127,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.positionals = [field.name for field in fields if field.metadata.get("positional")]
         super().__init__(
             usage=" ".join(["%(prog)s", *map(str.upper, self.positionals), "[flags]"]),
-            description=description,
+            description=description and as_typed(description),
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
@@ -221,7 +230,7 @@ def parse_command_line(
     Args:
         arguments_class: A dataclass whose `__post_init__` raises a ValueError with one error per line. Its class
             attribute `flag_hints`, if it has one, maps likely wrong flags to what to use instead. Its `defaults_from`
-            maps a flag to a function from all defaults and the flag's value to the defaults that it replaces, and its
+            maps flags to a function from all defaults and their values to the defaults that it replaces, and its
             `defaults_with` maps a flag to the defaults that other flags have if it is given.
         presets: Name -> overrides of defaults, chosen by the field `preset`.
 
@@ -236,8 +245,8 @@ def parse_command_line(
     if presets:
         chosen["preset"] = chosen_value(parser, "preset", argv)
         parser.set_defaults(**presets.get(chosen["preset"], {}))  # an unknown preset is reported with the other errors
-    for flag, derive in getattr(arguments_class, "defaults_from", {}).items():
-        chosen[flag] = chosen_value(parser, flag, argv)
+    for flags, derive in getattr(arguments_class, "defaults_from", {}).items():
+        chosen |= {name: chosen_value(parser, name, argv) for name in flags}
         parser.set_defaults(**derive({name: parser.get_default(name) for name in names} | chosen))
     not_given = object()  # in place of defaults, to see which flags the command line has
     namespace, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(names, not_given)))
@@ -273,14 +282,46 @@ def exit_with_errors(messages: list[str]) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(RANK_0_HEAD_START_SECONDS)
-    script = os.path.basename(sys.argv[0]) + (f", process {rank}" if rank != "0" else "")
+    script = "main" if is_notebook() else os.path.basename(sys.argv[0])
+    script += f", process {rank}" if rank != "0" else ""
     text = f"{script}: {messages[0]}"
     if len(messages) > 1:
         items = "".join(f"\n  - {message}" for message in messages)
         text = f"{script}: {len(messages)} problems; nothing was started:{items}"
+    text = as_typed(text)
     print(text, file=sys.stderr)
     report_to_launcher(text)
     raise SystemExit(2)
+
+
+def console_script() -> str | None:
+    """The name of the console script that started this program, such as gpt2repro-train; None if none did."""
+    name = os.path.basename(sys.argv[0])
+    return name if name in CONSOLE_SCRIPTS else None
+
+
+def as_typed(text: str) -> str:
+    """The commands in a text as one types them where the package is installed, if a console script started this.
+
+    "python prepare_data.py --verify data" -> "gpt2repro-prepare --verify data"
+    "accelerate launch --multi_gpu train_accelerate.py" -> "accelerate launch --multi_gpu -m train_accelerate"
+    """
+    if not console_script():
+        return text
+    # One process on the CPU is what the console script starts.
+    text = text.replace("accelerate launch --config_file accelerate_configs/cpu.yaml ", "python ")
+    for name, module in CONSOLE_SCRIPTS.items():
+        text = re.sub(rf"(accelerate launch .*){re.escape(module)}\.py", rf"\1-m {module}", text)
+        text = re.sub(rf"python -m {re.escape(module)}\b|(python )?\b{re.escape(module)}\.py", name, text)
+    if "--config_file accelerate_configs/" in text:
+        gap = "\n\n" if "\n" in text else " "
+        text = f"{text.rstrip()}{gap}(gpt2repro-configs copies accelerate_configs/ here.)"
+    return text
+
+
+def is_notebook() -> bool:
+    """Whether a person calls from a notebook, or types at Python's prompt; sys.argv is then of another program."""
+    return not hasattr(sys.modules["__main__"], "__file__")
 
 
 def report_to_launcher(message: str):

@@ -18,6 +18,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from .command_line import CONSOLE_SCRIPTS, is_notebook
 from .network import MAX_SAVE_TIME
 
 EXIT_CODE = 143  # 128 + SIGTERM: schedulers read it as "terminated on request"
@@ -114,10 +115,13 @@ def launcher_command() -> list[str] | None:
 
 
 def resume_command() -> str:
-    """The command that started this run, with `--resume_from_checkpoint latest`."""
-    words = list(launcher_command() or sys.orig_argv)
-    if words[1:2] and Path(words[1]).name in LAUNCHERS:
-        del words[0]  # the interpreter that runs an installed launcher
+    """The command that started this run, or the call in a notebook, with `--resume_from_checkpoint latest`."""
+    words = launcher_command()
+    if words is None and is_notebook():
+        return 'train_accelerate.main([..., "--resume_from_checkpoint", "latest"])'
+    words = list(words or sys.orig_argv)
+    if words[1:2] and Path(words[1]).name in {*LAUNCHERS, *CONSOLE_SCRIPTS}:
+        del words[0]  # the interpreter that runs an installed launcher, or our own command
     words[0] = Path(words[0]).name
     if "--resume_from_checkpoint" in words:
         index = words.index("--resume_from_checkpoint")

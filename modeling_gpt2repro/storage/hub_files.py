@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO, TypeVar
 
-from huggingface_hub import HfFileSystem
-from huggingface_hub.errors import HTTPError
+from huggingface_hub import HfApi, HfFileSystem
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from .retry import backoff_seconds, describe_error, http_error, is_refusal, is_transient
 
@@ -26,6 +26,29 @@ def open_hub_file(path: str) -> BinaryIO:
     """Open an `hf://` address; only the byte ranges that are read are downloaded."""
     # A cache that reads ahead would double the download: parquet readers know which ranges they need.
     return HfFileSystem().open(path, "rb", cache_type="none")
+
+
+def dataset_commit(dataset: str, revision: str | None) -> str:
+    """The commit that the revision names now. Asked for first, so that a missing network is noticed at once.
+
+    Raises:
+        ValueError: If there is no such dataset, or it has no such revision.
+        ConnectionError: If the Hub cannot be reached.
+    """
+    return retry_hub_read(lambda: _dataset_commit(dataset, revision))
+
+
+def _dataset_commit(dataset: str, revision: str | None) -> str:
+    try:
+        return HfApi().dataset_info(dataset, revision=revision).sha
+    except RevisionNotFoundError as error:
+        raise ValueError(f"it has no revision {revision!r}.") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError("there is none of this name, or it is private: then log in with hf auth login.") from error
+    except HfHubHTTPError:
+        raise  # the Hub answered: `retry_hub_read` decides whether the error may pass
+    except HTTPError as error:
+        raise ConnectionError(type(error).__name__) from error
 
 
 def retry_hub_read(work: Callable[[], Result], is_known: bool = False, on_wait: OnWait = lambda reason: None) -> Result:

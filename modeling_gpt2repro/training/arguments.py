@@ -5,11 +5,13 @@ Lengths are given in tokens, so that they mean the same at every batch size; num
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from modeling_gpt2repro.data.sources.resolve import BUILT_IN_TEXTS, PYTHON_PROSE, STORIES
+from modeling_gpt2repro.runs.read import read_run
 from modeling_gpt2repro.runtime.command_line import InputErrors, arg
 
 from .flag_hints import FLAG_HINTS
@@ -31,13 +33,36 @@ SAMPLE_PROMPTS = {
 DEFAULT_PROMPT = "Hello, I'm a language model,"  # the lecture's
 
 
+def arguments_to_certify(values: Mapping) -> dict:
+    """The arguments of the run in `output_dir`, if it is to be certified, as they were when it was last resumed.
+
+    Without what an evaluation and a push need, since there is none. Lengths are those that the run derived.
+
+    Args:
+        values: Name -> value so far of all flags, with the `certify` and `output_dir` that were chosen.
+    """
+    if values["certify"] is None:
+        return {}
+    saved = {}
+    with suppress(OSError, ValueError):  # reported by `check_certify`
+        saved = read_run(Path(values["output_dir"])).config.get("arguments", {})
+    others = {"resume_from_checkpoint": "latest", "attn_implementation": "auto", "hellaswag": "none"}
+    others |= {"report_to": "none", "push_to_hub": False, "find_batch_size": False, "preflight": False}
+    others |= dict.fromkeys(("certify", "price_per_hour", "num_train_epochs", "hub_model_id"))
+    return {name: value for name, value in (saved | others).items() if name in values and name != "output_dir"}
+
+
 @dataclass
 class TrainArguments:
     """Defaults are GPT-2 124M on 10 B tokens of FineWeb-Edu, as in the lecture."""
 
     flag_hints: ClassVar[Mapping[tuple[str, ...], str]] = FLAG_HINTS
-    # Flag -> the defaults of other flags that follow from its value and from theirs; they override a preset.
-    defaults_from: ClassVar[Mapping[str, Callable[[Mapping], Mapping]]] = {"recipe": recipe_defaults}
+    # Flags -> the defaults of other flags that follow from their values; they override a preset, and the later ones the
+    # earlier.
+    defaults_from: ClassVar[Mapping[tuple[str, ...], Callable[[Mapping], Mapping]]] = {
+        ("recipe",): recipe_defaults,
+        ("certify", "output_dir"): arguments_to_certify,
+    }
     # Flag -> the defaults of other flags where it is given; they override a recipe. None: derived once data or model
     # are open.
     defaults_with: ClassVar[Mapping[str, Mapping[str, float | None]]] = {
@@ -69,6 +94,13 @@ class TrainArguments:
     )
     preflight: bool = arg(
         default=False, help="Check all inputs, time ten steps, print what the whole run will take, and exit."
+    )
+    certify: int | None = arg(
+        default=None,
+        minimum=1,
+        help="Take this many random steps of the run in output_dir again, compare them with its log and checkpoints, "
+        "write a certificate into its model folder, and exit. All other flags that are not given are taken from the "
+        "run. If not given, output_dir is trained.",
     )
     price_per_hour: float | None = arg(
         default=None,
@@ -108,7 +140,8 @@ class TrainArguments:
 
     shards: str | None = arg(
         default=None,
-        help="Folder of token shards that prepare_data.py wrote. If not given, --mix or --dataset_name is used.",
+        help="Folder of token shards, or hf://OWNER/NAME[@REVISION] on the Hub: what prepare_data.py wrote, or the "
+        "shards of build-nanogpt or llm.c. If not given, --mix or --dataset_name is used.",
         group="data (--shards, or --mix, or --dataset_name)",
     )
     mix: str | None = arg(
@@ -136,6 +169,11 @@ class TrainArguments:
     )
     tokenizer_vocab_size: int = arg(
         default=4096, minimum=1, help="Vocabulary size of the tokenizer that is trained on stories or python-prose."
+    )
+    overfit_one_batch: bool = arg(
+        default=False,
+        help="Train every step on the sequences of the first step: a test of the whole loop, whose loss must fall to "
+        "nearly 0, while the validation loss stays high.",
     )
     validation_share: float = arg(
         default=0.001,
@@ -344,6 +382,11 @@ class TrainArguments:
         """The one of BUILT_IN_TEXTS that the run trains on; None if it trains on other data."""
         is_other = self.shards is not None or self.mix is not None or self.dataset_name not in BUILT_IN_TEXTS
         return None if is_other else self.dataset_name
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether nothing is to be written that belongs to the run."""
+        return self.preflight or self.certify is not None
 
     @property
     def total_steps(self) -> int:

@@ -230,11 +230,13 @@ def read_state(checkpoint: Path, data_fingerprint: dict | None = None, optimizer
     """
     with raise_if_corrupt(checkpoint):
         state = read_checked_state(checkpoint)
-    saved = state["identity"]
+    usual = {"overfit_one_batch": False}  # fingerprints name it only where it is True
+    saved = usual | state["identity"]
+    wanted = usual | data_fingerprint if data_fingerprint else {}
     differences = [
         f"{checkpoint} was made with {name} {shown(saved.get(name), 1000)}, not {shown(value, 1000)}: give the same, "
         "or start a new run in another --output_dir."
-        for name, value in (data_fingerprint or {}).items()
+        for name, value in wanted.items()
         if saved.get(name) != value
     ]
     if optimizer not in (None, state["optimizer"]):

@@ -8,7 +8,7 @@ FLAG_HINTS: dict[tuple[str, ...], str] = {
     ("max_steps", "max_iters", "num_steps", "num_iterations", "lr_decay_iters"): (
         "give the length in tokens with --train_tokens, which is steps * tokens_per_step."
     ),
-    ("batch_size", "train_batch_size", "micro_batch_size"): (
+    ("batch", "batch_size", "train_batch_size", "micro_batch_size"): (
         "use --per_device_train_batch_size for the sequences in one forward on one device, or --tokens_per_step for "
         "the batch of an optimizer step."
     ),
@@ -43,6 +43,7 @@ FLAG_HINTS: dict[tuple[str, ...], str] = {
     ("dataset", "data"): "use --dataset_name for a Hub dataset, or --shards for a folder of prepare_data.py.",
     ("data_dir", "data_root", "input_bin", "train_file"): "prepare it with prepare_data.py and give --shards FOLDER.",
     ("tokenizer_name",): "use --tokenizer.",
+    ("overfit_single_batch", "overfit_batches"): "use --overfit_one_batch.",
     # Run, logging, checkpoints.
     ("config",): (
         "use --preset for hyperparameters; hardware is chosen by accelerate launch --config_file, before the script."

@@ -142,18 +142,6 @@ def scheduled_learning_rate(arguments: Mapping, step: int) -> float:
     )
 
 
-def describe_schedule(arguments: Mapping) -> str:
-    """'0.0006 after 375,000,000 tokens of warm-up, then a cosine to 6e-05'."""
-    schedule = arguments.get("lr_scheduler_type", "cosine")
-    text = f"{arguments['learning_rate']:g} after {arguments['warmup_tokens']:,} tokens of warm-up"
-    if schedule == "constant":
-        return f"{text}, then constant"
-    shape = {"cosine": "a cosine", "linear": "a line"}.get(schedule)
-    if schedule == "wsd":
-        shape = f"constant, and in the last {arguments['cooldown_tokens']:,} tokens a line"
-    return f"{text}, then {shape} to {arguments['learning_rate'] * arguments['final_learning_rate_ratio']:g}"
-
-
 def set_learning_rate(optimizer: Optimizer, learning_rate: float):
     """Write the rate into every parameter group."""
     for group in optimizer.param_groups:

@@ -11,7 +11,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from modeling_gpt2repro.runs.folder import RUN_CONFIG_FILE
+from modeling_gpt2repro.runs.read import read_run
 from modeling_gpt2repro.runtime.command_line import check_limits
+from modeling_gpt2repro.storage.hub_files import is_on_hub
 
 from .checkpoints import HUB_NAME
 
@@ -28,6 +30,7 @@ def validate_args(args: "TrainArguments") -> Iterator[str]:
     yield from check_data(args)
     yield from check_output_dir(args)
     yield from check_resume(args)
+    yield from check_certify(args)
     yield from check_hub(args)
     yield from check_tracker(args)
     if args.price_per_hour is not None and not args.preflight:
@@ -75,7 +78,7 @@ def check_schedule(args: "TrainArguments") -> Iterator[str]:
 
 def check_data(args: "TrainArguments") -> Iterator[str]:
     """Data that does not exist, is given twice, or has no known size although epochs are asked for."""
-    if args.shards is not None and not Path(args.shards).is_dir():
+    if args.shards is not None and not is_on_hub(args.shards) and not Path(args.shards).is_dir():
         command = f"prepare_data.py --output_dir {shlex.quote(args.shards)}"
         yield f"there is no folder {args.shards}: prepare it with {command}."
     if args.mix is not None and args.shards is not None:
@@ -127,6 +130,22 @@ def check_resume(args: "TrainArguments") -> Iterator[str]:
     resume = args.resume_from_checkpoint
     if resume not in (None, "latest") and not Path(resume).is_dir() and not HUB_NAME.fullmatch(resume):
         yield f"there is no checkpoint folder {resume}: give latest, a step-... folder, or owner/name@revision."
+
+
+def check_certify(args: "TrainArguments") -> Iterator[str]:
+    """A folder that holds no run whose steps could be taken again."""
+    if args.certify is None:
+        return
+    if args.preflight:
+        yield f"certify ({args.certify}) and preflight exclude each other: give one."
+    try:
+        run = read_run(Path(args.output_dir))
+        if not run.config:
+            yield f"{run.folder} is not a run: it has no {RUN_CONFIG_FILE}; give the --output_dir of a training."
+        elif not any("loss" in record for record in run.records):
+            yield f"{run.folder} has no step to certify yet: train first."
+    except (OSError, ValueError) as error:
+        yield str(error)
 
 
 def check_hub(args: "TrainArguments") -> Iterator[str]:

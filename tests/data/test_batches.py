@@ -230,3 +230,17 @@ def test_the_fingerprint_depends_on_the_seed_and_not_on_the_processes(token_shar
         != build_shuffled_data(token_shards, config(block_size=64, seed=2), 10_000).data_fingerprint
     )
     assert sum(len(batch["input_ids"]) for batch in data.validation_batches(640, 4)) == 10
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_step_has_the_sequences_of_the_first_where_one_batch_is_to_be_overfitted(processes):
+    of_process = [
+        ShuffledBatches(
+            made_sequences(), replace(config(process_index=p, num_processes=processes), overfit_one_batch=True)
+        )
+        for p in range(processes)
+    ]
+    usual = step_sequences(ShuffledBatches(made_sequences(), config()), 0)
+    for step in (0, 1, 70):
+        assert torch.equal(interleaved([step_sequences(batches, step) for batches in of_process]), usual)
+        assert of_process[0].sample_ids(step) == of_process[0].sample_ids(0)

@@ -7,7 +7,7 @@ from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
 from modeling_gpt2repro.data.prepare.local import prepare_shards
 from modeling_gpt2repro.data.sources.documents import Document
 from modeling_gpt2repro.data.sources.resolve import BUILT_IN_TEXTS, PYTHON_PROSE, STORIES, built_in_source, local_source
-from modeling_gpt2repro.hub.model_card import BUILT_IN_DATA
+from modeling_gpt2repro.runs.summary import BUILT_IN_DATA
 from modeling_gpt2repro.training.arguments import SAMPLE_PROMPTS
 
 

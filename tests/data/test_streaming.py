@@ -184,6 +184,18 @@ def test_a_stream_can_be_set_back(streamed):
     assert torch.equal(torch.cat([step_sequences(batches, step) for step in range(9)]), torch.cat(expected))
 
 
+def test_a_stream_gives_the_first_step_again_where_one_batch_is_to_be_overfitted(streamed):
+    first = step_sequences(streamed(), 0)
+    batches = streamed()
+    batches.config = replace(batches.config, overfit_one_batch=True)
+    assert all(torch.equal(step_sequences(batches, step), first) for step in range(5))
+    resumed = streamed(seed=1)
+    resumed.config = batches.config
+    resumed.load_state_dict(batches.state_dict())
+    assert torch.equal(step_sequences(resumed, 5), first)
+    assert resumed.sample_ids(5) == batches.sample_ids(0)
+
+
 def test_positions_of_another_number_of_logical_shards_are_refused(streamed):
     batches = streamed()
     state = batches.state_dict()

@@ -20,10 +20,10 @@ from modeling_gpt2repro.runtime import command_line
 PACKAGE = "modeling_gpt2repro"
 
 # Programs that are not ours: nothing but the files they name is checked.
-FOREIGN = {"python3", "py", "conda", "hf", "ruff", "export", ".", ".venv\\Scripts\\activate"}
+FOREIGN = {"python3", "py", "conda", "hf", "jupyter", "ruff", "export", "cd", ".", ".venv\\Scripts\\activate"}
 FOREIGN_FLAGS = {
     *("nodes", "time", "account", "partition", "gpus-per-node", "cpus-per-task"),  # sbatch
-    *("index-url", "extra-index-url"),  # pip
+    *("index-url", "extra-index-url", "no-deps"),  # pip
     *("cpu", "help"),
 }
 # Problems that depend on the machine that the test runs on.
@@ -39,6 +39,8 @@ def check_command(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     program, *arguments = words
     if program == "accelerate" and arguments[0] == "launch":
         check_launch(arguments[1:], tmp_path, monkeypatch)
+    elif program in command_line.CONSOLE_SCRIPTS:
+        check_program(load_module(command_line.CONSOLE_SCRIPTS[program]), arguments, tmp_path, monkeypatch)
     elif program == "python" and arguments[0] == "-m":
         check_program(load_module(arguments[1]), arguments[2:], tmp_path, monkeypatch)
     elif program == "python":
@@ -81,6 +83,9 @@ def check_program(module, arguments: list[str], tmp_path: Path, monkeypatch: pyt
     arguments = [word.removeprefix("/") for word in arguments if word != "--help"]
     for flag, word in zip(["", *arguments], arguments, strict=False):
         make_stand_in(tmp_path, word, is_output=flag == "--output_dir")
+        if flag == "--output_dir" and "--certify" in arguments:  # of a run that is there
+            (tmp_path / word / "run.json").write_text('{"arguments": {}}')
+            (tmp_path / word / "metrics.jsonl").write_text('{"step": 1, "tokens": 1, "loss": 3.0}')
     stderr = io.StringIO()
     end = None
     with monkeypatch.context() as patch:
@@ -168,7 +173,7 @@ def check_pip(arguments: list[str]):
 @cache
 def load_module(name: str):
     """Import the module that `python -m` would run; for an alias, the module that its main is defined in."""
-    if name.split(".")[0] not in (PACKAGE, "benchmarks"):
+    if name.split(".")[0] not in (PACKAGE, "benchmarks", *command_line.CONSOLE_SCRIPTS.values()):
         assert importlib.util.find_spec(name), f"there is no module {name}"
         return argparse.Namespace(__name__=name)
     package = importlib.util.find_spec(name).submodule_search_locations
@@ -186,7 +191,9 @@ def load_script(path: str):
         return importlib.import_module(Path(path).stem)
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str((ROOT / path).parent))  # as `python FILE` does
+        spec.loader.exec_module(module)
     return module
 
 

@@ -13,6 +13,7 @@ SHELLS = ("bash", "powershell")
 # Files that are in a run's, a model's or a data folder, not in the repository.
 WRITTEN_BY_PROGRAMS = {"run.json", "state.json", "files.json", "baselines.json", "config.json", "manifest.json"}
 WRITTEN_BY_PROGRAMS |= {"stopped.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+WRITTEN_BY_PROGRAMS |= {"gpt2_validation.json", "certificate.json"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def written_commands(page: Path) -> list[tuple[str, list[str]]]:
     for block in blocks_of(page):
         if block.language in SHELLS or (not block.language and page == README):
             found += [(str(block), words) for words in commands_of(block.text)]
-    begins = r"(?:[A-Z_]+=\S+ )*(?:python|accelerate|pytest|pip|sbatch)3? [^`]+"
+    begins = r"(?:[A-Z_]+=\S+ )*(?:python3?|accelerate|pytest|pip|sbatch|gpt2repro-\w+) [^`]+"
     inline = re.findall(rf"`({begins})`", prose_of(page))
     return found + [(f"{page.relative_to(ROOT)}: `{text}`", words) for text in inline for words in commands_of(text)]
 

@@ -43,7 +43,7 @@ def test_json_that_is_no_object_of_ours(run, name, kind, capsys):
     assert line.endswith(".")
     if name == "run.json":
         with pytest.raises(ValueError, match=r"run\.json is damaged \(.*\): restore it, or delete it"):
-            diff_arguments(run, {})
+            diff_arguments(run, {}, {})
 
 
 VALUES = {

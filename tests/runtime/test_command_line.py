@@ -30,7 +30,7 @@ from modeling_gpt2repro.training.recipes import RECIPES
 
 GROUPS = {  # script -> titles in --help, without the part in parentheses
     TrainArguments: "run model data optimization evaluation checkpoints hub hardware",
-    PrepareArguments: "text tokenizer shards hardware verification",
+    PrepareArguments: "text tokenizer shards hardware hub verification",
     EvalHellaSwagArguments: "model examples results hardware",
     ValidationArguments: "model data results hardware",
     TalkArguments: "model text sampling hardware",
@@ -362,10 +362,6 @@ def test_possible_values_of_hellaswag(hellaswag, tmp_path):
     [
         ("--lerning_rate", ": did you mean --learning_rate?"),
         ("--outptu-dir=x", ": did you mean --output_dir?"),
-        (
-            "--batch",
-            ": did you mean --per_device_train_batch_size or --per_device_eval_batch_size or --find_batch_size?",
-        ),
         ("--tokens", ": did you mean --train_tokens or --tokens_per_step or --warmup_tokens?"),  # of five, the first
         ("--frobnicate", ";"),
     ],

@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -32,6 +32,8 @@ def test_the_resume_command_is_the_command_of_the_run(monkeypatch):
         sys, "orig_argv", ["python", "a/t.py", "--resume_from_checkpoint", "step-000005", "--seed", "1"]
     )
     assert resume_command() == "python a/t.py --seed 1 --resume_from_checkpoint latest"
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))  # a notebook's has no file
+    assert resume_command() == 'train_accelerate.main([..., "--resume_from_checkpoint", "latest"])'
 
 
 SIGNAL_TO_RANK_1 = """

@@ -161,7 +161,7 @@ def test_each_machine_launches_with_its_rank_and_the_address_of_the_first(cluste
         assert parsed.config_file == "accelerate_configs/2x8_multinode.yaml"
         assert (parsed.machine_rank, parsed.num_machines, parsed.num_processes) == (rank, 2, 16)
         assert parsed.main_process_ip == "node07"
-        assert parsed.training_script == "train_accelerate.py"
+        assert (parsed.module, parsed.training_script) == (True, "train_accelerate")
         assert parsed.training_script_args == ["--resume_from_checkpoint", "latest", "--output_dir", "two words"]
     assert "--cpus-per-task=64" in lines(cluster / "srun_options")[0]
     monkeypatch.setenv("CONFIG", "accelerate_configs/fsdp2.yaml")

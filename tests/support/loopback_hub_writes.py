@@ -2,12 +2,12 @@
 
 What is committed lies where the reading half (`loopback_hub.py`) looks for it, as plain files:
 
-    DIR/models/<namespace>/<name>/...                     main
+    DIR/models/<namespace>/<name>/...                     main; of a dataset, here and below, DIR/datasets/...
     DIR/branches/models/<namespace>/<name>/<branch>/...   another branch, its name quoted
     DIR/lfs/models/<namespace>/<name>/<sha256>            what was uploaded to LFS, whether or not a commit names it
     DIR/history/models/<namespace>/<name>/<commit>/...    every commit
 
-There is one user, who writes to model repositories of their own, over classic LFS: the client needs
+There is one user, who writes to repositories of their own, over classic LFS: the client needs
 HF_HUB_DISABLE_XET=1. Of a repository's .gitignore, patterns of file names and of whole paths are understood. A fault's
 "status" comes instead of the work; a "drop" loses the answer to work that was done.
 """
@@ -26,7 +26,8 @@ import yaml
 from loopback_hub import LFS_SUFFIXES, NAME, REVISION, CdnHandler, HubHandler, Reply, Repository, is_lfs, main, refusal
 
 USER = "user"  # whose tokens are in `loopback_hub.ROLES`
-MODEL = rf"/api/(?P<kind>models)/{NAME}"
+REPOSITORY = rf"/api/(?P<kind>models|datasets)/{NAME}"
+GIT = rf"/((?P<kind>datasets)/)?{NAME}\.git"
 
 
 class WritableCdn(CdnHandler):
@@ -47,12 +48,12 @@ class WritableHub(HubHandler):
         "GET /api/whoami-v2": "whoami",
         "POST /api/validate-yaml": "validate_yaml",
         "POST /api/repos/create": "create",
-        rf"POST {MODEL}/branch/(?P<branch>[^/]+)": "create_branch",
-        rf"DELETE {MODEL}/branch/(?P<branch>[^/]+)": "delete_branch",
-        rf"POST {MODEL}/preupload/{REVISION}": "preupload",
-        rf"POST /{NAME}\.git/info/lfs/objects/batch": "lfs_batch",
-        rf"POST /{NAME}\.git/info/lfs/objects/verify": "lfs_verify",
-        rf"POST {MODEL}/commit/{REVISION}": "commit",
+        rf"POST {REPOSITORY}/branch/(?P<branch>[^/]+)": "create_branch",
+        rf"DELETE {REPOSITORY}/branch/(?P<branch>[^/]+)": "delete_branch",
+        rf"POST {REPOSITORY}/preupload/{REVISION}": "preupload",
+        rf"POST {GIT}/info/lfs/objects/batch": "lfs_batch",
+        rf"POST {GIT}/info/lfs/objects/verify": "lfs_verify",
+        rf"POST {REPOSITORY}/commit/{REVISION}": "commit",
     }
 
     def require_write(self, name: str) -> None:
@@ -87,17 +88,19 @@ class WritableHub(HubHandler):
         form = json.loads(self.body)
         name = f"{form.get('organization') or USER}/{form['name']}"
         self.require_write(name)
-        if form.get("type", "model") != "model":
-            raise refusal(400, "The loopback Hub creates model repositories only")
-        folder = self.server.state.root / "models" / name
-        about = {"url": f"{self.server.state.endpoint}/{name}", "name": name}
+        kind = form.get("type", "model") + "s"
+        if kind not in ("models", "datasets"):
+            raise refusal(400, "The loopback Hub creates repositories of models and datasets only")
+        folder = self.server.state.root / kind / name
+        prefix = "datasets/" if kind == "datasets" else ""
+        about = {"url": f"{self.server.state.endpoint}/{prefix}{name}", "name": name}
         if folder.is_dir():
-            raise Reply(409, about | {"error": "You already created this model repo"})
+            raise Reply(409, about | {"error": "You already created this repo"})
         folder.mkdir(parents=True)
         attributes = [f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in sorted(LFS_SUFFIXES)]
         (folder / ".gitattributes").write_text("".join(attributes))
         if form.get("visibility") == "private":
-            marker = self.server.state.root / "private" / "models" / name
+            marker = self.server.state.root / "private" / kind / name
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.touch()
         raise Reply(200, about)
@@ -145,7 +148,8 @@ class WritableHub(HubHandler):
             if not self.lfs_object(item["oid"]).exists():
                 address = f"/lfs/{self.name}/{item['oid']}?size={item['size']}"
                 state.handed_out[f"PUT {address}"] = self.lfs_object(item["oid"])
-                verify = f"{state.endpoint}/{self.name}.git/info/lfs/objects/verify"
+                prefix = "datasets/" if self.kind == "datasets" else ""
+                verify = f"{state.endpoint}/{prefix}{self.name}.git/info/lfs/objects/verify"
                 objects[-1]["actions"] = {"upload": {"href": state.cdn + address}, "verify": {"href": verify}}
         raise Reply(200, {"transfer": "basic", "objects": objects})
 

@@ -69,9 +69,10 @@ def as_flags(recipe: dict) -> list[str]:
     return [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
 
 
-def toy_flags(output_dir: Path, shards: Path | None, **overrides) -> list[str]:
-    """The command line of a toy run; without shards the overrides must name its data."""
-    data = {"shards": shards, "hellaswag": shards.parent / "hellaswag.jsonl"} if shards else {"hellaswag": "none"}
+def toy_flags(output_dir: Path, shards: Path | str | None, **overrides) -> list[str]:
+    """The command line of a toy run; shards may be an address, and without them the overrides must name its data."""
+    data = {"hellaswag": shards.parent / "hellaswag.jsonl" if isinstance(shards, Path) else "none"}
+    data |= {"shards": shards} if shards else {}
     return as_flags({**data, "output_dir": output_dir, **RECIPE, **overrides})
 
 
@@ -108,16 +109,18 @@ def logged_values(output_dir: Path, name: str = "loss") -> list[float]:
 
 def train_here(output_dir: Path, shards: Path, **overrides) -> int:
     """Run the script in this process, in fp32, which saves seconds of imports; returns the exit code."""
-    import torch
-    from accelerate.state import AcceleratorState, GradientState, PartialState
+    return run_here(toy_flags(output_dir, shards, **overrides))
 
+
+def run_here(flags: list[str]) -> int:
+    """The same with flags of any kind."""
     import train_accelerate
 
     before = {name: os.environ.get(name) for name in CPU_FP32}
     os.environ.update(CPU_FP32)
     gc.freeze()  # the script looks for garbage twice, and need not search all that the tests have imported
     try:
-        train_accelerate.main(toy_flags(output_dir, shards, **overrides))
+        train_accelerate.main(flags)
     except SystemExit as end:
         if isinstance(end.code, str):  # as the interpreter does
             print(end.code, file=sys.stderr)
@@ -125,9 +128,6 @@ def train_here(output_dir: Path, shards: Path, **overrides) -> int:
         return end.code
     finally:
         gc.unfreeze()
-        torch.use_deterministic_algorithms(False)
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._shared_state.clear()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     return 0

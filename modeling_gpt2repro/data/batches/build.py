@@ -121,6 +121,8 @@ def build_streamed_data(
 def order_fingerprint(config: BatchConfig) -> dict:
     """What decides which sequence comes when, whatever the processes and micro-batches; kept in checkpoints."""
     fingerprint = {"block_size": config.block_size, "rows_per_step": config.sequences_per_step, "seed": config.seed}
+    if config.overfit_one_batch:
+        fingerprint["overfit_one_batch"] = True
     # Checkpoints did not name their order while there was only one; a run of that order keeps it.
     return fingerprint if config.order == "argsort" else {**fingerprint, "order": config.order}
 

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 import torch
 
+from .sequences import hash_sequences
 from .shuffled import TrainingBatches
 
 STEPS_AHEAD = 2  # one that must be there when a step begins, and one that is read meanwhile
@@ -32,8 +33,9 @@ class ReadAhead:
         self.total_steps = total_steps
         self.is_stopping = is_stopping
         self.waited_seconds = 0.0  # by the last `wait_for`
+        self.batch_hash = 0  # of this process's sequences in the last step handed out, see `hash_sequences`
         self._state = batches.state_dict()
-        self._steps: dict[int, Future] = {}  # step -> ids of its micro-batches, and the state after it
+        self._steps: dict[int, Future] = {}  # step -> ids of its micro-batches, their hash, and the state after it
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")  # one, so that steps are read in order
 
     def wait_for(self, step: int, on_wait: Callable[[str], None] = lambda problem: None) -> str | None:
@@ -63,7 +65,7 @@ class ReadAhead:
 
     def micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the step's micro-batches, see `as_batch`; `wait_for` must have been called."""
-        ids, self._state = self._steps.pop(step).result()
+        ids, self.batch_hash, self._state = self._steps.pop(step).result()
         return self.batches.as_micro_batches(ids)
 
     def state_dict(self) -> dict:
@@ -80,5 +82,6 @@ class ReadAhead:
         self._thread.shutdown(wait=False, cancel_futures=True)
         self.batches.close()
 
-    def _read(self, step: int) -> tuple[list[np.ndarray], dict]:
-        return self.batches.read_step(step), self.batches.state_dict()
+    def _read(self, step: int) -> tuple[list[np.ndarray], int, dict]:
+        ids = self.batches.read_step(step)
+        return ids, hash_sequences(ids), self.batches.state_dict()

@@ -7,7 +7,8 @@ A split is one long run of ids, cut into shards where a file was full. Sequence 
 `ids[i * T : i * T + T + 1]`: T inputs, and for each of them the token after it.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -110,6 +111,18 @@ def as_batch(ids: np.ndarray, end_of_text: int | None = None, pad_to: int = 0) -
     if end_of_text is not None:
         batch["position_ids"] = document_positions(batch["input_ids"], end_of_text)
     return batch
+
+
+def hash_sequences(micro_batches: Iterable[np.ndarray]) -> int:
+    """64 bits of the ids (B, T + 1) of a step: the sum of the sequences' BLAKE2 hashes, modulo 2**64.
+
+    A sum, so that it does not depend on how the sequences are divided into micro-batches and processes: the sum of the
+    processes' hashes is the hash of the step.
+    """
+    digests = [
+        hashlib.blake2b(sequence.astype("<u4"), digest_size=8).digest() for ids in micro_batches for sequence in ids
+    ]
+    return sum(int.from_bytes(digest, "little") for digest in digests) % 2**64
 
 
 def document_positions(ids: torch.Tensor, end_of_text: int) -> torch.Tensor:

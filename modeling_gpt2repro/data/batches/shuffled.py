@@ -42,6 +42,7 @@ class BatchConfig:
     num_processes: int = 1  # P
     document_mask: bool = False  # whether batches say where documents begin, so that attention stays inside them
     order: str = "keyed"  # or "argsort", that of older runs; see SHUFFLES
+    overfit_one_batch: bool = False  # whether every step trains on the sequences of the first
 
 
 def keyed_permutation(indices: np.ndarray, size: int, seed: Sequence[int]) -> np.ndarray:
@@ -199,7 +200,7 @@ class ShuffledBatches(TrainingBatches):
 
     def sample_indices(self, step: int) -> np.ndarray:
         """The samples that this process takes in a step, R / P of them up to rounding."""
-        first = step * self.config.sequences_per_step
+        first = 0 if self.config.overfit_one_batch else step * self.config.sequences_per_step
         # Every P-th, not a block for each process: for any R and P the counts differ by one at most, and the sequences
         # of all processes, one of each in turn, are those of a single process in its order.
         return np.arange(

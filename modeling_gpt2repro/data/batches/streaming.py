@@ -119,6 +119,9 @@ class StreamedBatches(TrainingBatches):
         """The ids of each of the step's micro-batches; the positions move on."""
         assert step == self.next_step, "a stream is read in order; load_state_dict sets its step"
         first_sample = step * self.config.sequences_per_step
+        if self.config.overfit_one_batch:  # from the beginning again
+            self.positions = dict.fromkeys(self.positions, Position(0, 0))
+            first_sample = 0
         samples = range(first_sample, first_sample + self.config.sequences_per_step)
         logical_shards = [sample % self.num_logical_shards for sample in samples]
         mine = [logical_shard for logical_shard in logical_shards if logical_shard in self.positions]

@@ -9,6 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from modeling_gpt2repro.data.shards.dataset import MANIFEST, SPEC_FILE
 from modeling_gpt2repro.data.shards.nanogpt_format import LAYOUTS
 from modeling_gpt2repro.data.sources.files import raise_problems
 from modeling_gpt2repro.data.sources.resolve import BUILT_IN_TEXTS, Source
@@ -125,6 +129,22 @@ class PrepareArguments:
         default=False, help="Print what would be done, and write nothing. With slurm, print the job scripts."
     )
 
+    push_to_hub: bool = arg(
+        default=False,
+        help="Push the shards, with a dataset card, when they are prepared; of a folder that is prepared already, do "
+        "only that. --shards hf://OWNER/NAME then trains on them anywhere.",
+        group="hub",
+    )
+    hub_dataset_id: str | None = arg(
+        default=None,
+        help="Dataset repository on the Hub: OWNER/NAME, or a name alone for one of your own. If not given, nothing is "
+        "pushed.",
+    )
+    hub_private_repo: bool | None = arg(
+        default=None, help="Make a new repository private. If not given, as its owner's settings say."
+    )
+    hub_wait_seconds: float = arg(default=300.0, minimum=0, help="How long to retry while the Hub is away.")
+
     verify: str | None = arg(
         default=None,
         help="Check this folder of shards against its manifest.json, and do nothing else. If not given, shards are "
@@ -138,13 +158,27 @@ class PrepareArguments:
     def __post_init__(self):
         if self.dataset_config_name is None and self.dataset_name == "HuggingFaceFW/fineweb-edu":
             self.dataset_config_name = "sample-10BT"
-        errors = InputErrors([*check_limits(self), *self._check_text(), *self._check_unused(), *self._check_cluster()])
+        errors = InputErrors(
+            [
+                *check_limits(self),
+                *self._check_text(),
+                *self._check_unused(),
+                *self._check_cluster(),
+                *self._check_hub(),
+            ]
+        )
         errors.capture(self._check_files)
         if self.document_separator not in (None, WHOLE_FILE):
             errors.capture(compile_separator, self.document_separator)
-        if self.verify is None:
+        if self.verify is None and not self.is_only_pushed:
             errors.capture(find_partial_output, Path(self.output_dir))
         errors.raise_if_any()
+
+    @property
+    def is_only_pushed(self) -> bool:
+        """Whether the folder holds finished shards, which are to be pushed."""
+        folder = Path(self.output_dir)
+        return self.push_to_hub and (folder / MANIFEST).is_file() and not (folder / SPEC_FILE).exists()
 
     def _check_text(self) -> Iterator[str]:
         if self.tokenizer == "train" and not self.train_files:
@@ -164,6 +198,8 @@ class PrepareArguments:
     def _check_unused(self) -> Iterator[str]:
         for name, other, is_used in (
             ("quick", "--verify", self.verify is not None),
+            ("hub_dataset_id", "--push_to_hub", self.push_to_hub),
+            ("hub_private_repo", "--push_to_hub", self.push_to_hub),
             ("document_separator", "--train_files", bool(self.train_files)),
             ("vocab_size", "--tokenizer train", self.tokenizer == "train"),
             ("slurm_partition", "--executor slurm", self.executor == "slurm"),
@@ -172,6 +208,17 @@ class PrepareArguments:
         ):
             if not is_used and getattr(self, name) != getattr(type(self), name):
                 yield f"{name} ({getattr(self, name)}) is for {other} only: add that, or leave it out."
+
+    def _check_hub(self) -> Iterator[str]:
+        if self.push_to_hub and self.hub_dataset_id is None:
+            yield "--push_to_hub needs --hub_dataset_id OWNER/NAME."
+        if self.push_to_hub and self.executor == "slurm":
+            yield "--push_to_hub is for this machine: when Slurm's jobs have ended, give the same folder without slurm."
+        if self.hub_dataset_id is not None:
+            try:
+                validate_repo_id(self.hub_dataset_id)
+            except HFValidationError as error:
+                yield f"hub_dataset_id ({self.hub_dataset_id}) must be OWNER/NAME: {' '.join(str(error).split())}"
 
     def _check_cluster(self) -> Iterator[str]:
         for package in {"slurm": ("datatrove",), "ray": ("datatrove", "ray")}.get(self.executor, ()):

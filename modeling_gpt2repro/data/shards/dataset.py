@@ -12,9 +12,10 @@ import numpy as np
 
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, tokenizer_sha256
 from modeling_gpt2repro.storage.checksums import is_sha256
+from modeling_gpt2repro.storage.hub_files import is_on_hub
 from modeling_gpt2repro.storage.json_files import is_count, is_size, read_json_object, require, shown
 
-from .nanogpt_format import SHARD_NAME, find_nanogpt_shards, nanogpt_manifest, open_npy
+from .nanogpt_format import SHARD_NAME, find_nanogpt_shards, nanogpt_manifest, open_ids
 from .shard_file import ShardFile, allow_open_files
 
 if TYPE_CHECKING:  # importing transformers takes a second, and --help does without
@@ -64,18 +65,23 @@ class TokenDataset:
 def open_shards(folder: str | Path) -> TokenDataset:
     """Open a folder that `prepare_data.py` wrote; sizes are checked, contents are not read.
 
-    A folder of the lecture's own shards, which have no manifest, is taken to hold GPT-2's ids.
+    A folder of shards of build-nanogpt or llm.c, which have no manifest, is taken to hold GPT-2's ids. Of an address on
+    the Hub, such as hf://owner/name, what is missing in the cache is downloaded first, and checked.
 
     Raises:
         ValueError: If it is not such a folder, a shard is missing or truncated, or the tokenizer is another one.
     """
+    if is_on_hub(str(folder)):
+        from .hub_shards import download_shards  # which imports this
+
+        folder = download_shards(str(folder))
     folder = Path(folder)
     if not folder.is_dir():
         command = f"prepare_data.py --output_dir {shlex.quote(str(folder))}"
         raise ValueError(f"there is no folder {folder}: prepare it with {command}.")
     is_ours = any((folder / name).exists() for name in (MANIFEST, SPEC_FILE, "tokenizer"))
-    if not is_ours and find_nanogpt_shards(folder, "train"):
-        return TokenDataset(folder, nanogpt_manifest(folder), load_tokenizer("gpt2"))
+    if not is_ours and (shards := find_nanogpt_shards(folder)):
+        return TokenDataset(folder, nanogpt_manifest(shards), load_tokenizer("gpt2"))
     manifest = read_manifest(folder)
     if problems := shard_problems(folder, manifest):
         raise ValueError(next(iter(problems.values())))
@@ -167,7 +173,7 @@ def _shard_entries(manifest: dict, split: str) -> list[tuple[str, int, str]]:
 
 def _open_shard(path: Path, tokens: int) -> np.memmap:
     try:
-        ids = open_npy(path)
+        ids = open_ids(path)
     except FileNotFoundError:
         raise ValueError(f"shard {path} is missing: prepare the data again, or copy all of it.") from None
     except ValueError as error:

@@ -29,7 +29,7 @@ def verify_shards(folder: Path, quick: bool = False) -> list[str]:
     if not quick:
         entries = [entry for split in SPLITS for entry in manifest["splits"][split]["shards"]]
         readable = [entry for entry in entries if entry["file"] not in unreadable]
-        problems += _content_problems(folder, manifest, readable)
+        problems += content_problems(folder, manifest, readable)
     return problems
 
 
@@ -53,7 +53,8 @@ def _other_problems(folder: Path, manifest: dict) -> Iterator[str]:
             yield f"shard {path} is not in the manifest: delete it."
 
 
-def _content_problems(folder: Path, manifest: dict, entries: list[dict]) -> Iterator[str]:
+def content_problems(folder: Path, manifest: dict, entries: list[dict]) -> Iterator[str]:
+    """Read these shards and yield what is wrong with their ids."""
     vocab_size = manifest["tokenizer"]["vocab_size"]
     for entry in entries:
         path = folder / entry["file"]

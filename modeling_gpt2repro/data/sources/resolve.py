@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from huggingface_hub import HfApi, HfFileSystem
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import HfFileSystem
+from huggingface_hub.errors import HTTPError
 
-from modeling_gpt2repro.storage.hub_files import OnWait, is_on_hub, retry_hub_read
+from modeling_gpt2repro.storage.hub_files import OnWait, dataset_commit, is_on_hub, retry_hub_read
 
 from .documents import BadLines, Document, Partition, read_partition
 from .files import TEXT_KINDS, file_kind, file_state, find_files, is_compressed
@@ -119,7 +119,7 @@ def hub_source(
     """
     name = dataset + (f" ({config})" if config else "")
     try:
-        commit = retry_hub_read(lambda: _commit(dataset, revision))
+        commit = dataset_commit(dataset, revision)
         paths = retry_hub_read(lambda: data_files(dataset, config, split, commit))
         if all(path.endswith(".parquet") for path in paths):
             partitions = list_partitions(paths, text_column)
@@ -147,17 +147,3 @@ def hub_source(
             "text_column": text_column,
         },
     )
-
-
-def _commit(dataset: str, revision: str | None) -> str:
-    """The commit that the revision names now. Asked for first, so that a missing network is noticed at once."""
-    try:
-        return HfApi().dataset_info(dataset, revision=revision).sha
-    except RevisionNotFoundError as error:
-        raise ValueError(f"it has no revision {revision!r}.") from error
-    except RepositoryNotFoundError as error:
-        raise ValueError("there is none of this name, or it is private: then log in with hf auth login.") from error
-    except HfHubHTTPError:
-        raise  # the Hub answered: `retry_hub_read` decides whether the error may pass
-    except HTTPError as error:
-        raise ConnectionError(type(error).__name__) from error

@@ -1,0 +1,156 @@
+"""What a run was and what came of it, line by line, for the model card and the report."""
+
+import re
+from collections.abc import Mapping
+from itertools import groupby
+
+from modeling_gpt2repro.runtime.hardware import readable_duration
+
+from .read import HELLASWAG_METRICS, Run
+
+HELLASWAG_DATASET = "Rowan/hellaswag"
+BUILT_IN_DATA = {  # English, like FineWeb-Edu
+    "python-prose": "the English prose in Python's documentation",
+    "stories": "English stories that a program has put together at random, written for this purpose",
+}
+MAX_TEXT = 300  # characters of a line that somebody else has chosen
+
+
+def table(lines: dict[str, str]) -> str:
+    """A Markdown table of two columns."""
+    return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in lines.items())
+
+
+def result_lines(run: Run, evaluation: dict) -> dict[str, str]:
+    """Name -> value of the run's last evaluation, with OpenAI's GPT-2 for comparison."""
+    loss = "not a number"  # null in metrics.jsonl, after the run has diverged
+    if evaluation["validation_loss"] is not None:
+        details = [f"perplexity {evaluation['validation_perplexity']:.2f}"]
+        if "validation_bits_per_byte" in evaluation:
+            details.append(f"{evaluation['validation_bits_per_byte']:.3f} bits per byte")
+        loss = f"{evaluation['validation_loss']:.4f} nats per token ({', '.join(details)})"
+    lines = {
+        "after": f"step {evaluation['step']:,}, {evaluation['tokens']:,} tokens",
+        "validation loss": f"{loss} on {evaluation['validation_tokens']:,} tokens",
+    }
+    if {"story_loss", "story_mentions_right"} <= evaluation.keys() and evaluation.get("story_floor"):
+        ratio = evaluation["story_loss"] / evaluation["story_floor"]
+        lines["whole held-out stories"] = (
+            f"{evaluation['story_loss']:.2f} nats a story, {ratio:.3f} times the least that a model can have; "
+            f"{evaluation['story_mentions_right']:.1%} of names, animals and things right"
+        )
+    for protocol, name in HELLASWAG_METRICS.items():
+        if name not in evaluation:
+            continue
+        line = hellaswag_value(evaluation, protocol)
+        published = run.hellaswag_baselines.get(protocol, {}).get("gpt2")
+        if published and used_public_hellaswag(run):
+            line += f"; OpenAI's gpt2 has {published:.4f}"
+        lines[f"HellaSwag acc_norm, {protocol}"] = line
+    return lines
+
+
+def hellaswag_value(evaluation: Mapping, protocol: str) -> str:
+    """'0.3001 (95 %: 0.2911 to 0.3091)', the acc_norm of one protocol; '' if it was not scored."""
+    name = HELLASWAG_METRICS[protocol]
+    if name not in evaluation:
+        return ""
+    text = f"{evaluation[name]:.4f}"
+    if {f"{name}_low", f"{name}_high"} <= evaluation.keys():  # records of early versions have no interval
+        text += f" (95 %: {evaluation[f'{name}_low']:.4f} to {evaluation[f'{name}_high']:.4f})"
+    return text
+
+
+def count_parameters(config: Mapping[str, int]) -> int:
+    """Parameters of a GPT-2 with the sizes in config.json; the output layer is the token embedding.
+
+    A block has 12 matrices of C x C and 13 vectors of C: attention's 4 and 4, the MLP's 8 and 5, two norms' 4.
+    """
+    C = config["n_embd"]
+    block = 12 * C * C + 13 * C
+    return (config["vocab_size"] + config["n_positions"]) * C + config["n_layer"] * block + 2 * C
+
+
+def training_lines(run: Run) -> dict[str, str]:
+    """Name -> value of data, hyperparameters, hardware and versions, from run.json."""
+    arguments = run.config["arguments"]
+    hardware = run.config["hardware"]
+    precision = "fp32" if hardware["precision"] == "no" else hardware["precision"]
+    seconds = sum(record.get("step_seconds") or 0.0 for record in run.records)
+    name = built_in_text(run)
+    data = BUILT_IN_DATA[name] if name else run.dataset() or "private"
+    fingerprint = run.config["data"]["data"]
+    if isinstance(fingerprint, str):  # of shards; a streamed dataset is described by a dict
+        data += f", shards with fingerprint {plain_text(fingerprint[:12])}"
+    return {
+        "data": data,
+        **stretched_lines(run),
+        "seed": plain_text(arguments["seed"]),
+        "hardware": f"{hardware['processes']} x {plain_text(hardware['device'])}, {plain_text(precision)}; "
+        f"{readable_duration(seconds)} in training steps",
+        "software": plain_text(", ".join(f"{name} {version}" for name, version in run.config["versions"].items())),
+        "code": f"gpt2repro, commit {plain_text(run.config['commit'] or 'unknown')}",
+    }
+
+
+def stretched_lines(run: Run) -> dict[str, str]:
+    """Name -> value of what may change when a run resumes; if it did, the values with the steps that had them."""
+    lines = optimization_lines(run.config["arguments"])
+    for name in lines:
+        values = []
+        for value, group in groupby(run.stretches, key=lambda stretch: optimization_lines(stretch[2])[name]):
+            same = list(group)
+            values.append((f"steps {same[0][0]:,} to {same[-1][1]:,}: ", value))
+        if len(values) == 1 and run.stretches[0][0] == 1:
+            lines[name] = values[0][1]
+        elif values:
+            lines[name] = "; ".join(steps + value for steps, value in values)
+    return lines
+
+
+def optimization_lines(arguments: dict) -> dict[str, str]:
+    """Name -> value of the training's length, learning rate and optimizer."""
+    has_muon = arguments.get("optimizer") == "muon"  # run.json of older versions names none: AdamW
+    name = "Muon for the matrices in the blocks, AdamW for the rest" if has_muon else "AdamW"
+    return {
+        "tokens": f"{arguments['train_tokens']:,}, {arguments['tokens_per_step']:,} per step",
+        "learning rate": describe_schedule(arguments),
+        "optimizer": f"{name}, betas {arguments['adam_beta1']:g} and {arguments['adam_beta2']:g}, weight decay "
+        f"{arguments['weight_decay']:g}, gradient norm at most {arguments['max_grad_norm']:g}",
+    }
+
+
+def used_public_hellaswag(run: Run) -> bool:
+    """Whether the run was scored on the examples that published numbers refer to, not on a file of its own."""
+    return run.config.get("arguments", {}).get("hellaswag") in (HELLASWAG_DATASET, "official")
+
+
+def built_in_text(run: Run) -> str | None:
+    """Which of BUILT_IN_TEXTS it trained on; None if it trained on other data."""
+    arguments = run.config.get("arguments", {})
+    name = arguments.get("dataset_name")
+    is_other = arguments.get("shards") or arguments.get("mix") or name not in BUILT_IN_DATA
+    return None if is_other else name
+
+
+def describe_schedule(arguments: Mapping) -> str:
+    """'0.0006 after 375,000,000 tokens of warm-up, then a cosine to 6e-05'."""
+    schedule = arguments.get("lr_scheduler_type", "cosine")
+    text = f"{arguments['learning_rate']:g} after {arguments['warmup_tokens']:,} tokens of warm-up"
+    if schedule == "constant":
+        return f"{text}, then constant"
+    shape = {"cosine": "a cosine", "linear": "a line"}.get(schedule)
+    if schedule == "wsd":
+        shape = f"constant, and in the last {arguments['cooldown_tokens']:,} tokens a line"
+    return f"{text}, then {shape} to {arguments['learning_rate'] * arguments['final_learning_rate_ratio']:g}"
+
+
+def plain_text(text: object, limit: int = MAX_TEXT) -> str:
+    """One line of at most `limit` printable characters in which nothing is Markdown or HTML.
+
+    Names in a card may be somebody else's, and the person who pushes it answers for what it shows.
+    """
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)[: 4 * limit]).split())
+    line = line if len(line) <= limit else line[:limit] + "..."
+    line = re.sub(r"([^\w\s.,+/'-]|(?<![^\W_])_|_(?![^\W_])|^[-+]|(?<=^\d)\.)", r"\\\1", line)  # not the _ of my_model
+    return re.sub(r"(?i)(www)\.", r"\1\.", line)  # which would become a link
