@@ -233,8 +233,9 @@ def pair(name: str, seed: int) -> tuple[Run, Run]:
 
 
 def records_of(name: str, results: dict) -> tuple[list[dict], list[dict]]:
-    """The records of all seeds: of the correct runs, and of those with the mistake."""
+    """The records of all seeds whose pair is finished: of the correct runs, and of those with the mistake."""
     pairs = [pair(name, seed) for seed in range(1, results["settings"]["seeds"] + 1)]
+    pairs = [runs for runs in pairs if all(repr(run) in results["runs"] for run in runs)]
     return tuple([results["runs"][repr(run)] for run in runs] for runs in zip(*pairs, strict=True))
 
 
