@@ -203,7 +203,8 @@ def known_flags() -> frozenset[str]:
     from accelerate.commands.launch import launch_command_parser
 
     flags = {option.lstrip("-") for action in launch_command_parser()._actions for option in action.option_strings}
-    for path in [*ROOT.glob("*.py"), *(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+    scripts = [path for folder in (".", "benchmarks", "examples") for path in (ROOT / folder).glob("*.py")]
+    for path in [*scripts, *(ROOT / PACKAGE).rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
                 flags |= {item.target.id for item in node.body if is_flag(item)}
