@@ -234,10 +234,9 @@ def is_pinned(text: object) -> bool:
 
 
 def code_block(lines: list[str]) -> str:
-    """Shell commands, which no name in them can leave: each is one line, and the fence longer than any within."""
+    """Shell commands, which no name in them can leave: each is one line, and none begins with a fence."""
     lines = ["".join(c if c.isprintable() else " " for c in line) for line in lines]
-    fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", " ".join(lines)))])
-    return "\n".join([f"{fence}bash", *lines, fence, ""])
+    return "\n".join(["```bash", *lines, "```", ""])
 
 
 def stretched_lines(run: Run) -> dict[str, str]:
