@@ -15,7 +15,8 @@ from toy_runs import ROOT, as_flags
 
 from modeling_gpt2repro.runs.config import current_commit
 
-TOY = {"preset": "quickstart", "train_tokens": 20 * 1792, "warmup_tokens": 3584, "eval_steps": 0, "num_samples": 0}
+TOY = {"preset": "quickstart", "train_tokens": 20 * 1792, "warmup_tokens": 3584}
+TOY |= {"eval_steps": 0, "eval_tokens": 10 * 224, "num_samples": 0}
 
 
 def run(words: list[str], cwd: Path, **environment: str) -> str:
