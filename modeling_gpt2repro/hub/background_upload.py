@@ -20,8 +20,7 @@ from typing import NamedTuple
 from modeling_gpt2repro.runs.folder import UPLOAD_LOG, step_of
 from modeling_gpt2repro.storage.retry import MAX_BACKOFF_SECONDS
 
-from .push import END_WITH_STDIN
-from .upload import DEFAULT_HUB_WAIT_SECONDS, EXIT_CODE_HUB_UNREACHABLE, TRAINING_STATE
+from .push import DEFAULT_HUB_WAIT_SECONDS, END_WITH_STDIN, EXIT_CODE_HUB_UNREACHABLE, TRAINING_STATE
 
 LAST_CHECKPOINT_BRANCH = "last-checkpoint"
 SNAPSHOT_PREFIX = ".push-"  # folders that begin so are deleted when a run starts (training/checkpoints.py)
