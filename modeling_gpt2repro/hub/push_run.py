@@ -36,8 +36,8 @@ converters and other programs that know GPT-2 only."""
 TWIN_SENTENCE = "The weights of {repository} as a plain GPT-2, for servers, converters and other programs that know "
 TWIN_SENTENCE += "GPT-2 only."
 TWIN_SECTION = """Measured when this folder was made, in fp32 on the CPU: the logits of {sequences} sequences of
-{tokens} random tokens differ by at most {difference:.0e} from those of the original, the largest of which is
-{largest:.1f}. The parameters are the same numbers; the matrices in the blocks are stored transposed.
+{tokens} random tokens {compare} those of the original, the largest of which is {largest:.1f}. The
+parameters are the same numbers; the matrices in the blocks are stored transposed.
 """
 
 
@@ -182,6 +182,7 @@ def write_twin(original: Push, target: Path):
             f"{original.folder} as a plain GPT-2 has other logits (they differ by {difference:.1e}, and the largest is "
             f"{largest:.1e}): its weights may not be finite; push without --stock_twin."
         )
-    section = TWIN_SECTION.format(sequences=len(ids), tokens=tokens, difference=difference, largest=largest)
+    compare = f"differ by at most {difference:.0e} from" if difference else "are equal, to the last bit, to"
+    section = TWIN_SECTION.format(sequences=len(ids), tokens=tokens, compare=compare, largest=largest)
     with open(target / "README.md", "a", encoding="utf-8") as card:
         card.write(f"\n## Equal to {original.repository}\n\n{section}")
