@@ -321,7 +321,7 @@ def as_typed(text: str) -> str:
 
 def is_notebook() -> bool:
     """Whether a person calls from a notebook, or types at Python's prompt; sys.argv is then of another program."""
-    return not hasattr(sys.modules["__main__"], "__file__")
+    return hasattr(sys, "ps1")  # the prompt; IPython, and so Jupyter, sets it as well
 
 
 def report_to_launcher(message: str):

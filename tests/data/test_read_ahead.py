@@ -116,7 +116,7 @@ def test_a_long_wait_says_what_must_be_read_again(monkeypatch):
     monkeypatch.setattr(read_ahead, "SILENT_SECONDS", 0.0)
     may_read = threading.Event()
     batches = shuffled()
-    batches.read_step = lambda step: may_read.wait(PATIENCE_SECONDS)
+    batches.read_step = lambda step: may_read.wait(PATIENCE_SECONDS) and []
     batches.problem = "a.parquet cannot be read: 403"
     reader = ReadAhead(batches, TOTAL_STEPS)
     said = []
@@ -143,7 +143,7 @@ def refused(streamed, monkeypatch):
 def test_a_short_wait_is_silent():
     may_read = threading.Event()
     batches = shuffled()
-    batches.read_step = lambda step: may_read.wait(PATIENCE_SECONDS)
+    batches.read_step = lambda step: may_read.wait(PATIENCE_SECONDS) and []
     batches.problem = "a.parquet cannot be read: 403"
     reader = ReadAhead(batches, TOTAL_STEPS, is_stopping=may_read.set)  # which is asked once, and says None
     assert reader.wait_for(0, on_wait=lambda problem: pytest.fail("it has hardly waited")) is None

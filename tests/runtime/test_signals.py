@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,7 +32,7 @@ def test_the_resume_command_is_the_command_of_the_run(monkeypatch):
         sys, "orig_argv", ["python", "a/t.py", "--resume_from_checkpoint", "step-000005", "--seed", "1"]
     )
     assert resume_command() == "python a/t.py --seed 1 --resume_from_checkpoint latest"
-    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))  # a notebook's has no file
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)  # a notebook's
     assert resume_command() == 'train_accelerate.main([..., "--resume_from_checkpoint", "latest"])'
 
 

@@ -4,12 +4,12 @@ import os
 import signal
 import sys
 import threading
-from types import ModuleType
 
 import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from patience import PATIENCE_SECONDS
 from toy_runs import CPU_FP32, TOKENS_PER_STEP, logged_values, toy_flags
 
 import train_accelerate
@@ -26,8 +26,11 @@ TWO_STEPS = {
 
 @pytest.fixture
 def notebook(monkeypatch) -> None:
-    """This process as a notebook's: `__main__` has no file. On the CPU, in fp32."""
-    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+    """This process as a notebook's, which has a prompt. On the CPU, in fp32."""
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    for thread in threading.enumerate():
+        if thread.name.startswith("read-ahead"):  # of an earlier test, about to end
+            thread.join(PATIENCE_SECONDS)
     for name, value in CPU_FP32.items():
         monkeypatch.setenv(name, value)
 
