@@ -47,13 +47,8 @@ def arguments_to_certify(values: Mapping) -> dict:
     with suppress(OSError, ValueError):  # reported by `check_certify`
         saved = read_run(Path(values["output_dir"])).config.get("arguments", {})
     others = {"resume_from_checkpoint": "latest", "attn_implementation": "auto", "hellaswag": "none"}
-    others |= {
-        "report_to": "none",
-        "push_to_hub": False,
-        "stock_twin": False,
-        "find_batch_size": False,
-        "preflight": False,
-    }
+    others |= {"report_to": "none", "find_batch_size": False, "preflight": False}
+    others |= {"push_to_hub": False, "stock_twin": False}
     others |= dict.fromkeys(("certify", "price_per_hour", "num_train_epochs", "hub_model_id"))
     return {name: value for name, value in (saved | others).items() if name in values and name != "output_dir"}
 

@@ -261,11 +261,11 @@ def test_wrong_arguments_for_pushing_are_refused(given, message):
 
 
 def test_a_twin_is_checked_and_pushed_with_the_final_model_only(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(UploadQueue, "check_access", lambda self, is_resume: "")
-    monkeypatch.setattr(setup, "run_on_main_and_broadcast", lambda accelerator, work: work())
     args = TrainArguments(push_to_hub=True, hub_model_id="me/mine", output_dir=str(tmp_path), stock_twin=True)
-    queue = setup.build_upload_queue(args, SimpleNamespace(is_main_process=True, print=print))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(UploadQueue, "check_access", lambda self, is_resume: "")
+        patch.setattr(setup, "run_on_main_and_broadcast", lambda accelerator, work: work())
+        queue = setup.build_upload_queue(args, SimpleNamespace(is_main_process=True, print=print))
     queue.command = ["sh", "-c", f'echo "$@" >> {tmp_path}/pushes', "sh"]
     queue.check_access(is_resume=False)
     queue.enqueue(folder)
