@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gpt2repro.data.tokenizer import load_auto_tokenizer
-from modeling_gpt2repro.runs.folder import MODEL_FOLDER, RUN_CONFIG_FILE, step_of
+from modeling_gpt2repro.runs.folder import RUN_CONFIG_FILE, model_of_run
 from modeling_gpt2repro.storage.model_files import (
     NEEDS_CODE,
     LoadingError,
@@ -165,14 +165,6 @@ def find_model(name: str) -> str:
     """The folder of a model or its Hub id as it is; for the folder of a run, that of its model."""
     is_model = os.path.isfile(os.path.join(name, "config.json"))
     return name if is_model else str(model_of_run(name) or name)
-
-
-def model_of_run(name: str) -> Path | None:
-    """The final model in the folder of a run, or else its last checkpoint; None if there is neither."""
-    checkpoints = [path for path in Path(name).glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    for folder in (Path(name) / MODEL_FOLDER, *sorted(checkpoints, key=step_of, reverse=True)):
-        if (folder / "config.json").is_file():
-            return folder
 
 
 def output_problem(path: str) -> str | None:

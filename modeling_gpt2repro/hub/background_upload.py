@@ -20,8 +20,7 @@ from typing import NamedTuple
 from modeling_gpt2repro.runs.folder import UPLOAD_LOG, step_of
 from modeling_gpt2repro.storage.retry import MAX_BACKOFF_SECONDS
 
-from .push import END_WITH_STDIN
-from .upload import DEFAULT_HUB_WAIT_SECONDS, EXIT_CODE_HUB_UNREACHABLE, TRAINING_STATE
+from .push import DEFAULT_HUB_WAIT_SECONDS, END_WITH_STDIN, EXIT_CODE_HUB_UNREACHABLE, TRAINING_STATE
 
 LAST_CHECKPOINT_BRANCH = "last-checkpoint"
 SNAPSHOT_PREFIX = ".push-"  # folders that begin so are deleted when a run starts (training/checkpoints.py)
@@ -65,6 +64,7 @@ class UploadQueue:
     private: bool | None = None  # visibility of a new repository; None takes the default of its owner's settings
     hub_wait_seconds: float = DEFAULT_HUB_WAIT_SECONDS  # how long a push retries while the Hub is away
     command: Sequence[str] = PUSH_COMMAND  # the program that pushes a folder
+    stock_twin: bool = False  # whether the final model is pushed as plain GPT-2, too
 
     def __post_init__(self):
         self._pending: list[UploadJob] = []
@@ -81,7 +81,9 @@ class UploadQueue:
         Raises:
             ValueError: If pushing will not work.
         """
-        command = self._push_command("--check", wait_seconds=min(CHECK_WAIT_SECONDS, self.hub_wait_seconds))
+        command = self._push_command(
+            "--check", *self._twin_flags(), wait_seconds=min(CHECK_WAIT_SECONDS, self.hub_wait_seconds)
+        )
         options = {**child_options(), "capture_output": True, "text": True, "timeout": MAX_CHECK_SECONDS}
         try:
             result = subprocess.run(command, **options)
@@ -170,7 +172,7 @@ class UploadQueue:
         self._show_messages(show)
         show(f"Pushing {folder} to {self.repository}; if the Hub is away, this waits {wait_seconds:.0f} s at most.")
         # The absolute path, because the command may be repeated from elsewhere, and a folder's name may begin with "-".
-        command = self._push_command(str(folder.absolute()), "--message", "End of training")
+        command = self._push_command(str(folder.absolute()), "--message", "End of training", *self._twin_flags())
         try:
             # Its output is the terminal's.
             process = subprocess.Popen([*command, "--hub_wait_seconds", str(wait_seconds)], **child_options())
@@ -269,6 +271,9 @@ class UploadQueue:
     def _show_messages(self, show: Callable[[str], None]):
         for message in self.poll():
             show(message)
+
+    def _twin_flags(self) -> list[str]:
+        return ["--stock_twin"] if self.stock_twin else []
 
     def _push_command(self, *words: str, wait_seconds: float | None = None) -> list[str]:
         command = [*self.command, *words, "--hub_model_id", self.repository]

@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from modeling_gpt2repro.runs.folder import CERTIFICATE_FILE, MODEL_FOLDER
+from modeling_gpt2repro.runs.summary import plain_text
 from modeling_gpt2repro.storage.atomic import atomic_write, write_json
-
-from .model_card import plain_text
 
 SECTION = "## Certificate"
 
@@ -85,7 +84,7 @@ def listed(numbers: list[int]) -> str:
     return f"steps {', '.join(most)} and {last}" if most else f"step {last}"
 
 
-def replace_section(card: str, text: str) -> str:
-    """The card with this text as its section SECTION, in place of an earlier one."""
-    rest = re.sub(rf"\n{SECTION}\n.*?(?=\n## |\Z)", "", card, flags=re.DOTALL)
-    return f"{rest.rstrip()}\n\n{SECTION}\n\n{text}\n"
+def replace_section(card: str, text: str, heading: str = SECTION) -> str:
+    """The card with this text as its section `heading`, in place of an earlier one."""
+    rest = re.sub(rf"\n{re.escape(heading)}\n.*?(?=\n## |\Z)", "", card, flags=re.DOTALL)
+    return f"{rest.rstrip()}\n\n{heading}\n\n{text}\n"

@@ -13,8 +13,8 @@ from modeling_gpt2repro.data.shards.verify import verify_shards
 
 from .client import HUB_ERRORS, FilesDiffer, Patience, ask_storage, connect, diagnose_hub_error
 from .model_card import inherited_metadata, plain_text
+from .push import check_write_access, open_repository
 from .pushed_files import files_to_push, ignored_by_repository, refuse_links
-from .upload import check_write_access, open_repository
 
 COMMIT_FILES = 25  # of a commit at most: a push that is interrupted continues after the last one
 COMMIT_BYTES = 5 * 10**9

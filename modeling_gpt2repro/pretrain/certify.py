@@ -37,6 +37,7 @@ from modeling_gpt2repro.runs.config import environment, environment_changes, sof
 from modeling_gpt2repro.runs.folder import DATA_FOLDER, METRICS_FILE, MODEL_FOLDER, checkpoint_name, step_of
 from modeling_gpt2repro.runs.metrics import StepMetrics
 from modeling_gpt2repro.runs.read import Run, read_metrics, read_run
+from modeling_gpt2repro.runs.summary import without_paths
 from modeling_gpt2repro.runtime.collectives import run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error
 from modeling_gpt2repro.runtime.hardware import hardware_record
@@ -132,6 +133,7 @@ def check_files(args: TrainArguments, data: TrainingData, here: dict) -> tuple[R
         model, checkpoint = (run.folder / name / WEIGHTS_FILE for name in (MODEL_FOLDER, checkpoint_name(model_step)))
         if sha256_of(model) != sha256_of(checkpoint):
             problems.append(f"{model} does not hold the weights of {checkpoint.parent.name}.")
+    problems = [without_paths(sentence, run) for sentence in problems]  # the certificate is pushed with the model
     return run, Certificate(args.total_steps, kept, len(hashed) == len(folders) > 0, here, problems)
 
 

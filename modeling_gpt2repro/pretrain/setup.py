@@ -85,7 +85,12 @@ def build_upload_queue(args: TrainArguments, accelerator: Accelerator) -> Upload
         uploads = UploadQueue(None, "end", output_dir)
     else:
         uploads = UploadQueue(
-            args.hub_repository, args.hub_strategy, output_dir, args.hub_private_repo, args.hub_wait_seconds
+            args.hub_repository,
+            args.hub_strategy,
+            output_dir,
+            args.hub_private_repo,
+            args.hub_wait_seconds,
+            stock_twin=args.stock_twin,
         )
     if args.push_to_hub:
         is_resume = (output_dir / RUN_CONFIG_FILE).exists()

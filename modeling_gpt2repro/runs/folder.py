@@ -24,3 +24,16 @@ def checkpoint_name(step: int) -> str:
 def step_of(checkpoint: Path) -> int:
     """'step-000500' -> 500."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def model_of_run(name: str | Path) -> Path | None:
+    """The final model in the folder of a run, or else its last checkpoint; None if there is neither."""
+    for folder in (Path(name) / MODEL_FOLDER, *reversed(checkpoints_of_run(name))):
+        if (folder / "config.json").is_file():
+            return folder
+
+
+def checkpoints_of_run(name: str | Path) -> list[Path]:
+    """The checkpoints in the folder of a run, in the order of their steps."""
+    found = [path for path in Path(name).glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=step_of)

@@ -3,7 +3,7 @@
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from itertools import groupby
+from itertools import chain, groupby
 
 from modeling_gpt2repro.runtime.hardware import readable_duration
 from modeling_gpt2repro.storage.json_files import is_text
@@ -17,6 +17,8 @@ BUILT_IN_DATA = {  # English, like FineWeb-Edu
     "python-prose": "the English prose in Python's documentation",
     "stories": "English stories that a program has put together at random, written for this purpose",
 }
+# An absolute path or one from another folder; no relative one, and no address such as https://...
+PATH = re.compile(r"(?<![\w.:/\\~])(?:[A-Za-z]:|~[\w.-]*|\.\.)?[/\\][^\s,;:()'\"`|]+")
 MAX_TEXT = 300  # characters of a line that somebody else has chosen
 MAX_COMMAND = 2_000
 PROGRAMS = r"python[\d.]*|accelerate|accelerate-launch|torchrun|gpt2repro-train"  # that start a training
@@ -300,3 +302,21 @@ def plain_text(text: object, limit: int = MAX_TEXT) -> str:
     line = line if len(line) <= limit else line[:limit] + "..."
     line = re.sub(r"([^\w\s.,+/'-]|(?<![^\W_])_|_(?![^\W_])|^[-+]|(?<=^\d)\.)", r"\\\1", line)  # not the _ of my_model
     return re.sub(r"(?i)(www)\.", r"\1\.", line)  # which would become a link
+
+
+def without_paths(text: str, run: Run) -> str:
+    """'resume with --shards /home/me/tokens' -> 'resume with --shards tokens', for what is shown to others.
+
+    Paths among the run's arguments may have spaces; of other paths, only those without are recognized.
+    """
+    arguments = [run.config.get("arguments", {}), *(then for _, _, then in run.stretches)]
+    values = {value for value in chain.from_iterable(each.values() for each in arguments) if isinstance(value, str)}
+    known = [value for value in {*values, str(run.folder.absolute())} if PATH.match(value)]
+    for value in sorted(known, key=len, reverse=True):
+        text = text.replace(value, last_part(value))
+    return PATH.sub(lambda found: last_part(found[0]), text)
+
+
+def last_part(path: str) -> str:
+    """'/home/me/tokens/' -> 'tokens'."""
+    return re.split(r"[/\\]+", path.rstrip("/\\"))[-1]

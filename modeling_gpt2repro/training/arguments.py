@@ -47,7 +47,8 @@ def arguments_to_certify(values: Mapping) -> dict:
     with suppress(OSError, ValueError):  # reported by `check_certify`
         saved = read_run(Path(values["output_dir"])).config.get("arguments", {})
     others = {"resume_from_checkpoint": "latest", "attn_implementation": "auto", "hellaswag": "none"}
-    others |= {"report_to": "none", "push_to_hub": False, "find_batch_size": False, "preflight": False}
+    others |= {"report_to": "none", "find_batch_size": False, "preflight": False}
+    others |= {"push_to_hub": False, "stock_twin": False}
     others |= dict.fromkeys(("certify", "price_per_hour", "num_train_epochs", "hub_model_id"))
     return {name: value for name, value in (saved | others).items() if name in values and name != "output_dir"}
 
@@ -311,6 +312,10 @@ class TrainArguments:
         help="What to push before the final model. end: nothing. every_save: the model of each checkpoint. checkpoint: "
         "also the newest training state, to resume from, on the branch last-checkpoint. all_checkpoints: also the "
         "model of each checkpoint on a branch of its own.",
+    )
+    stock_twin: bool = arg(
+        default=False,
+        help="Push the final model as plain GPT-2, too, to a second repository whose name ends in -gpt2.",
     )
     hub_private_repo: bool | None = arg(
         default=None, help="Make a new repository private. If not given, the owner's setting on the Hub decides."

@@ -152,6 +152,8 @@ def check_hub(args: "TrainArguments") -> Iterator[str]:
     """A repository name that the Hub would refuse, or that nothing is pushed to."""
     if not args.push_to_hub and args.hub_model_id is not None:
         yield f"hub_model_id ({args.hub_model_id}) names where to push, but nothing is pushed: add --push_to_hub."
+    if not args.push_to_hub and args.stock_twin:
+        yield "stock_twin is a second repository, but nothing is pushed: add --push_to_hub."
     if args.push_to_hub:
         try:
             validate_repo_id(args.hub_repository)

@@ -249,6 +249,7 @@ def test_a_check_that_hangs_or_is_killed_says_so(tmp_path, monkeypatch):
     [
         ({"hub_strategy": "often"}, "hub_strategy (often) must be one of end, every_save, checkpoint, all_checkpoints"),
         ({"hub_model_id": "me/mine"}, "add --push_to_hub"),
+        ({"stock_twin": True}, "stock_twin is a second repository, but nothing is pushed: add --push_to_hub"),
         ({"hub_wait_seconds": -1.0}, "hub_wait_seconds (-1.0) must be at least 0."),
         ({"push_to_hub": True, "output_dir": "runs/my run"}, "'my run' cannot be the name"),
         ({"push_to_hub": True, "hub_model_id": "a/b/c"}, "'a/b/c' cannot be the name"),
@@ -257,6 +258,33 @@ def test_a_check_that_hangs_or_is_killed_says_so(tmp_path, monkeypatch):
 def test_wrong_arguments_for_pushing_are_refused(given, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         TrainArguments(**given)
+
+
+def test_a_twin_is_checked_and_pushed_with_the_final_model_only(folder, tmp_path, monkeypatch):
+    args = TrainArguments(push_to_hub=True, hub_model_id="me/mine", output_dir=str(tmp_path), stock_twin=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(UploadQueue, "check_access", lambda self, is_resume: "")
+        patch.setattr(setup, "run_on_main_and_broadcast", lambda accelerator, work: work())
+        queue = setup.build_upload_queue(args, SimpleNamespace(is_main_process=True, print=print))
+    queue.command = ["sh", "-c", f'echo "$@" >> {tmp_path}/pushes', "sh"]
+    queue.check_access(is_resume=False)
+    queue.enqueue(folder)
+    wait_until(lambda: queue.poll())
+    assert queue.push_final(folder, print, lambda: False) == 0
+    check, checkpoint, final = (tmp_path / "pushes").read_text().splitlines()
+    assert check.startswith("--check --stock_twin --hub_model_id me/mine")
+    assert "--stock_twin" not in checkpoint
+    assert "--message End of training --stock_twin --hub_model_id me/mine" in final
+
+
+@pytest.mark.slow
+def test_a_training_pushes_the_twin_of_its_final_model(on_hub, finished, shards, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "twofold")
+    given = {"push_to_hub": True, "stock_twin": True, "resume_from_checkpoint": "latest"}
+    assert train_here(tmp_path / "twofold", shards, **given) == 0
+    assert "user/twofold-gpt2)" in (on_hub.root / "models/user/twofold/README.md").read_text()
+    card = (on_hub.root / "models/user/twofold-gpt2/README.md").read_text()
+    assert "base_model: user/twofold\n" in card
 
 
 def test_only_the_main_process_pushes_and_a_resume_is_recognized(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from modeling_gpt2repro.evaluation import validation
 from modeling_gpt2repro.evaluation.hellaswag.examples import load_hellaswag
 from modeling_gpt2repro.hub.conversion import load_gpt2
 from modeling_gpt2repro.hub.export import save_hub_folder
-from modeling_gpt2repro.hub.upload import main as push
+from modeling_gpt2repro.hub.push import main as push
 from modeling_gpt2repro.runs.reference import GPT2_LOSS, GPT2_SCORE_FILE, gpt2_loss_of_shards
 
 pytestmark = pytest.mark.network

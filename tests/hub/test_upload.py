@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, constants
 from pushing import UNREACHABLE_HUB, files_in, push_in_process, run_push
 
 from modeling_gpt2repro.hub import client
-from modeling_gpt2repro.hub.upload import check_write_access, connect, main, push_folder
+from modeling_gpt2repro.hub.push import check_write_access, connect, main, push_folder
 from modeling_gpt2repro.storage.lock import FolderLock
 
 

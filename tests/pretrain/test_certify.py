@@ -221,6 +221,7 @@ def test_data_that_were_changed_without_all_hashes_are_refused(run, shards, tmp_
         assert (
             "train_000000.npy has other contents than when it was written (sha256 differs)" in capsys.readouterr().out
         )
+        assert "/" not in json.loads((run / "model/certificate.json").read_text())["problems"][0]
 
 
 @pytest.mark.slow

@@ -184,6 +184,30 @@ def test_the_curve_is_compared_with_published_ones_where_there_are_any(folder, t
     assert "| verdict | normal\\: " in lines
 
 
+def test_no_page_names_the_folders_of_a_machine(tmp_path):
+    shards = tmp_path / "a disk" / "tokens"
+    shards.mkdir(parents=True)
+    (shards / "manifest.json").write_text(json.dumps({"source": {"dataset": FINEWEB_EDU}, "tokenizer": {}}))
+    arguments = ARGUMENTS | SETTING | RECIPE | {"dataset_name": None, "tokenizer": "gpt2", "shards": str(shards)}
+    records = [{**evaluation(n, 6.0), "tokens": n * 2**19} for n in (250, 500)]
+    records[0]["loss"] = 6.0
+    records.insert(1, {"step": 250, "event": "resume", "changed": {"tokenizer": ["/mnt/a disk/x", "~jane/y"]}})
+    folder = make_run(tmp_path / "run", records, config={**CONFIG, "arguments": arguments})
+    message = f"{folder} and C:\\Users\\jane\\z are full (see https://a.b/c/d and data/e).\n\nmore"
+    (folder / "stopped.json").write_text(json.dumps({"message": message}))
+    run, report = read_run(folder), Report("")
+    stopped = stopped_message(run, report)
+    page = "\n".join([stopped, *curve_parts(run, report), fault_part(run, stopped)]).replace("\\", "")
+    assert "run python -m modeling_gpt2repro.evaluation.validation --shards tokens --output tokens/" in page
+    assert "run and z are full (see https://a.b/c/d and data/e)." in page
+    assert "with --tokenizer y instead of " in page
+    for private in (str(tmp_path), "disk", "jane"):
+        assert private not in page
+    shutil.rmtree(shards)
+    [reason] = curve_parts(run, report)
+    assert "its shards \\(tokens\\) are not here" in reason
+
+
 def test_samples_are_of_few_steps_and_of_a_repeated_step_the_later_one(report):
     _, at_0, at_4, at_10 = parts_of(report, "What it wrote")
     assert at_0.startswith("> step 0, validation loss 5.710\n>\n> **One day** at 0 ")

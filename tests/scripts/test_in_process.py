@@ -31,6 +31,8 @@ def notebook(monkeypatch) -> None:
     for thread in threading.enumerate():
         if thread.name.startswith("read-ahead"):  # of an earlier test, about to end
             thread.join(PATIENCE_SECONDS)
+    for state in (AcceleratorState, PartialState, GradientState):  # of an earlier test, too
+        state._shared_state.clear()
     for name, value in CPU_FP32.items():
         monkeypatch.setenv(name, value)
 

@@ -10,7 +10,7 @@ from patience import PATIENCE_SECONDS
 from toy_runs import ROOT
 
 from modeling_gpt2repro.hub.background_upload import upload_environment
-from modeling_gpt2repro.hub.upload import main
+from modeling_gpt2repro.hub.push import main
 
 UNREACHABLE_HUB = "http://127.0.0.1:9"  # the discard port: nothing listens there
 

@@ -9,7 +9,7 @@ from statistics import median
 
 from modeling_gpt2repro.runs.folder import METRICS_FILE, STOPPED_FILE
 from modeling_gpt2repro.runs.read import Run
-from modeling_gpt2repro.runs.summary import plain_text
+from modeling_gpt2repro.runs.summary import plain_text, without_paths
 from modeling_gpt2repro.runtime.hardware import readable_duration
 from modeling_gpt2repro.storage.json_files import is_text, read_json_object, require
 from modeling_gpt2repro.storage.lock import DEAD_SECONDS, LOCK_FILE
@@ -70,7 +70,7 @@ def stopped_message(run: Run, report: Report) -> str:
         message = read_json_object(path).get("message")
         require(is_text(message) and bool(message), "it has no message")
         reason = re.sub(r"(When it can be read again, r|R)esume with:$", "", message.strip().partition("\n\n")[0])
-        return plain_text(reason, limit=MESSAGE_CHARACTERS)
+        return plain_text(without_paths(reason, run), limit=MESSAGE_CHARACTERS)
     except FileNotFoundError:
         return ""
     except (OSError, ValueError) as error:
@@ -124,7 +124,7 @@ def fault_part(run: Run, stopped: str) -> str:
     for step in run.resumed_steps:
         now = arguments.get(step, before)
         changes = [
-            f"{plain_text(f'--{name}')} {plain_text(now[name])} instead of {plain_text(before.get(name))}"
+            f"{plain_text(f'--{name}')} {shown(now[name], run)} instead of {shown(before.get(name), run)}"
             for name in now
             if now[name] != before.get(name)
         ]
@@ -139,6 +139,11 @@ def fault_part(run: Run, stopped: str) -> str:
     if not faults:
         return "None: no update was skipped, and the run was never interrupted."
     return "\n".join(f"- {fault}" for fault in faults)
+
+
+def shown(value: object, run: Run) -> str:
+    """The value of an argument, without the folders in it."""
+    return plain_text(without_paths(str(value), run))
 
 
 def seconds_of(records: Iterable[Mapping], name: str) -> float:

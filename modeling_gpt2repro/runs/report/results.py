@@ -14,7 +14,13 @@ from modeling_gpt2repro.runs.folder import HELLASWAG_FILE, SAMPLES_FILE
 from modeling_gpt2repro.runs.plots import STEP_PANELS, Panel, hellaswag_panel, loss_panel, plot_panels, step_panel
 from modeling_gpt2repro.runs.read import HELLASWAG_METRICS, Run, read_all_samples
 from modeling_gpt2repro.runs.reference import GPT2_LABEL
-from modeling_gpt2repro.runs.summary import hellaswag_value, plain_text, table, used_public_hellaswag
+from modeling_gpt2repro.runs.summary import (
+    hellaswag_value,
+    plain_text,
+    table,
+    used_public_hellaswag,
+    without_paths,
+)
 from modeling_gpt2repro.storage.json_files import is_count, parse_json, require
 
 from .markdown import Report, rows
@@ -46,10 +52,12 @@ def curve_parts(run: Run, report: Report) -> Iterable[str]:
     """The loss among those of published runs, where there are any of this setting."""
     assessment = assess(run)
     if assessment is None:
-        yield f"There is no published run to compare with: {plain_text(reason_without(run), SAMPLE_CHARACTERS)}."
+        reason = plain_text(without_paths(reason_without(run), run), SAMPLE_CHARACTERS)
+        yield f"There is no published run to compare with: {reason}."
         return
     yield report.picture("curve", "The loss among those of published runs", curve_figure(run, assessment))
-    yield table({name: plain_text(line, SAMPLE_CHARACTERS) for name, line in assessment.lines().items()})
+    lines = {name: without_paths(line, run) for name, line in assessment.lines().items()}
+    yield table({name: plain_text(line, SAMPLE_CHARACTERS) for name, line in lines.items()})
 
 
 def sample_parts(run: Run, report: Report) -> Iterable[str]:

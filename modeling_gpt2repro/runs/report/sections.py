@@ -6,7 +6,14 @@ from pathlib import Path
 from modeling_gpt2repro.runs.config import is_complete
 from modeling_gpt2repro.runs.folder import METRICS_FILE, MODEL_FOLDER
 from modeling_gpt2repro.runs.read import HELLASWAG_METRICS, Run, read_run
-from modeling_gpt2repro.runs.summary import count_parameters, plain_text, result_lines, table, training_lines
+from modeling_gpt2repro.runs.summary import (
+    count_parameters,
+    plain_text,
+    result_lines,
+    table,
+    training_lines,
+    without_paths,
+)
 from modeling_gpt2repro.runtime.hardware import readable_duration
 from modeling_gpt2repro.storage.json_files import is_count, is_text, read_json_object, require
 
@@ -101,7 +108,7 @@ def trained_part(run: Run, model: Mapping[str, int] | None, report: Report) -> s
         )
     start = run.config.get("arguments", {}).get("init_from")
     if is_text(start):
-        lines["began with"] = plain_text(Path(start).name if Path(start).is_absolute() else start)
+        lines["began with"] = plain_text(without_paths(start, run))
     if is_complete(run.config):
         lines |= training_lines(run)
     elif run.config:
