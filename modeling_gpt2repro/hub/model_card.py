@@ -18,6 +18,7 @@ from modeling_gpt2repro.runs.summary import (
     HELLASWAG_DATASET,
     built_in_text,
     plain_text,
+    reproduce_section,
     result_lines,
     table,
     training_lines,
@@ -158,6 +159,7 @@ def model_card(
             text += f"\n![loss over training tokens]({LOSS_PICTURE})\n"
     if run and is_complete(run.config):
         text += f"\n## Training\n\n{table(training_lines(run))}"
+        text += f"\n## Reproduce\n\n{reproduce_section(run)}"
     return text
 
 

@@ -34,7 +34,7 @@ from modeling_gpt2repro.runs.reference import GPT2_LABEL, gpt2_loss_of_shards
 from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.command_line import InputErrors, report_to_launcher
 from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record
-from modeling_gpt2repro.runtime.signals import EXIT_CODE, StopSignal
+from modeling_gpt2repro.runtime.signals import EXIT_CODE, StopSignal, public_command
 from modeling_gpt2repro.storage.atomic import write_json
 from modeling_gpt2repro.storage.lock import FolderLock
 from modeling_gpt2repro.training import checkpoints
@@ -181,9 +181,12 @@ def build_logger(
     output_dir = Path(args.output_dir)
     if attention_message is not None:
         accelerator.print(attention_message)
-    changed = {} if args.certify else diff_arguments(output_dir, asdict(args), hardware_record(accelerator))
+    hardware = hardware_record(accelerator)
+    command = public_command(accelerator.device)
+    changed = {} if args.certify else diff_arguments(output_dir, asdict(args), hardware, command)
     for name, (then, now) in changed.items():
-        accelerator.print(f"This run began with {name} {then} and continues with {now}.")
+        if name != "command":  # its flags are named one by one
+            accelerator.print(f"This run began with {name} {then} and continues with {now}.")
     schedule = checkpoints.read_state(checkpoint)["schedule"] if checkpoint is not None else {}
     if message := learning_rate_message(schedule, asdict(args), state.step):
         accelerator.print(message)
@@ -197,7 +200,7 @@ def build_logger(
         checkpoints.remove_stale_files(output_dir)
         (output_dir / STOPPED_FILE).unlink(missing_ok=True)
         attention = attention_record(args, accelerator, unwrapped_model(accelerator, model).config)
-        write_run_config(output_dir, asdict(args), hardware_record(accelerator), attention, data.data_fingerprint)
+        write_run_config(output_dir, asdict(args), hardware, attention, data.data_fingerprint, command)
 
     def on_skipped(step: int):
         """Log the sequences of a step whose update was skipped; stop the run when too many are skipped in a row."""

@@ -1,9 +1,10 @@
-"""run.json: the arguments, versions and commit of a run, written before its first step."""
+"""run.json: the command, arguments, versions and commit of a run, written before its first step."""
 
 import platform
+import re
 import subprocess
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 
 from modeling_gpt2repro.storage.atomic import write_json
@@ -11,11 +12,12 @@ from modeling_gpt2repro.storage.json_files import is_size, is_text, read_json_ob
 
 from .folder import RUN_CONFIG_FILE
 
+PROJECT = "gpt2repro"  # in pyproject.toml
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers", "tiktoken", "safetensors")
 # The arguments that plots and model cards show.
 NUMBERS = ("train_tokens", "tokens_per_step", "learning_rate", "warmup_tokens", "final_learning_rate_ratio", "seed")
 NUMBERS += ("adam_beta1", "adam_beta2", "weight_decay", "max_grad_norm")
-TEXTS = ("shards", "mix", "dataset_name", "tokenizer", "hellaswag", "optimizer")
+TEXTS = ("shards", "mix", "dataset_name", "tokenizer", "hellaswag", "optimizer", "command")
 # Where things are and what is shown may change without changing the run.
 NOT_COMPARED = ("output_dir", "resume_from_checkpoint", "report_to", "shards", "mix")
 
@@ -37,11 +39,23 @@ def make_writable(folder: Path, flag: str = "output_dir"):
         raise ValueError(f"{flag} ({folder}) cannot be written ({error.strerror}): give another.") from error
 
 
-def write_run_config(output_dir: Path, arguments: dict, hardware: dict, attention: dict, data_fingerprint: dict):
-    """Write run.json, unless there is one: a resumed run keeps its own."""
+def write_run_config(
+    output_dir: Path,
+    arguments: dict,
+    hardware: dict,
+    attention: dict,
+    data_fingerprint: dict,
+    command: str | None = None,
+):
+    """Write run.json, unless there is one: a resumed run keeps its own.
+
+    Args:
+        command: That started the run, see `public_command`; None if a program did.
+    """
     if (output_dir / RUN_CONFIG_FILE).exists():
         return
     config = {
+        "command": command,
         "arguments": arguments,
         "hardware": hardware,
         "attention": attention,
@@ -53,8 +67,36 @@ def write_run_config(output_dir: Path, arguments: dict, hardware: dict, attentio
 
 def software_record() -> dict:
     """Versions and commit, for run.json."""
-    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    return {"versions": versions, "commit": current_commit()}
+    versions = {PROJECT: project_version(), "python": platform.python_version()}
+    versions |= {name: version(name) for name in PACKAGES}
+    return {"versions": versions, "commit": current_commit(), "has_uncommitted_changes": has_uncommitted_changes()}
+
+
+def project_version(file: Path = Path(__file__)) -> str | None:
+    """The version of this package: of the checkout that a file, this one, belongs to, else of the installed package.
+
+    A checkout need not be installed, and may lie beside an installed copy of another version. None if it is neither,
+    such as a copy of the package's folder alone.
+    """
+    checkout = file.resolve().parents[2] / "pyproject.toml"
+    if checkout.is_file():
+        text = checkout.read_text(encoding="utf-8")
+        name, its_version = (re.search(rf'^{key} = "([^"]+)"$', text, re.MULTILINE) for key in ("name", "version"))
+        if name and its_version and name[1] == PROJECT:
+            return its_version[1]
+    try:
+        return version(PROJECT)
+    except PackageNotFoundError:
+        return None
+
+
+def project_address() -> str | None:
+    """The address of the repository, by `[project.urls] Repository` of the installed package; None if it has none."""
+    try:
+        urls = metadata(PROJECT).get_all("Project-URL") or []
+    except PackageNotFoundError:
+        return None
+    return next((url.partition(", ")[2] for url in urls if url.startswith("Repository, ")), None)
 
 
 def environment(config: dict) -> dict:
@@ -90,7 +132,7 @@ def read_run_config(folder: Path) -> dict:
         require("arguments" in config, "it has no arguments")
         for name in ("arguments", "hardware", "data", "versions"):
             require(type(config.get(name, {})) is dict, f"{name} is {shown(config.get(name))}")
-        check_argument_types(config["arguments"])
+        check_argument_types({**config["arguments"], "command": config.get("command")})
     except FileNotFoundError:
         return {}
     except ValueError as error:
@@ -113,14 +155,18 @@ def is_complete(config: dict) -> bool:
     return has_hardware and has_arguments and {"commit", "versions"} <= set(config) and "data" in config.get("data", {})
 
 
-def diff_arguments(output_dir: Path, arguments: dict, hardware: dict) -> dict[str, tuple]:
+def diff_arguments(output_dir: Path, arguments: dict, hardware: dict, command: str | None = None) -> dict[str, tuple]:
     """Which arguments, and what of the environment, differ from the run's first: name -> (then, now).
+
+    The command that resumed the run is among them, where one is known, and differs by more than the checkpoint.
 
     Of files only the names are kept: metrics.jsonl, where the difference is recorded, is published with the model.
     """
     config = read_run_config(output_dir)
     saved = config["arguments"] | environment(config) if config else {}
     now = arguments | environment({"hardware": hardware, **software_record()})
+    if command and config.get("command"):
+        saved["command"], now["command"] = config["command"], command
     return {
         name: (without_folder(saved[name]), without_folder(value))
         for name, value in now.items()
@@ -138,11 +184,20 @@ def current_commit(file: Path = Path(__file__)) -> str | None:
 
     Its environment may lie in another project's checkout, whose commit would say nothing about this code.
     """
+    if ask_git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
+        return None
+    return ask_git(file.parent, "rev-parse", "HEAD") or None
+
+
+def has_uncommitted_changes(file: Path = Path(__file__)) -> bool:
+    """Whether files of that checkout are not as in its commit, which then does not say what code ran."""
+    return current_commit(file) is not None and bool(ask_git(file.parent, "status", "--porcelain", "-uno"))
+
+
+def ask_git(folder: Path, *question: str) -> str | None:
+    """What git answers in a folder; None if there is no git, or it refuses."""
     try:
-        for question in (["ls-files", "--error-unmatch", file.name], ["rev-parse", "HEAD"]):
-            answer = subprocess.run(["git", *question], cwd=file.parent, capture_output=True, text=True, timeout=10)
-            if answer.returncode != 0:
-                return None
+        answer = subprocess.run(["git", *question], cwd=folder, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.strip() or None
+    return answer.stdout.strip() if answer.returncode == 0 else None

@@ -1,12 +1,16 @@
 """What a run was and what came of it, line by line, for the model card and the report."""
 
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator, Mapping
 from itertools import chain, groupby
 
 from modeling_gpt2repro.runtime.hardware import readable_duration
+from modeling_gpt2repro.storage.json_files import is_text
 
-from .read import HELLASWAG_METRICS, Run
+from .config import PACKAGES, PROJECT, project_address, without_folder
+from .folder import MODEL_FOLDER
+from .read import HELLASWAG_METRICS, HUB_ID, Run
 
 HELLASWAG_DATASET = "Rowan/hellaswag"
 BUILT_IN_DATA = {  # English, like FineWeb-Edu
@@ -16,6 +20,8 @@ BUILT_IN_DATA = {  # English, like FineWeb-Edu
 # An absolute path or one from another folder; no relative one, and no address such as https://...
 PATH = re.compile(r"(?<![\w.:/\\~])(?:[A-Za-z]:|~[\w.-]*|\.\.)?[/\\][^\s,;:()'\"`|]+")
 MAX_TEXT = 300  # characters of a line that somebody else has chosen
+MAX_COMMAND = 2_000
+PROGRAMS = r"python[\d.]*|accelerate|accelerate-launch|torchrun|gpt2repro-train"  # that start a training
 
 
 def table(lines: dict[str, str]) -> str:
@@ -76,8 +82,9 @@ def count_parameters(config: Mapping[str, int]) -> int:
 def training_lines(run: Run) -> dict[str, str]:
     """Name -> value of data, hyperparameters, hardware and versions, from run.json."""
     arguments = run.config["arguments"]
-    hardware = run.config["hardware"]
-    precision = "fp32" if hardware["precision"] == "no" else hardware["precision"]
+    versions = dict(run.config["versions"])
+    project_version = versions.pop(PROJECT, None)  # None in run.json of older versions
+    changed = " with uncommitted changes" if run.config.get("has_uncommitted_changes") else ""
     seconds = sum(record.get("step_seconds") or 0.0 for record in run.records)
     name = built_in_text(run)
     data = BUILT_IN_DATA[name] if name else run.dataset() or "private"
@@ -88,11 +95,150 @@ def training_lines(run: Run) -> dict[str, str]:
         "data": data,
         **stretched_lines(run),
         "seed": plain_text(arguments["seed"]),
-        "hardware": f"{hardware['processes']} x {plain_text(hardware['device'])}, {plain_text(precision)}; "
+        "hardware": f"{plain_text(describe_hardware(run.config['hardware']))}; "
         f"{readable_duration(seconds)} in training steps",
-        "software": plain_text(", ".join(f"{name} {version}" for name, version in run.config["versions"].items())),
-        "code": f"gpt2repro, commit {plain_text(run.config['commit'] or 'unknown')}",
+        "software": plain_text(", ".join(f"{name} {version}" for name, version in versions.items())),
+        "code": f"{plain_text(f'{PROJECT} {project_version}') if project_version else PROJECT}, commit "
+        f"{plain_text(run.config['commit'] or 'unknown')}{changed}",
     }
+
+
+def describe_hardware(hardware: Mapping) -> str:
+    """'8 x NVIDIA H100, bf16'."""
+    precision = "fp32" if hardware["precision"] == "no" else hardware["precision"]
+    return f"{hardware['processes']} x {hardware['device']}, {precision}"
+
+
+def reproduce_section(run: Run) -> str:
+    """How to train the same weights again: data, versions, commit, command, and what to compare; in Markdown.
+
+    Of a run without a command in its run.json, of an older version or started by a program, it has all the rest.
+    """
+    config = run.config
+    versions = config["versions"]
+    code = f"{PROJECT} {versions[PROJECT]}" if versions.get(PROJECT) else PROJECT  # older versions did not write it
+    code += f", with Python {versions.get('python', 'of an unknown version')}, seed {config['arguments']['seed']}"
+    sentences = [
+        f"Data: {'; '.join(data_sources(run))}.",
+        f"Code: {plain_text(code)}.",
+        "On the same kind of CPU, with as many processes, the weights are then the same to the bit."
+        if re.search(r"\bCPU\b", str(config["hardware"]["device"]))
+        else "GPUs may add numbers up in another order each time, so the weights may differ by rounding.",
+    ]
+    commands = list(shown_commands(run))
+    if len(commands) > 1:
+        sentences.append("The run moved: stop each command (Ctrl-C) when the checkpoint of its last step is there.")
+    lines = [*installation(config), *(line for lines in commands for line in lines if line)]
+    total_steps = config["arguments"]["train_tokens"] // max(1, config["arguments"]["tokens_per_step"])
+    output_dir = config["arguments"].get("output_dir")
+    if not all(command for _, command in commands):
+        sentences.append("The command is not known: give the arguments that are listed above.")
+    elif run.stretches and run.stretches[-1][1] >= total_steps and is_text(output_dir):
+        lines.append(f"sha256sum {shlex.quote(without_folder(output_dir))}/{MODEL_FOLDER}/model.safetensors")
+        sentences.append("Compare the last line's hash with that of `model.safetensors` here.")
+    return f"{' '.join(sentences)}\n\n{code_block(lines)}"
+
+
+def data_sources(run: Run) -> Iterator[str]:
+    """Each source of the training data, by name and revision or hash."""
+    arguments = run.config["arguments"]
+    data = run.config["data"]["data"]
+    if type(data) is dict:  # a stream
+        revision = f" at revision {plain_text(data['revision'])}" if data.get("revision") else ""
+        yield f"{plain_text(data.get('dataset', 'a stream'))}{revision}"
+        return
+    if name := built_in_text(run):
+        places = [f"{BUILT_IN_DATA[name]}, prepared by the command itself"]
+    elif arguments.get("mix"):
+        places = [part.rpartition(":")[0] for part in arguments["mix"].split(",")]
+        places = [place if is_pinned(place) else "a prepared folder" for place in places]
+    else:
+        shards = arguments.get("shards")
+        places = [shards if is_pinned(shards) else run.dataset() or "a prepared folder that is not public"]
+    hashes = [data] if type(data) is str else [pair[0] if type(pair) is list and pair else "unknown" for pair in data]
+    for place, fingerprint in zip(places, hashes, strict=False):
+        yield f"{place if is_pinned(place) else plain_text(place)} (fingerprint {plain_text(fingerprint)})"
+
+
+def installation(config: Mapping) -> list[str]:
+    """The shell commands that install the code and packages of a run."""
+    lines = []
+    is_checkout = is_commit(config["commit"])
+    if is_checkout:
+        if address := project_address():
+            lines.append(f"git clone {shlex.quote(address)} {PROJECT} && cd {PROJECT}")
+        remark = "  # there were changes to it that no commit has" if config.get("has_uncommitted_changes") else ""
+        lines.append(f"git checkout {config['commit']}{remark}")
+    versions = {name: str(config["versions"].get(name)).partition("+")[0] for name in PACKAGES}  # 2.13.0+cpu
+    pins = [f"{name}=={version}" for name, version in versions.items() if re.fullmatch(r"\d[\w.]{0,40}", version, re.A)]
+    if pins:
+        lines.append(shlex.join(["pip", "install", *pins, *(["-e", "."] if is_checkout else [])]))
+    return lines
+
+
+def shown_commands(run: Run) -> Iterator[tuple[str, str]]:
+    """(comment, command) of each stretch of a run; of all in one where it always had the same command and hardware."""
+    config = run.config
+    environment = {**config["versions"], "commit": config["commit"]}
+    stretches = []
+    for first, last, arguments in run.stretches or [(1, 1, config["arguments"])]:
+        hardware = {name: arguments.get(name, value) for name, value in config["hardware"].items()}
+        changed = [f"{name} {arguments[name]}" for name in environment if name in arguments]
+        where = ", ".join([describe_hardware(hardware), *changed])
+        stretches.append((first, last, where, arguments.get("command") or config.get("command")))
+    for (where, command), group in groupby(stretches, key=lambda stretch: stretch[2:]):
+        same = list(group)
+        first, last = same[0][0], same[-1][1]
+        is_whole = len(same) == len(stretches) and first == 1
+        start = [] if first == 1 else ["--resume_from_checkpoint", f"step-{first - 1:06d}"]
+        start = ["--resume_from_checkpoint", "latest"] if same[0] is not stretches[0] else start
+        comment = "" if is_whole else f"# steps {first:,} to {last:,}, on {where}"
+        yield comment, shown_command(command, [*pinned_data(config), *start])
+
+
+def shown_command(command: str | None, more: list[str]) -> str:
+    """A command of run.json, in which whatever is not a plain word is quoted anew; "" if it starts no training.
+
+    run.json may be somebody else's, and people paste commands into their shells.
+    """
+    try:
+        words = shlex.split(command or "")
+    except ValueError:  # a quotation mark without its partner
+        return ""
+    programs = [word for word in words if not re.fullmatch(r"OMP_NUM_THREADS=\d+", word)]
+    if not programs or not re.fullmatch(PROGRAMS, programs[0]) or len(command) > MAX_COMMAND:
+        return ""
+    return shlex.join([*words, *more])
+
+
+def pinned_data(config: Mapping) -> list[str]:
+    """Flags that name the very revision of the data on the Hub which a run has read; the last of equal flags counts."""
+    arguments = config["arguments"]
+    data = config["data"]["data"]
+    mix = arguments.get("mix")
+    if type(data) is dict and is_commit(data.get("revision")):
+        return ["--dataset_revision", data["revision"]]
+    if is_pinned(arguments.get("shards")):
+        return ["--shards", arguments["shards"]]
+    if mix and all(is_pinned(part.rpartition(":")[0]) for part in mix.split(",")):
+        return ["--mix", mix]
+    return []
+
+
+def is_commit(text: object) -> bool:
+    """Whether it is a commit's hash, of git or of the Hub."""
+    return type(text) is str and re.fullmatch(r"[0-9a-f]{6,64}", text) is not None
+
+
+def is_pinned(text: object) -> bool:
+    """Whether it is the address of a dataset on the Hub with its commit."""
+    return type(text) is str and re.fullmatch(rf"hf://{HUB_ID}@[0-9a-f]{{40}}", text, re.ASCII) is not None
+
+
+def code_block(lines: list[str]) -> str:
+    """Shell commands, which no name in them can leave: each is one line, and none begins with a fence."""
+    lines = ["".join(c if c.isprintable() else " " for c in line) for line in lines]
+    return "\n".join(["```bash", *lines, "```", ""])
 
 
 def stretched_lines(run: Run) -> dict[str, str]:

@@ -5,13 +5,14 @@ asked for; SIGHUP means that the terminal is gone; Ctrl-C sends SIGINT.
 """
 
 import ctypes
+import re
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import FrameType
 
 import psutil
@@ -25,6 +26,8 @@ EXIT_CODE = 143  # 128 + SIGTERM: schedulers read it as "terminated on request"
 # Ctrl-C reaches every process of a terminal, and a launcher may forward it to the same ones: still one Ctrl-C.
 SAME_CTRL_C_SECONDS = 2.0
 LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun", "accelerate.commands.launch", "torch.distributed.run")
+TRAINING_PROGRAMS = ("train_accelerate", "gpt2repro-train")
+HOST_FLAGS = ("__main_process_ip", "__master_addr", "__rdzv_endpoint", "__local_addr")  # of launchers, - as _
 
 
 class StopSignal:
@@ -116,17 +119,52 @@ def launcher_command() -> list[str] | None:
 
 def resume_command() -> str:
     """The command that started this run, or the call in a notebook, with `--resume_from_checkpoint latest`."""
-    words = launcher_command()
-    if words is None and is_notebook():
+    if launcher_command() is None and is_notebook():
         return 'train_accelerate.main([..., "--resume_from_checkpoint", "latest"])'
-    words = list(words or sys.orig_argv)
+    return shlex.join([*start_command(), "--resume_from_checkpoint", "latest"])
+
+
+def start_command() -> list[str]:
+    """The words of the command that started this run, without `--resume_from_checkpoint`."""
+    words = list(launcher_command() or sys.orig_argv)
     if words[1:2] and Path(words[1]).name in {*LAUNCHERS, *CONSOLE_SCRIPTS}:
         del words[0]  # the interpreter that runs an installed launcher, or our own command
     words[0] = Path(words[0]).name
     if "--resume_from_checkpoint" in words:
         index = words.index("--resume_from_checkpoint")
         del words[index : index + 2]
-    return shlex.join([*words, "--resume_from_checkpoint", "latest"])
+    return words
+
+
+def public_command(device: torch.device) -> str | None:
+    """The same for a model card, without what is only of this machine; None if no command started the run.
+
+    "accelerate launch train_accelerate.py --output_dir /home/me/runs/a" ->
+    "OMP_NUM_THREADS=2 accelerate launch train_accelerate.py --output_dir a", since on CPUs a sum in another number of
+    threads may be another one in its last bit.
+    """
+    if Path(sys.argv[0]).stem not in TRAINING_PROGRAMS:  # a notebook or a program that called `main`
+        return None
+    threads = [f"OMP_NUM_THREADS={torch.get_num_threads()}"] if device.type == "cpu" else []
+    hidden = [hide_private(word, before) for before, word in pairwise(["", *start_command()])]
+    return shlex.join([*threads, *hidden])
+
+
+def hide_private(word: str, before: str) -> str:
+    """A word of a command without folders of this machine, addresses of its cluster, and tokens of the Hub.
+
+    "/home/me/data/edu" -> "edu"; "--mix=/data/a:0.7,b:0.3" -> "--mix=a:0.7,b:0.3"; "10.0.0.1" -> "HOST" where it
+    follows "--main_process_ip"; "hf_" and a token's letters -> "hf_...".
+    """
+    flag, _, value = word.partition("=")
+    if before.replace("-", "_") in HOST_FLAGS:
+        return "HOST"
+    if value and flag.replace("-", "_") in HOST_FLAGS:
+        return f"{flag}=HOST"
+    word = re.sub(
+        r"(^|[=,])(/[^,:=]*|[A-Za-z]:\\[^,:=]*)", lambda found: found[1] + PureWindowsPath(found[2]).name, word
+    )
+    return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "hf_...", word)
 
 
 def requested_num_processes() -> int | None:

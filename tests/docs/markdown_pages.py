@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests" / "README.md"]
+PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests" / "README.md"]
 SHELLS = ("bash", "powershell")
 # Files that are in a run's, a model's or a data folder, not in the repository.
 WRITTEN_BY_PROGRAMS = {"run.json", "state.json", "files.json", "baselines.json", "config.json", "manifest.json"}

@@ -35,7 +35,9 @@ def test_every_command_is_one_that_its_program_accepts(page, tmp_path, monkeypat
         except (AssertionError, ImportError) as error:
             wrong.append(f"{where}: {shlex.join(words)}\n    {str(error).splitlines()[0]}")
     assert not wrong, "\n".join(["commands that do not work:", *wrong])
-    assert commands or page.name in ("platforms.md", "troubleshooting.md"), f"no command was found in {page}"
+    assert commands or page.name in ("platforms.md", "troubleshooting.md", "CHANGELOG.md"), (
+        f"no command was found in {page}"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

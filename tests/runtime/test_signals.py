@@ -6,9 +6,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from modeling_gpt2repro.runtime import signals
-from modeling_gpt2repro.runtime.signals import StopSignal, resume_command
+from modeling_gpt2repro.runtime.signals import StopSignal, public_command, resume_command
 
 
 def test_a_second_ctrl_c_interrupts_at_once(terminal_signals, monkeypatch):
@@ -34,6 +35,38 @@ def test_the_resume_command_is_the_command_of_the_run(monkeypatch):
     assert resume_command() == "python a/t.py --seed 1 --resume_from_checkpoint latest"
     monkeypatch.setattr(sys, "ps1", "In : ", raising=False)  # a notebook's
     assert resume_command() == 'train_accelerate.main([..., "--resume_from_checkpoint", "latest"])'
+
+
+def test_the_command_for_a_model_card_is_without_what_is_only_of_this_machine(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/home/me/gpt2repro/train_accelerate.py"])
+    typed = [
+        "/opt/bin/python3",
+        "/opt/bin/accelerate",
+        "launch",
+        "--main_process_ip",
+        "10.0.0.7",
+        "--rdzv-endpoint=n1:29",
+    ]
+    typed += ["/home/me/gpt2repro/train_accelerate.py", "--output_dir", "/home/me/runs/a b", "--seed=7"]
+    typed += ["--mix=/data/edu:0.7,own/code:0.3", "--init_from", "C:\\models\\mine", "--tokenizer", "../tok"]
+    typed += [
+        "--hub_model_id",
+        "hf_" + "aB3" * 11 + "x",
+        "--resume_from_checkpoint",
+        "latest",
+        "--shards",
+        "hf://o/n@main",
+    ]
+    monkeypatch.setattr(signals, "launcher_command", lambda: typed)
+    command = (
+        "accelerate launch --main_process_ip HOST --rdzv-endpoint=HOST train_accelerate.py --output_dir 'a b' --seed=7 "
+        "--mix=edu:0.7,own/code:0.3 --init_from mine --tokenizer ../tok --hub_model_id hf_... --shards hf://o/n@main"
+    )
+    assert public_command(torch.device("cuda")) == command
+    assert public_command(torch.device("cpu")) == f"OMP_NUM_THREADS={torch.get_num_threads()} {command}"
+    for program in ("/usr/lib/ipykernel_launcher.py", ""):  # its command is not that of the run
+        monkeypatch.setattr(sys, "argv", [program])
+        assert public_command(torch.device("cuda")) is None
 
 
 SIGNAL_TO_RANK_1 = """
