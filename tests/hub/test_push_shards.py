@@ -1,8 +1,10 @@
 """prepare_data.py --push_to_hub: what arrives, in which commits, what a second push and a stopped one do."""
 
+import hashlib
 import json
 import re
 import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -145,3 +147,20 @@ def test_flags_of_the_push_that_do_not_fit_are_refused(tmp_path, capsys, words, 
         prepare_data.main(["--output_dir", str(tmp_path / "out"), *words])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_nobody_reads_a_mixture_while_shards_are_replaced(here, prepared, monkeypatch):
+    assert push(prepared, "tokens-7") == 0
+    ids = np.load(prepared / "train_000001.npy")
+    ids[7] = ids[8]
+    np.save(prepared / "train_000001.npy", ids)
+    manifest = json.loads((prepared / MANIFEST).read_text())
+    manifest["splits"]["train"]["shards"][1]["sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
+    (prepared / MANIFEST).write_text(json.dumps(manifest))
+    with monkeypatch.context() as patch:
+        patch.setattr(push_shards, "source_metadata", Mock(side_effect=OSError("interrupted before the manifest")))
+        assert push(prepared, "tokens-7", "--hub_wait_seconds", "0") != 0
+    with pytest.raises(ValueError, match=r"it has neither manifest\.json nor"):
+        open_shards("hf://user/tokens-7")
+    assert push(prepared, "tokens-7") == 0
+    assert open_shards("hf://user/tokens-7").manifest == manifest
