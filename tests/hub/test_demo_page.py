@@ -98,7 +98,7 @@ def command(*words, **environment) -> Iterator[subprocess.Popen]:
 
 
 def test_two_models_write_side_by_side_in_color_and_ctrl_c_ends_the_page(
-    make_model, tiny_tokenizer, tmp_path, open_tab, capsys
+    make_model, tiny_tokenizer, tmp_path, open_tab, capsys, terminal_signals
 ):
     for name, kind in (("first", "ours"), ("second", "stock")):
         model = make_model(kind, len(tiny_tokenizer))
