@@ -141,7 +141,7 @@ def test_what_was_changed_in_log_data_and_checkpoints_is_named_with_its_step(run
     code, certificate = certify(run, "--shards", str(tmp_path / "forged"))
     assert code == 1
     of_model, of_line, of_row, of_weight, of_last_weight = certificate["problems"]
-    assert of_model == f"{run}/model/model.safetensors does not hold the weights of step-000008."
+    assert of_model == f"{run.name}/model/model.safetensors does not hold the weights of step-000008."
     assert of_line.startswith("step 2: loss is ")
     assert of_line.endswith("in the replay from the seed; all is as logged after it, so that line has been changed.")
     assert of_row.startswith("step 6: batch_hash is ")
