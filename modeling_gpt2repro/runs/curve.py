@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .assessment import Assessment, assess, default_reference, evaluation_points, reason_without
+from .folder import find_run
 from .read import FINEWEB_EDU, Run, read_run
 from .reference import FAULTS, GPT2_LOSS, GPT2_SCORE_FILE, RECIPE, SETTING, read_gpt2_score
 
@@ -132,7 +133,8 @@ def main(argv: list[str] | None = None):
         type=Path,
         nargs="?",
         metavar="RUN",
-        help="The --output_dir of a training, or a log with lines such as '250 val 6.1696' (build-nanogpt's log.txt).",
+        help="The --output_dir of a training, one of its models, or a log with lines such as '250 val 6.1696' "
+        "(build-nanogpt's log.txt).",
     )
     parser.add_argument(
         "--gpt2",
@@ -156,7 +158,8 @@ def main(argv: list[str] | None = None):
             raise ValueError(f"--tokens_per_step ({args.tokens_per_step}) must be at least 1.")
         run = assessment = None
         if args.run is not None:
-            run = read_log(args.run, args.tokens_per_step) if args.run.is_file() else read_run(args.run)
+            folder = find_run(args.run) if args.run.is_dir() else args.run
+            run = read_log(args.run, args.tokens_per_step) if args.run.is_file() else read_run(folder)
             gpt2_loss = None if args.gpt2 is None else parse_gpt2_loss(args.gpt2, run)
             assessment = assess(run, gpt2_loss)
             if assessment is None:

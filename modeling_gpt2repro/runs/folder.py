@@ -37,3 +37,16 @@ def checkpoints_of_run(name: str | Path) -> list[Path]:
     """The checkpoints in the folder of a run, in the order of their steps."""
     found = [path for path in Path(name).glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     return sorted(found, key=step_of)
+
+
+def find_run(folder: Path) -> Path:
+    """The run's folder: `folder`, or the one around it if it is one of the run's models.
+
+    Raises:
+        ValueError: If there is none. A model's folder elsewhere is one if it has metrics.jsonl.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}: give the --output_dir of a training, or one of its models.")
+    folder_of_run = folder.absolute().parent
+    is_model = folder.name == MODEL_FOLDER or folder.name.startswith("step-")
+    return folder_of_run if is_model and (folder_of_run / METRICS_FILE).is_file() else folder

@@ -228,6 +228,13 @@ def test_a_run_of_another_setting_has_no_reference(tmp_path, capsys, changed, re
     assert "95 % of published runs" not in [handle.get_label() for handle in legend_handles([run])]
 
 
+def test_a_model_of_a_run_stands_for_the_run(tmp_path, capsys):
+    run = run_of(tmp_path / "run", published("lecture-agndm", 1000))
+    (run / "model").mkdir()
+    curve.main([str(run / "model")])
+    assert "verdict        normal" in capsys.readouterr().out
+
+
 def test_a_run_with_too_little_or_too_much_has_no_reference(tmp_path):
     assert assess(read_run(run_of(tmp_path / "early", published("lecture-agndm", 0)))) is None
     assert "no evaluation from 0.13 B tokens" in reason_without(read_run(tmp_path / "early"))

@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 from modeling_gpt2repro.runs.config import make_writable
-from modeling_gpt2repro.runs.folder import REPORT_FILE
+from modeling_gpt2repro.runs.folder import REPORT_FILE, find_run
 from modeling_gpt2repro.storage.atomic import atomic_write
 
 from .markdown import Report
 from .page import html_page
-from .sections import find_run, write_report
+from .sections import write_report
 
 
 def main(argv: list[str] | None = None):

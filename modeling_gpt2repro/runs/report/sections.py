@@ -24,19 +24,6 @@ from .results import curve_parts, hellaswag_parts, loss_parts, sample_parts, ste
 SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
 
 
-def find_run(folder: Path) -> Path:
-    """The run's folder: `folder`, or the one around it if it is one of the run's models.
-
-    Raises:
-        ValueError: If there is none. A model's folder elsewhere is one if it has metrics.jsonl.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}: give the --output_dir of a training, or one of its models.")
-    folder_of_run = folder.absolute().parent
-    is_model = folder.name == MODEL_FOLDER or folder.name.startswith("step-")
-    return folder_of_run if is_model and (folder_of_run / METRICS_FILE).is_file() else folder
-
-
 def write_report(folder: Path) -> Report:
     """Everything that the files in a run's folder say.
 
