@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from pushing import UNREACHABLE_HUB
 from toy_runs import TOKENS_PER_STEP, logged_values, train_here
 
 from modeling_gpt2repro.data.shards import dataset, hub_shards
@@ -176,6 +177,12 @@ def test_what_cannot_be_opened_is_refused_in_one_sentence(cache, here, address, 
         open_shards(address)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_dead_hub_is_named_at_once(cache, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", UNREACHABLE_HUB)
+    with pytest.raises(ValueError, match=r"^the Hub cannot be reached for hf://user/name \(ConnectError\): try again"):
+        open_shards("hf://user/name")
 
 
 def test_offline_the_last_download_is_opened(cache, repository, monkeypatch, token_shards):

@@ -61,6 +61,9 @@ def pin_address(address: str) -> str:
         return f"hf://{name}@{cached_folder(address).name}"
     try:
         commit = dataset_commit(name, revision)
+    except ConnectionError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the Hub cannot be reached for {address} ({reason}): try again where it can.") from error
     except (OSError, ValueError, HTTPError) as error:
         raise ValueError(f"{address} cannot be opened: {' '.join(str(error).split())}") from error
     # Where the client looks for it when it is offline.
