@@ -104,7 +104,12 @@ def main(argv: list[str] | None = None) -> None:
 
             from .weights_figure import plot_weights  # matplotlib, which the table does without
 
-            print(f"\n{save_figure(plot_weights(models), Path(args.output), dpi=100)}")
+            try:
+                print(f"\n{save_figure(plot_weights(models), Path(args.output), dpi=100)}")
+            except OSError as error:
+                raise ValueError(
+                    f"--output {args.output} cannot be written ({error.strerror}): give another."
+                ) from None
 
 
 @torch.no_grad()
