@@ -32,6 +32,7 @@ from modeling_gpt2repro.training.state import TrainState
 GPT2_VOCABULARY = 50257
 MAX_EPOCHS = 4  # "up to 4 epochs of repeated data yield negligible changes to loss" (Muennighoff et al. 2023, abstract)
 SLOW_SECONDS = 3600
+SLOWEST_CPU_FLOPS = 1e8  # below any: one that emulates bf16 takes seconds for 2e9 operations
 SHORT_TEXT = 40  # new tokens, where texts have no length of their own
 SHOWN_WIDTH, SHOWN_LINES = 100, 10  # of a sample at the end: a whole story
 
@@ -49,6 +50,8 @@ def warn_of_slow_cpu(args: TrainArguments, accelerator: Accelerator, vocab_size:
         vocab_size = args.tokenizer_vocab_size if args.built_in_text else GPT2_VOCABULARY
     parameters = args.n_layer * 12 * args.n_embd**2 + vocab_size * args.n_embd  # without biases
     flops = args.train_tokens * flops_per_token(parameters, args.n_layer, args.n_embd, args.block_size)
+    if flops < SLOW_SECONDS * SLOWEST_CPU_FLOPS:
+        return  # without a measurement, which takes a third of a second
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     seconds = estimate_cpu_seconds(flops, dtype)
     if seconds > SLOW_SECONDS:

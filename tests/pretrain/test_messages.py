@@ -40,6 +40,15 @@ def test_the_warning_of_a_slow_cpu_counts_the_operations_of_the_model_that_is_tr
     assert "Fewer --train_tokens take less time." in printed[0]
     assert "--preset quickstart trains a small GPT-2 in minutes" in printed[1]
 
+    # A run so short that no CPU takes an hour for it: nothing is measured.
+    args.train_tokens = 400
+    messages.warn_of_slow_cpu(args, accelerator)
+    args.train_tokens = 430
+    assert len(operations) == 2
+    messages.warn_of_slow_cpu(args, accelerator)
+    assert operations.pop() == pytest.approx(430 * (6 * 124_439_808 + 12 * 12 * 768 * 1024), rel=0.03)
+    assert len(printed) == 2
+
     # What the arguments leave open is in the model and the data.
     args = TrainArguments(init_from="gpt2", shards=str(tmp_path), n_layer=None, block_size=None)
     messages.warn_of_slow_cpu(args, accelerator)
