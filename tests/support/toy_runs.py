@@ -1,6 +1,7 @@
 """Toy runs of train_accelerate.py, in this process or in others: data, flags, and the values that a run logged."""
 
 import gc
+import io
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 from patience import PATIENCE_SECONDS
 
@@ -113,14 +115,16 @@ def train_here(output_dir: Path, shards: Path, **overrides) -> int:
 
 
 def run_here(flags: list[str]) -> int:
-    """The same with flags of any kind."""
+    """The same with flags of any kind; plots are drawn small and without a layout, else they take half the time."""
     import train_accelerate
+    from modeling_gpt2repro.runs import plots
 
     before = {name: os.environ.get(name) for name in CPU_FP32}
     os.environ.update(CPU_FP32)
     gc.freeze()  # the script looks for garbage twice, and need not search all that the tests have imported
     try:
-        train_accelerate.main(flags)
+        with patch.object(plots, "figure_bytes", _draw_small):
+            train_accelerate.main(flags)
     except SystemExit as end:
         if isinstance(end.code, str):  # as the interpreter does
             print(end.code, file=sys.stderr)
@@ -131,6 +135,16 @@ def run_here(flags: list[str]) -> int:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     return 0
+
+
+def _draw_small(figure, format: str, dpi: int) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # late, as the training does
+
+    content = io.BytesIO()
+    figure.set_layout_engine("none")
+    figure.dpi = dpi / 5
+    FigureCanvasAgg(figure).print_png(content)
+    return content.getvalue()
 
 
 def at_step(monkeypatch, step: int, action: Callable):
