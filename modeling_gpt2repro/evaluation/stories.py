@@ -28,7 +28,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2repro.data.batches.sequences import IGNORE_INDEX
-from modeling_gpt2repro.data.sources.stories import NUM_STORIES, Story, write_story
+from modeling_gpt2repro.data.sources.stories import NUM_STORIES, Story, built_in_story
 from modeling_gpt2repro.data.tokenize import is_validation
 from modeling_gpt2repro.runs.config import read_run_config
 from modeling_gpt2repro.runtime.collectives import call_main_process_first
@@ -53,7 +53,7 @@ def held_out_stories(validation_share: float, count: int = 128) -> list[Story]:
 
     What is held out is a combination of hero, animal and object, with all of its stories.
     """
-    stories = map(write_story, range(NUM_STORIES))
+    stories = map(built_in_story, range(NUM_STORIES))
     held_out = (story for story in stories if is_validation(f"story:{story.combination}", validation_share))
     return list(islice(held_out, count))
 
