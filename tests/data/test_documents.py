@@ -46,7 +46,7 @@ TEXTS = {
     "lines": "".join(f"Line {i} of the sea,  and\tso on.\n" + "\n" * (i % 3) for i in range(300)),
     "crlf": "".join(f"Line {i} of the sea.\r\n\r\n" for i in range(300)),
     "no newline": "the long cold sea, and " * 400,
-    "no whitespace": "sea海" * 3000,
+    "no whitespace": "sea海" * 600,
     "odd whitespace": "one\x1c\ntwo!\x1f \u2028\u00a0 three\u3000\n 中文字\n\n\x0b\x0c\r \U0001f600 's\n" * 100,
     "blank ends": "\n\n  \n" + "the sea\n" * 300 + "\n \n",
 }
