@@ -98,7 +98,7 @@ def test_trainer_shifts_labels_before_smoothing(tmp_path, random_ids):
     torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), expected)
 
 
-def test_trainer_pushes_a_model_that_loads_without_our_package(hub, tiny_tokenizer, tmp_path):
+def test_trainer_pushes_a_model_that_loads_without_our_package(hub, warm_python, tiny_tokenizer, tmp_path):
     train = """
 import sys, torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
@@ -123,20 +123,16 @@ assert type(talk.model).__module__.startswith("transformers_modules")
 print(talk("the sea", max_new_tokens=5, min_new_tokens=5, do_sample=False)[0]["generated_text"])
 """
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    environment = {**hub.environment(tmp_path / "home"), "HF_TOKEN": hub.token, "PYTHONPATH": str(ROOT)}
-    for options in (
-        ["-c", train, str(tmp_path / "trained"), str(tmp_path / "tokenizer")],
-        ["-I", "-c", load, str(ROOT)],
-    ):
-        result = subprocess.run(
-            [sys.executable, *options],
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_SECONDS,
-        )
-        assert result.returncode == 0, result.stderr
+    warm_python.run("-c", train, tmp_path / "trained", tmp_path / "tokenizer", HF_TOKEN=hub.token)
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", load, str(ROOT)],
+        env={**hub.environment(tmp_path / "home"), "HF_TOKEN": hub.token},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+    )
+    assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("the sea")
     pushed = {path.name for path in (hub.root / "models" / "user" / "trained").iterdir()}
     assert {"README.md", "configuration_gpt2repro.py", "modeling_gpt2repro.py", "tokenizer.json"} <= pushed

@@ -1,15 +1,24 @@
 """Which code runs when folders of one name ship different modeling files."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from clean_process import run_without_package
 
+# Runs in a process of its own for each file of outputs in argv[1]; all are forked from one, to import once.
 PROGRAM = """
-import sys, torch
+import json, os, sys, torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification
-out, *folders = sys.argv[1:]
+from transformers import GenerationMixin, PreTrainedModel
+for out, folders in json.loads(sys.argv[1]).items():
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0
+    else:
+        break
+else:
+    sys.exit()
 found = []
 for folder in folders:
     model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", trust_remote_code=True)
@@ -25,11 +34,12 @@ torch.save(found, out)
 
 @pytest.fixture
 def outputs_of(tmp_path):
-    """Load folders in one new process, which knows neither the package nor this checkout."""
+    """Load each list of folders in a new process, which knows neither the package nor this checkout."""
 
-    def run(*folders: Path) -> list[dict[str, torch.Tensor]]:
-        run_without_package(PROGRAM, tmp_path / "found.pt", *folders, cwd=tmp_path)
-        return torch.load(tmp_path / "found.pt", weights_only=True)
+    def run(*lists: list[Path]) -> list[list[dict[str, torch.Tensor]]]:
+        jobs = {str(tmp_path / f"{number}.pt"): list(map(str, folders)) for number, folders in enumerate(lists)}
+        run_without_package(PROGRAM, json.dumps(jobs), cwd=tmp_path)
+        return [torch.load(file, weights_only=True) for file in jobs]
 
     return run
 
@@ -46,9 +56,10 @@ def test_folders_of_one_name_run_their_own_modeling_files(carried, tmp_path, out
     once["body"] = once["head's body"] = carried.transformer(torch.arange(1, 9)[None]).last_hidden_state
     twice = {name: 2 * value for name, value in once.items()}
 
-    torch.testing.assert_close(outputs_of(*folders), [once, twice])
     again = [folder.with_name(f"{folder.name}-again") for folder in folders]  # saved from remote code
-    torch.testing.assert_close(outputs_of(*reversed(again)), [twice, once])
+    found, found_again = outputs_of(folders, again[::-1])
+    torch.testing.assert_close(found, [once, twice])
+    torch.testing.assert_close(found_again, [twice, once])
 
 
 def test_saving_twice_writes_the_same_code_files(carried, tmp_path):
