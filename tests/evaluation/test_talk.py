@@ -3,7 +3,6 @@
 import os
 import re
 import select
-import subprocess
 import sys
 
 import pytest
@@ -304,27 +303,19 @@ COMMAND = [sys.executable, "-m", "modeling_gpt2repro.evaluation.talk"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "TERM": "xterm"}
 
 
-def test_each_line_of_a_pipe_is_a_prompt(save, text_of, tiny_tokenizer):
+def test_each_line_of_a_pipe_is_a_prompt(save, warm_python, text_of, tmp_path):
     words = (save("model"), "--max_new_tokens", "6", "--seed", "11", "--device", "cpu")
-    result = subprocess.run(
-        [*COMMAND, *words],
-        input=f"{PROMPT}\n \n\na ship was café\r\n",
-        env=ENVIRONMENT,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=PATIENCE_SECONDS,
-    )
-    assert result.returncode == 0, result.stderr
+    prompts = f"{PROMPT}\n \n\na ship was café\r\n"
+    result = warm_python.run("-m", "modeling_gpt2repro.evaluation.talk", *words, cwd=tmp_path, stdin=prompts)
     assert result.stdout == text_of("ours", 11, 6) + "\n\n" + text_of("ours", 12, 6, "a ship was café") + "\n\n"
     assert "> " not in result.stderr + result.stdout
     assert "\x1b" not in result.stderr + result.stdout
     assert re.findall(r"seed \d+\]", result.stderr) == ["seed 11]", "seed 12]"]
 
 
-def test_a_pipe_without_a_prompt_is_refused(save):
-    result = subprocess.run(
-        [*COMMAND, save("model")], input="\n", env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE_SECONDS
-    )
+def test_a_pipe_without_a_prompt_is_refused(save, warm_python, tmp_path):
+    words = ("-m", "modeling_gpt2repro.evaluation.talk", save("model"))
+    result = warm_python.run(*words, cwd=tmp_path, check=False, stdin="\n")
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == "talk.py: stdin has no prompt: give --prompt TEXT, or lines of text."
 

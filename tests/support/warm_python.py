@@ -42,9 +42,11 @@ class WarmPython:
 
     environment: dict[str, str]
 
-    def run(self, *words, cwd: Path = ROOT, check: bool = True, **more: str) -> subprocess.CompletedProcess:
+    def run(
+        self, *words, cwd: Path = ROOT, check: bool = True, stdin: str = "", **more: str
+    ) -> subprocess.CompletedProcess:
         """One process; `more` is added to its environment. `check`: its exit code must be 0."""
-        return self.run_together(1, *words, cwd=cwd, check=check, **more)[0]
+        return self.run_together(1, *words, cwd=cwd, check=check, stdin=stdin, **more)[0]
 
     @contextmanager
     def start(self, *words, cwd: Path = ROOT, **more: str) -> Iterator[tuple[multiprocessing.Process, Path]]:
@@ -59,7 +61,7 @@ class WarmPython:
                 process.join()
 
     def run_together(
-        self, processes: int, *words, cwd: Path = ROOT, check: bool = True, **more: str
+        self, processes: int, *words, cwd: Path = ROOT, check: bool = True, stdin: str = "", **more: str
     ) -> list[subprocess.CompletedProcess]:
         """The same in several processes, which find each other as those of torchrun do; by rank."""
         words = list(map(str, words))
@@ -67,7 +69,7 @@ class WarmPython:
             # `spawn` passes on the environment of this moment, the fork server keeps the one of its start.
             with patch.dict(os.environ, self.environment, clear=True):
                 started = [
-                    _start(words, str(cwd), more | ranked, str(Path(folder, f"{rank}")))
+                    _start(words, str(cwd), more | ranked, str(Path(folder, f"{rank}")), stdin)
                     for rank, ranked in enumerate(_ranks(processes))
                 ]
             for process in started:
@@ -94,12 +96,14 @@ def _ranks(processes: int) -> list[dict[str, str]]:
     return [meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def _start(words: list[str], cwd: str, environment: dict[str, str], output: str) -> multiprocessing.Process:
+def _start(
+    words: list[str], cwd: str, environment: dict[str, str], output: str, stdin: str = ""
+) -> multiprocessing.Process:
     forks = sys.platform == "linux"  # macOS can, but not safely with its own libraries loaded
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload(IMPORTED)
-    process = context.Process(target=_run, args=(words, cwd, environment, output))
+    process = context.Process(target=_run, args=(words, cwd, environment, output, stdin))
     process.start()
     return process
 
@@ -109,8 +113,11 @@ def _outputs(path: Path) -> list[str]:
     return [path.with_suffix(kind).read_text(encoding="utf-8") for kind in (".out", ".err")]
 
 
-def _run(words: list[str], cwd: str, environment: dict[str, str], output: str):
+def _run(words: list[str], cwd: str, environment: dict[str, str], output: str, stdin: str):
     """In the new process: what `python WORDS...` does."""
+    Path(output + ".in").write_bytes(stdin.encode())
+    os.dup2(os.open(output + ".in", os.O_RDONLY), 0)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
     for descriptor, kind in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(output + kind, os.O_WRONLY | os.O_CREAT), descriptor)
     gc.freeze()  # the imports are not garbage
