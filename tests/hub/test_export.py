@@ -21,33 +21,36 @@ from transformers import pipeline
 from transformers.utils import logging
 logging.disable_progress_bar()
 assert "modeling_gpt2repro" not in sys.modules
-talk = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True)
-options = [{}, {"do_sample": False}, {"do_sample": False, "max_new_tokens": 7}]
-texts = [talk("the cat sees", return_tensors=True, **more)[0]["generated_token_ids"] for more in options]
-print(json.dumps([talk.tokenizer("the cat sees").input_ids, *texts, talk.tokenizer.model_max_length]))
+found = {}
+for kind, folder in json.loads(sys.argv[1]).items():
+    talk = pipeline("text-generation", model=folder, trust_remote_code=True)
+    options = [{}, {"do_sample": False}, {"do_sample": False, "max_new_tokens": 7}]
+    texts = [talk("the cat sees", return_tensors=True, **more)[0]["generated_token_ids"] for more in options]
+    found[kind] = [talk.tokenizer("the cat sees").input_ids, *texts, talk.tokenizer.model_max_length]
+print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("kind", ["ours", "stock"])
-def test_a_pipeline_call_without_arguments_generates_half_a_context(kind, finished, tmp_path):
+def test_a_pipeline_call_without_arguments_generates_half_a_context(finished, tmp_path):
     folder = finished[0] / "model"
-    if kind == "stock":
-        main(["--from", str(folder), "--to", str(tmp_path / "stock")])
-    command = [sys.executable, "-I", "-c", PIPELINE, str(folder if kind == "ours" else tmp_path / "stock")]
+    main(["--from", str(folder), "--to", str(tmp_path / "stock")])
+    folders = {"ours": str(folder), "stock": str(tmp_path / "stock")}
+    command = [sys.executable, "-I", "-c", PIPELINE, json.dumps(folders)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     if Version(transformers.__version__) >= Version("5.23"):  # 5.17 warns whenever its pipeline generates
         assert result.stderr == ""  # not a warning either
-    prompt, sampled, greedy, short, model_max_length = json.loads(result.stdout)
-    assert len(prompt) < len(sampled) <= len(prompt) + 16  # of 32; sooner if it ends the text
-    assert model_max_length == 32
-
     model = GPT2ReproForCausalLM.from_pretrained(folder).eval()
-    ids = prompt
-    for _ in range(16):
-        ids = [*ids, model(torch.tensor([ids])).logits[0, -1].argmax().item()]
-    assert greedy == ids
-    assert short == ids[: len(prompt) + 7]
+    found = json.loads(result.stdout)
+    assert found.keys() == folders.keys()
+    for kind, (prompt, sampled, greedy, short, model_max_length) in found.items():
+        assert len(prompt) < len(sampled) <= len(prompt) + 16, kind  # of 32; sooner if it ends the text
+        assert model_max_length == 32, kind
+        ids = prompt
+        for _ in range(16):
+            ids = [*ids, model(torch.tensor([ids])).logits[0, -1].argmax().item()]
+        assert greedy == ids, kind
+        assert short == ids[: len(prompt) + 7], kind
 
 
 @pytest.mark.parametrize(
