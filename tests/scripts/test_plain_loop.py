@@ -7,7 +7,7 @@ from toy_runs import ROOT, logged_values, train_here
 
 from modeling_gpt2repro.training.presets import PRESETS
 
-STEPS = 30
+STEPS = 15
 
 
 def test_the_first_losses_of_the_plain_loop_equal_those_of_the_script(shards, tmp_path, monkeypatch):
