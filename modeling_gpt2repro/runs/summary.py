@@ -201,7 +201,7 @@ def reproduce_section(run: Run) -> str:
     output_dir = config["arguments"].get("output_dir")
     if not all(command for _, command in commands):
         sentences.append("The command is not known: give the arguments that are listed above.")
-    elif run.stretches and run.stretches[-1][1] >= total_steps and is_text(output_dir):
+    elif run.stretches and run.stretches[-1][1] >= total_steps and is_text(output_dir) and len(output_dir) <= MAX_TEXT:
         lines.append(f"sha256sum {shlex.quote(without_folder(output_dir))}/{MODEL_FOLDER}/model.safetensors")
         sentences.append("Compare the last line's hash with that of `model.safetensors` here.")
     return f"{' '.join(sentences)}\n\n{code_block(lines)}"
@@ -270,7 +270,7 @@ def shown_commands(run: Run) -> Iterator[tuple[str, str]]:
     for number, (first, last, (where, command)) in enumerate(stretches):
         is_whole = len(stretches) == 1 and first == 1
         start = [] if first == 1 else ["--resume_from_checkpoint", f"step-{first - 1:06d}" if number == 0 else "latest"]
-        comment = "" if is_whole else f"# {numbered_steps(first, last)}, on {where}"
+        comment = "" if is_whole else f"# {numbered_steps(first, last)}, on {where[:MAX_TEXT]}"
         yield comment, shown_command(command, [*pinned_data(config), *start])
 
 

@@ -1,10 +1,12 @@
 """Names, metadata and commands of somebody else in a model card: one plain line each, or left out."""
 
 import json
+import math
+import re
 import shlex
 
 import pytest
-from cards import change_arguments, change_record, model_card
+from cards import change_arguments, change_record, model_card, resumed, trained
 from huggingface_hub import ModelCard, metadata_load
 
 from modeling_gpt2repro.hub.model_card import Origin, derived_origin
@@ -137,3 +139,90 @@ def test_a_dataset_of_foreign_shards_is_named_only_by_a_hub_id(run_folder, tiny_
     (shards / "manifest.json").write_text(json.dumps({"source": {"dataset": "evil/<script>[x](y)"}}))
     change_arguments(run_folder, shards=str(shards))
     assert "evil" not in model_card(tiny_model, run_folder=run_folder)
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_values_of_a_foreign_run_add_no_line_to_a_card(run_folder, tiny_model, hostile):
+    def card(text) -> list[str]:
+        change_record(
+            run_folder,
+            hardware={"device": text, "processes": text, "precision": text},
+            versions={"torch": "2.13.0", "gpt2repro": text, "python": text, text: text},
+            data={"data": [[text, 1.0]]},
+            has_uncommitted_changes=text,
+            command=LAUNCH,
+        )
+        change_arguments(run_folder, lr_scheduler_type="x", optimizer="x", sample_prompts=[text], train_tokens=2**20)
+        change_arguments(run_folder, output_dir=text.replace("\ud800", ""))
+        change = {name: ["x", text] for name in ("device", "processes", "precision", "commit", "torch")}
+        (run_folder / "metrics.jsonl").write_text(metrics + trained(1, 2) + resumed(2, **change) + trained(3, 4))
+        return model_card(tiny_model, run_folder=run_folder).splitlines()
+
+    metrics = (run_folder / "metrics.jsonl").read_text().splitlines()[0] + "\n"
+    plain, lines = card("harmless"), card(HOSTILE[hostile][:20_000])
+    assert len(lines) == len(plain) - (hostile == "long")  # the line with the hash, whose path is too long
+    assert sum(map(len, lines)) < sum(map(len, plain)) + 20_000
+    (run_folder / "README.md").write_text("\n".join(lines) + "\n")
+    found, expected = metadata_load(run_folder / "README.md"), ModelCard("\n".join(plain) + "\n").data.to_dict()
+    assert found.pop("widget")[0]["text"] in ("Hello, I'm a language model,", HOSTILE[hostile])
+    assert expected.pop("widget")[0]["text"] == "harmless"
+    assert found == expected
+    in_rows = [line for line in lines if "evil" in line and line.startswith("| ")]
+    for line in in_rows:
+        assert line.count("|") - line.count("\\|") == 3
+        assert not re.search(r"(?<!\\)(<|`|\]\()|https?://|www\.", line), line
+
+
+NUMBERS = [math.nan, math.inf, -math.inf, "7", "x\n---\nevil: 1", True, [1], {"a": 1}, 10**400, None]
+MEASURED = [
+    "validation_loss",
+    "validation_perplexity",
+    "validation_bits_per_byte",
+    "validation_tokens",
+    "tokens",
+    "step",
+]
+MEASURED += ["hellaswag_completion_acc_norm", "hellaswag_completion_acc_norm_low", "hellaswag_lm_eval_acc_norm"]
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=lambda value: str(value)[:8])
+def test_what_is_no_number_is_not_shown_as_one(run_folder, tiny_model, value):
+    first = json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[0])
+    for name in MEASURED:
+        (run_folder / "metrics.jsonl").write_text(
+            json.dumps({**first, "step": 4, name: value}) + "\n" + trained(1, 3, 1.0)
+        )
+        card = model_card(tiny_model, run_folder=run_folder)
+        assert not re.search(r"\b(nan|inf|True|None|evil)\b", card.partition("\n## ")[2]), name
+        for result in ModelCard(card).data.eval_results or []:
+            assert type(result.metric_value) is float, name
+            assert math.isfinite(result.metric_value), name
+        assert [result.metric_name for result in hub_results_named(card, name)] == []
+    step = {"step": 1, "tokens": 2**19, "loss": 4.0, "step_seconds": value}
+    (run_folder / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+    assert "\n| time |" not in model_card(tiny_model, run_folder=run_folder)
+
+
+def hub_results_named(card: str, name: str) -> list:
+    """Of the results in a card's metadata, the one that a name of metrics.jsonl has."""
+    shown = {"validation_loss": "validation loss, nats per token"}
+    shown |= {
+        "hellaswag_completion_acc_norm": "acc_norm (completion)",
+        "hellaswag_lm_eval_acc_norm": "acc_norm (lm-eval)",
+    }
+    return [each for each in ModelCard(card).data.eval_results or [] if each.metric_name == shown.get(name)]
+
+
+@pytest.mark.parametrize("value", [each for each in NUMBERS if each is not None], ids=lambda value: str(value)[:8])
+def test_a_run_json_with_what_is_no_number_costs_the_card_its_results_only(run_folder, tiny_model, value):
+    bare = model_card(tiny_model)
+    before = (run_folder / "run.json").read_text()
+    for name in ("train_tokens", "tokens_per_step", "learning_rate", "seed", "adam_beta1", "cooldown_tokens"):
+        change_arguments(run_folder, **{name: value})
+        assert model_card(tiny_model, run_folder=run_folder) == bare, name
+        (run_folder / "run.json").write_text(before)
+    change_record(run_folder, data={"data": value})
+    if not isinstance(value, str | list | dict):
+        assert model_card(tiny_model, run_folder=run_folder) == bare
+    else:
+        assert len(model_card(tiny_model, run_folder=run_folder).splitlines()) > len(bare.splitlines())
