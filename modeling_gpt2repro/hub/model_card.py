@@ -70,6 +70,9 @@ instructions, and it has learned the errors and biases of that data, too."""
 REPLIES = """It replies to messages, as the conversations that it was fine-tuned on do, and its
 chat template writes them; it has learned the errors and biases of its training data, too."""
 
+HELLASWAG_NOTE = """HellaSwag is scored zero-shot: `completion` as build-nanogpt does it, `lm-eval` as
+lm-evaluation-harness does. The two do not compare."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -150,6 +153,8 @@ def card_files(
         if (assessment := assess(run)) is not None:
             lines["loss curve"] = assessment.sentence
         card += f"\n## Results\n\n{table(lines)}"
+        if any(name in evaluations[-1] for name in HELLASWAG_METRICS.values()):
+            card += f"\n{HELLASWAG_NOTE}\n"
         if (run.folder / LOSS_PICTURE).is_file():
             card += f"\n![loss over training tokens]({LOSS_PICTURE})\n"
     if run and is_complete(run.config):

@@ -92,13 +92,17 @@ def training_lines(run: Run) -> dict[str, str]:
         name: with_steps(stretches_by(run, lambda arguments, name=name: stretch_lines(run, arguments)[name]))
         for name in stretch_lines(run, run.config["arguments"])
     }
-    return {"data": "; ".join(data_sources(run, digits=12)), **lines, **time_line(run)}
+    of_code = {name: lines.pop(name) for name in ("software", "code")}
+    return {"data": "; ".join(data_sources(run, digits=12)), **lines, **time_line(run), **of_code}
 
 
 def stretch_lines(run: Run, arguments: Mapping) -> dict[str, str]:
     """Name -> value of what may change when a run resumes, with the arguments of a stretch."""
     versions = {name: arguments.get(name, version) for name, version in run.config["versions"].items()}
     project_version = versions.pop(PROJECT, None)  # None in run.json of older versions
+    project = plain_text(f"{PROJECT} {project_version}") if project_version else PROJECT
+    if address := project_address():
+        project = f"[{project}]({address})"
     commit = arguments.get("commit", run.config["commit"])
     changed = " with uncommitted changes" if run.config.get("has_uncommitted_changes") else ""
     return {
@@ -106,8 +110,7 @@ def stretch_lines(run: Run, arguments: Mapping) -> dict[str, str]:
         "seed": plain_text(run.config["arguments"]["seed"]),
         "hardware": plain_text(describe_hardware(hardware_of(run, arguments))),
         "software": plain_text(", ".join(f"{name} {version}" for name, version in versions.items())),
-        "code": f"{plain_text(f'{PROJECT} {project_version}') if project_version else PROJECT}, commit "
-        f"{plain_text(commit or 'unknown')}{changed}",
+        "code": f"{project}, commit {plain_text(commit or 'unknown')}{changed}",
     }
 
 
@@ -245,10 +248,12 @@ def installation(config: Mapping) -> list[str]:
     lines = []
     is_checkout = is_commit(config["commit"])
     if is_checkout:
+        remarks = ["there were changes to it that no commit has"] if config.get("has_uncommitted_changes") else []
         if address := project_address():
             lines.append(f"git clone {shlex.quote(address)} {PROJECT} && cd {PROJECT}")
-        remark = "  # there were changes to it that no commit has" if config.get("has_uncommitted_changes") else ""
-        lines.append(f"git checkout {config['commit']}{remark}")
+        else:
+            remarks.insert(0, f"in a clone of {PROJECT}")
+        lines.append(f"git checkout {config['commit']}" + (f"  # {', and '.join(remarks)}" if remarks else ""))
     versions = {name: str(config["versions"].get(name)).partition("+")[0] for name in PACKAGES}  # 2.13.0+cpu
     pins = [f"{name}=={version}" for name, version in versions.items() if re.fullmatch(r"\d[\w.]{0,40}", version, re.A)]
     if pins:

@@ -25,7 +25,7 @@ def test_the_card_says_how_to_train_the_same_weights(run_folder, tiny_model):
         "seed 1337. GPUs may add numbers up in another order each time, so the weights may differ by rounding."
     )
     assert lines == [
-        "git checkout c0ffee  # there were changes to it that no commit has",
+        "git checkout c0ffee  # in a clone of gpt2repro, and there were changes to it that no commit has",
         "pip install torch==2.13.0 numpy==2.4.6 -e .",
         LAUNCH,
         "sha256sum runs/a/model/model.safetensors",
@@ -81,7 +81,7 @@ def test_a_run_json_without_the_command_still_gives_the_rest(run_folder, tiny_mo
     text, lines = reproduce(run_folder, tiny_model)
     assert "Code: gpt2repro, with Python 3.12.1, seed 1337." in text
     assert "The command is not known: give the arguments that are listed above." in text
-    assert lines == ["git checkout c0ffee", "pip install torch==2.13.0 -e ."]
+    assert lines == ["git checkout c0ffee  # in a clone of gpt2repro", "pip install torch==2.13.0 -e ."]
 
 
 @pytest.mark.parametrize(

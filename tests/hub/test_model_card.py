@@ -137,6 +137,7 @@ def test_the_time_counts_each_step_once_and_says_what_was_undone(run_folder, tin
 
 def test_a_time_that_is_not_recorded_is_not_guessed(run_folder, tiny_model):
     assert "time" not in training_rows(run_folder, tiny_model, trained(1, 3))
+    assert "time" not in training_rows(run_folder, tiny_model, trained(1, 3, 1e308))  # whose sum is infinite
     of_another_run = [resumed(10), trained(11, 20, 60.0)]  # which began with the checkpoint of ten steps
     assert training_rows(run_folder, tiny_model, *of_another_run)["time"] == "10 min 0 s in 10 of 20 training steps"
     damaged = [trained(1, 4, 60.0), '{"step": 5, "lo\n', trained(6, 10, 60.0)]
