@@ -15,7 +15,7 @@ model needs a smaller learning rate:
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None):
         add_chat_template(model, tokenizer)
         if args.dataset_name is None:
             check_context(model, tokenizer, data["test"])
+            origin = replace(origin, prompt=data["test"][0]["messages"][0]["content"])
         try:
             args.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

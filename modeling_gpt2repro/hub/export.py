@@ -6,9 +6,9 @@ from pathlib import Path
 from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.tokenizer import write_tokenizer
-from modeling_gpt2repro.runs.folder import LOSS_PICTURE
+from modeling_gpt2repro.runs.folder import EVAL_RESULTS, LOSS_PICTURE
 
-from .model_card import FROM_SCRATCH, Origin, model_card
+from .model_card import FROM_SCRATCH, Origin, card_files
 
 PIPELINE_NEW_TOKENS = 256  # what transformers' text-generation pipeline asks for, unless the model's folder says less
 
@@ -21,7 +21,7 @@ def save_hub_folder(
     run_folder: Path | None = None,
     generation_config: GenerationConfig | None = None,
 ):
-    """Write weights, configs, tokenizer, model card and, for our model, its two code files into `folder`.
+    """Write weights, configs, tokenizer, model card, public results and, for our model, its two code files.
 
     Args:
         model: Ours, or a GPT-2 of transformers.
@@ -49,8 +49,11 @@ def save_hub_folder(
     write_tokenizer(tokenizer, folder, max_length=model.config.n_positions)
     if run_folder and (run_folder / LOSS_PICTURE).is_file():
         shutil.copyfile(run_folder / LOSS_PICTURE, folder / LOSS_PICTURE)
-    card = model_card(model, origin, run_folder, has_chat_template=bool(tokenizer.chat_template))
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    for stale in folder.glob(EVAL_RESULTS.format("*")):  # of a model that was here before
+        stale.unlink()
+    for name, text in card_files(model, tokenizer, origin, run_folder).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def set_length_in_short_context(model: PreTrainedModel):

@@ -26,6 +26,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError
 
+from modeling_gpt2repro.runs.folder import EVAL_RESULTS
 from modeling_gpt2repro.runtime.command_line import as_typed, console_script
 
 from .client import (
@@ -42,9 +43,10 @@ from .client import (
 from .push_run import TWIN_SUFFIX, Push, prepare_pushes
 from .pushed_files import NEVER_PUSHED, TRAINING_STATE, files_to_push, ignored_by_repository, matches_any, refuse_links
 
-# Deleted in the commit that pushes new weights, because an earlier model may have had another number of files. Precise
-# names: in the Hub's patterns * matches / as well, and subfolders may hold weights that people have added themselves.
-REPLACED = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", TRAINING_STATE]
+# Deleted in the commit that pushes new weights: an earlier model may have had another number of files, or results that
+# are not this one's. Precise names, because subfolders may hold weights or results that people have added themselves.
+REPLACED = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
+REPLACED += [TRAINING_STATE, EVAL_RESULTS.format("*")]
 CHECK_BRANCH_PREFIX = "write-check-"
 END_WITH_STDIN = "GPT2REPRO_END_WITH_STDIN"  # set by a training for the pushes that it starts
 CHECK_FILE = "check.safetensors"  # takes the way of weights, to the storage behind the Hub

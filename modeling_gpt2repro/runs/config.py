@@ -17,7 +17,8 @@ PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers", "tikto
 # The arguments that plots and model cards show.
 NUMBERS = ("train_tokens", "tokens_per_step", "learning_rate", "warmup_tokens", "final_learning_rate_ratio", "seed")
 NUMBERS += ("adam_beta1", "adam_beta2", "weight_decay", "max_grad_norm")
-TEXTS = ("shards", "mix", "dataset_name", "tokenizer", "hellaswag", "optimizer", "command")
+OPTIONAL_NUMBERS = ("cooldown_tokens",)
+TEXTS = ("shards", "mix", "dataset_name", "tokenizer", "hellaswag", "optimizer", "lr_scheduler_type", "command")
 # Where things are and what is shown may change without changing the run.
 NOT_COMPARED = ("output_dir", "resume_from_checkpoint", "report_to", "shards", "mix")
 
@@ -132,6 +133,8 @@ def read_run_config(folder: Path) -> dict:
         require("arguments" in config, "it has no arguments")
         for name in ("arguments", "hardware", "data", "versions"):
             require(type(config.get(name, {})) is dict, f"{name} is {shown(config.get(name))}")
+        data = config.get("data", {}).get("data", "")
+        require(type(data) in (str, dict, list), f"data is {shown(data)}")
         check_argument_types({**config["arguments"], "command": config.get("command")})
     except FileNotFoundError:
         return {}
@@ -142,9 +145,9 @@ def read_run_config(folder: Path) -> dict:
 
 def check_argument_types(arguments: dict):
     """Raise ValueError if an argument that plots and cards show is not of its type; old runs may lack some."""
-    for name in (*NUMBERS, *TEXTS):
+    for name in (*NUMBERS, *OPTIONAL_NUMBERS, *TEXTS):
         value = arguments.get(name)
-        fits = is_size(value) if name in NUMBERS else is_text(value)
+        fits = is_text(value) if name in TEXTS else is_size(value)
         require(value is None or fits, f"{name} is {shown(value)}")
 
 

@@ -11,6 +11,8 @@ LOSS_PICTURE = "loss.png"
 REPORT_FILE = "report"  # .md or .html, if somebody has asked for one
 STOPPED_FILE = "stopped.json"  # there after a run stopped early with a checkpoint: where, and why
 CERTIFICATE_FILE = "certificate.json"  # in the model's folder: which steps were taken again, and what came out
+# In the model's folder, by protocol: a result as the Hub shows it beside models and in a benchmark's leaderboard.
+EVAL_RESULTS = ".eval_results/gpt2repro_hellaswag_{}.yaml"
 UPLOAD_LOG = "push.log"
 MODEL_FOLDER = "model"  # the final model
 DATA_FOLDER = "data"  # the quickstart's tokens

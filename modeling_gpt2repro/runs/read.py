@@ -2,12 +2,14 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from huggingface_hub import try_to_load_from_cache
 
 from modeling_gpt2repro.storage.atomic import write_json
 from modeling_gpt2repro.storage.json_files import is_count, is_size, parse_json, read_json_object, require, shown
@@ -16,7 +18,10 @@ from .config import check_argument_types, read_run_config
 from .folder import BASELINES_FILE, METRICS_FILE, SAMPLES_FILE
 
 OLD_BASELINES_FILE = "yardsticks.json"  # its keys end in _yardsticks; still read, never written
-HUB_ID = r"[\w.-]{1,96}/[\w.-]{1,96}"  # owner/name, with re.ASCII
+MANIFEST = "manifest.json"  # of shards
+HUB_ID = r"\w[\w.-]{0,95}/\w[\w.-]{0,95}"  # owner/name, with re.ASCII
+PINNED_SHARDS = rf"hf://({HUB_ID})@([0-9a-f]{{40}})"  # on the Hub, at a commit
+CONFIG_NAME = r"\w[\w.-]{0,95}"
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 # HellaSwag protocol -> the name of its accuracy in metrics.jsonl; its 95 % interval has the suffixes _low and _high.
 HELLASWAG_METRICS = {
@@ -27,6 +32,16 @@ HELLASWAG_METRICS = {
 STORY_FLOOR = "the floor, entropy of the stories"  # the baseline below which no model can be
 # All other values of a record are numbers.
 NOT_NUMBERS = {"step", "tokens", "event", "changed", "rows_by_process", "batch_hash"}
+FLAGS = {"skipped", "overflowed"}  # these may be true
+MAX_SECONDS = 1e12  # thousands of years; sums of what is less are finite
+
+
+class HubDataset(NamedTuple):
+    """A dataset on the Hub, as far as a run's files name it."""
+
+    name: str  # owner/name
+    revision: str | None = None  # the commit
+    config: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,32 +93,51 @@ class Run:
         """Tokens (n,) at which an update was skipped."""
         return np.array([step * self._tokens_per_step() for step in sorted(self._skipped_steps())], dtype=float)
 
-    def dataset(self) -> str | None:
-        """The Hub dataset of the run, streamed or from shards that still exist; None if it trained on other text."""
-        return self._dataset_and_tokenizer()[0]
+    def hub_datasets(self) -> list[HubDataset]:
+        """The datasets on the Hub that the run's text and shards are from; [] if they are from elsewhere."""
+        arguments = self.config.get("arguments", {})
+        if arguments.get("mix"):
+            found = [pinned_shards(part.rpartition(":")[0]) for part in arguments["mix"].split(",")]
+        elif arguments.get("shards"):
+            found = [hub_dataset(self._manifest().get("source", {})), pinned_shards(arguments["shards"])]
+        else:
+            data = self.config.get("data", {}).get("data")
+            stream = data if type(data) is dict else {}
+            found = [hub_dataset({"dataset": arguments.get("dataset_name"), **stream})]
+        return list(dict.fromkeys(filter(None, found)))
+
+    def dataset(self) -> HubDataset | None:
+        """The dataset on the Hub whose text the run trained on; None if it was other text, or a mixture."""
+        is_mixture = self.config.get("arguments", {}).get("mix")
+        return next(iter(self.hub_datasets()), None) if not is_mixture else None
 
     def uses_fineweb_edu(self) -> bool:
         """Whether its losses are per GPT-2 token of FineWeb-Edu, and so comparable with OpenAI's GPT-2 there."""
-        dataset, tokenizer = self._dataset_and_tokenizer()
-        return dataset == FINEWEB_EDU and tokenizer in (None, "gpt2", "openai-community/gpt2")
-
-    def _dataset_and_tokenizer(self) -> tuple[str | None, str | None]:
         arguments = self.config.get("arguments", {})
-        if arguments.get("mix"):
-            return None, None
-        dataset = arguments.get("dataset_name")
-        tokenizer = arguments.get("tokenizer")
-        if arguments.get("shards"):
-            folder = Path(arguments["shards"])
-            manifest = _read_manifest(folder)
-            dataset = manifest.get("source", {}).get("dataset")
-            tokenizer = manifest.get("tokenizer", {}).get("name")
-            with suppress(OSError):  # a disk that refuses them, as it may when the run's last checkpoint is written
-                if not manifest and any(folder.glob("edufineweb_val_*.npy")):  # written by build-nanogpt's fineweb.py
-                    dataset = FINEWEB_EDU
-        # The manifest may be somebody else's, and the model card names the dataset.
-        is_hub_id = isinstance(dataset, str) and re.fullmatch(HUB_ID, dataset, re.ASCII)
-        return dataset if is_hub_id else None, tokenizer
+        of_shards = self._manifest().get("tokenizer", {}).get("name")
+        tokenizer = of_shards if arguments.get("shards") else arguments.get("tokenizer")
+        dataset = self.dataset()
+        is_fineweb_edu = dataset is not None and dataset.name == FINEWEB_EDU
+        return is_fineweb_edu and tokenizer in (None, "gpt2", "openai-community/gpt2")
+
+    def _manifest(self) -> dict[str, dict]:
+        """Source and tokenizer of the run's shards; {} if they are gone, or it has none."""
+        shards = self.config.get("arguments", {}).get("shards")
+        if not shards:
+            return {}
+        folder = Path(shards)
+        if on_hub := pinned_shards(shards):
+            cached = None
+            with suppress(OSError, ValueError):  # a name that the Hub does not take
+                cached = try_to_load_from_cache(on_hub.name, MANIFEST, revision=on_hub.revision, repo_type="dataset")
+            if not isinstance(cached, str):
+                return {}
+            folder = Path(cached).parent
+        manifest = _read_manifest(folder)
+        with suppress(OSError):  # a disk that refuses them, as it may when the run's last checkpoint is written
+            if not manifest and any(folder.glob("edufineweb_val_*.npy")):  # written by build-nanogpt's fineweb.py
+                return {"source": {"dataset": FINEWEB_EDU}}
+        return manifest
 
     def _skipped_steps(self) -> set[int]:
         return {record["step"] for record in self.records if record.get("event") == "skipped"}
@@ -197,8 +231,10 @@ def parse_record(line: str | bytes) -> dict | None:
         check_argument_types({name: now for name, (_, now) in changed.items()})
         for name in record.keys() - NOT_NUMBERS:
             value = record[name]
-            require(value is None or isinstance(value, int | float), f"{name} is not a number")
-            record[name] = value if value is not None and abs(value) < math.inf else None
+            is_number = type(value) in (int, float) or (type(value) is bool and name in FLAGS)
+            require(value is None or is_number, f"{name} is not a number")
+            limit = MAX_SECONDS if name.endswith("_seconds") else math.inf
+            record[name] = value if value is not None and abs(value) < limit else None
             require(not isinstance(value, int) or abs(value) < 2**64, f"{name} is too large")
     except ValueError:
         return None
@@ -271,10 +307,28 @@ def read_baselines(folder: Path) -> dict[str, dict]:
     return {}
 
 
+def pinned_shards(address: object) -> HubDataset | None:
+    """'hf://owner/name@5f0c...' -> the dataset and its commit; None if it is another address, or a folder."""
+    match = re.fullmatch(PINNED_SHARDS, address, re.ASCII) if isinstance(address, str) else None
+    return HubDataset(match[1], match[2]) if match else None
+
+
+def hub_dataset(source: Mapping) -> HubDataset | None:
+    """The dataset in a run.json or manifest, which may be somebody else's; None if its name is not that of one."""
+    name, revision, config = (source.get(key) for key in ("dataset", "revision", "config"))
+    if not isinstance(name, str) or not re.fullmatch(HUB_ID, name, re.ASCII):
+        return None
+    return HubDataset(
+        name,
+        revision if isinstance(revision, str) and re.fullmatch(r"[0-9a-f]{40}", revision) else None,
+        config if isinstance(config, str) and re.fullmatch(CONFIG_NAME, config, re.ASCII) else None,
+    )
+
+
 def _read_manifest(shards: Path) -> dict:
     """Source and tokenizer by the manifest of the shards; {} if they are gone, or other files are there by now."""
     try:
-        manifest = read_json_object(shards / "manifest.json")
+        manifest = read_json_object(shards / MANIFEST)
     except (OSError, ValueError):
         return {}
     return {name: value for name, value in manifest.items() if type(value) is dict}

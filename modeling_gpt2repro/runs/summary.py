@@ -2,15 +2,18 @@
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, groupby
+from typing import TypeVar
 
 from modeling_gpt2repro.runtime.hardware import readable_duration
 from modeling_gpt2repro.storage.json_files import is_text
 
 from .config import PACKAGES, PROJECT, project_address, without_folder
 from .folder import MODEL_FOLDER
-from .read import HELLASWAG_METRICS, HUB_ID, Run
+from .read import HELLASWAG_METRICS, HubDataset, Run, hub_dataset, pinned_shards
+
+Value = TypeVar("Value")
 
 HELLASWAG_DATASET = "Rowan/hellaswag"
 BUILT_IN_DATA = {  # English, like FineWeb-Edu
@@ -21,6 +24,7 @@ BUILT_IN_DATA = {  # English, like FineWeb-Edu
 PATH = re.compile(r"(?<![\w.:/\\~])(?:[A-Za-z]:|~[\w.-]*|\.\.)?[/\\][^\s,;:()'\"`|]+")
 MAX_TEXT = 300  # characters of a line that somebody else has chosen
 MAX_COMMAND = 2_000
+UNDONE = "undone by a resume from an earlier checkpoint"
 PROGRAMS = r"python[\d.]*|accelerate|accelerate-launch|torchrun|gpt2repro-train"  # that start a training
 
 
@@ -80,33 +84,99 @@ def count_parameters(config: Mapping[str, int]) -> int:
 
 
 def training_lines(run: Run) -> dict[str, str]:
-    """Name -> value of data, hyperparameters, hardware and versions, from run.json."""
-    arguments = run.config["arguments"]
-    versions = dict(run.config["versions"])
-    project_version = versions.pop(PROJECT, None)  # None in run.json of older versions
-    changed = " with uncommitted changes" if run.config.get("has_uncommitted_changes") else ""
-    seconds = sum(record.get("step_seconds") or 0.0 for record in run.records)
-    name = built_in_text(run)
-    data = BUILT_IN_DATA[name] if name else run.dataset() or "private"
-    fingerprint = run.config["data"]["data"]
-    if isinstance(fingerprint, str):  # of shards; a streamed dataset is described by a dict
-        data += f", shards with fingerprint {plain_text(fingerprint[:12])}"
-    return {
-        "data": data,
-        **stretched_lines(run),
-        "seed": plain_text(arguments["seed"]),
-        "hardware": f"{plain_text(describe_hardware(run.config['hardware']))}; "
-        f"{readable_duration(seconds)} in training steps",
-        "software": plain_text(", ".join(f"{name} {version}" for name, version in versions.items())),
-        "code": f"{plain_text(f'{PROJECT} {project_version}') if project_version else PROJECT}, commit "
-        f"{plain_text(run.config['commit'] or 'unknown')}{changed}",
+    """Name -> value of data, hyperparameters, hardware, time and versions, from run.json and metrics.jsonl.
+
+    What changed when the run was resumed is given with the steps that had it.
+    """
+    lines = {
+        name: with_steps(stretches_by(run, lambda arguments, name=name: stretch_lines(run, arguments)[name]))
+        for name in stretch_lines(run, run.config["arguments"])
     }
+    of_code = {name: lines.pop(name) for name in ("software", "code")}
+    return {"data": "; ".join(data_sources(run, digits=12)), **lines, **time_line(run), **of_code}
+
+
+def stretch_lines(run: Run, arguments: Mapping) -> dict[str, str]:
+    """Name -> value of what may change when a run resumes, with the arguments of a stretch."""
+    versions = {name: arguments.get(name, version) for name, version in run.config["versions"].items()}
+    project_version = versions.pop(PROJECT, None)  # None in run.json of older versions
+    project = plain_text(f"{PROJECT} {project_version}") if project_version else PROJECT
+    if address := project_address():
+        project = f"[{project}]({address})"
+    commit = arguments.get("commit", run.config["commit"])
+    changed = " with uncommitted changes" if run.config.get("has_uncommitted_changes") else ""
+    return {
+        **optimization_lines(arguments),
+        "seed": plain_text(run.config["arguments"]["seed"]),
+        "hardware": plain_text(describe_hardware(hardware_of(run, arguments))),
+        "software": plain_text(", ".join(f"{name} {version}" for name, version in versions.items())),
+        "code": f"{project}, commit {plain_text(commit or 'unknown')}{changed}",
+    }
+
+
+def time_line(run: Run) -> dict[str, str]:
+    """The time of the training steps, each counted once, and what resuming from earlier checkpoints cost besides.
+
+    "3 h 20 min in training steps (steps 1 to 500: 3 h 0 min; steps 501 to 1,000: 20 min)", where the hardware changed.
+    """
+    seconds = step_seconds(run.records)
+    last = max((record["step"] for record in run.records), default=0)
+    if not seconds:
+        return {}
+    text = f"{readable_duration(sum(seconds.values()))} in "
+    # Steps of a run that this one continues, or lines of metrics.jsonl that a crash has damaged.
+    text += "training steps" if len(seconds) == last else f"{len(seconds):,} of {last:,} training steps"
+    machines = stretches_by(run, lambda arguments: describe_hardware(hardware_of(run, arguments)))
+    if len(machines) > 1:
+        parts = {(a, b): sum(spent for step, spent in seconds.items() if a <= step <= b) for a, b, _ in machines}
+        text += f" ({with_steps([(*steps, readable_duration(spent)) for steps, spent in parts.items()])})"
+    if undone := [record for record in run.undone_records if "loss" in record]:
+        spent = sum(record.get("step_seconds") or 0.0 for record in undone)
+        text += f"; {readable_duration(spent)} more in {len(undone):,} step{'s' * (len(undone) > 1)} {UNDONE}"
+    return {"time": text}
+
+
+def step_seconds(records: Iterable[Mapping]) -> dict[int, float]:
+    """Training step -> its seconds, where they were recorded."""
+    steps = (record for record in records if "loss" in record)
+    return {record["step"]: record["step_seconds"] for record in steps if (record.get("step_seconds") or 0.0) > 0}
+
+
+def hardware_of(run: Run, arguments: Mapping) -> dict:
+    """The hardware of a stretch: that of run.json, and what had changed by then."""
+    return {name: arguments.get(name, value) for name, value in run.config["hardware"].items()}
 
 
 def describe_hardware(hardware: Mapping) -> str:
     """'8 x NVIDIA H100, bf16'."""
     precision = "fp32" if hardware["precision"] == "no" else hardware["precision"]
     return f"{hardware['processes']} x {hardware['device']}, {precision}"
+
+
+def stretches_by(run: Run, value_of: Callable[[dict], Value]) -> list[tuple[int, int, Value]]:
+    """First step, last step and value of each stretch of a run; neighbours with the same value are one.
+
+    Args:
+        value_of: Called with a stretch's arguments.
+    """
+    stretches = run.stretches or [(1, 1, run.config["arguments"])]  # no step has been made
+    found = []
+    for value, group in groupby(stretches, key=lambda stretch: value_of(stretch[2])):
+        same = list(group)
+        found.append((same[0][0], same[-1][1], value))
+    return found
+
+
+def with_steps(stretches: list[tuple[int, int, str]]) -> str:
+    """[(1, 500, "a"), (501, 600, "b")] -> 'steps 1 to 500: a; steps 501 to 600: b'; one from the start, its value."""
+    if len(stretches) == 1 and stretches[0][0] == 1:
+        return stretches[0][2]
+    return "; ".join(f"{numbered_steps(first, last)}: {value}" for first, last, value in stretches)
+
+
+def numbered_steps(first: int, last: int) -> str:
+    """(501, 1000) -> 'steps 501 to 1,000'."""
+    return f"steps {first:,} to {last:,}" if last > first else f"step {first:,}"
 
 
 def reproduce_section(run: Run) -> str:
@@ -118,11 +188,12 @@ def reproduce_section(run: Run) -> str:
     versions = config["versions"]
     code = f"{PROJECT} {versions[PROJECT]}" if versions.get(PROJECT) else PROJECT  # older versions did not write it
     code += f", with Python {versions.get('python', 'of an unknown version')}, seed {config['arguments']['seed']}"
+    devices = [hardware_of(run, arguments)["device"] for _, _, arguments in run.stretches]
     sentences = [
         f"Data: {'; '.join(data_sources(run))}.",
         f"Code: {plain_text(code)}.",
         "On the same kind of CPU, with as many processes, the weights are then the same to the bit."
-        if re.search(r"\bCPU\b", str(config["hardware"]["device"]))
+        if all(re.search(r"\bCPU\b", str(device)) for device in devices or [config["hardware"]["device"]])
         else "GPUs may add numbers up in another order each time, so the weights may differ by rounding.",
     ]
     commands = list(shown_commands(run))
@@ -133,31 +204,43 @@ def reproduce_section(run: Run) -> str:
     output_dir = config["arguments"].get("output_dir")
     if not all(command for _, command in commands):
         sentences.append("The command is not known: give the arguments that are listed above.")
-    elif run.stretches and run.stretches[-1][1] >= total_steps and is_text(output_dir):
+    elif run.stretches and run.stretches[-1][1] >= total_steps and is_text(output_dir) and len(output_dir) <= MAX_TEXT:
         lines.append(f"sha256sum {shlex.quote(without_folder(output_dir))}/{MODEL_FOLDER}/model.safetensors")
         sentences.append("Compare the last line's hash with that of `model.safetensors` here.")
     return f"{' '.join(sentences)}\n\n{code_block(lines)}"
 
 
-def data_sources(run: Run) -> Iterator[str]:
-    """Each source of the training data, by name and revision or hash."""
+def data_sources(run: Run, digits: int | None = None) -> Iterator[str]:
+    """Each source of the training data, by name and revision or hash.
+
+    Args:
+        digits: Of a fingerprint; None for all.
+    """
     arguments = run.config["arguments"]
     data = run.config["data"]["data"]
     if type(data) is dict:  # a stream
-        revision = f" at revision {plain_text(data['revision'])}" if data.get("revision") else ""
-        yield f"{plain_text(data.get('dataset', 'a stream'))}{revision}"
+        source = hub_dataset(data)
+        yield named(source) if source else plain_text(data.get("dataset", "a stream"))
         return
     if name := built_in_text(run):
         places = [f"{BUILT_IN_DATA[name]}, prepared by the command itself"]
     elif arguments.get("mix"):
         places = [part.rpartition(":")[0] for part in arguments["mix"].split(",")]
-        places = [place if is_pinned(place) else "a prepared folder" for place in places]
+        places = [place if pinned_shards(place) else "a prepared folder" for place in places]
     else:
         shards = arguments.get("shards")
-        places = [shards if is_pinned(shards) else run.dataset() or "a prepared folder that is not public"]
+        sources = [named(dataset) for dataset in run.hub_datasets() if dataset != pinned_shards(shards)]
+        sources += [shards] if pinned_shards(shards) else []
+        places = [", prepared as ".join(sources) or "a prepared folder that is not public"]
     hashes = [data] if type(data) is str else [pair[0] if type(pair) is list and pair else "unknown" for pair in data]
     for place, fingerprint in zip(places, hashes, strict=False):
-        yield f"{place if is_pinned(place) else plain_text(place)} (fingerprint {plain_text(fingerprint)})"
+        yield f"{place} (fingerprint {plain_text(str(fingerprint)[:digits])})"
+
+
+def named(dataset: HubDataset) -> str:
+    """'owner/name (its configuration) at revision 5f0c...'."""
+    config = f" ({plain_text(dataset.config)})" if dataset.config else ""
+    return plain_text(dataset.name) + config + (f" at revision {dataset.revision}" if dataset.revision else "")
 
 
 def installation(config: Mapping) -> list[str]:
@@ -165,10 +248,12 @@ def installation(config: Mapping) -> list[str]:
     lines = []
     is_checkout = is_commit(config["commit"])
     if is_checkout:
+        remarks = ["there were changes to it that no commit has"] if config.get("has_uncommitted_changes") else []
         if address := project_address():
             lines.append(f"git clone {shlex.quote(address)} {PROJECT} && cd {PROJECT}")
-        remark = "  # there were changes to it that no commit has" if config.get("has_uncommitted_changes") else ""
-        lines.append(f"git checkout {config['commit']}{remark}")
+        else:
+            remarks.insert(0, f"in a clone of {PROJECT}")
+        lines.append(f"git checkout {config['commit']}" + (f"  # {', and '.join(remarks)}" if remarks else ""))
     versions = {name: str(config["versions"].get(name)).partition("+")[0] for name in PACKAGES}  # 2.13.0+cpu
     pins = [f"{name}=={version}" for name, version in versions.items() if re.fullmatch(r"\d[\w.]{0,40}", version, re.A)]
     if pins:
@@ -180,19 +265,17 @@ def shown_commands(run: Run) -> Iterator[tuple[str, str]]:
     """(comment, command) of each stretch of a run; of all in one where it always had the same command and hardware."""
     config = run.config
     environment = {**config["versions"], "commit": config["commit"]}
-    stretches = []
-    for first, last, arguments in run.stretches or [(1, 1, config["arguments"])]:
-        hardware = {name: arguments.get(name, value) for name, value in config["hardware"].items()}
+
+    def where_and_command(arguments: dict) -> tuple[str, object]:
         changed = [f"{name} {arguments[name]}" for name in environment if name in arguments]
-        where = ", ".join([describe_hardware(hardware), *changed])
-        stretches.append((first, last, where, arguments.get("command") or config.get("command")))
-    for (where, command), group in groupby(stretches, key=lambda stretch: stretch[2:]):
-        same = list(group)
-        first, last = same[0][0], same[-1][1]
-        is_whole = len(same) == len(stretches) and first == 1
-        start = [] if first == 1 else ["--resume_from_checkpoint", f"step-{first - 1:06d}"]
-        start = ["--resume_from_checkpoint", "latest"] if same[0] is not stretches[0] else start
-        comment = "" if is_whole else f"# steps {first:,} to {last:,}, on {where}"
+        where = ", ".join([describe_hardware(hardware_of(run, arguments)), *changed])
+        return where, arguments.get("command") or config.get("command")
+
+    stretches = stretches_by(run, where_and_command)
+    for number, (first, last, (where, command)) in enumerate(stretches):
+        is_whole = len(stretches) == 1 and first == 1
+        start = [] if first == 1 else ["--resume_from_checkpoint", f"step-{first - 1:06d}" if number == 0 else "latest"]
+        comment = "" if is_whole else f"# {numbered_steps(first, last)}, on {where[:MAX_TEXT]}"
         yield comment, shown_command(command, [*pinned_data(config), *start])
 
 
@@ -218,9 +301,9 @@ def pinned_data(config: Mapping) -> list[str]:
     mix = arguments.get("mix")
     if type(data) is dict and is_commit(data.get("revision")):
         return ["--dataset_revision", data["revision"]]
-    if is_pinned(arguments.get("shards")):
+    if pinned_shards(arguments.get("shards")):
         return ["--shards", arguments["shards"]]
-    if mix and all(is_pinned(part.rpartition(":")[0]) for part in mix.split(",")):
+    if mix and all(pinned_shards(part.rpartition(":")[0]) for part in mix.split(",")):
         return ["--mix", mix]
     return []
 
@@ -230,30 +313,10 @@ def is_commit(text: object) -> bool:
     return type(text) is str and re.fullmatch(r"[0-9a-f]{6,64}", text) is not None
 
 
-def is_pinned(text: object) -> bool:
-    """Whether it is the address of a dataset on the Hub with its commit."""
-    return type(text) is str and re.fullmatch(rf"hf://{HUB_ID}@[0-9a-f]{{40}}", text, re.ASCII) is not None
-
-
 def code_block(lines: list[str]) -> str:
     """Shell commands, which no name in them can leave: each is one line, and none begins with a fence."""
     lines = ["".join(c if c.isprintable() else " " for c in line) for line in lines]
     return "\n".join(["```bash", *lines, "```", ""])
-
-
-def stretched_lines(run: Run) -> dict[str, str]:
-    """Name -> value of what may change when a run resumes; if it did, the values with the steps that had them."""
-    lines = optimization_lines(run.config["arguments"])
-    for name in lines:
-        values = []
-        for value, group in groupby(run.stretches, key=lambda stretch: optimization_lines(stretch[2])[name]):
-            same = list(group)
-            values.append((f"steps {same[0][0]:,} to {same[-1][1]:,}: ", value))
-        if len(values) == 1 and run.stretches[0][0] == 1:
-            lines[name] = values[0][1]
-        elif values:
-            lines[name] = "; ".join(steps + value for steps, value in values)
-    return lines
 
 
 def optimization_lines(arguments: dict) -> dict[str, str]:
@@ -289,7 +352,7 @@ def describe_schedule(arguments: Mapping) -> str:
         return f"{text}, then constant"
     shape = {"cosine": "a cosine", "linear": "a line"}.get(schedule)
     if schedule == "wsd":
-        shape = f"constant, and in the last {arguments['cooldown_tokens']:,} tokens a line"
+        shape = f"constant, and in the last {arguments.get('cooldown_tokens') or 0:,} tokens a line"
     return f"{text}, then {shape} to {arguments['learning_rate'] * arguments['final_learning_rate_ratio']:g}"
 
 

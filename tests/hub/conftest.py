@@ -50,3 +50,11 @@ def folder(tmp_path):
     (checkpoint / "model.safetensors").write_bytes(b"weights" * 1000)
     (checkpoint / "training_state" / "optimizer.safetensors").write_bytes(b"moments" * 2000)
     return checkpoint
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """The folder of a finished run, without its model; see `write_run`."""
+    from cards import write_run
+
+    return write_run(tmp_path)

@@ -7,11 +7,11 @@ import shutil
 from contextlib import suppress
 
 import pytest
+from cards import model_card
 from damage import NOT_OBJECTS, edit_json, random_bytes, random_json
 from refusing_disk import RefusingDisk
 
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from modeling_gpt2repro.hub.model_card import model_card
 from modeling_gpt2repro.runs import figures
 from modeling_gpt2repro.runs.config import diff_arguments
 from modeling_gpt2repro.runs.plots import plot_runs

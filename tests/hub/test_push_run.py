@@ -58,6 +58,8 @@ def run(tmp_path, model_folder):
     """A finished run, with all that a run and a person may leave in its folder."""
     folder = tmp_path / "mine"
     shutil.copytree(model_folder, folder / "model")
+    (folder / "model/.eval_results").mkdir()
+    (folder / "model/.eval_results/gpt2repro_hellaswag_completion.yaml").write_text("[]")
     shutil.copytree(model_folder, folder / "step-000008")
     (folder / "step-000008/training_state").mkdir()
     (folder / "step-000008/training_state/optimizer.safetensors").write_bytes(b"moments")

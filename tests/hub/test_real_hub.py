@@ -3,13 +3,15 @@
 pytest -m network tests/hub/test_real_hub.py     # downloads about 600 MB; docs/first-real-run.md says what it proves
 """
 
+import copy
 import secrets
 import subprocess
 import sys
 
 import pytest
 import torch
-from huggingface_hub import HfApi, get_token
+from cards import COMMIT, change_record, model_card, small_tokenizer
+from huggingface_hub import HfApi, ModelCard, get_token
 from patience import PATIENCE_SECONDS
 from toy_runs import ROOT
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
@@ -63,6 +65,23 @@ def test_openais_gpt2_has_about_its_published_loss_on_fineweb_edu(tmp_path):
     words = ["--shards", str(shards), "--device", "cpu", "--output", str(shards / GPT2_SCORE_FILE)]
     validation.main(words)
     assert gpt2_loss_of_shards(shards, open_shards(shards).fingerprint) == pytest.approx(GPT2_LOSS, abs=0.3)
+
+
+@pytest.mark.parametrize("kind", ["a run", "a chat model", "no run"])
+def test_the_hub_accepts_the_metadata_of_a_card(kind, run_folder, tiny_model):
+    tokenizer = copy.deepcopy(small_tokenizer())
+    if kind == "a chat model":
+        tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    stream = {"dataset": "HuggingFaceFW/fineweb-edu", "config": "sample-10BT", "revision": COMMIT}
+    change_record(run_folder, data={"data": stream})
+    card = model_card(tiny_model, run_folder=None if kind == "no run" else run_folder, tokenizer=tokenizer)
+    ModelCard(card).validate()
+
+
+def test_the_hub_refuses_a_card_whose_results_have_no_dataset(run_folder, tiny_model):
+    card = model_card(tiny_model, run_folder=run_folder)
+    with pytest.raises(ValueError, match="model-index"):
+        ModelCard(card.replace("type: HuggingFaceFW/fineweb-edu\n", "", 1)).validate()
 
 
 @pytest.mark.skipif(get_token() is None, reason="needs an account: hf auth login")

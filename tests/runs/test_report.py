@@ -114,7 +114,9 @@ def test_the_page_says_what_was_trained_and_what_came_of_it(report):
     assert page.startswith("# toy: a GPT-2 with 4.29 k parameters\n\n**Finished**: 10 of 10 steps.\n")
     assert "| 3.2000 | 31.0 % | 1 k | 20 s | 50 |" in page
     assert "## What was trained\n\n| | |\n|---|---|\n| model | GPT-2 with 4,288 parameters: 2 layers, 2 heads, " in page
-    assert "| hardware | 2 x a CPU, fp32; 20 s in training steps |\n" in page
+    assert "| hardware | 2 x a CPU, fp32 |\n" in page
+    undone = "4 s more in 2 steps undone by a resume from an earlier checkpoint"
+    assert f"| time | 20 s in training steps; {undone} |\n" in page
     assert "| learning rate | steps 1 to 4: 0.001 after 100 tokens" in page
     assert "| code | gpt2repro, commit c0ffee |" in page
     headings = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
@@ -229,7 +231,7 @@ def test_time_is_divided_among_what_it_went_into(folder):
         ["evaluation: loss", "6 s", "13.6%"],
         ["evaluation: HellaSwag", "2 s", "4.5%"],
         ["saving checkpoints", "12 s", "27.3%"],
-        ["made again after resuming", "4 s", "9.1%"],
+        ["undone by resuming", "4 s", "9.1%"],
     ]
     assert bar(0.5) == "█" * 10
     assert bar(0.0001) == "▏"
@@ -246,7 +248,7 @@ def test_faults_are_listed(folder, tmp_path):
     assert fault_part(read_run(folder), "").splitlines() == [
         "- 1 update skipped for an unusable loss or gradient: step 8.",
         "- Resumed at step 4, with \\--learning_rate 0\\.0005 instead of 0\\.001.",
-        "- 2 steps made again after a resume from an earlier checkpoint.",
+        "- 2 steps undone by a resume from an earlier checkpoint.",
     ]
     assert fault_part(read_run(make_run(tmp_path / "fine", [step(1)])), "").startswith("None: no update was skipped")
     damaged = make_run(

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
+from cards import model_card, write_run
 from warm_python import ROOT
 
 from modeling_gpt2repro.runs import config
@@ -61,7 +62,7 @@ def test_the_version_is_that_of_the_checkout_else_of_the_installed_package(tmp_p
         assert project_version(file) == expected
 
 
-def test_the_address_of_the_repository_is_that_of_the_packages_metadata(monkeypatch):
+def test_the_address_of_the_repository_is_that_of_the_packages_metadata(monkeypatch, tmp_path, tiny_model):
     package = Message()
     package["Project-URL"] = "Changelog, https://example.org/changes"
     monkeypatch.setattr(config, "metadata", lambda name: package)
@@ -71,6 +72,8 @@ def test_the_address_of_the_repository_is_that_of_the_packages_metadata(monkeypa
     assert installation({"commit": "c0ffee", "versions": {}})[0] == (
         "git clone https://example.org/owner/name gpt2repro && cd gpt2repro"
     )
+    card = model_card(tiny_model, run_folder=write_run(tmp_path))
+    assert "| code | [gpt2repro](https://example.org/owner/name), commit c0ffee |\n" in card
     monkeypatch.setattr(config, "metadata", not_installed)
     assert project_address() is None
 

@@ -9,7 +9,7 @@ from statistics import median
 
 from modeling_gpt2repro.runs.folder import METRICS_FILE, STOPPED_FILE
 from modeling_gpt2repro.runs.read import Run
-from modeling_gpt2repro.runs.summary import plain_text, without_paths
+from modeling_gpt2repro.runs.summary import UNDONE, plain_text, without_paths
 from modeling_gpt2repro.runtime.hardware import readable_duration
 from modeling_gpt2repro.storage.json_files import is_text, read_json_object, require
 from modeling_gpt2repro.storage.lock import DEAD_SECONDS, LOCK_FILE
@@ -91,7 +91,7 @@ def time_parts(run: Run) -> Iterable[str]:
         "evaluation: loss": max(0.0, seconds_of(run.records, "evaluation_seconds") - hellaswag),
         "evaluation: HellaSwag": hellaswag,
         "saving checkpoints": seconds_of(run.records, "save_seconds"),
-        "made again after resuming": undone,
+        "undone by resuming": undone,
     }
     total = sum(seconds.values())
     if not total:
@@ -130,8 +130,8 @@ def fault_part(run: Run, stopped: str) -> str:
         ]
         faults.append(f"Resumed at step {step:,}{', with ' + ', '.join(changes) if changes else ''}.")
         before = now
-    if undone := {record["step"] for record in run.undone_records if "loss" in record}:
-        faults.append(f"{plural(len(undone), 'step')} made again after a resume from an earlier checkpoint.")
+    if undone := [record for record in run.undone_records if "loss" in record]:
+        faults.append(f"{plural(len(undone), 'step')} {UNDONE}.")
     if stopped:
         faults.append(stopped)
     if run.unreadable_lines:
