@@ -24,8 +24,9 @@ from .dataset import MANIFEST, MAX_MANIFEST_BYTES, SPLITS, read_manifest
 from .nanogpt_format import NANOGPT_NAME
 from .verify import content_problems
 
-# hf://owner/name, hf://owner/name@revision; as elsewhere on the Hub, datasets/ may stand before the name.
-ADDRESS = re.compile(r"hf://(?:datasets/)?([\w-][\w.-]*/[\w-][\w.-]*)(?:@([^@\s]+?))?/?", re.ASCII)
+# hf://owner/name, hf://owner/name@revision; as elsewhere on the Hub, datasets/ may stand before the name. A revision
+# becomes a path in the cache; git, too, allows no ".." in one.
+ADDRESS = re.compile(r"hf://(?:datasets/)?([\w-][\w.-]*/[\w-][\w.-]*)(?:@(?!\S*\.\.)([\w-][\w.+/-]*?))?/?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 DOWNLOADS = 4  # files at a time
