@@ -69,7 +69,7 @@ def index_shards(dataset: TokenDataset, split: str) -> list[ShardIndex]:
     maps = [np.asarray(ids) for ids in dataset.shards(split)]
     if length := dataset.manifest["source"].get("document_length"):
         if uneven := [name for name, ids in zip(names, maps, strict=True) if len(ids) % length]:
-            raise ValueError(f"shard {dataset.folder / uneven[0]} does not hold whole documents of {length} tokens each.")
+            raise ValueError(f"shard {dataset.folder / uneven[0]} does not hold whole documents of {length} tokens.")
         maps = [without_padding(ids.reshape(-1, length), end_of_text) for ids in maps]
     return [ShardIndex(name, ids, np.flatnonzero(ids == end_of_text)) for name, ids in zip(names, maps, strict=True)]
 

@@ -147,7 +147,7 @@ def test_bytes_after_the_last_id_are_found(folder, one_sentence):
     """Half an id ended the verification with numpy's message, and a hash of the ids does not cover the rest."""
     path = folder / "train_000000.npy"
     path.write_bytes(path.read_bytes() + b"x")
-    assert "train_000000.npy is truncated or damaged (it has 1 bytes after its last id)" in refusal(folder, one_sentence)
+    assert "train_000000.npy is truncated or damaged (it has 1 bytes after" in refusal(folder, one_sentence)
     [problem] = verify_shards(folder)
     assert "it has 1 bytes after its last id" in problem
 

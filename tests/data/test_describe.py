@@ -72,7 +72,7 @@ def test_documents_of_an_equal_length_that_do_not_fill_a_shard(token_shards, tmp
     edit_json(folder / "manifest.json", lambda manifest: manifest["source"].update(document_length=7))
     with pytest.raises(SystemExit):
         describe.main([str(folder)])
-    sentence = f"shard {folder / 'train_000000.npy'} does not hold whole documents of 7 tokens each.\n"
+    sentence = f"shard {folder / 'train_000000.npy'} does not hold whole documents of 7 tokens.\n"
     assert capsys.readouterr().err == sentence
 
 

@@ -107,7 +107,7 @@ def open_tokenizer(folder: Path, manifest: dict) -> PreTrainedTokenizerFast:
         ValueError: If it does not load, or is not the manifest's.
     """
     tokenizer = load_tokenizer_folder(folder / "tokenizer")
-    # The hash covers the other two, but the manifest may be somebody else's, and name a larger vocabulary than there is.
+    # The hash covers the other two, but a stranger's manifest may name a larger vocabulary than there is.
     found = tokenizer_sha256(tokenizer), len(tokenizer), tokenizer.eos_token_id
     if found != (manifest["tokenizer"]["sha256"], manifest["tokenizer"]["vocab_size"], manifest["end_of_text_id"]):
         raise ValueError(
