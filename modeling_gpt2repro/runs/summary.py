@@ -21,7 +21,19 @@ BUILT_IN_DATA = {  # English, like FineWeb-Edu
 PATH = re.compile(r"(?<![\w.:/\\~])(?:[A-Za-z]:|~[\w.-]*|\.\.)?[/\\][^\s,;:()'\"`|]+")
 MAX_TEXT = 300  # characters of a line that somebody else has chosen
 MAX_COMMAND = 2_000
-PROGRAMS = r"python[\d.]*|accelerate|accelerate-launch|torchrun|gpt2repro-train"  # that start a training
+# The words with which a command starts a training, a line each. Each flag of a launcher has a value, except for the
+# switches, so that no other program can be named: `python -c ...`, `torchrun --no_python ...`.
+START = re.compile(
+    r"""(?: gpt2repro-train
+    | (?: python[\d.]* (?:\n-u)?
+        | (?: accelerate\nlaunch | accelerate-launch | torchrun
+            | python[\d.]* \n-m\n (?: accelerate\.commands\.launch | torch\.distributed\.run ) )
+          (?: \n(?: -q | --(?: multi_gpu | cpu | use_fsdp | use_deepspeed | same_network | standalone | quiet | debug ))
+            | \n--(?!mod|no[_-]?p)\w[\w-]* [=\n] (?!\S*\.(?:py|sh)\b)\w[\w./:,=+-]* )* )
+      (?:\n-m)? \n(?:\w[\w-]*/)*train_accelerate(?:\.py)? )
+    (?: \n-- | \Z )""",
+    re.ASCII | re.VERBOSE,
+)
 
 
 def table(lines: dict[str, str]) -> str:
@@ -205,8 +217,8 @@ def shown_command(command: str | None, more: list[str]) -> str:
         words = shlex.split(command or "")
     except ValueError:  # a quotation mark without its partner
         return ""
-    programs = [word for word in words if not re.fullmatch(r"OMP_NUM_THREADS=\d+", word)]
-    if not programs or not re.fullmatch(PROGRAMS, programs[0]) or len(command) > MAX_COMMAND:
+    started = "\n".join(words[1:] if words and re.fullmatch(r"OMP_NUM_THREADS=\d+", words[0]) else words)
+    if not START.match(started) or len(command) > MAX_COMMAND:
         return ""
     return shlex.join([*words, *more])
 
