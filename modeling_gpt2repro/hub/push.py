@@ -27,6 +27,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError
 
 from modeling_gpt2repro.runtime.command_line import as_typed, console_script
+from modeling_gpt2repro.storage.retry import without_signatures
 
 from .client import (
     DEFAULT_HUB_WAIT_SECONDS,
@@ -197,7 +198,7 @@ def push_folder(
         different |= {name for name in names if files.get(name) == root / name}
     if different := sorted(different - set(left_out)):
         raise FilesDiffer(f"files in {repository} differ from those in {folder}: {', '.join(different)}")
-    address = f"{api.endpoint}/{repository}"
+    address = without_signatures(f"{api.endpoint}/{repository}")
     if branch != "main":
         address += f"/tree/{branch}"
     if left_out:
@@ -246,7 +247,7 @@ def check_write_access(api: HfApi, repository: str, private: bool | None = None,
         api.delete_branch(repository, branch=branch, repo_type=repo_type)
     except (HTTPError, OSError):  # the right to push is proven all the same
         notes.append(f"the check's branch {branch} could not be deleted: delete it yourself")
-    return "; ".join([f"{api.endpoint}/{repository}", *notes])
+    return "; ".join([without_signatures(f"{api.endpoint}/{repository}"), *notes])
 
 
 def open_repository(

@@ -25,6 +25,7 @@ from modeling_gpt2repro.runs.folder import (
     model_of_run,
     step_of,
 )
+from modeling_gpt2repro.storage.retry import without_signatures
 
 TWIN_SUFFIX = "-gpt2"  # of the repository with the plain GPT-2
 TWIN_SEQUENCES, TWIN_TOKENS = 2, 64  # whose logits are compared
@@ -72,7 +73,8 @@ def prepare_pushes(
         pushes.append(Push(f"{repository}{TWIN_SUFFIX}", twin))
         validate_repo_id(pushes[-1].repository)
         write_twin(pushes[0], twin)
-        link = TWIN_LINK.format(twin=pushes[-1].repository, address=f"{constants.ENDPOINT}/{pushes[-1].repository}")
+        address = without_signatures(f"{constants.ENDPOINT}/{pushes[-1].repository}")
+        link = TWIN_LINK.format(twin=pushes[-1].repository, address=address)
         add_section(pushes[0].folder, extra, "## Plain GPT-2", link)
     return pushes
 

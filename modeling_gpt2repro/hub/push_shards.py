@@ -10,6 +10,7 @@ from huggingface_hub.errors import HTTPError
 from modeling_gpt2repro.data.shards.dataset import MANIFEST, SPLITS, read_manifest
 from modeling_gpt2repro.data.shards.nanogpt_format import SHARD_NAME
 from modeling_gpt2repro.data.shards.verify import verify_shards
+from modeling_gpt2repro.storage.retry import without_signatures
 
 from .client import HUB_ERRORS, FilesDiffer, Patience, ask_storage, connect, diagnose_hub_error
 from .model_card import inherited_metadata, plain_text
@@ -120,7 +121,8 @@ def push_shards(
     different = {mismatch["path"] for mismatch in found.mismatches} | set(found.extra_paths)
     if different := sorted(different & {*names, *tokenizer, MANIFEST}):
         raise FilesDiffer(f"files in {repository} differ from those in {folder}: {', '.join(different[:3])}")
-    return "; ".join([f"{api.endpoint}/datasets/{repository} (commit {last.oid[:7]})", *notes])
+    address = without_signatures(f"{api.endpoint}/datasets/{repository}")
+    return "; ".join([f"{address} (commit {last.oid[:7]})", *notes])
 
 
 def commit_groups(folder: Path, names: list[str]) -> Iterator[list[str]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from itertools import chain, groupby
 
 from modeling_gpt2repro.runtime.hardware import readable_duration
+from modeling_gpt2repro.runtime.progress import PRIVATE_PATH, last_part
 from modeling_gpt2repro.storage.json_files import is_text
 
 from .config import PACKAGES, PROJECT, project_address, without_folder
@@ -17,8 +18,7 @@ BUILT_IN_DATA = {  # English, like FineWeb-Edu
     "python-prose": "the English prose in Python's documentation",
     "stories": "English stories that a program has put together at random, written for this purpose",
 }
-# An absolute path or one from another folder; no relative one, and no address such as https://...
-PATH = re.compile(r"(?<![\w.:/\\~])(?:[A-Za-z]:|~[\w.-]*|\.\.)?[/\\][^\s,;:()'\"`|]+")
+PATH = re.compile(rf"{PRIVATE_PATH}[^\s,;:()'\"`|]+")
 MAX_TEXT = 300  # characters of a line that somebody else has chosen
 MAX_COMMAND = 2_000
 # The words with which a command starts a training, a line each. Each flag of a launcher has a value, except for the
@@ -327,8 +327,3 @@ def without_paths(text: str, run: Run) -> str:
     for value in sorted(known, key=len, reverse=True):
         text = text.replace(value, last_part(value))
     return PATH.sub(lambda found: last_part(found[0]), text)
-
-
-def last_part(path: str) -> str:
-    """'/home/me/tokens/' -> 'tokens'."""
-    return re.split(r"[/\\]+", path.rstrip("/\\"))[-1]
