@@ -15,6 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.shards.dataset import SPLITS, TokenDataset, open_shards
+from modeling_gpt2repro.runtime.command_line import end
 from modeling_gpt2repro.runtime.progress import escape_controls
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None):
         indexes = {split: index_shards(dataset, split) for split in SPLITS}
         shard, is_cut = find_shard(dataset.folder, indexes, args.shard)
     except (OSError, ValueError) as error:
-        parser.exit(2, f"{' '.join(str(error).split())}\n")
+        end(error)
     sys.stdout.reconfigure(errors="backslashreplace")  # documents may have characters that the terminal lacks
     print("\n".join([*format_overview(dataset, indexes), "", *format_shard(shard, is_cut, dataset.tokenizer)]))
 
