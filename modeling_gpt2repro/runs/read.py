@@ -25,7 +25,7 @@ from .folder import BASELINES_FILE, METRICS_FILE, SAMPLES_FILE
 
 MAX_LINES_BYTES = 2**28  # of metrics.jsonl or samples.jsonl; 19,073 steps of the lecture's run have 8 MB
 OLD_BASELINES_FILE = "yardsticks.json"  # its keys end in _yardsticks; still read, never written
-HUB_ID = r"[\w.-]{1,96}/[\w.-]{1,96}"  # owner/name, with re.ASCII
+HUB_ID = r"\w[\w.-]{0,95}/\w[\w.-]{0,95}"  # owner/name, with re.ASCII
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 # HellaSwag protocol -> the name of its accuracy in metrics.jsonl; its 95 % interval has the suffixes _low and _high.
 HELLASWAG_METRICS = {
