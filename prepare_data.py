@@ -38,7 +38,7 @@ from modeling_gpt2repro.data.sources.hub_rows import is_hub_rows
 from modeling_gpt2repro.data.sources.resolve import Source, hub_source, local_source
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, write_tokenizer
 from modeling_gpt2repro.runtime.command_line import as_typed, exit_on_input_error, parse_command_line
-from modeling_gpt2repro.runtime.progress import ProgressBar
+from modeling_gpt2repro.runtime.progress import ProgressBar, escape_controls
 from modeling_gpt2repro.storage.atomic import explain_disk_full
 from modeling_gpt2repro.storage.hub_files import is_on_hub
 from modeling_gpt2repro.storage.lock import FolderLock
@@ -165,7 +165,7 @@ def verify(folder: str, quick: bool):
     with exit_on_input_error():
         problems = verify_shards(download_shards(folder) if is_on_hub(folder) else Path(folder), quick)
     if problems:
-        print("\n".join(problems), file=sys.stderr)
+        print("\n".join(map(escape_controls, problems)), file=sys.stderr)
         raise SystemExit(1)
     print(f"{folder} is what its {MANIFEST} says" + (" (contents not read)." if quick else "."))
 
@@ -175,7 +175,7 @@ def push(args: PrepareArguments, folder: Path, check: bool = False):
     from modeling_gpt2repro.hub.push_shards import push_shards_with_patience  # seconds, which other uses do without
 
     def show(message: str):
-        print(message, file=sys.stderr, flush=True)
+        print(escape_controls(message), file=sys.stderr, flush=True)
 
     with FolderLock(folder) as lock:
         if not check:

@@ -8,12 +8,14 @@ python -m modeling_gpt2repro.data.describe hf://owner/name      # downloaded and
 import argparse
 import sys
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.shards.dataset import SPLITS, TokenDataset, open_shards
+from modeling_gpt2repro.runtime.command_line import end
 from modeling_gpt2repro.runtime.progress import escape_controls
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None):
         indexes = {split: index_shards(dataset, split) for split in SPLITS}
         shard, is_cut = find_shard(dataset.folder, indexes, args.shard)
     except (OSError, ValueError) as error:
-        parser.exit(2, f"{' '.join(str(error).split())}\n")
+        end(error)
     sys.stdout.reconfigure(errors="backslashreplace")  # documents may have characters that the terminal lacks
     print("\n".join([*format_overview(dataset, indexes), "", *format_shard(shard, is_cut, dataset.tokenizer)]))
 
@@ -67,6 +69,8 @@ def index_shards(dataset: TokenDataset, split: str) -> list[ShardIndex]:
     end_of_text = np.uint16(dataset.tokenizer.eos_token_id)
     maps = [np.asarray(ids) for ids in dataset.shards(split)]
     if length := dataset.manifest["source"].get("document_length"):
+        if uneven := [name for name, ids in zip(names, maps, strict=True) if len(ids) % length]:
+            raise ValueError(f"shard {dataset.folder / uneven[0]} does not hold whole documents of {length} tokens.")
         maps = [without_padding(ids.reshape(-1, length), end_of_text) for ids in maps]
     return [ShardIndex(name, ids, np.flatnonzero(ids == end_of_text)) for name, ids in zip(names, maps, strict=True)]
 
@@ -92,7 +96,7 @@ def find_shard(folder: Path, indexes: dict[str, list[ShardIndex]], name: str | N
         ValueError: If there is none of this name.
     """
     for shards in indexes.values():
-        for shard, following in zip(shards, [*shards[1:], None], strict=True):
+        for shard, following in zip_longest(shards, shards[1:]):
             if name in (None, shard.name, Path(shard.name).stem):
                 return shard, following is not None and following.begins_inside
     ranges = [f"{shards[0].name} to {shards[-1].name}" for shards in indexes.values() if shards]
@@ -113,7 +117,8 @@ def format_overview(dataset: TokenDataset, indexes: dict[str, list[ShardIndex]])
         name = f"{percent} % have at most" if percent else "shortest document"
         rows[name] = [format_percentile(lengths[split], percent) for split in indexes]
     tokenizer = dataset.manifest["tokenizer"]
-    lines = [f"{dataset.folder}: tokenizer {tokenizer['name']}, {tokenizer['vocab_size']:,} ids", ""]
+    name = escape_controls(tokenizer["name"])
+    lines = [f"{dataset.folder}: tokenizer {name}, {tokenizer['vocab_size']:,} ids", ""]
     lines.append(f"{'':20}" + "".join(f"{split:>20}" for split in indexes))
     return lines + [f"{name:20}" + "".join(f"{value:>20}" for value in values) for name, values in rows.items()]
 

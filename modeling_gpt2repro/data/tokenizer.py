@@ -189,6 +189,9 @@ def load_tokenizer_folder(folder: Path) -> PreTrainedTokenizerFast:
 
     try:
         with loading_errors_in_one_line():
+            if not folder.is_dir():
+                raise LoadingError("it is not a folder")
+            check_json_files(str(folder))
             return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except ValueError as error:
         raise ValueError(f"tokenizer {folder} does not load ({error}): prepare the data again.") from error

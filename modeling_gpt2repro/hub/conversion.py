@@ -33,6 +33,7 @@ from modeling_gpt2repro.evaluation.load_model import (
     run_folder_problem,
 )
 from modeling_gpt2repro.modeling_gpt2repro import TRANSPOSED_IN_STOCK, GPT2ReproForCausalLM
+from modeling_gpt2repro.runtime.command_line import end
 from modeling_gpt2repro.storage.model_files import (
     check_is_no_adapter,
     check_json_files,
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None):
     try:
         converted = convert_folder(args.source, args.target, args.revision)
     except (OSError, ValueError) as error:
-        parser.exit(2, f"{' '.join(str(error).split())}\n")
+        end(error)
     print(f"{args.target} holds a {type(converted).__name__} with {converted.num_parameters():,} parameters.")
 
 

@@ -27,7 +27,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError
 
 from modeling_gpt2repro.runs.folder import EVAL_RESULTS
-from modeling_gpt2repro.runtime.command_line import as_typed, console_script
+from modeling_gpt2repro.runtime.command_line import as_typed, console_script, end
+from modeling_gpt2repro.runtime.progress import escape_controls
+from modeling_gpt2repro.storage.retry import without_signatures
 
 from .client import (
     DEFAULT_HUB_WAIT_SECONDS,
@@ -40,7 +42,7 @@ from .client import (
     connect,
     diagnose_hub_error,
 )
-from .push_run import TWIN_SUFFIX, Push, prepare_pushes
+from .push_run import TWIN_SUFFIX, Push, prepare_pushes, read_text
 from .pushed_files import NEVER_PUSHED, TRAINING_STATE, files_to_push, ignored_by_repository, matches_any, refuse_links
 
 # Deleted in the commit that pushes new weights: an earlier model may have had another number of files, or results that
@@ -89,7 +91,9 @@ def main(argv: list[str] | None = None):
     if not args.hub_wait_seconds >= 0:  # not a number either
         parser.error(f"--hub_wait_seconds ({args.hub_wait_seconds}) must be at least 0")
 
-    show = partial(print, file=sys.stderr, flush=True)  # the process that started this one may follow its log file
+    def show(text: str):  # the process that started this one may follow its log file
+        print(escape_controls(text, kept="\n"), file=sys.stderr, flush=True)
+
     diagnose = partial(diagnose_hub_error, repository=args.hub_model_id)
     try:
         with ExitStack() as temporary:
@@ -97,19 +101,19 @@ def main(argv: list[str] | None = None):
             prepare = cache(partial(prepare_pushes, args.folder, args.stock_twin, temporary, show))
             if args.dry_run:
                 for push in prepare(args.hub_model_id):
-                    print(list_files(push, args.branch, args.with_training_state))
+                    print(escape_controls(list_files(push, args.branch, args.with_training_state), kept="\n"))
                 return
             patience = Patience(args.hub_wait_seconds)
             attempt = partial(check if args.check else push_all, connect(patience), args, prepare)
-            print(patience.retry(attempt, diagnose, show))
+            print(escape_controls(patience.retry(attempt, diagnose, show), kept="\n"))
     except HUB_ERRORS as error:
         message, exit_code, _ = diagnose(error)
         advice = ": try again later" if exit_code == EXIT_CODE_HUB_UNREACHABLE else ""
-        parser.exit(exit_code, f"{message}{advice}.\n")
+        end(f"{message}{advice}.", exit_code)
     except ValueError as error:
-        parser.exit(EXIT_CODE_REFUSED, " ".join(str(error).split()) + "\n")
+        end(error, EXIT_CODE_REFUSED)
     except KeyboardInterrupt:
-        parser.exit(130, f"{args.folder or 'The check'} was interrupted: run the same command again to continue.\n")
+        end(f"{args.folder or 'The check'} was interrupted: run the same command again to continue.", 130)
 
 
 def check(api: HfApi, args: argparse.Namespace, *_) -> str:
@@ -179,7 +183,7 @@ def push_folder(
     repository, notes = open_repository(api, repository, private)
     if branch != "main":
         api.create_branch(repository, branch=branch, exist_ok=True)
-    rules = files[".gitignore"].read_text(encoding="utf-8") if ".gitignore" in files else None
+    rules = read_text(files[".gitignore"]) if ".gitignore" in files else None
     left_out = ignored_by_repository(api, repository, branch, list(files), rules)
     ask_storage(api, repository, branch)
     operations = [CommitOperationAdd(name, path) for name, path in files.items() if name not in left_out]
@@ -199,7 +203,7 @@ def push_folder(
         different |= {name for name in names if files.get(name) == root / name}
     if different := sorted(different - set(left_out)):
         raise FilesDiffer(f"files in {repository} differ from those in {folder}: {', '.join(different)}")
-    address = f"{api.endpoint}/{repository}"
+    address = without_signatures(f"{api.endpoint}/{repository}")
     if branch != "main":
         address += f"/tree/{branch}"
     if left_out:
@@ -248,7 +252,7 @@ def check_write_access(api: HfApi, repository: str, private: bool | None = None,
         api.delete_branch(repository, branch=branch, repo_type=repo_type)
     except (HTTPError, OSError):  # the right to push is proven all the same
         notes.append(f"the check's branch {branch} could not be deleted: delete it yourself")
-    return "; ".join([f"{api.endpoint}/{repository}", *notes])
+    return "; ".join([without_signatures(f"{api.endpoint}/{repository}"), *notes])
 
 
 def open_repository(

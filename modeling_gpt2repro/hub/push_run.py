@@ -25,7 +25,10 @@ from modeling_gpt2repro.runs.folder import (
     model_of_run,
     step_of,
 )
+from modeling_gpt2repro.storage.json_files import read_bounded
+from modeling_gpt2repro.storage.retry import without_signatures
 
+MAX_TEXT_BYTES = 2**22  # of a card or a .gitignore
 TWIN_SUFFIX = "-gpt2"  # of the repository with the plain GPT-2
 TWIN_SEQUENCES, TWIN_TOKENS = 2, 64  # whose logits are compared
 TWIN_TOLERANCE = 1e-3  # of the largest logit. In fp32 rounding is a few millionths of it (tests/hub/test_conversion.py)
@@ -72,7 +75,8 @@ def prepare_pushes(
         pushes.append(Push(f"{repository}{TWIN_SUFFIX}", twin))
         validate_repo_id(pushes[-1].repository)
         write_twin(pushes[0], twin)
-        link = TWIN_LINK.format(twin=pushes[-1].repository, address=f"{constants.ENDPOINT}/{pushes[-1].repository}")
+        address = without_signatures(f"{constants.ENDPOINT}/{pushes[-1].repository}")
+        link = TWIN_LINK.format(twin=pushes[-1].repository, address=address)
         add_section(pushes[0].folder, extra, "## Plain GPT-2", link)
     return pushes
 
@@ -144,8 +148,17 @@ def add_section(folder: Path, extra: Path, heading: str, text: str):
 
     cards = [path for path in (extra / "README.md", folder / "README.md") if path.is_file()]
     if cards:
-        card = replace_section(cards[0].read_text(encoding="utf-8"), text, heading)
+        card = replace_section(read_text(cards[0]), text, heading)
         (extra / "README.md").write_text(card, encoding="utf-8")
+
+
+def read_text(path: Path) -> str:
+    """A text file of a folder that is pushed; raises ValueError if it is none."""
+    try:
+        return read_bounded(path, MAX_TEXT_BYTES).decode()
+    except ValueError as error:
+        reason = "it is not UTF-8" if isinstance(error, UnicodeError) else error
+        raise ValueError(f"{path} cannot be read: {reason}.") from error
 
 
 def write_twin(original: Push, target: Path):

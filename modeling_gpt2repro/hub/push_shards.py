@@ -1,5 +1,6 @@
 """Push a folder of prepared shards to a dataset repository on the Hub, with a card; interrupted, it continues."""
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,8 @@ from huggingface_hub.errors import HTTPError
 from modeling_gpt2repro.data.shards.dataset import MANIFEST, SPLITS, read_manifest
 from modeling_gpt2repro.data.shards.nanogpt_format import SHARD_NAME
 from modeling_gpt2repro.data.shards.verify import verify_shards
+from modeling_gpt2repro.runs.read import HUB_ID
+from modeling_gpt2repro.storage.retry import without_signatures
 
 from .client import HUB_ERRORS, FilesDiffer, Patience, ask_storage, connect, diagnose_hub_error
 from .model_card import inherited_metadata, plain_text
@@ -96,6 +99,10 @@ def push_shards(
         raise ValueError(problems[0])
     manifest = read_manifest(folder)
     names = [entry["file"] for split in SPLITS for entry in manifest["splits"][split]["shards"]]
+    if not manifest["splits"]["train"]["shards"]:
+        raise ValueError(
+            f"{folder / MANIFEST} names no training shards, and nobody could train on them: nothing is pushed."
+        )
     refuse_links(folder, [])
     tokenizer = [name for name in files_to_push(folder, []) if name.startswith("tokenizer/")]
     repository, notes = open_repository(api, repository, private, "dataset")
@@ -120,7 +127,8 @@ def push_shards(
     different = {mismatch["path"] for mismatch in found.mismatches} | set(found.extra_paths)
     if different := sorted(different & {*names, *tokenizer, MANIFEST}):
         raise FilesDiffer(f"files in {repository} differ from those in {folder}: {', '.join(different[:3])}")
-    return "; ".join([f"{api.endpoint}/datasets/{repository} (commit {last.oid[:7]})", *notes])
+    address = without_signatures(f"{api.endpoint}/datasets/{repository}")
+    return "; ".join([f"{address} (commit {last.oid[:7]})", *notes])
 
 
 def commit_groups(folder: Path, names: list[str]) -> Iterator[list[str]]:
@@ -140,7 +148,7 @@ def commit_groups(folder: Path, names: list[str]) -> Iterator[list[str]]:
 def source_metadata(api: HfApi, source: dict) -> dict:
     """Licence and language of the dataset that the tokens were made of; {} if it is not on the Hub or not reached."""
     name, revision = source.get("dataset"), source.get("revision")
-    if not isinstance(name, str) or "/" not in name:
+    if not isinstance(name, str) or not re.fullmatch(HUB_ID, name, re.ASCII):
         return {}
     try:
         card = api.dataset_info(name, revision=revision if isinstance(revision, str) else None).card_data

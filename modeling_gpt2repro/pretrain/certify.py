@@ -41,6 +41,7 @@ from modeling_gpt2repro.runs.summary import without_paths
 from modeling_gpt2repro.runtime.collectives import run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error
 from modeling_gpt2repro.runtime.hardware import hardware_record
+from modeling_gpt2repro.runtime.progress import escape_controls
 from modeling_gpt2repro.runtime.signals import EXIT_CODE, StopSignal
 from modeling_gpt2repro.storage.checksums import sha256_of
 from modeling_gpt2repro.training import checkpoints
@@ -104,12 +105,12 @@ def certify(
         try:
             for window in windows:
                 for line in certify_window(window, replay, certificate):
-                    accelerator.print(line)
+                    accelerator.print(escape_controls(line, kept="\n"))
         except StoppedBySignal as signal_name:
             accelerator.print(f"Stopped by {signal_name}: nothing is certified, and the run is as it was.")
             return EXIT_CODE
         file = run_on_main_and_broadcast(accelerator, lambda: certificate.write(run.folder))
-    accelerator.print(f"\n{certificate.text()}\n\nwritten to   {file}")
+    accelerator.print(f"\n{escape_controls(certificate.text())}\n\nwritten to   {file}")
     return 1 if certificate.problems else 0
 
 

@@ -12,6 +12,7 @@ from modeling_gpt2repro.hub.model_card import FROM_SCRATCH, Origin, derived_orig
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproForCausalLM
 from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.command_line import InputErrors
+from modeling_gpt2repro.runtime.progress import escape_controls
 from modeling_gpt2repro.training import checkpoints
 from modeling_gpt2repro.training.arguments import TrainArguments
 from modeling_gpt2repro.training.validate import check_sizes
@@ -58,7 +59,7 @@ def find_checkpoint(args: TrainArguments, accelerator: Accelerator) -> Path | No
         lambda: checkpoints.find_resume_checkpoint(args.resume_from_checkpoint, output_dir, load_checkpoint_config),
     )
     for sentence in damaged:
-        accelerator.print(sentence)
+        accelerator.print(escape_controls(sentence))
     if checkpoint is not None and not checkpoint.is_dir():  # this is another machine, with a cache of its own
         checkpoint = checkpoints.open_named_checkpoint(args.resume_from_checkpoint, load_checkpoint_config)
     return checkpoint

@@ -34,6 +34,7 @@ from modeling_gpt2repro.runs.reference import GPT2_LABEL, gpt2_loss_of_shards
 from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.command_line import InputErrors, report_to_launcher
 from modeling_gpt2repro.runtime.hardware import flops_and_peak, hardware_record
+from modeling_gpt2repro.runtime.progress import escape_controls
 from modeling_gpt2repro.runtime.signals import EXIT_CODE, StopSignal, public_command
 from modeling_gpt2repro.storage.atomic import write_json
 from modeling_gpt2repro.storage.lock import FolderLock
@@ -186,7 +187,7 @@ def build_logger(
     changed = {} if args.certify else diff_arguments(output_dir, asdict(args), hardware, command)
     for name, (then, now) in changed.items():
         if name != "command":  # its flags are named one by one
-            accelerator.print(f"This run began with {name} {then} and continues with {now}.")
+            accelerator.print(escape_controls(f"This run began with {name} {then} and continues with {now}."))
     schedule = checkpoints.read_state(checkpoint)["schedule"] if checkpoint is not None else {}
     if message := learning_rate_message(schedule, asdict(args), state.step):
         accelerator.print(message)

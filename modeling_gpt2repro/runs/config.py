@@ -10,7 +10,7 @@ from pathlib import Path
 from modeling_gpt2repro.storage.atomic import write_json
 from modeling_gpt2repro.storage.json_files import is_size, is_text, read_json_object, require, shown
 
-from .folder import RUN_CONFIG_FILE
+from .folder import METRICS_FILE, RUN_CONFIG_FILE, SAMPLES_FILE, UPLOAD_LOG
 
 PROJECT = "gpt2repro"  # in pyproject.toml
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers", "tiktoken", "safetensors")
@@ -30,8 +30,10 @@ def make_writable(folder: Path, flag: str = "output_dir"):
         flag: That names it.
 
     Raises:
-        ValueError: If it cannot.
+        ValueError: If it cannot, or a file to which lines are appended is a link: to where, a stranger may have chosen.
     """
+    if links := [name for name in (METRICS_FILE, SAMPLES_FILE, UPLOAD_LOG) if (folder / name).is_symlink()]:
+        raise ValueError(f"{folder / links[0]} is a link: put the file itself in its place, or delete it.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

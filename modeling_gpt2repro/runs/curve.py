@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from modeling_gpt2repro.runtime.command_line import end
+from modeling_gpt2repro.runtime.progress import escape_controls
+
 from .assessment import Assessment, assess, default_reference, evaluation_points, reason_without
 from .folder import find_run
 from .read import FINEWEB_EDU, Run, read_run
@@ -163,11 +166,12 @@ def main(argv: list[str] | None = None):
             gpt2_loss = None if args.gpt2 is None else parse_gpt2_loss(args.gpt2, run)
             assessment = assess(run, gpt2_loss)
             if assessment is None:
-                print(f"{args.run}: no reference for this setting: {reason_without(run, gpt2_loss)}.")
+                answer = f"{args.run}: no reference for this setting: {reason_without(run, gpt2_loss)}."
             else:
-                print(f"{args.run}\n" + "".join(f"{n:<15}{line}\n" for n, line in assessment.lines().items()), end="")
+                answer = "\n".join([str(args.run), *(f"{n:<15}{line}" for n, line in assessment.lines().items())])
+            print(escape_controls(answer, kept="\n"))
     except (OSError, ValueError) as error:
-        parser.exit(2, f"{error}\n")
+        end(error)
     if args.output:
         from .plots import save_figure
 
@@ -175,7 +179,7 @@ def main(argv: list[str] | None = None):
             args.output.parent.mkdir(parents=True, exist_ok=True)
             print(save_figure(curve_figure(run, assessment), args.output, dpi=100))
         except OSError as error:
-            parser.exit(2, f"--output {args.output} cannot be written ({error.strerror}): give another.\n")
+            end(f"--output {args.output} cannot be written ({error.strerror}): give another.")
 
 
 def parse_gpt2_loss(text: str, run: Run) -> float:

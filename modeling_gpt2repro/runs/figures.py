@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from modeling_gpt2repro.runtime.command_line import end
+
 from .folder import LOSS_PICTURE, METRICS_FILE
 from .read import read_run
 
@@ -44,12 +46,12 @@ def main(argv: list[str] | None = None):
                 raise ValueError(f"{run.folder} has no numbers yet: plot it after its first evaluation.")
         paths = output_paths(args.output or args.runs[0], stem="figures" if len(runs) == 1 else "comparison")
     except (OSError, ValueError) as error:
-        parser.exit(2, f"{error}\n")
+        end(error)
     for path in paths:
         try:
             print(save_figure(plot_runs(runs), path))
         except OSError as error:
-            parser.exit(2, f"{path} cannot be written ({error.strerror}): give another --output.\n")
+            end(f"{path} cannot be written ({error.strerror}): give another --output.")
 
 
 def output_paths(output: Path, stem: str) -> list[Path]:

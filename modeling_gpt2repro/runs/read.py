@@ -12,11 +12,20 @@ import numpy as np
 from huggingface_hub import try_to_load_from_cache
 
 from modeling_gpt2repro.storage.atomic import write_json
-from modeling_gpt2repro.storage.json_files import is_count, is_size, parse_json, read_json_object, require, shown
+from modeling_gpt2repro.storage.json_files import (
+    is_count,
+    is_size,
+    parse_json,
+    read_bounded,
+    read_json_object,
+    require,
+    shown,
+)
 
 from .config import check_argument_types, read_run_config
 from .folder import BASELINES_FILE, METRICS_FILE, SAMPLES_FILE
 
+MAX_LINES_BYTES = 2**28  # of metrics.jsonl or samples.jsonl; 19,073 steps of the lecture's run have 8 MB
 OLD_BASELINES_FILE = "yardsticks.json"  # its keys end in _yardsticks; still read, never written
 MANIFEST = "manifest.json"  # of shards
 HUB_ID = r"\w[\w.-]{0,95}/\w[\w.-]{0,95}"  # owner/name, with re.ASCII
@@ -156,7 +165,10 @@ def read_run(folder: Path) -> Run:
     """
     if not (folder / METRICS_FILE).is_file():
         raise ValueError(f"{folder} is not a run: it has no {METRICS_FILE}; give the --output_dir of a training.")
-    lines = [line for line in (folder / METRICS_FILE).read_bytes().split(b"\n") if line]
+    try:
+        lines = [line for line in read_bounded(folder / METRICS_FILE, MAX_LINES_BYTES).split(b"\n") if line]
+    except ValueError as error:
+        raise ValueError(f"{folder / METRICS_FILE} cannot be read: {error}.") from error
     readable = [record for record in map(parse_record, lines) if record is not None]
     records, resumes = drop_undone_records(readable)
     config = read_run_config(folder)
@@ -202,8 +214,8 @@ def read_samples(folder: Path, prompt: str) -> list[tuple[int, str]]:
 def read_all_samples(folder: Path) -> dict[str, list[tuple[int, str]]]:
     """Prompt -> (step, text) of its first sample in each evaluation, as `read_samples`."""
     samples: dict[str, list[tuple[int, str]]] = {}
-    with suppress(OSError):
-        for line in (folder / SAMPLES_FILE).read_bytes().split(b"\n"):
+    with suppress(OSError, ValueError):
+        for line in read_bounded(folder / SAMPLES_FILE, MAX_LINES_BYTES).split(b"\n"):
             with suppress(ValueError):
                 record = parse_json(line)
                 require(type(record) is dict and type(record.get("prompt")) is str, "it has no prompt")

@@ -7,6 +7,7 @@ from itertools import chain, groupby
 from typing import TypeVar
 
 from modeling_gpt2repro.runtime.hardware import readable_duration
+from modeling_gpt2repro.runtime.progress import PRIVATE_PATH, last_part
 from modeling_gpt2repro.storage.json_files import is_text
 
 from .config import PACKAGES, PROJECT, project_address, without_folder
@@ -20,12 +21,23 @@ BUILT_IN_DATA = {  # English, like FineWeb-Edu
     "python-prose": "the English prose in Python's documentation",
     "stories": "English stories that a program has put together at random, written for this purpose",
 }
-# An absolute path or one from another folder; no relative one, and no address such as https://...
-PATH = re.compile(r"(?<![\w.:/\\~])(?:[A-Za-z]:|~[\w.-]*|\.\.)?[/\\][^\s,;:()'\"`|]+")
+PATH = re.compile(rf"{PRIVATE_PATH}[^\s,;:()'\"`|]+")
 MAX_TEXT = 300  # characters of a line that somebody else has chosen
 MAX_COMMAND = 2_000
 UNDONE = "undone by a resume from an earlier checkpoint"
-PROGRAMS = r"python[\d.]*|accelerate|accelerate-launch|torchrun|gpt2repro-train"  # that start a training
+# The words with which a command starts a training, a line each. Each flag of a launcher has a value, except for the
+# switches, so that no other program can be named: `python -c ...`, `torchrun --no_python ...`.
+START = re.compile(
+    r"""(?: gpt2repro-train
+    | (?: python[\d.]* (?:\n-u)?
+        | (?: accelerate\nlaunch | accelerate-launch | torchrun
+            | python[\d.]* \n-m\n (?: accelerate\.commands\.launch | torch\.distributed\.run ) )
+          (?: \n(?: -q | --(?: multi_gpu | cpu | use_fsdp | use_deepspeed | same_network | standalone | quiet | debug ))
+            | \n--(?!mod|no[_-]?p)\w[\w-]* [=\n] (?!\S*\.(?:py|sh)\b)\w[\w./:,=+-]* )* )
+      (?:\n-m)? \n(?:\w[\w-]*/)*train_accelerate(?:\.py)? )
+    (?: \n-- | \Z )""",
+    re.ASCII | re.VERBOSE,
+)
 
 
 def table(lines: dict[str, str]) -> str:
@@ -288,8 +300,8 @@ def shown_command(command: str | None, more: list[str]) -> str:
         words = shlex.split(command or "")
     except ValueError:  # a quotation mark without its partner
         return ""
-    programs = [word for word in words if not re.fullmatch(r"OMP_NUM_THREADS=\d+", word)]
-    if not programs or not re.fullmatch(PROGRAMS, programs[0]) or len(command) > MAX_COMMAND:
+    started = "\n".join(words[1:] if words and re.fullmatch(r"OMP_NUM_THREADS=\d+", words[0]) else words)
+    if not START.match(started) or len(command) > MAX_COMMAND:
         return ""
     return shlex.join([*words, *more])
 
@@ -378,8 +390,3 @@ def without_paths(text: str, run: Run) -> str:
     for value in sorted(known, key=len, reverse=True):
         text = text.replace(value, last_part(value))
     return PATH.sub(lambda found: last_part(found[0]), text)
-
-
-def last_part(path: str) -> str:
-    """'/home/me/tokens/' -> 'tokens'."""
-    return re.split(r"[/\\]+", path.rstrip("/\\"))[-1]

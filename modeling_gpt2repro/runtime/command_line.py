@@ -23,6 +23,8 @@ from difflib import get_close_matches
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+from .progress import escape_controls
+
 Arguments = TypeVar("Arguments")
 Result = TypeVar("Result")
 
@@ -288,10 +290,16 @@ def exit_with_errors(messages: list[str]) -> NoReturn:
     if len(messages) > 1:
         items = "".join(f"\n  - {message}" for message in messages)
         text = f"{script}: {len(messages)} problems; nothing was started:{items}"
-    text = as_typed(text)
+    text = escape_controls(as_typed(text), kept="\n")  # names in it may be a stranger's
     print(text, file=sys.stderr)
     report_to_launcher(text)
     raise SystemExit(2)
+
+
+def end(message: object, code: int = 2) -> NoReturn:
+    """End a program that has no more to say than this; the message becomes one line, safe for a terminal."""
+    print(escape_controls(" ".join(str(message).split())), file=sys.stderr)
+    raise SystemExit(code)
 
 
 def console_script() -> str | None:

@@ -1,10 +1,19 @@
-"""Progress bars, of steps, of tokens and of text; a countdown; and text that is safe to print."""
+"""Progress bars, of steps, of tokens and of text; a countdown; and text that is safe to show."""
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
+
+# How a path begins that names folders of a machine: /, ~ or ~jane/, ../, C:\. Not a relative one, nor https://...
+PRIVATE_PATH = r"(?<![\w.:/\\~])(?:[A-Za-z]:|~[\w.-]*|\.\.)?[/\\]"
+
+
+def last_part(path: str) -> str:
+    """'/home/me/tokens/' -> 'tokens'."""
+    return re.split(r"[/\\]+", path.rstrip("/\\"))[-1]
 
 
 def escape_controls(text: str, kept: str = "") -> str:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from .command_line import CONSOLE_SCRIPTS, is_notebook
 from .network import MAX_SAVE_TIME
+from .progress import PRIVATE_PATH, last_part
 
 EXIT_CODE = 143  # 128 + SIGTERM: schedulers read it as "terminated on request"
 # Ctrl-C reaches every process of a terminal, and a launcher may forward it to the same ones: still one Ctrl-C.
@@ -154,17 +155,16 @@ def hide_private(word: str, before: str) -> str:
     """A word of a command without folders of this machine, addresses of its cluster, and tokens of the Hub.
 
     "/home/me/data/edu" -> "edu"; "--mix=/data/a:0.7,b:0.3" -> "--mix=a:0.7,b:0.3"; "10.0.0.1" -> "HOST" where it
-    follows "--main_process_ip"; "hf_" and a token's letters -> "hf_...".
+    follows "--main_process_ip"; "hf_" and a token's letters -> "hf_..."; "https://me:secret@host" -> "https://host".
     """
     flag, _, value = word.partition("=")
     if before.replace("-", "_") in HOST_FLAGS:
         return "HOST"
     if value and flag.replace("-", "_") in HOST_FLAGS:
         return f"{flag}=HOST"
-    word = re.sub(
-        r"(^|[=,])(/[^,:=]*|[A-Za-z]:\\[^,:=]*)", lambda found: found[1] + PureWindowsPath(found[2]).name, word
-    )
-    return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "hf_...", word)
+    word = re.sub(r"(://)[^\s/]*@", r"\1", word)
+    word = re.sub(rf"(?<![^=,]){PRIVATE_PATH}[^,:=]*", lambda found: last_part(found[0]), word)
+    return re.sub(r"hf_[A-Za-z0-9]{16,}", "hf_...", word)
 
 
 def requested_num_processes() -> int | None:

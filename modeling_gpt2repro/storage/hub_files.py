@@ -7,7 +7,7 @@ from typing import BinaryIO, TypeVar
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from .retry import backoff_seconds, describe_error, http_error, is_refusal, is_transient
+from .retry import backoff_seconds, describe_error, http_error, is_refusal, is_transient, without_signatures
 
 Result = TypeVar("Result")
 OnWait = Callable[[str], None]
@@ -116,4 +116,6 @@ def describe_refusal(error: BaseException) -> str:
         return f"the Hub did not find it ({error})"
     response = answer.response
     asked = response.history[0].url if response.history else response.url  # redirects go to a signed address
-    return f"{response.url.host} answered {response.status_code} {response.reason_phrase} to {asked}"
+    return without_signatures(
+        f"{response.url.host} answered {response.status_code} {response.reason_phrase} to {asked}"
+    )

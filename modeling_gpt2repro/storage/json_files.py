@@ -33,14 +33,25 @@ def read_json_object(path: Path, any_numbers: bool = False, max_bytes: int = MAX
         OSError: If there is no such file, or the disk refuses it.
         ValueError: With what is wrong, to be put into a sentence that names the file.
     """
-    require(stat.S_ISREG(path.stat().st_mode), "it is not a file")  # opening a pipe would wait for a writer forever
-    with open(path, "rb") as file:
-        data = file.read(max_bytes + 1)
-    require(len(data) <= max_bytes, f"it is larger than {max_bytes:,} bytes")
+    data = read_bounded(path, max_bytes)
     hooks = {} if any_numbers else {"parse_float": _finite, "parse_int": _whole, "parse_constant": _finite}
     value = parse_json(data, **hooks)
     require(type(value) is dict, f"it holds {shown(value)} instead of an object")
     return value
+
+
+def read_bounded(path: Path, max_bytes: int) -> bytes:
+    """A whole file that may be a stranger's.
+
+    Raises:
+        OSError: If there is no such file, or the disk refuses it.
+        ValueError: If it is larger, or not a regular file: opening a pipe would wait for a writer forever.
+    """
+    found = path.stat()
+    require(stat.S_ISREG(found.st_mode), "it is not a file")
+    require(found.st_size <= max_bytes, f"it is larger than {max_bytes:,} bytes")
+    with open(path, "rb") as file:
+        return file.read(max_bytes)
 
 
 def require(condition: bool, problem: str):

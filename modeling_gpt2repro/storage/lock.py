@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import socket
+import stat
 import sys
 import threading
 import time
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
-from .json_files import parse_json
+from .json_files import parse_json, read_bounded, shown
 
 LOCK_FILE = "run.lock"
 RECORD_BYTES = 512  # always padded to this, so that one write replaces a record
+MAX_RECORD_BYTES = 2**16  # that are read of a lock file, which may be a stranger's
 LOCKED_BYTE = 2**30  # the byte that Windows locks: beyond the record, because a locked byte cannot be read there
 POLL_SECONDS = 0.5
 BEAT_SECONDS = 2.0
@@ -236,8 +238,8 @@ class FolderLock:
     def _holder(self) -> dict:
         """The record of the file that now has the lock's name; empty if there is none."""
         try:
-            return parse_record(self.path.read_bytes())
-        except FileNotFoundError:
+            return parse_record(read_bounded(self.path, MAX_RECORD_BYTES))
+        except (FileNotFoundError, ValueError):  # something else was put there
             return {}
 
     def _close(self):
@@ -257,7 +259,16 @@ def print_now(message: str):
 
 def open_in_place(path: Path) -> BinaryIO:
     """Open a file to read and write, created but never emptied; programs that this one starts do not inherit it."""
-    return open(path, "rb+", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))
+    return open(path, "rb+", buffering=0, opener=_open_regular_file)
+
+
+def _open_regular_file(name: str, flags: int) -> int:
+    """A folder may be a stranger's: a link could lead to a file elsewhere, which would be overwritten."""
+    descriptor = os.open(name, flags | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a file")
+    return descriptor
 
 
 def try_lock(file: BinaryIO) -> bool | None:
@@ -290,7 +301,8 @@ def describe(holder: dict) -> str:
     """{"pid": 7, "host": "a", "since": "2025-09-30 12:00:00+02:00"} -> 'process 7 on host a since 2025-...'."""
     if not holder:
         return "another program"
-    return f"process {holder.get('pid')} on host {holder.get('host')} since {holder.get('since')}"
+    pid, host, since = (shown(holder.get(name)).strip("'") for name in ("pid", "host", "since"))
+    return f"process {pid} on host {host} since {since}"
 
 
 def machine_id() -> str:

@@ -23,6 +23,7 @@ JSON_FILES = (  # those that transformers parses while it loads a model or a tok
     "added_tokens.json",
     "vocab.json",
 )
+TEXT_FILES = ("merges.txt", "chat_template.jinja")  # those that it reads whole, too
 MAX_JSON_BYTES = 2**27  # tokenizer.json of 260,000 tokens has 35 MB
 # In the order in which transformers looks for them; the second of each pair lists several files.
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
@@ -84,6 +85,9 @@ def check_json_files(source: str, revision: str | None = None) -> dict:
         if path := find_file(source, name, revision):
             content = read_json(path)
             config = content if name == "config.json" else config
+    for name in TEXT_FILES if os.path.isdir(source) else ():
+        if (path := find_file(source, name)) and path.stat().st_size > MAX_JSON_BYTES:
+            raise LoadingError(f"its {name} has more than {MAX_JSON_BYTES:,} bytes.")
     check_sizes(config)
     return config
 

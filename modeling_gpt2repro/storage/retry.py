@@ -68,5 +68,9 @@ def describe_error(error: BaseException) -> str:
 
 
 def without_signatures(text: str) -> str:
-    """'503 for url https://s3/x?signature=1' -> '503 for url https://s3/x': those who have it may use the address."""
+    """'503 for url https://s3/x?signature=1' -> '503 for url https://s3/x': those who have it may use the address.
+
+    The same for a password: 'https://me:secret@mirror' -> 'https://mirror'.
+    """
+    text = re.sub(r"(https?://)[^\s/?]*@", r"\1", text)
     return re.sub(r"(https?://[^\s?]*)\?[^\s')]*", r"\1", text)

@@ -54,6 +54,10 @@ MANIFESTS = {
     "text bytes": (lambda m: m["splits"]["train"].update(text_bytes=-1), "text_bytes of train is -1"),
     "documents": (lambda m: m["splits"]["train"].pop("documents"), "it has no documents of train"),
     "source": (lambda m: m.update(source=[]), "source is []"),
+    "a long name": (shard(file=f"train_{'0' * 5000}.npy"), "'train_000000"),
+    "digits of another alphabet": (shard(file="train_\u0660\u0661\u0662\u0663\u0664\u0665.npy"), "'train_\\u0660"),
+    "no tokenizer's name": (lambda m: m["tokenizer"].pop("name"), "the tokenizer's name is None"),
+    "document length": (lambda m: m["source"].update(document_length="x"), "document_length is 'x'"),
 }
 
 
@@ -62,6 +66,19 @@ def test_a_manifest_that_no_preparation_writes(folder, kind, one_sentence):
     change, sentence = MANIFESTS[kind]
     edit_json(folder / "manifest.json", change)
     assert f"is damaged ({sentence}" in refusal(folder, one_sentence)
+
+
+OTHER_IDS = {
+    "vocabulary": lambda manifest: manifest["tokenizer"].update(vocab_size=65536),
+    "end of text": lambda manifest: manifest.update(end_of_text_id=5),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_IDS)
+def test_a_manifest_with_other_ids_than_its_tokenizer(folder, kind, one_sentence):
+    """Training would find out in the middle, by an id that the model does not have."""
+    edit_json(folder / "manifest.json", OTHER_IDS[kind])
+    assert "is not the tokenizer that these shards were made with" in refusal(folder, one_sentence)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -124,6 +141,15 @@ def test_a_shard_of_the_lecture_that_is_no_array_of_ids(tmp_path, kind, one_sent
 def test_something_else_in_place_of_a_file(folder, name, kind, one_sentence):
     put_in_place(folder / name, kind)
     assert name in refusal(folder, one_sentence)
+
+
+def test_bytes_after_the_last_id_are_found(folder, one_sentence):
+    """Half an id ended the verification with numpy's message, and a hash of the ids does not cover the rest."""
+    path = folder / "train_000000.npy"
+    path.write_bytes(path.read_bytes() + b"x")
+    assert "train_000000.npy is truncated or damaged (it has 1 bytes after" in refusal(folder, one_sentence)
+    [problem] = verify_shards(folder)
+    assert "it has 1 bytes after its last id" in problem
 
 
 def test_a_shard_with_a_longer_header_is_verified_from_its_first_id(folder):

@@ -1,10 +1,12 @@
 """The description of prepared data: figures, documents at the ends of a shard, and marks where they are cut."""
 
 import json
+import shutil
 import time
 
 import numpy as np
 import pytest
+from damage import edit_json
 
 from modeling_gpt2repro.data import describe
 from modeling_gpt2repro.data.describe import PERCENTILES, ShardIndex, document_lengths, excerpt, index_shards
@@ -49,6 +51,29 @@ def test_the_figures_are_those_of_the_documents(token_shards, capsys):
             assert shown in lengths
             assert sum(length <= shown for length in lengths) >= len(lengths) * percent / 100
             assert sum(length < shown for length in lengths) <= len(lengths) * percent / 100
+
+
+@pytest.mark.parametrize("name", ["\x1b[2Jred", "a\nb"])
+def test_names_of_a_manifest_are_no_commands_to_a_terminal(token_shards, tmp_path, capsys, name):
+    folder = shutil.copytree(token_shards.folder, tmp_path / "shards")
+    edit_json(folder / "manifest.json", lambda manifest: manifest["tokenizer"].update(name=name))
+    assert f"tokenizer {name.encode('unicode_escape').decode()}, 300 ids" in description(capsys, folder)
+
+
+def test_a_split_without_shards_is_described(token_shards, tmp_path, capsys):
+    folder = shutil.copytree(token_shards.folder, tmp_path / "shards")
+    empty = {"shards": [], "tokens": 0, "documents": 0, "text_bytes": 0}
+    edit_json(folder / "manifest.json", lambda manifest: manifest["splits"]["train"].update(empty))
+    assert "validation_000000.npy:" in description(capsys, folder)
+
+
+def test_documents_of_an_equal_length_that_do_not_fill_a_shard(token_shards, tmp_path, capsys):
+    folder = shutil.copytree(token_shards.folder, tmp_path / "shards")
+    edit_json(folder / "manifest.json", lambda manifest: manifest["source"].update(document_length=7))
+    with pytest.raises(SystemExit):
+        describe.main([str(folder)])
+    sentence = f"shard {folder / 'train_000000.npy'} does not hold whole documents of 7 tokens.\n"
+    assert capsys.readouterr().err == sentence
 
 
 def test_lengths_by_hand():

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from damage import edit_json
 from huggingface_hub import HfApi, constants, metadata_load
 from pushing import files_in
 
@@ -132,6 +133,24 @@ def test_names_cannot_break_out_of_the_card():
     rows = [line for line in body.splitlines() if line.startswith("| source")]
     assert rows
     assert rows[0].count("|") == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b/../../whoami-v2", "x/y\n---\nlicense: evil", "../x", "x/y](http://evil)", "a/b?c"]
+)
+def test_a_source_that_is_no_name_on_the_hub_is_not_asked_for(name):
+    api = Mock()
+    assert push_shards.source_metadata(api, {"dataset": name}) == {}
+    assert api.mock_calls == []
+
+
+def test_shards_to_train_on_are_needed(here, prepared, capsys):
+    empty = {"shards": [], "tokens": 0, "documents": 0, "text_bytes": 0}
+    edit_json(prepared / MANIFEST, lambda manifest: manifest["splits"]["train"].update(empty))
+    for path in prepared.glob("train_*.npy"):
+        path.unlink()
+    assert push(prepared, "tokens-8") == 2
+    assert "manifest.json names no training shards" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -96,26 +96,6 @@ def test_a_hub_that_is_away_for_a_while_costs_nothing_but_time(cache, here, repo
     assert {path.name for path in opened.folder.glob("*.npy")} == {path.name for path in folder.glob("*.npy")}
 
 
-def test_a_shard_that_arrives_damaged_is_downloaded_again(cache, here, repository, monkeypatch, token_shards):
-    name, folder = repository
-    fetch = hub_shards.download
-    damaged = []
-
-    def damage_once(name, file, commit):
-        path = fetch(name, file, commit)
-        if file.startswith("train_000001") and not damaged:
-            damaged.append(path)
-            with open(path.resolve(), "r+b") as blob:
-                blob.seek(-1, 2)
-                blob.write(b"\xff")
-        return path
-
-    monkeypatch.setattr(hub_shards, "download", damage_once)
-    open_shards(f"hf://{name}")
-    assert damaged
-    assert damaged[0].read_bytes() == (folder / damaged[0].name).read_bytes()
-
-
 def test_a_shard_that_is_not_what_the_manifest_says_is_refused(cache, here, repository):
     name, folder = repository
     ids = np.load(folder / "train_000001.npy")
@@ -131,6 +111,27 @@ def test_a_download_in_which_a_shard_is_missing_names_it(cache, repository):
     (folder / "train_000002.npy").unlink()
     with pytest.raises(ValueError, match=r"it lacks train_000002\.npy, which its manifest\.json names"):
         open_shards(f"hf://{name}")
+
+
+@pytest.mark.parametrize("where", ["header", "end"])
+def test_a_shard_that_arrives_damaged_is_downloaded_again(cache, here, repository, monkeypatch, where):
+    name, folder = repository
+    fetch = hub_shards.download
+    damaged = []
+
+    def damage_once(name, file, commit):
+        path = fetch(name, file, commit)
+        if file.startswith("train_000001") and not damaged:
+            damaged.append(path)
+            with open(path.resolve(), "r+b") as blob:
+                blob.seek(*((0, 0) if where == "header" else (-1, 2)))
+                blob.write(b"\xff")
+        return path
+
+    monkeypatch.setattr(hub_shards, "download", damage_once)
+    open_shards(f"hf://{name}")
+    assert damaged
+    assert damaged[0].read_bytes() == (folder / damaged[0].name).read_bytes()
 
 
 @pytest.mark.parametrize("file", ["../../../evil.npy", "/tmp/evil.npy", "train_000001.npy/../x.npy", "a.py"])
@@ -166,6 +167,10 @@ def test_a_disk_that_is_too_small_is_found_out_before_a_shard_is_downloaded(cach
         ("hf://user", "is not of the form hf://OWNER/NAME or hf://OWNER/NAME@REVISION"),
         ("hf://user/../x", "is not of the form"),
         ("hf://user/name@a b", "is not of the form"),
+        ("hf://user/shards-empty@..", "is not of the form"),  # which became a path in the cache
+        ("hf://user/shards-empty@a/../../b", "is not of the form"),
+        ("hf://user/shards-empty@/etc/passwd", "is not of the form"),
+        ("hf://user/shards-empty@C:\\x", "is not of the form"),
         ("hf://user/not-there", "there is none of this name, or it is private"),
         ("hf://user/shards-empty@elsewhere", "it has no revision 'elsewhere'"),
         ("hf://user/shards-empty", "it has neither manifest.json nor shards of build-nanogpt or llm.c"),

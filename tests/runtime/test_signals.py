@@ -48,7 +48,7 @@ def test_the_command_for_a_model_card_is_without_what_is_only_of_this_machine(mo
         "--rdzv-endpoint=n1:29",
     ]
     typed += ["/home/me/gpt2repro/train_accelerate.py", "--output_dir", "/home/me/runs/a b", "--seed=7"]
-    typed += ["--mix=/data/edu:0.7,own/code:0.3", "--init_from", "C:\\models\\mine", "--tokenizer", "../tok"]
+    typed += ["--mix=/data/edu:0.7,own/code:0.3", "--init_from", "C:\\models\\mine", "--tokenizer", "../me/tok"]
     typed += [
         "--hub_model_id",
         "hf_" + "aB3" * 11 + "x",
@@ -60,13 +60,35 @@ def test_the_command_for_a_model_card_is_without_what_is_only_of_this_machine(mo
     monkeypatch.setattr(signals, "launcher_command", lambda: typed)
     command = (
         "accelerate launch --main_process_ip HOST --rdzv-endpoint=HOST train_accelerate.py --output_dir 'a b' --seed=7 "
-        "--mix=edu:0.7,own/code:0.3 --init_from mine --tokenizer ../tok --hub_model_id hf_... --shards hf://o/n@main"
+        "--mix=edu:0.7,own/code:0.3 --init_from mine --tokenizer tok --hub_model_id hf_... --shards hf://o/n@main"
     )
     assert public_command(torch.device("cuda")) == command
     assert public_command(torch.device("cpu")) == f"OMP_NUM_THREADS={torch.get_num_threads()} {command}"
     for program in ("/usr/lib/ipykernel_launcher.py", ""):  # its command is not that of the run
         monkeypatch.setattr(sys, "argv", [program])
         assert public_command(torch.device("cuda")) is None
+
+
+TOKEN = "hf_" + "aB3" * 11
+
+
+@pytest.mark.parametrize(
+    ("word", "public"),
+    [
+        ("--init_from=../../home/me/model", "--init_from=model"),
+        ("--mix=~me/a:0.5,../b:0.3,~/c/:0.2", "--mix=a:0.5,b:0.3,c:0.2"),
+        ("..\\me\\tokens", "tokens"),
+        ("runs/a", "runs/a"),
+        ("hf://owner/name@main", "hf://owner/name@main"),
+        ("https://me:secret@mirror/a/b", "https://mirror/a/b"),
+        ("--x=http://secret@mirror", "--x=http://mirror"),
+        (f"--hub_model_id=me/{TOKEN}", "--hub_model_id=me/hf_..."),
+        (f"x{TOKEN}", "xhf_..."),
+        ("/", ""),
+    ],
+)
+def test_a_word_without_folders_and_secrets(word, public):
+    assert signals.hide_private(word, before="") == public
 
 
 SIGNAL_TO_RANK_1 = """

@@ -307,6 +307,9 @@ class State:
     def log(self, handler: Handler, status: int | str | None) -> None:
         line = {"origin": handler.origin, "method": handler.command, "path": handler.path, "status": status}
         line |= {"range": handler.headers.get("Range"), "auth": "Authorization" in handler.headers}
+        others = "\n".join(value for name, value in handler.headers.items() if name.lower() != "authorization")
+        sent = f"{handler.path}\n{others}\n".encode() + handler.body
+        line["token_elsewhere"] = any(token.encode() in sent for token in ROLES)  # than in the header that is for it
         with self.lock, (self.root / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
 

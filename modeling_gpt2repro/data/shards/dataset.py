@@ -13,7 +13,7 @@ import numpy as np
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, tokenizer_sha256
 from modeling_gpt2repro.storage.checksums import is_sha256
 from modeling_gpt2repro.storage.hub_files import is_on_hub
-from modeling_gpt2repro.storage.json_files import is_count, is_size, read_json_object, require, shown
+from modeling_gpt2repro.storage.json_files import is_count, is_size, is_text, read_json_object, require, shown
 
 from .nanogpt_format import SHARD_NAME, find_nanogpt_shards, nanogpt_manifest, open_ids
 from .shard_file import ShardFile, allow_open_files
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # importing transformers takes a second, and --help does with
 MANIFEST = "manifest.json"
 SPEC_FILE = "plan.json"  # there while a preparation is unfinished, see prepare/spec.py
 FORMAT = 1
-MAX_MANIFEST_BYTES = 2**28  # of FineWeb's 15 T tokens in shards of 100 M, it has about 40 MB
+MAX_MANIFEST_BYTES = 2**26  # of FineWeb's 15 T tokens in shards of 100 M, it has about 40 MB
 SPLITS = ("train", "validation")
 
 
@@ -38,12 +38,12 @@ class TokenDataset:
 
     def shards(self, split: str) -> list[np.ndarray]:
         """Memory maps (n,) uint16 of the split's shards, in order; the disk is read only where they are indexed."""
-        return [_open_shard(self.folder / file, tokens) for file, tokens, _ in _shard_entries(self.manifest, split)]
+        return [open_shard(self.folder / file, tokens) for file, tokens, _ in _shard_entries(self.manifest, split)]
 
     def shard_files(self, split: str) -> list[ShardFile]:
         """The same for training, which must outlive files that vanish: see `ShardFile`."""
         entries = _shard_entries(self.manifest, split)
-        offsets = [_open_shard(self.folder / file, tokens).offset for file, tokens, _ in entries]
+        offsets = [open_shard(self.folder / file, tokens).offset for file, tokens, _ in entries]
         allow_open_files(len(entries))
         return [
             ShardFile(self.folder / file, at, tokens) for (file, tokens, _), at in zip(entries, offsets, strict=True)
@@ -94,7 +94,7 @@ def shard_problems(folder: Path, manifest: dict) -> dict[str, str]:
     for split in SPLITS:
         for file, tokens, _ in _shard_entries(manifest, split):
             try:
-                _open_shard(folder / file, tokens)
+                open_shard(folder / file, tokens)
             except ValueError as error:
                 problems[file] = str(error)
     return problems
@@ -107,7 +107,9 @@ def open_tokenizer(folder: Path, manifest: dict) -> PreTrainedTokenizerFast:
         ValueError: If it does not load, or is not the manifest's.
     """
     tokenizer = load_tokenizer_folder(folder / "tokenizer")
-    if tokenizer_sha256(tokenizer) != manifest["tokenizer"]["sha256"]:
+    # The hash covers the other two, but a stranger's manifest may name a larger vocabulary than there is.
+    found = tokenizer_sha256(tokenizer), len(tokenizer), tokenizer.eos_token_id
+    if found != (manifest["tokenizer"]["sha256"], manifest["tokenizer"]["vocab_size"], manifest["end_of_text_id"]):
         raise ValueError(
             f"{folder / 'tokenizer'} is not the tokenizer that these shards were made with: prepare the data again."
         )
@@ -141,6 +143,9 @@ def _check_manifest(manifest: dict):
         require(type(manifest.get(name)) is dict, f"{name} is {shown(manifest.get(name))}")
     tokenizer = manifest["tokenizer"]
     require(is_sha256(tokenizer.get("sha256")), "it has no SHA-256 of the tokenizer")
+    require(is_text(tokenizer.get("name")), f"the tokenizer's name is {shown(tokenizer.get('name'))}")
+    length = manifest["source"].get("document_length", 1)
+    require(is_count(length, minimum=1), f"document_length is {shown(length)}")
     size, end_of_text = tokenizer.get("vocab_size"), manifest.get("end_of_text_id")
     require(is_count(size, minimum=1), f"vocab_size is {shown(size)}")
     require(is_count(end_of_text) and end_of_text < size, f"end_of_text_id is {shown(end_of_text)}")
@@ -171,7 +176,8 @@ def _shard_entries(manifest: dict, split: str) -> list[tuple[str, int, str]]:
     return [(entry["file"], entry["tokens"], entry["sha256"]) for entry in manifest["splits"][split]["shards"]]
 
 
-def _open_shard(path: Path, tokens: int) -> np.memmap:
+def open_shard(path: Path, tokens: int) -> np.memmap:
+    """Memory-map the ids (tokens,) of a shard; raises ValueError if it is missing, truncated or foreign."""
     try:
         ids = open_ids(path)
     except FileNotFoundError:

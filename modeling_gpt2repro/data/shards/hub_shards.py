@@ -18,14 +18,15 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from modeling_gpt2repro.runtime.progress import SteadyBar
 from modeling_gpt2repro.storage.checksums import sha256_of
 from modeling_gpt2repro.storage.hub_files import dataset_commit, retry_hub_read
-from modeling_gpt2repro.storage.retry import describe_error
+from modeling_gpt2repro.storage.retry import describe_error, without_signatures
 
 from .dataset import MANIFEST, MAX_MANIFEST_BYTES, SPLITS, read_manifest
 from .nanogpt_format import NANOGPT_NAME
 from .verify import content_problems
 
-# hf://owner/name, hf://owner/name@revision; as elsewhere on the Hub, datasets/ may stand before the name.
-ADDRESS = re.compile(r"hf://(?:datasets/)?([\w-][\w.-]*/[\w-][\w.-]*)(?:@([^@\s]+?))?/?", re.ASCII)
+# hf://owner/name, hf://owner/name@revision; as elsewhere on the Hub, datasets/ may stand before the name. A revision
+# becomes a path in the cache; git, too, allows no ".." in one.
+ADDRESS = re.compile(r"hf://(?:datasets/)?([\w-][\w.-]*/[\w-][\w.-]*)(?:@(?!\S*\.\.)([\w-][\w.+/-]*?))?/?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 DOWNLOADS = 4  # files at a time
@@ -65,7 +66,8 @@ def pin_address(address: str) -> str:
         reason = " ".join(str(error).split())
         raise ValueError(f"the Hub cannot be reached for {address} ({reason}): try again where it can.") from error
     except (OSError, ValueError, HTTPError) as error:
-        raise ValueError(f"{address} cannot be opened: {' '.join(str(error).split())}") from error
+        reason = without_signatures(" ".join(str(error).split()))
+        raise ValueError(f"{address} cannot be opened: {reason}") from error
     # Where the client looks for it when it is offline.
     reference = cache_folder(name) / "refs" / (revision or constants.DEFAULT_REVISION)
     reference.parent.mkdir(parents=True, exist_ok=True)

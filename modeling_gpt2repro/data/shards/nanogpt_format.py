@@ -13,9 +13,11 @@ from modeling_gpt2repro.storage.json_files import require
 # plain: train_000000.npy. karpathy: what build-nanogpt's fineweb.py writes and its train_gpt2.py finds by name.
 LAYOUTS = ("plain", "karpathy")
 KARPATHY_SPLITS = {"train": "train", "validation": "val"}
-SHARD_NAME = re.compile(r"(?:(?:train|validation)|edufineweb_(?:train|val))_\d{6,}\.npy")
+SHARD_NAME = re.compile(r"(?:(?:train|validation)|edufineweb_(?:train|val))_\d{6,12}\.npy", re.ASCII)
 # What build-nanogpt's fineweb.py writes, and llm.c's scripts: fineweb_train_000001.bin, tiny_shakespeare_val.bin.
-NANOGPT_NAME = re.compile(r"(edufineweb)_(train|val)_\d{6,}(\.npy)|([\w-]+)_(train|val)(?:_\d{6,})?(\.bin)", re.ASCII)
+NANOGPT_NAME = re.compile(
+    r"(edufineweb)_(train|val)_\d{6,12}(\.npy)|([\w-]{1,100})_(train|val)(?:_\d{6,12})?(\.bin)", re.ASCII
+)
 LLMC_HEADER_BYTES = 1024  # 256 integers of 32 bits, of which three are used; llm.c, dev/data/data_common.py
 LLMC_MAGIC = 20240520
 LLMC_GPT2 = 1  # version: GPT-2's ids, of 16 bits; 7 are Llama 3's
@@ -121,7 +123,10 @@ def open_npy(path: Path) -> np.ndarray:
     try:
         with open(path, "rb") as file:
             check_npy_header(file)
-        return np.lib.format.open_memmap(path, mode="r")
+        array = np.lib.format.open_memmap(path, mode="r")
+        more = path.stat().st_size - array.offset - array.nbytes
+        require(not more, f"it has {more:,} bytes after its last id")
+        return array
     except FileNotFoundError:
         raise
     except (OSError, OverflowError) as error:  # the second of a shape whose sizes multiply to more than 64 bits

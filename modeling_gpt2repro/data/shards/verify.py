@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .dataset import MANIFEST, SPLITS, open_tokenizer, read_manifest, shard_problems
-from .nanogpt_format import SHARD_NAME, open_npy
+from .dataset import MANIFEST, SPLITS, open_shard, open_tokenizer, read_manifest, shard_problems
+from .nanogpt_format import SHARD_NAME
 
 CHUNK_TOKENS = 2**22  # held in memory at a time
 
@@ -61,7 +61,12 @@ def content_problems(folder: Path, manifest: dict, entries: list[dict]) -> Itera
         digest = hashlib.sha256()
         documents = 0
         largest_id = 0
-        for ids in _chunks(path):
+        try:
+            offset = open_shard(path, entry["tokens"]).offset
+        except ValueError as error:
+            yield str(error)
+            continue
+        for ids in _chunks(path, offset):
             digest.update(ids)
             documents += int(np.count_nonzero(ids == manifest["end_of_text_id"]))
             largest_id = max(largest_id, int(ids.max()))
@@ -73,10 +78,9 @@ def content_problems(folder: Path, manifest: dict, entries: list[dict]) -> Itera
             yield f"shard {path} has the id {largest_id}, which the tokenizer does not have: prepare the data again."
 
 
-def _chunks(path: Path) -> Iterator[np.ndarray]:
+def _chunks(path: Path, offset: int) -> Iterator[np.ndarray]:
     """Yield the shard's ids in pieces; a memory map would count as memory of this process."""
-    header_bytes = open_npy(path).offset
     with open(path, "rb") as file:
-        file.seek(header_bytes)
+        file.seek(offset)
         while data := file.read(2 * CHUNK_TOKENS):
             yield np.frombuffer(data, dtype="<u2")

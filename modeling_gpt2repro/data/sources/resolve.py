@@ -9,6 +9,7 @@ from huggingface_hub import HfFileSystem
 from huggingface_hub.errors import HTTPError
 
 from modeling_gpt2repro.storage.hub_files import OnWait, dataset_commit, is_on_hub, retry_hub_read
+from modeling_gpt2repro.storage.retry import without_signatures
 
 from .documents import BadLines, Document, Partition, read_partition
 from .files import TEXT_KINDS, file_kind, file_state, find_files, is_compressed
@@ -135,7 +136,8 @@ def hub_source(
             "--preset quickstart, or prepare data where there is one and give --shards DIR."
         ) from error
     except (OSError, ValueError, RuntimeError, HTTPError) as error:  # RuntimeError: a dataset that is a script
-        raise ValueError(f"the Hub's dataset {name} does not open: {' '.join(str(error).split())}") from error
+        reason = without_signatures(" ".join(str(error).split()))
+        raise ValueError(f"the Hub's dataset {name} does not open: {reason}") from error
     return Source(
         partitions,
         {

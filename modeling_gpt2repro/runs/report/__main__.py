@@ -14,6 +14,8 @@ from pathlib import Path
 
 from modeling_gpt2repro.runs.config import make_writable
 from modeling_gpt2repro.runs.folder import REPORT_FILE, find_run
+from modeling_gpt2repro.runtime.command_line import end
+from modeling_gpt2repro.runtime.progress import escape_controls
 from modeling_gpt2repro.storage.atomic import atomic_write
 
 from .markdown import Report
@@ -40,15 +42,15 @@ def main(argv: list[str] | None = None):
         make_writable(output.absolute().parent, "output")
         report = write_report(folder)
     except (OSError, ValueError) as error:
-        parser.exit(2, f"{error}\n")
+        end(error)
     for remark in report.remarks:
-        print(remark, file=sys.stderr)
+        print(escape_controls(remark), file=sys.stderr)
     try:
         for path, content in files_of(report, output).items():
             with atomic_write(path) as file:
                 file.write(content)
     except OSError as error:
-        parser.exit(2, f"{output} cannot be written ({error.strerror}): give another --output.\n")
+        end(f"{output} cannot be written ({error.strerror}): give another --output.")
     print(output)
 
 

@@ -12,7 +12,7 @@ from modeling_gpt2repro.runs.assessment import assess, find_gpt2_loss, reason_wi
 from modeling_gpt2repro.runs.curve import curve_figure
 from modeling_gpt2repro.runs.folder import HELLASWAG_FILE, SAMPLES_FILE
 from modeling_gpt2repro.runs.plots import STEP_PANELS, Panel, hellaswag_panel, loss_panel, plot_panels, step_panel
-from modeling_gpt2repro.runs.read import HELLASWAG_METRICS, Run, read_all_samples
+from modeling_gpt2repro.runs.read import HELLASWAG_METRICS, MAX_LINES_BYTES, Run, read_all_samples
 from modeling_gpt2repro.runs.reference import GPT2_LABEL
 from modeling_gpt2repro.runs.summary import (
     hellaswag_value,
@@ -21,7 +21,7 @@ from modeling_gpt2repro.runs.summary import (
     used_public_hellaswag,
     without_paths,
 )
-from modeling_gpt2repro.storage.json_files import is_count, parse_json, require
+from modeling_gpt2repro.storage.json_files import is_count, parse_json, read_bounded, require
 
 from .markdown import Report, rows
 
@@ -117,7 +117,7 @@ def count_examples(path: Path, report: Report) -> int:
     """The examples of the last evaluation; 0 if the file is not there or damaged."""
     found = set()
     try:
-        for line in path.read_bytes().splitlines():
+        for line in read_bounded(path, MAX_LINES_BYTES).splitlines():
             record = parse_json(line)
             require(type(record) is dict and is_count(record.get("row")), "a line has no row")
             found.add(record["row"])
