@@ -66,7 +66,8 @@ def test_one_process_downloads_and_the_run_is_the_one_on_local_shards(
     assert downloads == dict.fromkeys(downloads, 1)
     assert {path.name for path in folder.glob("*.npy")} <= downloads.keys()
     # As after an interruption: from the checkpoint, with the same shards in a cache that is empty again.
-    shutil.rmtree(Path(warm_python.environment["HF_HOME"], "hub", address.replace("hf://", "datasets--").replace("/", "--")))
+    cache = Path(warm_python.environment["HF_HOME"], "hub")
+    shutil.rmtree(cache / address.replace("hf://", "datasets--").replace("/", "--"))
     for name, data in (("disk", shards), ("hub", address)):
         for finished in ("model", "step-000006"):
             shutil.rmtree(tmp_path / name / finished)
