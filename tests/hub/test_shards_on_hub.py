@@ -15,6 +15,7 @@ from toy_runs import TOKENS_PER_STEP, logged_values, train_here
 from modeling_gpt2repro.data.shards import dataset, hub_shards
 from modeling_gpt2repro.data.shards.dataset import MANIFEST, open_shards
 from modeling_gpt2repro.data.shards.nanogpt_format import LLMC_HEADER_BYTES, LLMC_MAGIC
+from modeling_gpt2repro.runs.reference import gpt2_loss_of_shards, gpt2_score_file
 from modeling_gpt2repro.storage import hub_files
 
 counter = itertools.count()
@@ -195,6 +196,21 @@ def test_offline_the_last_download_is_opened(cache, repository, monkeypatch, tok
     open_shards(f"hf://{name}@main")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert open_shards(f"hf://{name}").fingerprint == token_shards.fingerprint
+
+
+def test_gpt2s_loss_is_kept_beside_all_commits_of_the_shards(cache, repository, token_shards):
+    name, folder = repository
+    open_shards(f"hf://{name}")
+    score = gpt2_score_file(f"hf://{name}")
+    assert score.parent.is_dir()
+    report = {"model": "gpt2", "shards_fingerprint": token_shards.fingerprint, "results": {"validation_loss": 3.31}}
+    score.write_text(json.dumps(report))
+    (folder / "notes.txt").write_text("a new commit")
+    pinned = hub_shards.pin_address(f"hf://datasets/{name}@main")
+    for address in (f"hf://{name}", pinned):
+        assert gpt2_loss_of_shards(address, token_shards.fingerprint) == 3.31
+    assert gpt2_loss_of_shards("hf://user/other", token_shards.fingerprint) is None
+    assert open_shards(pinned).fingerprint == token_shards.fingerprint
 
 
 def write_llmc(path, ids, version=1):
