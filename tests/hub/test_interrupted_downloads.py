@@ -67,3 +67,21 @@ def test_a_download_that_is_stopped_ends_at_once_and_continues_with_what_is_miss
     assert files_in(snapshot) == files_in(folder)
     assert len(requests(hub, seen)) == len(list(folder.glob("*.npy"))) - 2
     assert not list(cache.glob("blobs/*.incomplete"))
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_content_that_is_not_that_of_the_file_is_downloaded_again(either_hub, shards, tmp_path, times):
+    hub, name = either_hub, f"damaged-{times}"
+    folder = write_shards(hub, name, shards)
+    faults = [
+        {"match": CONTENT, "status": 200, "body": "\0" * 3000, "times": times},
+        {"match": CONTENT, "drop": 700, "times": 2},
+        {"match": CONTENT, "status": 503, "times": 2},
+        {"match": "resolve|reconstructions", "status": 429, "headers": {"Retry-After": "1"}, "times": 2},
+    ]
+    with hub.faults(*faults):
+        command = [*DESCRIBE, f"hf://user/{name}"]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert result.returncode == 0, result.stderr
+    (snapshot,) = (tmp_path / f"home/hub/datasets--user--{name}/snapshots").iterdir()
+    assert files_in(snapshot) == files_in(folder)

@@ -242,13 +242,17 @@ class Repository:
 
 
 def download(name: str, file: str, commit: str, again: bool = False) -> Path:
-    """As `hf_hub_download`, with the error that lies behind its 'cannot be located'."""
+    """As `hf_hub_download`, with the error that lies behind its 'cannot be located'; one that may pass is HTTPError."""
     try:
         return Path(hf_hub_download(name, file, repo_type="dataset", revision=commit, force_download=again))
     except LocalEntryNotFoundError as error:
         if error.__cause__ is None:
             raise
         cause = error.__cause__
+    except OSError as error:
+        if type(error) is not OSError or error.errno is not None:
+            raise
+        cause = HTTPError(str(error).splitlines()[0])  # of the client's own: what arrived has another size
     raise cause
 
 
