@@ -48,7 +48,8 @@ class LoopbackHub:
         return folder
 
     def log(self) -> list[dict]:
-        """Every request since the start: origin (hub, cdn, cas), method, path, status (null: dropped), range, auth."""
+        """Every request since the start: origin (hub, cdn, cas), method, path, status (null: dropped), range, auth,
+        and the bytes of its body."""
         log = self.root / "log.jsonl"
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 

@@ -307,6 +307,7 @@ class State:
     def log(self, handler: Handler, status: int | str | None) -> None:
         line = {"origin": handler.origin, "method": handler.command, "path": handler.path, "status": status}
         line |= {"range": handler.headers.get("Range"), "auth": "Authorization" in handler.headers}
+        line |= {"bytes": len(handler.body)}
         with self.lock, (self.root / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
 
