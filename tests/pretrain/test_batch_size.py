@@ -1,15 +1,14 @@
 """The largest batch that fits into memory."""
 
-import contextlib
-import ctypes
 import gc
+import json
 import sys
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from toy_runs import CPU_FP32, ROOT
 
 from modeling_gpt2repro.data.batches.shuffled import BatchConfig
 from modeling_gpt2repro.pretrain import batch_size
@@ -19,10 +18,8 @@ from modeling_gpt2repro.pretrain.batch_size import (
     fits_in_memory,
     largest,
 )
-from modeling_gpt2repro.runtime.hardware import peak_memory_gb, reset_peak_memory
 from modeling_gpt2repro.runtime.loss import ModelWithLoss
 from modeling_gpt2repro.training.arguments import TrainArguments
-from modeling_gpt2repro.training.muon import Muon
 from modeling_gpt2repro.training.optimization import OPTIMIZERS, build_optimizer
 
 
@@ -99,59 +96,24 @@ def test_the_batch_that_memory_allows_is_found_and_weights_do_not_change(tiny_mo
     one_sentence(error)
 
 
-class OneLargeParameter(torch.nn.Module):
-    """40 MB, which a system takes back as soon as they are free; `on_forward(batch)` is called in each training."""
-
-    def __init__(self, on_forward):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(100, 10**5))
-        self.on_forward = on_forward
-
-    def forward(self, input_ids, **inputs):
-        if torch.is_grad_enabled():
-            self.on_forward(len(input_ids))
-        return SimpleNamespace(loss=self.weight[0, 0], logits=torch.zeros(*input_ids.shape, 97))
+@pytest.fixture(scope="module")
+def measured(warm_python) -> dict:
+    """What tests/support/search_memory.py prints."""
+    return json.loads(warm_python.run(ROOT / "tests" / "support" / "search_memory.py", **CPU_FP32).stdout)
 
 
 @pytest.mark.parametrize(("kind", "held"), [("adamw", 3), ("muon", 2)])
-def test_gradient_and_moments_of_the_optimizer_are_held_while_batches_are_tried(find, kind, held):
-    """Muon has one moment of a matrix, AdamW two."""
-    expected = [held, held, 0, 0]
-    for _ in range(3):  # what else goes on in this process, such as other tests' threads, may disturb a measurement
-        measured = measure_search(find, kind)
-        if measured == pytest.approx(expected, abs=0.4):
-            break
-    assert measured == pytest.approx(expected, abs=0.4)
-
-
-def measure_search(find, kind: str) -> list[float]:
-    """Memory beyond that at the start, in sizes of the weight: in two trials, afterwards, and as the run's peak."""
-    memory = psutil.Process().memory_info
-    seen = []
-    model = OneLargeParameter(lambda batch: seen.append(memory().rss - before))
-    group = {"params": [model.weight], **({"split": 1} if kind == "muon" else {})}
-    optimizer = (Muon if kind == "muon" else torch.optim.AdamW)([group], fused=True)
-    with contextlib.suppress(AttributeError):  # not every C library has it, or holds on to what other tests have freed
-        ctypes.CDLL(None).malloc_trim(0)
-    before = memory().rss
-    assert find(model, 2, optimizer) == 2
-    seen.append(memory().rss - before)
-    # The peak that a run reports is not that of the search; elsewhere a process's peak does not begin anew.
-    seen.append(1e9 * peak_memory_gb(torch.device("cpu")) - before if sys.platform == "linux" else 0)
-    return [number / 40e6 for number in seen]
+def test_gradient_and_moments_of_the_optimizer_are_held_while_batches_are_tried(measured, kind, held):
+    """In sizes of the weight; Muon has one moment of a matrix, AdamW two. Afterwards nothing is held."""
+    assert measured["held"][kind] == pytest.approx([held, held, 0, 0], abs=0.4)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process does not begin anew elsewhere")
-@pytest.mark.parametrize("is_linux", [True, False])
-def test_on_a_cpu_less_than_half_of_the_free_memory_is_taken(find, is_linux, monkeypatch):
+def test_on_a_cpu_less_than_half_of_the_free_memory_is_taken(measured):
     """A batch of 8 is too large. What is tried afterwards must not be taken for as large as the peak of 8."""
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=130e6))
-    reset_peak_memory(torch.device("cpu"))  # of earlier tests
-    if not is_linux:
-        monkeypatch.setattr(batch_size, "reset_peak_memory", lambda device: None)
-    model = OneLargeParameter(lambda batch: torch.ones(batch * 25 * 10**5))  # 10 MB a sequence
-    found = find(model, 64)
-    assert found == 6 if is_linux else 6 <= found < 8
+    with_new_peaks, with_one_peak = measured["sizes"]
+    assert with_new_peaks == 6
+    assert 6 <= with_one_peak < 8
 
 
 @pytest.mark.parametrize(("held_then", "fits"), [(22.7e9, True), (22.9e9, False)])
