@@ -49,7 +49,8 @@ class LoopbackHub:
 
     def log(self) -> list[dict]:
         """Every request since the start: origin (hub, cdn, cas), method, path, status (null: dropped), range, auth (is
-        there an Authorization header?), token_elsewhere (is a token in the path, the body or another header?).
+        there an Authorization header?), token_elsewhere (is a token in the path, the body or another header?), and the
+        bytes of its body.
         """
         log = self.root / "log.jsonl"
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []

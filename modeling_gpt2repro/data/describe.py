@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.shards.dataset import SPLITS, TokenDataset, open_shards
-from modeling_gpt2repro.runtime.command_line import end
+from modeling_gpt2repro.runtime.command_line import exit_on_input_error
 from modeling_gpt2repro.runtime.progress import escape_controls
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -53,12 +53,10 @@ def main(argv: list[str] | None = None):
     parser.add_argument("folder", help="A folder that prepare_data.py wrote, or hf://OWNER/NAME[@REVISION] on the Hub.")
     parser.add_argument("--shard", help="Show documents of this file; by default of the first one.")
     args = parser.parse_args(argv)
-    try:
+    with exit_on_input_error():
         dataset = open_shards(args.folder)
         indexes = {split: index_shards(dataset, split) for split in SPLITS}
         shard, is_cut = find_shard(dataset.folder, indexes, args.shard)
-    except (OSError, ValueError) as error:
-        end(error)
     sys.stdout.reconfigure(errors="backslashreplace")  # documents may have characters that the terminal lacks
     print("\n".join([*format_overview(dataset, indexes), "", *format_shard(shard, is_cut, dataset.tokenizer)]))
 

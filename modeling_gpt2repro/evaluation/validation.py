@@ -22,14 +22,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2repro.data.shards.dataset import open_shards
+from modeling_gpt2repro.data.shards.hub_shards import pin_address
 from modeling_gpt2repro.data.tokenizer import tokenizer_sha256
-from modeling_gpt2repro.runtime.collectives import call_main_process_first
+from modeling_gpt2repro.runtime.collectives import call_main_process_first, run_on_main_and_broadcast
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error, parse_command_line
 from modeling_gpt2repro.runtime.hardware import to_device
 from modeling_gpt2repro.runtime.loss import ModelWithLoss
 from modeling_gpt2repro.runtime.network import choose_gloo_interface
 from modeling_gpt2repro.runtime.progress import SteadyBar
 from modeling_gpt2repro.storage.atomic import write_json
+from modeling_gpt2repro.storage.hub_files import is_on_hub
 
 from .load_model import load_causal_lm, max_context
 from .validation_arguments import ValidationArguments
@@ -121,6 +123,8 @@ def main(argv: list[str] | None = None) -> None:
         choose_gloo_interface()
         state = PartialState(cpu=args.device == "cpu")
         device = state.device if state.num_processes > 1 else torch.device(args.device)
+        if is_on_hub(args.shards):
+            args.shards = run_on_main_and_broadcast(state, lambda: pin_address(args.shards))  # one commit for all
         shards = call_main_process_first(state, lambda: open_shards(args.shards), each_machine=True)
         model, tokenizer = call_main_process_first(
             state, lambda: load_causal_lm(args.model, args.dtype, device, args.trust_remote_code)

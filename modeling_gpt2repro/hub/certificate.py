@@ -84,6 +84,12 @@ def listed(numbers: list[int]) -> str:
     return f"steps {', '.join(most)} and {last}" if most else f"step {last}"
 
 
+def find_section(card: str, heading: str) -> str | None:
+    """The text of a card's section `heading`; None if it has none."""
+    found = re.search(rf"\n{re.escape(heading)}\n(.*?)(?=\n## |\Z)", card, flags=re.DOTALL)
+    return None if found is None else found[1].strip()
+
+
 def replace_section(card: str, text: str, heading: str = SECTION) -> str:
     """The card with this text as its section `heading`, in place of an earlier one."""
     rest = re.sub(rf"\n{re.escape(heading)}\n.*?(?=\n## |\Z)", "", card, flags=re.DOTALL)

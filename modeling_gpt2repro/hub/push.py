@@ -25,6 +25,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.hf_api import RepoFile
 
 from modeling_gpt2repro.runs.folder import EVAL_RESULTS
 from modeling_gpt2repro.runtime.command_line import as_typed, console_script, end
@@ -42,7 +43,7 @@ from .client import (
     connect,
     diagnose_hub_error,
 )
-from .push_run import TWIN_SUFFIX, Push, prepare_pushes, read_text
+from .push_run import TWIN_SUFFIX, Push, keep_sections, prepare_pushes, read_text
 from .pushed_files import NEVER_PUSHED, TRAINING_STATE, files_to_push, ignored_by_repository, matches_any, refuse_links
 
 # Deleted in the commit that pushes new weights: an earlier model may have had another number of files, or results that
@@ -188,7 +189,12 @@ def push_folder(
     ask_storage(api, repository, branch)
     operations = [CommitOperationAdd(name, path) for name, path in files.items() if name not in left_out]
     if any(folder.glob("*.safetensors")):
-        there = api.list_repo_files(repository, revision=branch)
+        tree = api.list_repo_tree(repository, revision=branch, recursive=True)
+        there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        if card := keep_sections(api, repository, branch, there, operations):
+            operations = [file for file in operations if file.path_in_repo != "README.md"]
+            operations.append(CommitOperationAdd("README.md", card.encode()))
+            del files["README.md"]  # which is not what is sent, and not compared below
         operations += [
             CommitOperationDelete(name) for name in there if matches_any(name, REPLACED) and name not in files
         ]

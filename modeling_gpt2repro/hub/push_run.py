@@ -3,16 +3,20 @@
 What takes seconds to import is imported where it is needed: a training pushes each checkpoint in a process of its own.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import NamedTuple
+from urllib.parse import quote
 
-from huggingface_hub import constants
-from huggingface_hub.utils import validate_repo_id
+import psutil
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
 
 from modeling_gpt2repro.runs.folder import (
     CERTIFICATE_FILE,
@@ -29,6 +33,8 @@ from modeling_gpt2repro.storage.json_files import read_bounded
 from modeling_gpt2repro.storage.retry import without_signatures
 
 MAX_TEXT_BYTES = 2**22  # of a card or a .gitignore
+TEMPORARY = "gpt2repro-push-"  # and the process's number, begins the name of a folder that is deleted at the end
+REPORT_HEADING, TWIN_HEADING = "## Report", "## Plain GPT-2"
 TWIN_SUFFIX = "-gpt2"  # of the repository with the plain GPT-2
 TWIN_SEQUENCES, TWIN_TOKENS = 2, 64  # whose logits are compared
 TWIN_TOLERANCE = 1e-3  # of the largest logit. In fp32 rounding is a few millionths of it (tests/hub/test_conversion.py)
@@ -69,7 +75,9 @@ def prepare_pushes(
     is_model = (folder / "config.json").is_file()
     if is_model and not with_twin:
         return [Push(repository, folder)]
-    extra, twin = (Path(temporary.enter_context(TemporaryDirectory(prefix="gpt2repro-push-"))) for _ in range(2))
+    delete_stale_folders()
+    prefix = f"{TEMPORARY}{os.getpid()}-"
+    extra, twin = (Path(temporary.enter_context(TemporaryDirectory(prefix=prefix))) for _ in range(2))
     pushes = [Push(repository, folder if is_model else add_run(folder, extra, show), extra)]
     if with_twin:
         pushes.append(Push(f"{repository}{TWIN_SUFFIX}", twin))
@@ -77,8 +85,16 @@ def prepare_pushes(
         write_twin(pushes[0], twin)
         address = without_signatures(f"{constants.ENDPOINT}/{pushes[-1].repository}")
         link = TWIN_LINK.format(twin=pushes[-1].repository, address=address)
-        add_section(pushes[0].folder, extra, "## Plain GPT-2", link)
+        add_section(pushes[0].folder, extra, TWIN_HEADING, link)
     return pushes
+
+
+def delete_stale_folders():
+    """Delete what pushes that were killed have left: with a twin, as much as a model takes."""
+    for folder in Path(gettempdir()).glob(f"{TEMPORARY}*-*"):
+        process = folder.name.removeprefix(TEMPORARY).partition("-")[0]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)  # somebody else's stays
 
 
 def add_run(run: Path, extra: Path, show: Callable[[str], None]) -> Path:
@@ -113,7 +129,7 @@ def add_run(run: Path, extra: Path, show: Callable[[str], None]) -> Path:
     text = REPORT_SECTION.format(folder=REPORT_FILE, page=page.name)
     if (extra / SAMPLES_FILE).exists():
         text += f" All samples are in [{SAMPLES_FILE}]({SAMPLES_FILE})."
-    add_section(model, extra, "## Report", text)
+    add_section(model, extra, REPORT_HEADING, text)
     return model
 
 
@@ -159,6 +175,40 @@ def read_text(path: Path) -> str:
     except ValueError as error:
         reason = "it is not UTF-8" if isinstance(error, UnicodeError) else error
         raise ValueError(f"{path} cannot be read: {reason}.") from error
+
+
+def keep_sections(
+    api: HfApi, repository: str, branch: str, there: dict[str, RepoFile], sent: list[CommitOperationAdd]
+) -> str | None:
+    """The card to push, with what the one in the repository says of what stays there; None if it says nothing more.
+
+    That is the report, and the twin if the weights stay: it would not be the twin of others.
+
+    Args:
+        there: Path -> file in the repository.
+        sent: The files to push.
+
+    Raises:
+        HTTPError: If the card cannot be read.
+    """
+    from .certificate import find_section, replace_section
+
+    cards = [file.path_or_fileobj for file in sent if file.path_in_repo == "README.md"]
+    if not cards or "README.md" not in there:
+        return None
+    address = f"{api.endpoint}/{repository}/resolve/{quote(branch, safe='')}/README.md"
+    response = get_session().get(address, headers=build_hf_headers())
+    hf_raise_for_status(response)
+    before, card = response.content.decode(errors="replace"), Path(cards[0]).read_text(encoding="utf-8")
+    hashes = {name: file.lfs.sha256 for name, file in there.items() if file.lfs is not None}
+    weights = [file for file in sent if file.path_in_repo.endswith(".safetensors")]
+    headings = [REPORT_HEADING] if f"{REPORT_FILE}/{REPORT_FILE}.md" in there else []
+    if all(hashes.get(file.path_in_repo) == file.upload_info.sha256.hex() for file in weights):
+        headings.append(TWIN_HEADING)
+    kept = {heading: find_section(before, heading) for heading in headings if find_section(card, heading) is None}
+    for heading, text in kept.items():
+        card = card if text is None else replace_section(card, text, heading)
+    return card if any(kept.values()) else None
 
 
 def write_twin(original: Push, target: Path):

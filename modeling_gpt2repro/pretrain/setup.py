@@ -246,7 +246,7 @@ def log_run_summary(
         }
         if data.stories:
             baselines[STORY_FLOOR] = story_floor(data.stories) / args.block_size  # a sequence is a story
-        if args.shards and (loss := gpt2_loss_of_shards(Path(args.shards), data.data_fingerprint["data"])) is not None:
+        if args.shards and (loss := gpt2_loss_of_shards(args.shards, data.data_fingerprint["data"])) is not None:
             baselines[GPT2_LABEL] = loss
         if accelerator.is_main_process and not args.is_trial:
             logger.write_file(BASELINES_FILE, lambda: write_baselines(Path(args.output_dir), baselines, BASELINES))

@@ -1,6 +1,7 @@
 """Compare a run with the published ones: normal, ahead, behind or diverging, and what it looks like if not normal."""
 
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from .reference import (
     FIT_LIMIT,
     GPT2_LABEL,
     GPT2_LOSS,
-    GPT2_SCORE_FILE,
     KEPT,
     LAST,
     LOSS_SD,
@@ -31,6 +31,7 @@ from .reference import (
     Fault,
     Reference,
     gpt2_loss_of_shards,
+    gpt2_score_file,
 )
 
 
@@ -241,8 +242,10 @@ def notes(run: Run, gpt2_loss: float | None, reference: Reference) -> Iterator[s
         )
     if gpt2_loss is None:
         shards = arguments.get("shards")
-        command = f"modeling_gpt2repro.evaluation.validation --shards {shards} --output {shards}/{GPT2_SCORE_FILE}"
-        if not shards:  # the same stream has the same split
+        command = "modeling_gpt2repro.evaluation.validation"
+        if shards:
+            command += f" --shards {shlex.quote(shards)} --output {shlex.quote(str(gpt2_score_file(shards)))}"
+        else:  # the same stream has the same split
             command = "train_accelerate.py --init_from openai-community/gpt2 --train_tokens 8192 --output_dir runs/gpt2"
             command += ", whose first validation loss it is, and give it as --gpt2"
         yield f"GPT-2's loss on this validation split is not known, which adds {UNKNOWN_SPLIT} to the interval"
@@ -267,7 +270,7 @@ def find_gpt2_loss(run: Run) -> float | None:
     if run.config.get("is_assumed"):
         return GPT2_LOSS
     shards = run.config.get("arguments", {}).get("shards")
-    return gpt2_loss_of_shards(Path(shards), run.config.get("data", {}).get("data")) if shards else None
+    return gpt2_loss_of_shards(shards, run.config.get("data", {}).get("data")) if shards else None
 
 
 def curve_sentence(folder: Path, step: int) -> str | None:

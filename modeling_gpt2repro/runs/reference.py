@@ -16,6 +16,7 @@ fault      A published run with one thing wrong deviates from m by f(t). A run w
 """
 
 import math
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +24,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 
+from modeling_gpt2repro.storage.hub_files import is_on_hub
 from modeling_gpt2repro.storage.json_files import is_size, read_json_object, require
 
 CURVES_FILE = Path(__file__).with_name("reference_curves.json")
@@ -32,7 +36,7 @@ CURVES_FILE = Path(__file__).with_name("reference_curves.json")
 GPT2_LOSS = 3.2924
 GPT2_NAMES = ("openai-community/gpt2", "gpt2")
 GPT2_LABEL = "GPT-2 124M"  # in a run's baselines.json
-GPT2_SCORE_FILE = "gpt2_validation.json"  # beside the shards: the --output of evaluation.validation
+GPT2_SCORE_FILE = "gpt2_validation.json"  # the --output of evaluation.validation, see `gpt2_score_file`
 
 NORMAL = ("lecture-agndm", "lecture-csabapalfi", "agndm-shuffled", "agndm-half_dataset")
 T_QUANTILE = {2: 4.303, 3: 3.182}  # 0.975, by degrees of freedom
@@ -231,16 +235,29 @@ class Reference:
         return coefficients, 2.5 * math.sqrt((residuals**2).sum() / (len(ends) - 3))  # 2.5: t of 6 degrees of freedom
 
 
-def gpt2_loss_of_shards(shards: Path, fingerprint: object) -> float | None:
+def gpt2_score_file(shards: str | Path) -> Path:
+    """Where the score of GPT-2 on these shards is: beside them, and of those on the Hub, in their folder of its cache.
+
+    "hf://owner/name@main" -> ~/.cache/huggingface/hub/datasets--owner--name/gpt2_validation.json
+    """
+    if not is_on_hub(str(shards)):
+        return Path(shards, GPT2_SCORE_FILE)
+    name = re.sub(r"^hf://(datasets/)?|@.*|/$", "", str(shards))
+    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="dataset"), GPT2_SCORE_FILE)
+
+
+def gpt2_loss_of_shards(shards: str | Path, fingerprint: object) -> float | None:
     """GPT-2's loss on their validation split: published for build-nanogpt's own shards, else from GPT2_SCORE_FILE.
 
     Args:
+        shards: Their folder, or their address on the Hub.
         fingerprint: Of the run's shards; a score of others does not count.
     """
     with suppress(OSError, ValueError):
-        if not (shards / "manifest.json").exists() and any(shards.glob("edufineweb_val_*.npy")):
+        folder = Path(shards)
+        if not (folder / "manifest.json").exists() and any(folder.glob("edufineweb_val_*.npy")):
             return GPT2_LOSS
-        return read_gpt2_score(shards / GPT2_SCORE_FILE, fingerprint)
+        return read_gpt2_score(gpt2_score_file(shards), fingerprint)
     return None
 
 

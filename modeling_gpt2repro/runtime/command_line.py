@@ -284,7 +284,7 @@ def exit_with_errors(messages: list[str]) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(RANK_0_HEAD_START_SECONDS)
-    script = "main" if is_notebook() else os.path.basename(sys.argv[0])
+    script = script_name()
     script += f", process {rank}" if rank != "0" else ""
     text = f"{script}: {messages[0]}"
     if len(messages) > 1:
@@ -300,6 +300,11 @@ def end(message: object, code: int = 2) -> NoReturn:
     """End a program that has no more to say than this; the message becomes one line, safe for a terminal."""
     print(escape_controls(" ".join(str(message).split())), file=sys.stderr)
     raise SystemExit(code)
+
+
+def script_name() -> str:
+    """What messages of the program begin with."""
+    return "main" if is_notebook() else os.path.basename(sys.argv[0])
 
 
 def console_script() -> str | None:
@@ -396,8 +401,17 @@ def explain_missing_package(purpose: str, instead: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Turn a ValueError or OSError of the block, raised by what the user named, into messages and exit code 2."""
+    """Turn a ValueError or OSError of the block, raised by what the user named, into messages and exit code 2.
+
+    A KeyboardInterrupt with a sentence, on what Ctrl-C has interrupted, becomes that sentence and exit code 130.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
         exit_with_errors(str(error).splitlines())
+    except KeyboardInterrupt as interrupt:
+        if not interrupt.args:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{script_name()}: {interrupt}", file=sys.stderr)
+        raise SystemExit(130) from None

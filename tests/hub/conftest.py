@@ -30,6 +30,14 @@ def on_hub(hub, point_to_hub):
     return hub
 
 
+@pytest.fixture(params=["lfs", "xet"])
+def either_hub(request, point_to_hub):
+    """A Hub that processes talk to over LFS or Xet."""
+    hub = request.getfixturevalue("hub" if request.param == "lfs" else "xet_hub")
+    point_to_hub(hub)
+    return hub
+
+
 @pytest.fixture
 def here(on_hub, monkeypatch):
     """The loopback Hub for code in this process, where the client has been imported already; retries at once."""

@@ -1,8 +1,10 @@
 """The push command with a run's folder, --dry_run and --stock_twin: what arrives, and what does not."""
 
 import json
+import os
 import re
 import shutil
+import tempfile
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from modeling_gpt2repro.hub import conversion
 from modeling_gpt2repro.hub.export import save_hub_folder
+from modeling_gpt2repro.hub.push import push_folder
+from modeling_gpt2repro.hub.push_run import REPORT_HEADING, TEMPORARY, TWIN_HEADING, add_section
 
 MACHINE = "/home/jane doe/secret"
 ARGUMENTS = {"train_tokens": 1000, "tokens_per_step": 100, "learning_rate": 1e-3, "warmup_tokens": 100, "seed": 1}
@@ -215,6 +219,42 @@ def test_the_twin_is_a_plain_gpt2_whose_card_says_how_equal_it_is(here, run, cha
     assert 1e-6 < float(claim[1]) == float(f"{difference:.0e}")
     assert push_in_process(model_folder, "--hub_model_id", "user/twins", "--stock_twin").stdout == result.stdout
     assert commits(here, "user/twins-gpt2") == 1
+
+
+@pytest.mark.parametrize("are_new_weights", [False, True])
+def test_a_push_of_the_model_keeps_what_the_card_says_of_files_that_stay(here, run_without_numbers, are_new_weights):
+    name = f"user/kept-{are_new_weights}"
+    model, extra = run_without_numbers / "model", run_without_numbers / "extra"
+    (extra / "report").mkdir(parents=True)
+    (extra / "report/report.md").write_text("# Report")
+    add_section(model, extra, REPORT_HEADING, "[The report](report/report.md).")
+    add_section(model, extra, TWIN_HEADING, "The twin has the same weights.")
+    push_folder(HfApi(here.endpoint), model, name, extra=extra)
+    whole = (here.root / "models" / name / "README.md").read_text()
+    if are_new_weights:
+        weights = bytearray((model / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (model / "model.safetensors").write_bytes(weights)
+    for _ in range(2):
+        assert push_in_process(model, "--hub_model_id", name).returncode == 0
+    card = (here.root / "models" / name / "README.md").read_text()
+    assert "[The report](report/report.md)." in card
+    assert ("The twin has the same weights." in card) is not are_new_weights
+    assert (card == whole) is not are_new_weights
+    assert commits(here, name) == 1 + are_new_weights
+    (here.root / "models" / name / "report/report.md").unlink()
+    assert push_in_process(model, "--hub_model_id", name).returncode == 0
+    assert "report.md" not in (here.root / "models" / name / "README.md").read_text()
+
+
+def test_folders_of_pushes_that_were_killed_are_deleted_by_the_next(here, run_without_numbers, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folders = [tmp_path / f"{TEMPORARY}{process}-x" for process in (2**31 - 1, os.getppid(), "older")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+    assert push_in_process(run_without_numbers, "--hub_model_id", "user/any", "--dry_run").returncode == 0
+    assert sorted(tmp_path.glob(f"{TEMPORARY}*")) == sorted(folders[1:])
 
 
 def test_without_stock_twin_no_card_names_one(here, run):

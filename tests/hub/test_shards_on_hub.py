@@ -15,6 +15,7 @@ from toy_runs import TOKENS_PER_STEP, logged_values, train_here
 from modeling_gpt2repro.data.shards import dataset, hub_shards
 from modeling_gpt2repro.data.shards.dataset import MANIFEST, open_shards
 from modeling_gpt2repro.data.shards.nanogpt_format import LLMC_HEADER_BYTES, LLMC_MAGIC
+from modeling_gpt2repro.runs.reference import gpt2_loss_of_shards, gpt2_score_file
 from modeling_gpt2repro.storage import hub_files
 
 counter = itertools.count()
@@ -71,15 +72,15 @@ def test_an_interrupted_download_continues_with_the_next_file(cache, here, repos
     total = len(list(folder.glob("*.npy")))
     fetch = hub_shards.download
 
-    def interrupted(name, file, commit):
+    def interrupted(name, file, *others):
         if downloads(here, name) == 2:
-            raise KeyboardInterrupt
-        return fetch(name, file, commit)
+            raise OSError("the disk is gone")
+        return fetch(name, file, *others)
 
     with monkeypatch.context() as patch:
         patch.setattr(hub_shards, "DOWNLOADS", 1)
         patch.setattr(hub_shards, "download", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(ValueError, match="cannot be downloaded: the disk is gone"):
             open_shards(f"hf://{name}")
     assert downloads(here, name) == 2
     open_shards(f"hf://{name}")
@@ -119,8 +120,9 @@ def test_a_shard_that_arrives_damaged_is_downloaded_again(cache, here, repositor
     fetch = hub_shards.download
     damaged = []
 
-    def damage_once(name, file, commit):
-        path = fetch(name, file, commit)
+    def damage_once(name, file, *others):
+        assert not damaged or damaged[0].exists()  # another program may be reading it
+        path = fetch(name, file, *others)
         if file.startswith("train_000001") and not damaged:
             damaged.append(path)
             with open(path.resolve(), "r+b") as blob:
@@ -199,6 +201,21 @@ def test_offline_the_last_download_is_opened(cache, repository, monkeypatch, tok
     open_shards(f"hf://{name}@main")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert open_shards(f"hf://{name}").fingerprint == token_shards.fingerprint
+
+
+def test_gpt2s_loss_is_kept_beside_all_commits_of_the_shards(cache, repository, token_shards):
+    name, folder = repository
+    open_shards(f"hf://{name}")
+    score = gpt2_score_file(f"hf://{name}")
+    assert score.parent.is_dir()
+    report = {"model": "gpt2", "shards_fingerprint": token_shards.fingerprint, "results": {"validation_loss": 3.31}}
+    score.write_text(json.dumps(report))
+    (folder / "notes.txt").write_text("a new commit")
+    pinned = hub_shards.pin_address(f"hf://datasets/{name}@main")
+    for address in (f"hf://{name}", pinned):
+        assert gpt2_loss_of_shards(address, token_shards.fingerprint) == 3.31
+    assert gpt2_loss_of_shards("hf://user/other", token_shards.fingerprint) is None
+    assert open_shards(pinned).fingerprint == token_shards.fingerprint
 
 
 def write_llmc(path, ids, version=1):

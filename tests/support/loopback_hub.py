@@ -310,6 +310,7 @@ class State:
         others = "\n".join(value for name, value in handler.headers.items() if name.lower() != "authorization")
         sent = f"{handler.path}\n{others}\n".encode() + handler.body
         line["token_elsewhere"] = any(token.encode() in sent for token in ROLES)  # than in the header that is for it
+        line |= {"bytes": len(handler.body)}
         with self.lock, (self.root / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
 

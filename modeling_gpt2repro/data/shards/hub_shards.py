@@ -4,11 +4,12 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
@@ -105,6 +106,7 @@ def download_shards(address: str) -> Path:
     Raises:
         ValueError: If the address is wrong, the repository holds no shards or other ones than its manifest says, the
             Hub cannot be reached, or the disk is too small.
+        KeyboardInterrupt: With a sentence, after Ctrl-C.
     """
     if constants.is_offline_mode():
         return cached_folder(address)
@@ -120,6 +122,10 @@ def download_shards(address: str) -> Path:
         repository.fetch_all(repository.contents(folder))
     except (OSError, ValueError, HTTPError) as error:
         raise ValueError(f"{address} cannot be downloaded: {describe_error(error)}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"the download of {address} was interrupted: the same command continues it; files that are whole are kept."
+        ) from None
     mark(checked / commit)
     return folder
 
@@ -195,16 +201,20 @@ class Repository:
                 f"{needed / 1e9:,.1f} GB are to be downloaded, and {self.checked.parent} has {free / 1e9:,.1f} GB "
                 "free: make room, or set HF_HUB_CACHE to a larger disk."
             )
+        self.delete_partial_files()
         total = sum(self.files[file].size for file in checks)
         bar = SteadyBar(total=total, desc="downloading", unit="B", unit_scale=True, dynamic_ncols=True, file=sys.stderr)
-        with bar, without_bars_of_the_client(), ThreadPoolExecutor(DOWNLOADS) as pool:
-            downloads = [pool.submit(self.fetch_intact, file, check) for file, check in checks.items()]
-            try:
-                for download in as_completed(downloads):
-                    bar.update(download.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        # Of daemon threads: a program that Ctrl-C ends does not wait for what they are downloading.
+        with bar, without_bars_of_the_client(), ThreadPool(DOWNLOADS) as pool:
+            for size in pool.imap_unordered(lambda file: self.fetch_intact(file, checks[file]), checks):
+                bar.update(size)
+
+    def delete_partial_files(self):
+        """Delete what killed downloads have left: the client begins a file anew, under a name that no other has."""
+        locks = Path(constants.HF_HUB_CACHE, ".locks", self.checked.parent.name)
+        for path in (self.checked.parent / "blobs").glob("*.*.incomplete"):
+            with suppress(Timeout, OSError), FileLock(locks / f"{path.name.split('.')[0]}.lock", timeout=0):
+                path.unlink()  # nobody is downloading it, or the client would hold this lock
 
     def fetch_intact(self, file: str, check: Check) -> int:
         """Download a file, again if it arrives damaged, and return its size; one of an earlier commit is only linked.
@@ -213,19 +223,19 @@ class Repository:
             ValueError: If it stays damaged.
         """
         for attempt in range(TRIES):
-            path = self.fetch(file)
+            path = self.fetch(file, again=attempt > 0)
             problem = None if (self.checked / self.blob(file)).exists() else check(path)
             if problem is None:
                 mark(self.checked / self.blob(file))
                 return self.files[file].size
-            if attempt < TRIES - 1:
-                path.resolve().unlink()  # the blob that the cache's link points to
-                path.unlink(missing_ok=True)
         raise ValueError(f"{problem} It was downloaded {TRIES} times.")
 
-    def fetch(self, file: str) -> Path:
-        """The file in the cache, downloaded unless it is there; a Hub that is away is asked again for minutes."""
-        return retry_hub_read(lambda: download(self.name, file, self.commit), is_known=True)
+    def fetch(self, file: str, again: bool = False) -> Path:
+        """The file in the cache, downloaded unless it is there; a Hub that is away is asked again for minutes.
+
+        `again` replaces the one that is there, in one step: another program may be reading it.
+        """
+        return retry_hub_read(lambda: download(self.name, file, self.commit, again), is_known=True)
 
     def blob(self, file: str) -> str:
         """The hash under which the cache keeps a file."""
@@ -233,14 +243,18 @@ class Repository:
         return entry.blob_id if entry.lfs is None else entry.lfs.sha256
 
 
-def download(name: str, file: str, commit: str) -> Path:
-    """As `hf_hub_download`, with the error that lies behind its 'cannot be located'."""
+def download(name: str, file: str, commit: str, again: bool = False) -> Path:
+    """As `hf_hub_download`, with the error that lies behind its 'cannot be located'; one that may pass is HTTPError."""
     try:
-        return Path(hf_hub_download(name, file, repo_type="dataset", revision=commit))
+        return Path(hf_hub_download(name, file, repo_type="dataset", revision=commit, force_download=again))
     except LocalEntryNotFoundError as error:
         if error.__cause__ is None:
             raise
         cause = error.__cause__
+    except OSError as error:
+        if type(error) is not OSError or error.errno is not None:
+            raise
+        cause = HTTPError(str(error).splitlines()[0])  # of the client's own: what arrived has another size
     raise cause
 
 
