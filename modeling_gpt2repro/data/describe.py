@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from modeling_gpt2repro.data.contamination import describe_contamination
 from modeling_gpt2repro.data.shards.dataset import SPLITS, TokenDataset, open_shards
 from modeling_gpt2repro.runtime.progress import escape_controls
 
@@ -114,6 +115,8 @@ def format_overview(dataset: TokenDataset, indexes: dict[str, list[ShardIndex]])
         rows[name] = [format_percentile(lengths[split], percent) for split in indexes]
     tokenizer = dataset.manifest["tokenizer"]
     lines = [f"{dataset.folder}: tokenizer {tokenizer['name']}, {tokenizer['vocab_size']:,} ids", ""]
+    if contamination := describe_contamination(dataset.manifest):
+        lines[1:1] = [contamination]
     lines.append(f"{'':20}" + "".join(f"{split:>20}" for split in indexes))
     return lines + [f"{name:20}" + "".join(f"{value:>20}" for value in values) for name, values in rows.items()]
 

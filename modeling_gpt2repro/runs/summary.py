@@ -93,6 +93,7 @@ def training_lines(run: Run) -> dict[str, str]:
         data += f", shards with fingerprint {plain_text(fingerprint[:12])}"
     return {
         "data": data,
+        **({"contamination": plain_text(found)} if (found := run.config.get("contamination")) else {}),
         **stretched_lines(run),
         "seed": plain_text(arguments["seed"]),
         "hardware": f"{plain_text(describe_hardware(run.config['hardware']))}; "
