@@ -4,6 +4,7 @@
     python prepare_data.py --output_dir data/mine --train_files texts              # a folder, or files
     python prepare_data.py --output_dir data/toy --train_files a.txt --tokenizer train --vocab_size 4096
     python prepare_data.py --output_dir /shared/edu --executor slurm --slurm_partition cpu --workers 64 --dry_run
+    python prepare_data.py --output_dir data/edu --decontaminate hellaswag         # documents that hold test questions
     python prepare_data.py --output_dir data/mine --push_to_hub --hub_dataset_id owner/tokens
     python prepare_data.py --verify data/mine                                      # --quick: all but the hashes
 
@@ -14,6 +15,7 @@ when the same command is run again.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import sys
@@ -24,19 +26,21 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__" or Path(sys.argv[0]).stem == "gpt2repro-prepare":
     os.environ.setdefault("GPT2REPRO_LAZY", "1")  # here and in the workers: without the model, and so without torch
 
+from modeling_gpt2repro.data.contamination import describe_contamination
 from modeling_gpt2repro.data.prepare.arguments import PrepareArguments
 from modeling_gpt2repro.data.prepare.assemble import assemble
 from modeling_gpt2repro.data.prepare.local import tokenize_locally, train_tokenizer_on, watch_partitions
 from modeling_gpt2repro.data.prepare.spec import PrepareSpec, make_prepare_spec, read_spec
 from modeling_gpt2repro.data.prepare.token_cache import cached_partitions, unverified_partitions
 from modeling_gpt2repro.data.prepare.workspace import LOGS, SLURM_JOBS, finish_job, is_prepared, start_job
-from modeling_gpt2repro.data.shards.dataset import MANIFEST, TokenDataset, open_shards
+from modeling_gpt2repro.data.shards.dataset import MANIFEST, TokenDataset, open_shards, read_manifest
 from modeling_gpt2repro.data.shards.hub_shards import download_shards
 from modeling_gpt2repro.data.shards.verify import verify_shards
 from modeling_gpt2repro.data.sources.files import shorten
 from modeling_gpt2repro.data.sources.hub_rows import is_hub_rows
 from modeling_gpt2repro.data.sources.resolve import Source, hub_source, local_source
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, write_tokenizer
+from modeling_gpt2repro.evaluation.hellaswag.examples import load_hellaswag, strip_wikihow_tags
 from modeling_gpt2repro.runtime.command_line import as_typed, exit_on_input_error, parse_command_line
 from modeling_gpt2repro.runtime.progress import ProgressBar, escape_controls
 from modeling_gpt2repro.storage.atomic import explain_disk_full
@@ -62,11 +66,12 @@ def main(argv: list[str] | None = None):
             if not args.dry_run:
                 lock.acquire()  # of two preparations in one folder, each would delete what the other writes
             previous_spec = read_spec(folder)  # None unless this resumes an interrupted preparation
+            benchmark = benchmark_options(args)
             source = open_source(args, previous_spec)
             for remark in source.remarks:
                 print(remark, file=sys.stderr)
             tokenizer = open_tokenizer(args, source, previous_spec, folder)
-            spec = make_prepare_spec(source, tokenizer, args.tokenizer, **args.plan_options(source))
+            spec = make_prepare_spec(source, tokenizer, args.tokenizer, **args.plan_options(source), **benchmark)
             workers = args.number_of_workers(spec)
             if args.dry_run:
                 return print_dry_run(args, spec, folder, workers)
@@ -124,6 +129,23 @@ def open_source(args: PrepareArguments, previous_spec: PrepareSpec | None) -> So
     return source
 
 
+def benchmark_options(args: PrepareArguments) -> dict:
+    """Options of the spec for --decontaminate: of each example the context and the right ending, without tags.
+
+    The wrong endings were generated for HellaSwag: a text that holds one holds the context, too.
+    """
+    if args.decontaminate is None:
+        return {}
+    examples = load_hellaswag(args.hellaswag)
+    items = [" ".join(map(strip_wikihow_tags, (row.ctx, row.endings[row.label]))) for row in examples]
+    decontamination = {
+        "benchmark": args.decontaminate,
+        "items_sha256": hashlib.sha256("\n".join(items).encode()).hexdigest(),
+        "drop": args.drop_contaminated,
+    }
+    return {"decontamination": decontamination, "benchmark_items": items}
+
+
 def open_tokenizer(
     args: PrepareArguments, source: Source, previous_spec: PrepareSpec | None, folder: Path
 ) -> PreTrainedTokenizerFast:
@@ -163,11 +185,14 @@ def print_dry_run(args: PrepareArguments, spec: PrepareSpec, folder: Path, worke
 def verify(folder: str, quick: bool):
     """Check a prepared folder against its manifest; print every problem and exit with code 1 if there is one."""
     with exit_on_input_error():
-        problems = verify_shards(download_shards(folder) if is_on_hub(folder) else Path(folder), quick)
+        path = download_shards(folder) if is_on_hub(folder) else Path(folder)
+        problems = verify_shards(path, quick)
     if problems:
         print("\n".join(map(escape_controls, problems)), file=sys.stderr)
         raise SystemExit(1)
     print(f"{folder} is what its {MANIFEST} says" + (" (contents not read)." if quick else "."))
+    if contamination := describe_contamination(read_manifest(path)):
+        print(f"{contamination}.")
 
 
 def push(args: PrepareArguments, folder: Path, check: bool = False):
@@ -201,6 +226,8 @@ def report(shards: TokenDataset, seconds: float):
     if bad_lines := shards.manifest.get("bad_lines"):
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in bad_lines["counts"].items())
         print(f"bad lines  {sum(bad_lines['counts'].values()):,} left out ({reasons}); the first: {bad_lines['first']}")
+    if contamination := describe_contamination(shards.manifest):
+        print(f"benchmark  {contamination}")
     tokenizer = shards.manifest["tokenizer"]
     print(f"tokenizer  {tokenizer['name']}, {tokenizer['vocab_size']:,} ids, sha256 {tokenizer['sha256'][:12]}")
     command = as_typed(f"train_accelerate.py --shards {shlex.quote(str(shards.folder))}")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from modeling_gpt2repro.data.contamination import describe_contamination
 from modeling_gpt2repro.data.shards.dataset import SPLITS, TokenDataset, open_shards
 from modeling_gpt2repro.runtime.command_line import exit_on_input_error
 from modeling_gpt2repro.runtime.progress import escape_controls
@@ -117,6 +118,8 @@ def format_overview(dataset: TokenDataset, indexes: dict[str, list[ShardIndex]])
     tokenizer = dataset.manifest["tokenizer"]
     name = escape_controls(tokenizer["name"])
     lines = [f"{dataset.folder}: tokenizer {name}, {tokenizer['vocab_size']:,} ids", ""]
+    if contamination := describe_contamination(dataset.manifest):
+        lines[1:1] = [contamination]
     lines.append(f"{'':20}" + "".join(f"{split:>20}" for split in indexes))
     return lines + [f"{name:20}" + "".join(f"{value:>20}" for value in values) for name, values in rows.items()]
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from modeling_gpt2repro.data.contamination import NgramIndex
 from modeling_gpt2repro.data.sources.documents import Document
 
 
@@ -24,6 +25,10 @@ class TokenizedPartition:
     bad_lines: dict[str, int] = field(default_factory=dict)  # how many bad lines were skipped, by reason
     first_bad_line: list | None = None  # position and problem of the first of them, see `BadLine`
     source_sha256: str = ""  # of all that was read for it; empty in files of the first releases
+    # Of each document that was compared with a benchmark, the training tokens before it, so that max_tokens cuts the
+    # counts, too; and of those that share words with its items [tokens before, item, item, ...].
+    compared: list[int] = field(default_factory=list)
+    contaminated: list[list] = field(default_factory=list)
 
 
 def is_validation(document_id: str, share: float) -> bool:
@@ -88,11 +93,15 @@ def tokenize_documents(
     end_of_text_id: int,
     validation_share: float,
     document_length: int | None = None,
+    benchmark: NgramIndex | None = None,
+    drop_contaminated: bool = False,
 ) -> TokenizedPartition:
     """Encode documents, each after an end-of-text token; a piece that continues the one before has none.
 
     Args:
         document_length: Make every document as long, see `pad_document`.
+        benchmark: Compare training documents with its items; a piece of one is compared, and left out, by itself.
+        drop_contaminated: Leave out those that share words with them.
 
     Raises:
         ValueError: If a document is longer than that; the message names the length that the longest one needs.
@@ -106,8 +115,16 @@ def tokenize_documents(
     previous_split = None
     padding = encode("\n")
     longest = 0
+    compared, contaminated = [], []
     for document in documents:
         split = "validation" if is_validation(document.id, validation_share) else "train"
+        if benchmark is not None and split == "train":
+            compared.append(len(ids["train"]) // 2)
+            if items := benchmark.find(document.text):
+                contaminated.append([compared[-1], *sorted(items)])
+                if drop_contaminated:
+                    previous_split = None  # what follows continues nothing
+                    continue
         text_bytes[split] += len(document.text.encode())
         if document_length is not None:
             document_ids = encode(document.text)
@@ -125,7 +142,8 @@ def tokenize_documents(
             f"the longest document and its end-of-text are {longest} tokens, which do not fit into sequences of "
             f"{document_length}: give --block_size {longest} or more."
         )
-    return TokenizedPartition({split: np.frombuffer(data, np.uint16) for split, data in ids.items()}, text_bytes)
+    arrays = {split: np.frombuffer(data, np.uint16) for split, data in ids.items()}
+    return TokenizedPartition(arrays, text_bytes, compared=compared, contaminated=contaminated)
 
 
 def pad_document(ids: np.ndarray, end_of_text_id: int, padding: np.ndarray, length: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCardData, HfApi
 from huggingface_hub.errors import HTTPError
 
+from modeling_gpt2repro.data.contamination import describe_contamination
 from modeling_gpt2repro.data.shards.dataset import MANIFEST, SPLITS, read_manifest
 from modeling_gpt2repro.data.shards.nanogpt_format import SHARD_NAME
 from modeling_gpt2repro.data.shards.verify import verify_shards
@@ -173,6 +174,7 @@ def dataset_card(manifest: dict, repository: str, metadata: dict) -> str:
         "tokens": ", ".join(f"{splits[split]['tokens']:,} {split}" for split in SPLITS),
         "shards": ", ".join(f"{len(splits[split]['shards']):,} {split}" for split in SPLITS),
         "tokenizer": f"{tokenizer.get('name')}, {tokenizer['vocab_size']:,} ids, sha256 {tokenizer['sha256'][:12]}",
+        "contamination": describe_contamination(manifest),
     }
     share = manifest.get("validation_share")
     return CARD.format(

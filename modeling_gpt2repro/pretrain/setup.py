@@ -201,7 +201,9 @@ def build_logger(
         checkpoints.remove_stale_files(output_dir)
         (output_dir / STOPPED_FILE).unlink(missing_ok=True)
         attention = attention_record(args, accelerator, unwrapped_model(accelerator, model).config)
-        write_run_config(output_dir, asdict(args), hardware, attention, data.data_fingerprint, command)
+        write_run_config(
+            output_dir, asdict(args), hardware, attention, data.data_fingerprint, command, data.contamination
+        )
 
     def on_skipped(step: int):
         """Log the sequences of a step whose update was skipped; stop the run when too many are skipped in a row."""

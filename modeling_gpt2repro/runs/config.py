@@ -49,11 +49,13 @@ def write_run_config(
     attention: dict,
     data_fingerprint: dict,
     command: str | None = None,
+    contamination: str | None = None,
 ):
     """Write run.json, unless there is one: a resumed run keeps its own.
 
     Args:
         command: That started the run, see `public_command`; None if a program did.
+        contamination: A sentence on benchmark items in the training data; None if they were not looked for.
     """
     if (output_dir / RUN_CONFIG_FILE).exists():
         return
@@ -63,6 +65,7 @@ def write_run_config(
         "hardware": hardware,
         "attention": attention,
         "data": data_fingerprint,
+        "contamination": contamination,
         **software_record(),
     }
     write_json(output_dir / RUN_CONFIG_FILE, config)

@@ -105,7 +105,9 @@ def training_lines(run: Run) -> dict[str, str]:
         for name in stretch_lines(run, run.config["arguments"])
     }
     of_code = {name: lines.pop(name) for name in ("software", "code")}
-    return {"data": "; ".join(data_sources(run, digits=12)), **lines, **time_line(run), **of_code}
+    found = run.config.get("contamination")  # None in run.json of older versions, too
+    contamination = {"contamination": plain_text(found)} if found else {}
+    return {"data": "; ".join(data_sources(run, digits=12)), **contamination, **lines, **time_line(run), **of_code}
 
 
 def stretch_lines(run: Run, arguments: Mapping) -> dict[str, str]:

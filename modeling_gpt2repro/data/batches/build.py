@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from modeling_gpt2repro.data.contamination import describe_contamination
 from modeling_gpt2repro.data.prepare.local import prepare_shards, train_tokenizer_on
 from modeling_gpt2repro.data.shards.dataset import MANIFEST, SPLITS, TokenDataset, open_shards
 from modeling_gpt2repro.data.sources.resolve import Source, built_in_source
@@ -31,6 +32,7 @@ class TrainingData:
     # resumed on other data; does not depend on processes and micro-batches.
     data_fingerprint: dict
     summary: str  # one line about it for the start of the log
+    contamination: str | None = None  # benchmark items in it, if it was prepared with --decontaminate
     stories: Sequence[Story] = ()  # whole ones that are never trained on, if the data are stories
 
     def validation_batches(self, tokens: int, micro_batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -63,6 +65,7 @@ def build_shuffled_data(dataset: TokenDataset, config: BatchConfig, validation_t
         validation=validation,
         data_fingerprint={"data": dataset.fingerprint, **order_fingerprint(config)},
         summary=f"{train_total:,} training tokens in {dataset.folder}, {validation_total:,} for validation",
+        contamination=describe_contamination(dataset.manifest),
     )
 
 
@@ -80,12 +83,14 @@ def build_mixed_data(shares: dict[str, float], config: BatchConfig, validation_t
     ]
     weighted = list(zip(datasets, weights, strict=True))
     data = [[dataset.fingerprint, share] for dataset, share in weighted]
+    contamination = [describe_contamination(dataset.manifest) for dataset in datasets]
     return TrainingData(
         tokenizer=datasets[0].tokenizer,
         batches=MixedBatches(sources, weights, config, datasets[0].manifest["end_of_text_id"]),
         validation=mixed_validation(datasets, weights, config.block_size, validation_tokens),
         data_fingerprint={"data": data, **order_fingerprint(config)},
         summary=", ".join(f"{share:.1%} {dataset.folder}" for dataset, share in weighted),
+        contamination="; ".join(contamination) if all(contamination) else None,
     )
 
 

@@ -12,7 +12,8 @@ from typing import ClassVar
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from modeling_gpt2repro.data.shards.dataset import MANIFEST, SPEC_FILE
+from modeling_gpt2repro.data.contamination import BENCHMARKS
+from modeling_gpt2repro.data.shards.dataset import MANIFEST, SPEC_FILE, read_manifest
 from modeling_gpt2repro.data.shards.nanogpt_format import LAYOUTS
 from modeling_gpt2repro.data.sources.files import raise_problems
 from modeling_gpt2repro.data.sources.resolve import BUILT_IN_TEXTS, Source
@@ -37,6 +38,7 @@ FLAG_HINTS: dict[tuple[str, ...], str] = {
     ("out_dir", "output", "local_dir", "data_dir"): "use --output_dir.",
     ("shard_size",): "use --shard_tokens, in tokens.",
     ("num_proc", "num_workers", "nprocs", "jobs"): "use --workers.",
+    ("drop",): "use --drop_contaminated.",
     ("val_size", "test_size", "val_ratio", "validation_split_percentage"): (
         "use --validation_share, a fraction between 0 and 1."
     ),
@@ -78,6 +80,19 @@ class PrepareArguments:
         help=r"What separates the documents of text files (.txt, .md, no extension): blank_line, file (each file is "
         r"one document), or a string such as '<|endoftext|>' or '\n---\n'. If not given, each file is one document, of "
         r"which pieces of about 2,000 characters are held out for validation.",
+    )
+
+    decontaminate: str | None = arg(
+        default=None,
+        choices=tuple(BENCHMARKS),
+        help="Count the training documents that share 13 words in a row with an example of this benchmark. If not "
+        "given, none are compared.",
+    )
+    drop_contaminated: bool = arg(default=False, help="With --decontaminate, leave these documents out.")
+    hellaswag: str = arg(
+        default="Rowan/hellaswag",
+        help="HellaSwag's examples for --decontaminate: a Hub dataset, a local .jsonl file, or 'official', see "
+        "train_accelerate.py.",
     )
 
     tokenizer: str = arg(
@@ -200,6 +215,8 @@ class PrepareArguments:
             ("quick", "--verify", self.verify is not None),
             ("hub_dataset_id", "--push_to_hub", self.push_to_hub),
             ("hub_private_repo", "--push_to_hub", self.push_to_hub),
+            ("drop_contaminated", "--decontaminate", self.decontaminate is not None),
+            ("hellaswag", "--decontaminate", self.decontaminate is not None),
             ("document_separator", "--train_files", bool(self.train_files)),
             ("vocab_size", "--tokenizer train", self.tokenizer == "train"),
             ("slurm_partition", "--executor slurm", self.executor == "slurm"),
@@ -214,6 +231,11 @@ class PrepareArguments:
             yield "--push_to_hub needs --hub_dataset_id OWNER/NAME."
         if self.push_to_hub and self.executor == "slurm":
             yield "--push_to_hub is for this machine: when Slurm's jobs have ended, give the same folder without slurm."
+        if self.is_only_pushed and self.decontaminate is not None:
+            counts = read_manifest(Path(self.output_dir)).get("contamination", {})
+            if counts.get("drop") is not self.drop_contaminated:
+                flags = "--decontaminate and --drop_contaminated"
+                yield f"{self.output_dir} was prepared with other {flags}: leave them out to push it as it is."
         if self.hub_dataset_id is not None:
             try:
                 validate_repo_id(self.hub_dataset_id)

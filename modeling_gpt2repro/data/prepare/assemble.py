@@ -1,12 +1,14 @@
 """Assemble tokenized partitions, in their order, into shards and the manifest."""
 
 import itertools
+import math
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from modeling_gpt2repro.data.contamination import contamination_counts
 from modeling_gpt2repro.data.shards.dataset import FORMAT, MANIFEST, SPLITS
 from modeling_gpt2repro.data.shards.writer import ShardWriter
 from modeling_gpt2repro.data.sources.documents import BadLine
@@ -69,11 +71,16 @@ def write_shards(folder: Path, spec: PrepareSpec, tokenized: Iterable[TokenizedP
     skipped = Counter()
     bad_lines = Counter()
     first_bad_line = None
+    compared = 0
+    contaminated = []
     normalized = set()  # files whose line endings became \n
     used = 0
     try:
         with explain_disk_full(folder):
             for index, partition in enumerate(tokenized):
+                room = math.inf if spec.max_tokens is None else spec.max_tokens - train.tokens
+                compared += sum(start < room for start in partition.compared)
+                contaminated += [document for document in partition.contaminated if document[0] < room]
                 for split, writer in writers.items():
                     writer.append(partition.ids[split], partition.text_bytes[split], partition=index)
                 if partition.skipped.pop(LINE_ENDS, 0):
@@ -93,6 +100,10 @@ def write_shards(folder: Path, spec: PrepareSpec, tokenized: Iterable[TokenizedP
                 place = f"{first_bad_line.partition.file_name}: {first_bad_line.place}"
                 first = f"{place} {first_bad_line.problem}"
                 left_out["bad_lines"] = {"counts": dict(sorted(bad_lines.items())), "first": first}
+            if spec.decontamination:
+                left_out["contamination"] = contamination_counts(
+                    spec.decontamination, spec.benchmark_items, compared, contaminated
+                )
             write_manifest(folder, spec, splits, used, left_out, len(normalized))
     finally:
         for writer in writers.values():

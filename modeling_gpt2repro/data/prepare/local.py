@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.errors import HTTPError
 
+from modeling_gpt2repro.data.contamination import NgramIndex
 from modeling_gpt2repro.data.shards.dataset import TokenDataset, open_shards
 from modeling_gpt2repro.data.sources.documents import BadLineError, BadLines, Document, Partition
 from modeling_gpt2repro.data.sources.resolve import Source
@@ -68,6 +69,7 @@ def tokenize_partitions(
     finished = finished_partitions(folder, numbers)
     unverified = unverified_partitions(folder)
     hold_out = HoldOutCheck(spec.validation_share)
+    benchmark = NgramIndex(spec.benchmark_items) if spec.decontamination else None
     for index in range(rank, len(spec.partitions), world_size):
         if spec.max_tokens is not None:
             finished = finished_partitions(folder, numbers)  # the other workers' as well
@@ -89,6 +91,8 @@ def tokenize_partitions(
                 spec.end_of_text_id,
                 spec.validation_share,
                 document_length=source.description.get("document_length"),
+                benchmark=benchmark,
+                drop_contaminated=spec.decontamination.get("drop", False),
             )
         except (ValueError, OSError, HTTPError) as error:
             reason = " ".join(str(error).split()).removeprefix(f"{partition.path}: ")

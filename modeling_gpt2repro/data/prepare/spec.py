@@ -7,7 +7,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ VALIDATION_TOKENS = 10_000_000  # about one evaluation of the lecture: 20 batche
 # English has some 4.5 bytes per GPT-2 token; rounded up, so that estimates of tokens are rather too low.
 BYTES_PER_TOKEN = 5
 MAX_SPEC_BYTES = 2**30  # of all of FineWeb, it has a few hundred MB
+DECONTAMINATION = {"benchmark", "items_sha256", "drop"}
 # Key of plan.json -> whether a value fits; the dataclasses say which must be there.
 SPEC_CHECKS = {
     "units": lambda value: type(value) is list and all(type(unit) is dict for unit in value),
@@ -43,6 +44,8 @@ SPEC_CHECKS = {
     "shard_tokens": lambda value: is_count(value, minimum=1),
     "layout": lambda value: value in LAYOUTS,
     "skip_bad_lines": lambda value: type(value) is bool,
+    "decontamination": lambda value: type(value) is dict and value.keys() in (set(), DECONTAMINATION),
+    "benchmark_items": lambda value: type(value) is list and all(type(item) is str for item in value),
     "files": lambda value: value is None or (type(value) is list and all(map(_is_file_state, value))),
     "cache_numbers": lambda value: value is None or (type(value) is list and all(map(is_count, value))),
 }
@@ -66,6 +69,9 @@ class PrepareSpec:
     shard_tokens: int = 100_000_000
     layout: str = "plain"
     skip_bad_lines: bool = False
+    # Of --decontaminate: its name, a hash of its items, and whether contaminated documents are dropped; {} without it.
+    decontamination: dict = field(default_factory=dict)
+    benchmark_items: list[str] = field(default_factory=list)  # their texts, for workers on any machine
     # For each local file its `file_state`. (The first releases wrote all but its last value.)
     files: list[list] | None = None
     # The number of each partition's file in the cache, see `resume_from`; None if it is the partition's index.
@@ -86,7 +92,8 @@ class PrepareSpec:
 
         A resumed preparation may turn `skip_bad_lines` on, because what is finished has no bad lines.
         """
-        options = [field.name for field in fields(self) if field.name not in ("partitions", "files", "cache_numbers")]
+        others = ("partitions", "files", "cache_numbers", "benchmark_items")  # of the last there is a hash
+        options = [field.name for field in fields(self) if field.name not in others]
         different = [name for name in options if getattr(self, name) != getattr(other, name)]
         return [name for name in different if name != "skip_bad_lines" or other.skip_bad_lines]
 

@@ -65,6 +65,8 @@ def _check_partition(partition: TokenizedPartition, name: str):
     require(tokens is None or int(tokens[2]) == len(partition.ids["train"]), "it has other tokens than its name says")
     for counts in (partition.text_bytes, partition.skipped, partition.bad_lines):
         require(type(counts) is dict and all(map(is_count, counts.values())), f"it counts {shown(counts)}")
+    for numbers in (partition.compared, *partition.contaminated):
+        require(all(map(is_count, numbers)), f"it compared {shown(numbers)}")
     first = partition.first_bad_line
     require(first is None or (type(first) is list and len(first) == 2), f"first_bad_line is {shown(first)}")
     require(type(partition.source_sha256) is str, f"source_sha256 is {shown(partition.source_sha256)}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from modeling_gpt2repro.data.contamination import check_contamination
 from modeling_gpt2repro.data.tokenizer import load_tokenizer, load_tokenizer_folder, tokenizer_sha256
 from modeling_gpt2repro.storage.checksums import is_sha256
 from modeling_gpt2repro.storage.hub_files import is_on_hub
@@ -149,6 +150,8 @@ def _check_manifest(manifest: dict):
     size, end_of_text = tokenizer.get("vocab_size"), manifest.get("end_of_text_id")
     require(is_count(size, minimum=1), f"vocab_size is {shown(size)}")
     require(is_count(end_of_text) and end_of_text < size, f"end_of_text_id is {shown(end_of_text)}")
+    if "contamination" in manifest:
+        check_contamination(manifest["contamination"])
     files = set()
     for split in SPLITS:
         totals = manifest["splits"].get(split)
