@@ -43,7 +43,7 @@ from .client import (
     connect,
     diagnose_hub_error,
 )
-from .push_run import TWIN_SUFFIX, Push, keep_sections, prepare_pushes, read_text
+from .push_run import TWIN_SUFFIX, Push, card_to_push, prepare_pushes, read_text, with_address
 from .pushed_files import NEVER_PUSHED, TRAINING_STATE, files_to_push, ignored_by_repository, matches_any, refuse_links
 
 # Deleted in the commit that pushes new weights: an earlier model may have had another number of files, or results that
@@ -146,9 +146,10 @@ def push_all(api: HfApi, args: argparse.Namespace, prepare: Callable[[str], list
 
 def list_files(push: Push, branch: str, with_training_state: bool) -> str:
     """What a push would send, a line for each file."""
-    sizes = {
-        name: path.stat().st_size for name, path in find_files(push.folder, push.extra, with_training_state).items()
-    }
+    files = find_files(push.folder, push.extra, with_training_state)
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    if "README.md" in files:
+        sizes["README.md"] = len(with_address(read_text(files["README.md"]), push.repository, branch).encode())
     lines = [f"{size:>15,} bytes  {name}" for name, size in sizes.items()]
     head = f"To {push.repository}, branch {branch}, unless they are there already (nothing was sent):"
     return "\n".join([head, *lines, f"{sum(sizes.values()):>15,} bytes  in {len(sizes)} files"])
@@ -191,7 +192,7 @@ def push_folder(
     if any(folder.glob("*.safetensors")):
         tree = api.list_repo_tree(repository, revision=branch, recursive=True)
         there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-        if card := keep_sections(api, repository, branch, there, operations):
+        if card := card_to_push(api, repository, branch, there, operations):
             operations = [file for file in operations if file.path_in_repo != "README.md"]
             operations.append(CommitOperationAdd("README.md", card.encode()))
             del files["README.md"]  # which is not what is sent, and not compared below

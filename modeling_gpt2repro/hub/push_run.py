@@ -4,6 +4,7 @@ What takes seconds to import is imported where it is needed: a training pushes e
 """
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -35,6 +36,7 @@ from modeling_gpt2repro.storage.retry import without_signatures
 MAX_TEXT_BYTES = 2**22  # of a card or a .gitignore
 TEMPORARY = "gpt2repro-push-"  # and the process's number, begins the name of a folder that is deleted at the end
 REPORT_HEADING, TWIN_HEADING = "## Report", "## Plain GPT-2"
+EXAMPLE = re.compile(r'^folder = "[^"]*".*$', re.MULTILINE)  # the line of `model_card.CARD` that names the model
 TWIN_SUFFIX = "-gpt2"  # of the repository with the plain GPT-2
 TWIN_SEQUENCES, TWIN_TOKENS = 2, 64  # whose logits are compared
 TWIN_TOLERANCE = 1e-3  # of the largest logit. In fp32 rounding is a few millionths of it (tests/hub/test_conversion.py)
@@ -177,29 +179,48 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} cannot be read: {reason}.") from error
 
 
-def keep_sections(
+def card_to_push(
     api: HfApi, repository: str, branch: str, there: dict[str, RepoFile], sent: list[CommitOperationAdd]
 ) -> str | None:
-    """The card to push, with what the one in the repository says of what stays there; None if it says nothing more.
+    """The card as it is pushed: its example names the repository, and it keeps sections of the one that is there.
 
-    That is the report, and the twin if the weights stay: it would not be the twin of others.
+    None if there is no card, or it is pushed as it is.
 
     Args:
         there: Path -> file in the repository.
         sent: The files to push.
 
     Raises:
-        HTTPError: If the card cannot be read.
+        HTTPError: If the card in the repository cannot be read.
+    """
+    cards = [file.path_or_fileobj for file in sent if file.path_in_repo == "README.md"]
+    if not cards:
+        return None
+    local = read_text(Path(cards[0]))
+    card = with_address(local, repository, branch)
+    if "README.md" in there:
+        card = keep_sections(api, repository, branch, card, there, sent)
+    return card if card != local else None
+
+
+def with_address(card: str, repository: str, branch: str) -> str:
+    """The card, whose example loads the model from the repository; it would not load another branch than `main`."""
+    return EXAMPLE.sub(lambda _: f'folder = "{repository}"', card, count=1) if branch == "main" else card
+
+
+def keep_sections(
+    api: HfApi, repository: str, branch: str, card: str, there: dict[str, RepoFile], sent: list[CommitOperationAdd]
+) -> str:
+    """The card, with what the one in the repository says of what stays there.
+
+    That is the report, and the twin if the weights stay: it would not be the twin of others.
     """
     from .certificate import find_section, replace_section
 
-    cards = [file.path_or_fileobj for file in sent if file.path_in_repo == "README.md"]
-    if not cards or "README.md" not in there:
-        return None
     address = f"{api.endpoint}/{repository}/resolve/{quote(branch, safe='')}/README.md"
     response = get_session().get(address, headers=build_hf_headers())
     hf_raise_for_status(response)
-    before, card = response.content.decode(errors="replace"), Path(cards[0]).read_text(encoding="utf-8")
+    before = response.content.decode(errors="replace")
     hashes = {name: file.lfs.sha256 for name, file in there.items() if file.lfs is not None}
     weights = [file for file in sent if file.path_in_repo.endswith(".safetensors")]
     headings = [REPORT_HEADING] if f"{REPORT_FILE}/{REPORT_FILE}.md" in there else []
@@ -208,7 +229,7 @@ def keep_sections(
     kept = {heading: find_section(before, heading) for heading in headings if find_section(card, heading) is None}
     for heading, text in kept.items():
         card = card if text is None else replace_section(card, text, heading)
-    return card if any(kept.values()) else None
+    return card
 
 
 def write_twin(original: Push, target: Path):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from patience import PATIENCE_SECONDS, wait_until
-from pushing import UNREACHABLE_HUB, files_in, run_push
+from pushing import UNREACHABLE_HUB, as_pushed, files_in, run_push
 from toy_runs import logged_values, train_here
 
 from modeling_gpt2repro.hub import background_upload
@@ -323,7 +323,7 @@ def test_a_training_pushes_its_model_and_a_checkpoint_to_resume_from(on_hub, sha
     assert train_here(run, shards, push_to_hub=True, hub_strategy="checkpoint", train_tokens=20 * 256) == 0
     assert "Training in progress, step 20: pushed to" in capsys.readouterr().out
     assert f"pushed to {on_hub.endpoint}/user/talkative (commit" in (run / "push.log").read_text()
-    assert files_in(on_hub.root / "models/user/talkative") == files_in(run / "model")
+    assert files_in(on_hub.root / "models/user/talkative") == as_pushed(run / "model", "user/talkative")
     assert files_in(on_hub.root / "branches/models/user/talkative/last-checkpoint") == files_in(run / "step-000020")
     for name in ("metrics.jsonl", "loss.png"):
         assert (run / "model" / name).read_bytes()
@@ -344,10 +344,10 @@ def test_a_training_whose_final_push_fails_shows_the_command_that_pushes_later(
     assert logged_values(tmp_path / "unlucky") == logged_values(finished[0])  # the training itself is complete
     result = run_push(*command.replace("'", "").split()[2:3], "--hub_model_id", "user/unlucky")
     assert result.returncode == 0, result.stderr
-    assert files_in(on_hub.root / "models/user/unlucky") == files_in(tmp_path / "unlucky" / "model")
+    assert files_in(on_hub.root / "models/user/unlucky") == as_pushed(tmp_path / "unlucky/model", "user/unlucky")
 
 
 def test_resuming_a_finished_run_pushes_the_model_that_could_not_be_pushed(on_hub, finished, shards, tmp_path):
     shutil.copytree(finished[0], tmp_path / "later")
     assert train_here(tmp_path / "later", shards, push_to_hub=True, resume_from_checkpoint="latest") == 0
-    assert files_in(on_hub.root / "models/user/later") == files_in(finished[0] / "model")
+    assert files_in(on_hub.root / "models/user/later") == as_pushed(finished[0] / "model", "user/later")

@@ -60,10 +60,8 @@ def test_the_example_runs_without_the_package_and_with_a_name_on_the_hub(folders
     programs = []
     for kind in KINDS:
         assert push_in_process(folders / kind, "--hub_model_id", f"user/example-{kind}").returncode == 0
-        program = example_of((here.root / f"models/user/example-{kind}/README.md").read_text())
-        assert program.count('folder = "."') == 1
-        programs.append((str(folders / kind), program))
-        programs.append((str(tmp_path), program.replace('folder = "."', f'folder = "user/example-{kind}"')))
+        programs.append((str(folders / kind), example_of((folders / kind / "README.md").read_text())))
+        programs.append((str(tmp_path), example_of((here.root / f"models/user/example-{kind}/README.md").read_text())))
     environment = here.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
     asked = len(here.log())
     output = run_without_package(RUN_ALL, json.dumps(programs), cwd=tmp_path, **environment)

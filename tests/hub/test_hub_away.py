@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from patience import PATIENCE_SECONDS, wait_until
-from pushing import UNREACHABLE_HUB, files_in, run_push
+from pushing import UNREACHABLE_HUB, as_pushed, files_in, run_push
 from toy_runs import CPU_FP32, ROOT, SCRIPT, toy_flags, train_here
 
 from modeling_gpt2repro.hub import background_upload
@@ -160,7 +160,7 @@ def test_a_run_whose_hub_dies_ends_soon_with_the_command_that_pushes_later(
     with own_hub(on_hub, root, monkeypatch):
         environment = {**upload_environment(), "PATH": path}
         subprocess.run(command, shell=True, env=environment, check=True, timeout=PATIENCE_SECONDS)
-    assert files_in(root / "models/user/mine") == files_in(run / "model")
+    assert files_in(root / "models/user/mine") == as_pushed(run / "model", "user/mine")
 
 
 def test_of_several_processes_only_one_waits_for_the_hub(finished, on_hub, warm_python, shards, tmp_path):

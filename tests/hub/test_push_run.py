@@ -9,7 +9,7 @@ import tempfile
 import pytest
 import torch
 from huggingface_hub import HfApi, metadata_load
-from pushing import files_in, push_in_process
+from pushing import as_pushed, files_in, push_in_process
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from modeling_gpt2repro.hub import conversion
@@ -113,7 +113,7 @@ def test_a_run_is_pushed_in_one_commit_with_what_it_has_to_show_and_nothing_priv
         name: content for name, content in model.items() if name != "README.md"
     }
     card = pushed["README.md"].decode()
-    assert card.startswith(model["README.md"].decode().rstrip())
+    assert card.startswith(as_pushed(run / "model", "user/whole-run")["README.md"].decode().rstrip())
     links = re.findall(r"\]\(([^)]*)\)", card + pushed["report/report.md"].decode())
     assert "report/report.md" in links
     assert all(link in pushed or f"report/{link}" in pushed for link in links)
@@ -259,7 +259,7 @@ def test_folders_of_pushes_that_were_killed_are_deleted_by_the_next(here, run_wi
 
 def test_without_stock_twin_no_card_names_one(here, run):
     assert push_in_process(run / "model", "--hub_model_id", "user/single").returncode == 0
-    assert files_in(here.root / "models/user/single") == files_in(run / "model")
+    assert files_in(here.root / "models/user/single") == as_pushed(run / "model", "user/single")
     assert not (here.root / "models/user/single-gpt2").exists()
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from patience import PATIENCE_SECONDS
-from pushing import files_in, run_push
+from pushing import as_pushed, files_in, run_push
 from toy_runs import CPU_FP32, ROOT, TOKENS_PER_STEP, logged_values, train_here
 
 pytest.importorskip("hf_xet")
@@ -159,7 +159,7 @@ def test_a_run_pushes_in_the_background_and_is_resumed_and_loaded_from_the_hub(o
     given = {"push_to_hub": True, "hub_strategy": "checkpoint", "train_tokens": 20 * TOKENS_PER_STEP}
     assert train_here(run, shards, **given) == 0
     assert "Training in progress, step 20: pushed to" in capsys.readouterr().out
-    assert files_in(on_xet_hub.root / "models/user/xet") == files_in(run / "model")
+    assert files_in(on_xet_hub.root / "models/user/xet") == as_pushed(run / "model", "user/xet")
     assert files_in(on_xet_hub.root / "branches/models/user/xet/last-checkpoint") == files_in(run / "step-000020")
 
     seen = len(on_xet_hub.log())

@@ -38,3 +38,11 @@ def files_in(folder: Path) -> dict[str, bytes]:
     """Relative path -> content of every file, without the Hub's own .gitattributes."""
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     return {name: content for name, content in files.items() if name != ".gitattributes"}
+
+
+def as_pushed(folder: Path, repository: str) -> dict[str, bytes]:
+    """The same of a model's folder as it is on the Hub, where the card's example names the repository."""
+    files = files_in(folder)
+    this_folder = b'folder = "."  # path of this folder, or its name on the Hub'
+    assert files["README.md"].count(this_folder) == 1
+    return files | {"README.md": files["README.md"].replace(this_folder, f'folder = "{repository}"'.encode())}
