@@ -105,7 +105,7 @@ def write_shards(folder: Path, tokenizer: PreTrainedTokenizerFast, tokens: int):
     manifest = {
         "format": FORMAT,
         "source": {"name": "generated pairs", "floor": entropy / 2},  # nats per token
-        "tokenizer": {"sha256": sha256, "vocab_size": len(tokenizer)},
+        "tokenizer": {"name": "generated", "sha256": sha256, "vocab_size": len(tokenizer)},
         "end_of_text_id": tokenizer.eos_token_id,
         "splits": splits,
     }

@@ -2,13 +2,12 @@
 
 import subprocess
 import sys
-import time
 from contextlib import suppress
 
 import psutil
 import pytest
 from huggingface_hub import HfApi
-from patience import PATIENCE_SECONDS
+from patience import PATIENCE_SECONDS, wait_until
 from toy_runs import CPU_FP32, ROOT, SCRIPT, toy_flags
 
 from modeling_gpt2repro.hub.background_upload import upload_environment
@@ -44,12 +43,14 @@ def watched(command, environment) -> tuple[int, str, list[str]]:
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     command_lines = set()
-    until = time.monotonic() + PATIENCE_SECONDS
-    while process.poll() is None and time.monotonic() < until:  # the pipe holds what so short a run prints
+
+    def has_ended() -> bool:
         with suppress(psutil.Error):  # it has just ended
             for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
                 command_lines.add(" ".join(child.cmdline()))
-        time.sleep(0.02)
+        return process.poll() is not None
+
+    wait_until(has_ended)  # the pipe holds what so short a run prints
     output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     return process.returncode, output, sorted(command_lines)
 

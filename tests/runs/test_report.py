@@ -200,7 +200,7 @@ def test_no_page_names_the_folders_of_a_machine(tmp_path):
     run, report = read_run(folder), Report("")
     stopped = stopped_message(run, report)
     page = "\n".join([stopped, *curve_parts(run, report), fault_part(run, stopped)]).replace("\\", "")
-    assert "run python -m modeling_gpt2repro.evaluation.validation --shards tokens --output tokens/" in page
+    assert "run python -m modeling_gpt2repro.evaluation.validation --shards 'tokens' --output 'tokens/" in page
     assert "run and z are full (see https://a.b/c/d and data/e)." in page
     assert "with --tokenizer y instead of " in page
     for private in (str(tmp_path), "disk", "jane"):
