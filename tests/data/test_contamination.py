@@ -159,6 +159,22 @@ def counts_of(folder):
     return counts
 
 
+def test_a_phrase_that_is_repeated_is_compared_once():
+    """Text of a few phrases, which many items share, must not take minutes."""
+    compared = []
+
+    class Item(bytes):
+        def __contains__(self, ngram):
+            compared.append(ngram)
+            return super().__contains__(ngram)
+
+    phrase = sentence(Random(3), 20)
+    index = NgramIndex([f"{sentence(Random(seed), 15)} {phrase}" for seed in range(30)])
+    index.items = [Item(item) for item in index.items]
+    assert index.find(f"{phrase} " * 1000) == set(range(30))
+    assert len(compared) < 2 * len(set(compared)) * len(index.items)
+
+
 def test_contaminated_documents_are_counted_and_all_text_is_kept(tmp_path, planted, capsys):
     arguments, decontaminate, documents, items = planted
     prepare(tmp_path / "plain", arguments, "--workers", 1)
