@@ -1,12 +1,12 @@
 """The tokenizer beside shards of a stranger: the same ids or a refusal, without network, code or endless reads."""
 
-import os
 import shutil
 import signal
 import socket
+from pathlib import Path
 
 import pytest
-from damage import edit_json
+from damage import ENDLESS, edit_json
 
 from modeling_gpt2repro.data.shards.dataset import open_shards
 from modeling_gpt2repro.data.tokenizer import tokenizer_sha256
@@ -64,36 +64,17 @@ def test_what_a_config_asks_for_is_not_fetched_and_not_run(folder, tmp_path, mon
     assert not marker.exists()
 
 
-def as_sparse(path):
-    with open(path, "wb") as file:
-        file.truncate(2**40)
-
-
-def as_pipe(path):
-    path.unlink(missing_ok=True)
-    os.mkfifo(path)
-
-
-def as_link(path):
-    path.unlink(missing_ok=True)
-    path.symlink_to("/dev/zero")
-
-
-def as_folder(path):
-    path.unlink(missing_ok=True)
-    path.mkdir()
-
-
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
-@pytest.mark.parametrize("put", [as_sparse, as_pipe, as_link, as_folder])
+@pytest.mark.parametrize("put", [*ENDLESS.values(), Path.mkdir], ids=[*ENDLESS, "a folder"])
 def test_something_else_in_place_of_a_file_is_named(folder, name, put, one_sentence):
+    (folder / "tokenizer" / name).unlink(missing_ok=True)
     put(folder / "tokenizer" / name)
     with pytest.raises(ValueError, match=rf"its {name} (is not a file|cannot be read)") as error:
         open_shards(folder)
     one_sentence(error)
 
 
-@pytest.mark.parametrize("put", [as_sparse, as_pipe, as_link])
+@pytest.mark.parametrize("put", ENDLESS.values(), ids=ENDLESS.keys())
 def test_a_template_is_not_read_without_end(folder, put, one_sentence):
     put(folder / "tokenizer/chat_template.jinja")
     with pytest.raises(ValueError, match=r"its chat_template\.jinja (is not a file|has more than)") as error:

@@ -6,6 +6,7 @@ import signal
 from contextlib import suppress
 
 import pytest
+from damage import ENDLESS
 from pushing import push_in_process
 from test_report import CONFIG, SIZES, evaluation, make_run
 
@@ -43,28 +44,14 @@ def run(tmp_path):
     return folder
 
 
-def as_sparse(path):
-    with open(path, "wb") as file:
-        file.truncate(2**40)
-
-
-def as_pipe(path):
-    path.unlink(missing_ok=True)
-    os.mkfifo(path)
-
-
-def as_endless(path):
-    path.unlink(missing_ok=True)
-    path.symlink_to("/dev/zero")
-
-
-@pytest.mark.parametrize("put", [as_sparse, as_pipe, as_endless])
+@pytest.mark.parametrize("put", ENDLESS.values(), ids=ENDLESS.keys())
 def test_a_file_without_end_is_left_out_or_named(run, put, one_sentence):
     for name in ("samples.jsonl", "hellaswag.jsonl"):
         put(run / name)
     assert read_all_samples(run) == {}
     assert count_examples(run / "hellaswag.jsonl", report := Report("")) == 0
     assert "hellaswag.jsonl was left out: it is" in report.remarks[0]
+    (run / "metrics.jsonl").unlink()
     put(run / "metrics.jsonl")
     with pytest.raises(ValueError, match=r"metrics\.jsonl cannot be read|is not a run") as error:
         read_run(run)

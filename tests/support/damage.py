@@ -27,6 +27,11 @@ NO_FILES: dict[str, Callable[[Path], object]] = {  # what to put where a file wa
     "a pipe": os.mkfifo,
     "a loop of links": lambda path: path.symlink_to(path.name),
 }
+ENDLESS: dict[str, Callable[[Path], object]] = {  # what must not be read to its end
+    "a terabyte": lambda path: (path.touch(), os.truncate(path, 2**40)),
+    "a pipe": os.mkfifo,
+    "zeros without end": lambda path: path.symlink_to("/dev/zero"),
+}
 NUMBERS = (-1, 0, 1, 2**53, 10**25, 0.5, -2.5)
 OTHER_VALUES = (None, True, *NUMBERS, "", "x", "30", "\ud800", "a\nb", [], {}, [1], {"a": 1}, [[]])
 
