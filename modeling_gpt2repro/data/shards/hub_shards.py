@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils.sha import git_hash
 
 from modeling_gpt2repro.runtime.progress import SteadyBar
 from modeling_gpt2repro.storage.checksums import sha256_of
@@ -160,6 +162,7 @@ class Repository:
         if MANIFEST in self.files:
             if self.files[MANIFEST].size > MAX_MANIFEST_BYTES:
                 raise ValueError(f"its {MANIFEST} has more than {MAX_MANIFEST_BYTES:,} bytes.")
+            self.fetch_intact(MANIFEST, partial(self.check_hash, MANIFEST))
             return self.fetch(MANIFEST).parent
         others = [file for file in self.files if NANOGPT_NAME.fullmatch(file)]
         if not others:
@@ -169,21 +172,19 @@ class Repository:
     def contents(self, folder: Path) -> dict[str, Check]:
         """The files to download, each with the check of its content: what is wrong with it, or None."""
         if MANIFEST not in self.files:
-            return {file: self.check_hash for file in self.files if NANOGPT_NAME.fullmatch(file)}
+            return {file: partial(self.check_hash, file) for file in self.files if NANOGPT_NAME.fullmatch(file)}
         manifest = read_manifest(folder)
         entries = {entry["file"]: entry for split in SPLITS for entry in manifest["splits"][split]["shards"]}
-        checks: dict[str, Check] = {
-            f"tokenizer/{file}": lambda path: None for file in TOKENIZER_FILES if f"tokenizer/{file}" in self.files
-        }
-        return checks | {
+        tokenizer = {f"tokenizer/{file}" for file in TOKENIZER_FILES} & self.files.keys()
+        return {file: partial(self.check_hash, file) for file in tokenizer} | {
             file: lambda path, entry=entry: next(content_problems(path.parent, manifest, [entry]), None)
             for file, entry in entries.items()
         }
 
-    def check_hash(self, path: Path) -> str | None:
+    def check_hash(self, file: str, path: Path) -> str | None:
         """What is wrong with a file that no manifest describes."""
-        lfs = self.files[path.name].lfs
-        return None if lfs is None or sha256_of(path) == lfs.sha256 else f"shard {path} arrived damaged."
+        found = git_hash(path.read_bytes()) if self.files[file].lfs is None else sha256_of(path)
+        return None if found == self.blob(file) else f"{path} arrived damaged."
 
     def fetch_all(self, checks: dict[str, Check]):
         """Download and check what is missing, several files at a time.
