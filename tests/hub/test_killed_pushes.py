@@ -101,3 +101,32 @@ def test_what_fails_on_the_way_costs_a_push_of_shards_nothing_but_time(either_hu
         name: content for name, content in files_in(folder).items() if name != "run.lock"
     }
     assert set(stored(hub, seen).values()) == {1}
+
+
+@pytest.mark.parametrize(("request_", "earlier"), [("twin-gpt2/preupload", 0), ("twin-gpt2/commit/", 0)])
+def test_a_push_of_a_run_with_its_twin_that_is_killed_between_them_is_finished_by_the_same_command(
+    either_hub, finished, tmp_path, monkeypatch, request_, earlier
+):
+    hub = either_hub
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    name = f"{re.sub('[^a-z]', '', request_)[:12]}-twin"
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    seen = len(hub.log())
+    module = [sys.executable, "-m", "modeling_gpt2repro.hub.push"]
+    command = [*module, str(folder), "--hub_model_id", f"user/{name}", "--stock_twin"]
+    kill_at(hub, command, request_, earlier)
+    assert list(tmp_path.glob("gpt2repro-push-*"))
+    result = run(command)
+    assert result.returncode == 0, result.stderr
+    assert not list(tmp_path.glob("gpt2repro-push-*"))
+    assert set(stored(hub, seen).values()) == {1}
+    for repository in (name, f"{name}-gpt2"):
+        commits = [line for line in hub.log()[seen:] if f"/user/{repository}/commit/" in line["path"]]
+        assert sum(line["status"] == 200 for line in commits) == 1
+    ours, twin = (files_in(hub.root / "models/user" / repository) for repository in (name, f"{name}-gpt2"))
+    kept = {file: content for file, content in files_in(folder / "model").items() if file != "README.md"}
+    assert {file: ours[file] for file in kept} == kept
+    assert f"user/{name}-gpt2" in ours["README.md"].decode()
+    assert "report/report.md" in ours
+    assert f"Equal to user/{name}" in twin["README.md"].decode()
+    assert "model.safetensors" in twin
